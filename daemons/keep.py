@@ -1,0 +1,20 @@
+"""`python -m specl.daemons.keep ROLE`: the respawner on each Procfile line (honcho ends all when one ends)."""
+
+import sys
+
+from specl.shared import log
+from specl.shared.paths import ROLES
+from specl.shared.process import EX_CONFIG, keep
+
+
+def main() -> int:
+    """Keep one daemon running."""
+    if len(sys.argv) != 2 or sys.argv[1] not in ROLES:
+        print(f"usage: python -m specl.daemons.keep {'|'.join(ROLES)}", file=sys.stderr)
+        return EX_CONFIG
+    log.set_up(f"keep-{sys.argv[1]}", None)
+    return keep(sys.argv[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

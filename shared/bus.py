@@ -1,0 +1,211 @@
+"""ZeroMQ: publish, subscribe, ask and answer, wake-ups. The only file that imports zmq; knows no meaning of a message.
+
+A publication is a hint and may be lost; an answer to a vanished client is dropped. Malformed frames are counted, logged by
+length and hash, and dropped, never fatal. An ipc path can be stolen by a second bind, so callers lock before they bind.
+"""
+
+import os
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from specl.shared import log
+from specl.shared.errors import ConfigError, DaemonUnreachable, WireError
+from specl.shared.wire import MAX_FRAME, decode, describe, encode
+
+SEND_QUEUE = 1000
+_log = log.get("bus")
+
+
+def _socket(context: zmq.Context, kind: int) -> zmq.Socket:
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
+    socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+    socket.setsockopt(zmq.RCVHWM, SEND_QUEUE)
+    return socket
+
+
+def _bind(socket: zmq.Socket, endpoint: str) -> None:
+    path = Path(endpoint.removeprefix("ipc://"))
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(f"{path} is in the way of a socket", "remove it, or set SPECL_VAR to another folder")
+    previous = os.umask(0o077)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        raise ConfigError(f"cannot bind {endpoint}: {error}") from error
+    finally:
+        os.umask(previous)
+
+
+class Server:
+    """A daemon's two sockets: it answers on one and publishes on the other. One thread owns it; any thread may `wake`."""
+
+    def __init__(self, answer: str, publish: str) -> None:
+        self._context = zmq.Context()
+        self._router = _socket(self._context, zmq.ROUTER)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._publisher = _socket(self._context, zmq.PUB)
+        _bind(self._router, answer)
+        _bind(self._publisher, publish)
+        self._waker, self._waked = self._wake_pair()
+        self._subscribers: dict[zmq.Socket, Callable[[Any], None]] = {}
+        self._asking: dict[zmq.Socket, Callable[[Any], None]] = {}
+        self.malformed = 0
+
+    def _wake_pair(self) -> tuple[int, int]:
+        read, write = os.pipe()
+        os.set_blocking(read, False)
+        os.set_blocking(write, False)
+        return write, read
+
+    def wake(self) -> None:
+        """Make `poll` return soon. The only method that any thread may call."""
+        with suppress(BlockingIOError):
+            os.write(self._waker, b"\0")
+
+    def subscribe(self, endpoint: str, handle: Callable[[Any], None]) -> None:
+        """Hear what another daemon publishes; it may come and go."""
+        socket = _socket(self._context, zmq.SUB)
+        socket.setsockopt(zmq.SUBSCRIBE, b"")
+        socket.connect(endpoint)
+        self._subscribers[socket] = handle
+
+    def asker(self, endpoint: str, handle: Callable[[Any], None]) -> Callable[[Any], None]:
+        """A function that sends to another daemon; answers arrive at `handle` while polling."""
+        socket = _socket(self._context, zmq.DEALER)
+        # without a peer nothing may queue: a request that waits for a dead daemon would arrive stale
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.connect(endpoint)
+        self._asking[socket] = handle
+
+        def send(message: Any) -> None:
+            with suppress(zmq.Again):
+                socket.send(encode(message), zmq.NOBLOCK)
+
+        return send
+
+    def poll(self, timeout_s: float, handle: Callable[[bytes, Any], None]) -> None:
+        """Wait up to `timeout_s`, then hand every waiting request to `handle(peer, message)` and every publication and
+        answer to its own function.
+        """
+        poller = zmq.Poller()
+        poller.register(self._waked, zmq.POLLIN)
+        for socket in (self._router, *self._subscribers, *self._asking):
+            poller.register(socket, zmq.POLLIN)
+        ready = dict(poller.poll(int(max(0.0, timeout_s) * 1000)))
+        if self._waked in ready:
+            with suppress(BlockingIOError):
+                os.read(self._waked, 65536)
+        for socket in ready:
+            if socket is self._router:
+                self._drain(socket, lambda frames: handle(frames[0], decode(frames[-1])), framed=True)
+            elif socket in self._subscribers:
+                self._drain(socket, lambda frames, s=socket: self._subscribers[s](decode(frames[-1])))
+            elif socket in self._asking:
+                self._drain(socket, lambda frames, s=socket: self._asking[s](decode(frames[-1])))
+
+    def _drain(self, socket: zmq.Socket, take: Callable[[list[bytes]], None], framed: bool = False) -> None:
+        # bounded, so that one flood cannot starve the other sockets
+        for _ in range(SEND_QUEUE):
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(frames) != (2 if framed else 1):
+                self._malformed(f"{len(frames)} frames")
+                continue
+            try:
+                take(frames)
+            except WireError as error:
+                self._malformed(str(error))
+
+    def _malformed(self, why: str) -> None:
+        self.malformed += 1
+        if self.malformed & (self.malformed - 1) == 0:  # 1st, 2nd, 4th, 8th ...: a flood must not fill the log
+            _log.warning("bus.malformed", why=why, count=self.malformed)
+
+    def send(self, peer: bytes, message: Any) -> bool:
+        """Answer a client. False where it is gone or does not read."""
+        try:
+            self._router.send_multipart([peer, encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True
+
+    def publish(self, message: Any) -> None:
+        """Tell whoever listens."""
+        with suppress(zmq.Again):
+            self._publisher.send(encode(message), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Close every socket; what was not yet sent is dropped."""
+        self._context.destroy(linger=0)
+        os.close(self._waker)
+        os.close(self._waked)
+
+
+class Connection:
+    """A client's side: one daemon, a deadline on everything."""
+
+    def __init__(self, endpoint: str, what: str, start_hint: str = "start it with `honcho start`") -> None:
+        self._context = zmq.Context.instance()
+        self._socket = _socket(self._context, zmq.DEALER)
+        self._socket.connect(endpoint)
+        self._what, self._hint = what, start_hint
+
+    def send(self, message: Any) -> None:
+        """Send; never blocks."""
+        with suppress(zmq.Again):
+            self._socket.send(encode(message), zmq.NOBLOCK)
+
+    def receive(self, timeout_s: float) -> Any:
+        """The next message, or DaemonUnreachable after `timeout_s`."""
+        if not self._socket.poll(int(timeout_s * 1000)):
+            raise DaemonUnreachable(f"the {self._what} daemon does not answer", self._hint)
+        data = self._socket.recv()
+        try:
+            return decode(data)
+        except WireError as error:
+            raise DaemonUnreachable(
+                f"the {self._what} daemon speaks another version ({describe(data)})", "restart the daemons"
+            ) from error
+
+    def request(self, message: Any, timeout_s: float) -> Any:
+        """Send and wait for one answer."""
+        self.send(message)
+        return self.receive(timeout_s)
+
+    def close(self) -> None:
+        """Close; pending sends are dropped."""
+        self._socket.close(linger=0)
+
+
+def gather(questions: dict[str, tuple[str, Any]], timeout_s: float) -> dict[str, Any]:
+    """Ask several endpoints at once: {name: (endpoint, message)} -> {name: answer}, without those that stayed silent."""
+    context = zmq.Context.instance()
+    poller = zmq.Poller()
+    sockets: dict[zmq.Socket, str] = {}
+    for name, (endpoint, message) in questions.items():
+        socket = _socket(context, zmq.DEALER)
+        socket.connect(endpoint)
+        socket.send(encode(message))
+        poller.register(socket, zmq.POLLIN)
+        sockets[socket] = name
+    answers: dict[str, Any] = {}
+    end = time.monotonic() + timeout_s
+    while len(answers) < len(questions) and (left := end - time.monotonic()) > 0:
+        for socket, _ in poller.poll(int(left * 1000) + 1):
+            with suppress(WireError):
+                answers[sockets[socket]] = decode(socket.recv())
+            poller.unregister(socket)
+    for socket in sockets:
+        socket.close(linger=0)
+    return answers

@@ -1,0 +1,219 @@
+"""One typed settings tree from one YAML. Unknown or bad keys are errors that name the key, its line and what is allowed.
+
+Every key has a default, so a file names only what it changes. The sources' names are kept (DESIGN: names and keys).
+"""
+
+import os
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from specl.shared.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class TargetModel(_Section):
+    """The model whose words are served."""
+
+    name: str = Field("smollm2-135m", description="a local folder, a hub name, or the built-in `smollm2-135m`")
+
+
+class DraftModel(_Section):
+    """The model that guesses."""
+
+    name: str | None = Field(
+        "smollm2-135m-head", description="a draft folder, a hub name, a shipped draft, or null for none"
+    )
+
+
+class Models(_Section):
+    """Which models, and how they are held."""
+
+    target: TargetModel = TargetModel()
+    draft: DraftModel = DraftModel()
+    precision: Literal["auto", "native", "fp32"] = Field(
+        "auto", description="auto: dense fp32 on CPU, the model's own quantisation on Metal and CUDA"
+    )
+
+
+class Speculative(_Section):
+    """Decoding."""
+
+    num_draft_tokens: Literal["auto"] | Annotated[int, Field(ge=0, le=16)] = Field(
+        "auto", description="auto: chosen every round from measured costs; a number: exactly that many"
+    )
+    max_draft_tokens: Annotated[int, Field(ge=1, le=16)] = Field(7, description="the most that `auto` may choose")
+    ngram: bool = Field(True, description="also draft from repeats of the running text and past answers")
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="0: off")
+    min_p: Share = Field(0.0, description="0: off")
+    max_tokens: Annotated[int, Field(ge=1)] = 512
+    mode: Literal["detailed", "fast"] = Field("detailed", description="fast keeps aggregates only")
+    acceptance_threshold: Share = Field(0.5, description="a generation below it is a failure")
+
+
+class Lora(_Section):
+    """The adapter's shape."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] | Literal["all"] = Field("all", description="names of linear layers, e.g. [q_proj, v_proj]")
+
+
+class Loss(_Section):
+    """What a step minimises."""
+
+    type: Literal["ce", "kl", "mixed", "acceptance"] = "mixed"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    alpha: Share = Field(0.5, description="mixed: weight of KL against cross-entropy")
+    top_k_logits: Annotated[int, Field(ge=1, le=256)] = Field(32, description="target log-probabilities kept a position")
+    error_weight: Annotated[float, Field(ge=1)] = Field(2.0, description="weight of a position the draft got wrong")
+
+
+class Training(_Section):
+    """When and how the draft learns."""
+
+    enabled: bool = Field(True, description="false: train only on `specl-ctl train --now`")
+    lora: Lora = Lora()
+    loss: Loss = Loss()
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    batch_size: Annotated[int, Field(ge=1, le=64)] = 2
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=64)] = 1
+    num_epochs: Annotated[int, Field(ge=1)] = 3
+    max_minutes: Annotated[float, Field(gt=0)] = Field(10.0, description="wall clock of one run's steps")
+    min_failure_cases: Annotated[int, Field(ge=1)] = 50
+    max_failure_cases: Annotated[int, Field(ge=1)] = 1000
+    replay_ratio: Share = Field(0.2, description="share of a batch that replays successes and general text")
+    replay_buffer_size: Annotated[int, Field(ge=0)] = 500
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="conversations never trained on")
+    idle_seconds: Annotated[float, Field(ge=0)] = Field(2.0, description="quiet time before a step is taken")
+    threads: Annotated[int, Field(ge=1)] = Field(1, description="BLAS threads of the trainer")
+
+
+class Memory(_Section):
+    """What is held, and how much."""
+
+    gradient_checkpointing: bool = False
+    cache_clear_frequency: Annotated[int, Field(ge=0)] = Field(50, description="generations; 0: never")
+    max_kv_cache_tokens: Annotated[int, Field(ge=64)] = Field(8192, description="all requests together")
+
+
+class Serving(_Section):
+    """The queue."""
+
+    queue_limit: Annotated[int, Field(ge=1)] = 32
+    max_active: Annotated[int, Field(ge=1, le=32)] = Field(4, description="requests served round by round at once")
+    client_timeout_s: Annotated[float, Field(gt=0)] = Field(10.0, description="a silent client's request is cancelled")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="BLAS threads of inference; 0: all cores")
+
+
+class Records(_Section):
+    """What is kept of a generation."""
+
+    outbox_limit_mb: Annotated[int, Field(ge=1)] = 1024
+    hidden_spool_mb: Annotated[int, Field(ge=0)] = Field(512, description="hidden states for a `head` draft; 0: none")
+
+
+class Logging(_Section):
+    """Logs."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(_Section):
+    """The whole tree."""
+
+    models: Models = Models()
+    speculative: Speculative = Speculative()
+    training: Training = Training()
+    memory: Memory = Memory()
+    serving: Serving = Serving()
+    records: Records = Records()
+    logging: Logging = Logging()
+
+
+def default_file() -> Path:
+    """The shipped `configs/default.yaml`."""
+    return Path(str(files("specl.configs"))) / "default.yaml"
+
+
+def settings_file() -> Path:
+    """The file in force: `SPECL_CONFIG`, else the shipped default."""
+    named = os.environ.get("SPECL_CONFIG")
+    return Path(named).expanduser() if named else default_file()
+
+
+def _known_keys(path: tuple[str | int, ...]) -> list[str]:
+    """The keys allowed in the section at `path`, or none where it is not a section."""
+    model: Any = Settings
+    for part in path:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = getattr(field, "annotation", None)
+    return list(getattr(model, "model_fields", {}))
+
+
+def _line_of(tree: Any, path: tuple[str | int, ...]) -> int | None:
+    """1-based line of the key at `path`, from the marks that ruamel keeps."""
+    line = None
+    for part in path:
+        if not hasattr(tree, "lc"):
+            break
+        try:
+            line = (tree.lc.key(part) if isinstance(part, str) else tree.lc.item(part))[0] + 1
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            break
+    return line
+
+
+def _explain(file: Path, tree: Any, error: dict[str, Any]) -> str:
+    path = tuple(part for part in error["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "constrained", "int", "list["))))
+    line = _line_of(tree, path)
+    where = f"{file}:{line}" if line else str(file)
+    name = ".".join(str(part) for part in path) or "(the file)"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        close = get_close_matches(str(path[-1]), known, n=1)
+        guess = f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(known)}"
+        return f"{where}: unknown setting `{name}`{guess}"
+    return f"{where}: `{name}`: {error['msg']}, not {error['input']!r}"
+
+
+def parse(text: str, file: Path) -> Settings:
+    """Read settings from YAML. Raises ConfigError that lists every problem, each with file, line and key."""
+    try:
+        tree = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(f"{file}:{line}: not YAML: {error.problem}") from error
+    if tree is None:
+        return Settings()
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: settings are `key: value` pairs, not a {type(tree).__name__}")
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_explain(file, tree, dict(item)) for item in error.errors()))
+        raise ConfigError("\n".join(lines), f"every key and its default: {default_file()}") from error
+
+
+def load(file: Path | None = None) -> Settings:
+    """The settings in force. Raises ConfigError for a missing, unreadable or bad file."""
+    file = file or settings_file()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the settings file {file}: {error}", "SPECL_CONFIG names it") from error
+    return parse(text, file)

@@ -1,0 +1,57 @@
+"""The one error tree. The command line prints these in one line with their hint; anything else is a bug and shows its traceback."""
+
+
+class SpecLoraError(Exception):
+    """Root of every error that a user is meant to read. `hint` says what to do; `exit_code` is the command's."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(SpecLoraError):
+    """A setting, argument or path is unusable; retrying without a change cannot help."""
+
+    exit_code = 2
+
+
+class DaemonUnreachable(SpecLoraError):
+    """No answer from a daemon."""
+
+    exit_code = 3
+
+
+class AlreadyRunning(ConfigError):
+    """Another process holds the lock of this role on this run directory."""
+
+
+class WireError(SpecLoraError):
+    """Bytes that are not a record or message of a known version."""
+
+
+class ModelError(ConfigError):
+    """A model, tokenizer or pair of them cannot be used."""
+
+
+class AdapterRejected(SpecLoraError):
+    """An adapter directory failed verification; the message lists every reason found."""
+
+
+class OutboxFull(SpecLoraError):
+    """The outbox could not take a record (size cap or disk); accepted records are untouched."""
+
+
+class StoreError(SpecLoraError):
+    """The store cannot be opened, upgraded or written."""
+
+
+class RequestRejected(SpecLoraError):
+    """A request that the server will not run: empty, too long, bad sampling, queue full."""
+
+    exit_code = 2
+
+
+class Interrupted(SpecLoraError):
+    """Work stopped because it was asked to stop."""

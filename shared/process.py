@@ -1,0 +1,130 @@
+"""What every daemon process does the same way: one instance by a lock, clean signals, a parent to die with, and the small
+respawner that stands on each Procfile line. Knows nothing of sockets and records.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from specl.shared import log
+from specl.shared.errors import AlreadyRunning
+
+EX_CONFIG = 78  # sysexits.h: a settings error; retrying cannot help
+STOP_GRACE_S = 3.5  # honcho kills after 5 s; all must be gone before
+BACKOFF_S = (1, 2, 4, 8, 16, 32)
+HEALTHY_AFTER_S = 60.0
+
+
+class Lock:
+    """An exclusive lock on `run/ROLE.lock` for the life of the process; freed by the kernel even after kill -9.
+
+    Raises AlreadyRunning, naming the holder, where another process has it.
+    """
+
+    def __init__(self, run: Path, role: str) -> None:
+        path = run / f"{role}.lock"
+        self._file: IO[str] = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open on purpose
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = holder_of(run, role)
+            self._file.close()
+            raise AlreadyRunning(
+                f"another {role} daemon (pid {holder or 'unknown'}) already serves {run.parent}",
+                "stop it, or give this one its own folder with SPECL_VAR",
+            ) from None
+        self._file.truncate(0)
+        self._file.write(json.dumps({"pid": os.getpid(), "started": time.time()}))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give the lock up before the process ends."""
+        self._file.close()
+
+
+def holder_of(run: Path, role: str) -> int | None:
+    """The pid that wrote the lock file last, or None. A hint for messages: only the lock itself is the truth."""
+    try:
+        return int(json.loads((run / f"{role}.lock").read_text())["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_locked(run: Path, role: str) -> bool:
+    """Whether some process holds the role."""
+    try:
+        with open(run / f"{role}.lock", "a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+class StopFlag:
+    """Set by SIGTERM and SIGINT, or when the parent is gone: an orphan would keep the sockets."""
+
+    def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:
+        self._stopped = False
+        self._parent = os.getppid()
+        self._on_stop = on_stop
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._stopped = True
+        self._on_stop()
+
+    def __bool__(self) -> bool:
+        if os.environ.get("SPECL_DIE_WITH_PARENT") and os.getppid() != self._parent:
+            self._stopped = True
+        return self._stopped
+
+
+def keep(role: str) -> int:
+    """Run `python -m specl.daemons.ROLE` and run it again when it dies; the exit code is for honcho.
+
+    A settings error ends the keeper too, so that honcho stops all with that one clear message.
+    """
+    flag = StopFlag()
+    failures = 0
+    logger = log.get("keeper")
+    environment = os.environ | {"SPECL_DIE_WITH_PARENT": "1", "PYTHONUNBUFFERED": "1"}
+    while not flag:
+        started = time.monotonic()
+        child = subprocess.Popen([sys.executable, "-m", f"specl.daemons.{role}"], env=environment)
+        code = _wait(child, flag)
+        if flag or code == EX_CONFIG:
+            return EX_CONFIG if code == EX_CONFIG else 0
+        failures = 0 if time.monotonic() - started > HEALTHY_AFTER_S else failures
+        pause = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
+        failures += 1
+        logger.error("daemon.died", daemon=role, code=code, again_in_s=pause)
+        end = time.monotonic() + pause
+        while time.monotonic() < end and not flag:
+            time.sleep(0.1)
+    return 0
+
+
+def _wait(child: subprocess.Popen[bytes], flag: StopFlag) -> int:
+    """The child's exit code; once the flag is set it is told to stop, and killed after the grace time."""
+    while not flag:
+        try:
+            return child.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            continue
+    child.terminate()
+    try:
+        return child.wait(timeout=STOP_GRACE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
