@@ -1,0 +1,65 @@
+"""Which drafted tokens stand, and what replaces the first that does not. Pure: laws and tokens in, a count and a token out.
+
+Whatever the drafts are, the tokens that come out follow the target's law exactly: greedy emits its argmax; `rejection` is
+Leviathan et al. 2023 (arXiv 2211.17192, algorithm 1); `coupled` emits argmax(log p + noise), a draw by the Gumbel-max trick
+whose noise belongs to the position, so that the text of a seed does not depend on the drafts at all.
+
+`target` is called with a row number only as far as rows are needed: a row after the first rejection is never looked at.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from specl.shared.engine.law import Distribution
+
+TargetRow = Callable[[int], Distribution]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The first `accepted` drafts stand and `token` follows them: a correction, or the bonus after all of them."""
+
+    accepted: int
+    token: int
+
+
+def greedy(target_argmax: Sequence[int], drafts: Sequence[int]) -> Verdict:
+    """Accept while the draft is the target's argmax. `target_argmax` has one row more than there are drafts."""
+    accepted = 0
+    while accepted < len(drafts) and drafts[accepted] == target_argmax[accepted]:
+        accepted += 1
+    return Verdict(accepted, int(target_argmax[accepted]))
+
+
+def residual(target_p: Distribution, draft_p: Distribution) -> Distribution:
+    """norm(max(target_p - draft_p, 0)): what a rejection draws from. The target's own law where nothing is left."""
+    left = target_p.p.copy()
+    place = np.searchsorted(target_p.ids, draft_p.ids)
+    place = np.minimum(place, len(target_p.ids) - 1)
+    shared = target_p.ids[place] == draft_p.ids
+    left[place[shared]] -= draft_p.p[shared]
+    left = np.maximum(left, 0.0)
+    mass = left.sum()
+    return Distribution(target_p.ids, left / mass) if mass > 0 else target_p
+
+
+def rejection(
+    target: TargetRow, drafts: Sequence[int], draft_laws: Sequence[Distribution], uniform: Callable[[], float]
+) -> Verdict:
+    """Accept draft x with probability min(1, target_p(x) / draft_p(x)); on rejection draw from the residual."""
+    for i, (token, draft_p) in enumerate(zip(drafts, draft_laws, strict=True)):
+        target_p = target(i)
+        if uniform() * draft_p.of(token) >= target_p.of(token):
+            return Verdict(i, residual(target_p, draft_p).draw(uniform()))
+    return Verdict(len(drafts), target(len(drafts)).draw(uniform()))
+
+
+def coupled(target: TargetRow, drafts: Sequence[int], noise: Callable[[int], np.ndarray]) -> Verdict:
+    """Emit argmax(log target_p + noise) at every row and accept while the draft is that token."""
+    for i, token in enumerate(drafts):
+        chosen = target(i).argmax_with(noise(i))
+        if chosen != token:
+            return Verdict(i, chosen)
+    return Verdict(len(drafts), target(len(drafts)).argmax_with(noise(len(drafts))))

@@ -1,0 +1,294 @@
+"""The round loop of one request: draft, verify at once, keep what stands. Two caches exactly in step with the text.
+
+After every round the target's cache holds the text less its last token, which is the first row of the next verification;
+drafters are told how the text grew and the states it was predicted from. Knows nothing of queues, sockets or records.
+
+Sources: Leviathan et al. 2023 (arXiv 2211.17192); the sync rules that mlx-lm's loop leaves to its caller are in FACTS.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import trim_prompt_cache
+
+from specl.shared.engine.acceptance import Verdict, coupled, greedy, rejection
+from specl.shared.engine.capture import Capture, RejectedDraft
+from specl.shared.engine.costs import AcceptanceEstimate, KChooser
+from specl.shared.engine.drafters import NOTHING, Draft, Drafter, Draw, NgramDrafter
+from specl.shared.engine.law import Law, distribution, position_noise
+from specl.shared.models.load import LanguageModel
+
+PREFILL_ROWS = 512
+SOURCES = {"target": 0, "model": 1, "ngram": 2}
+NGRAM_DEPTH = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What one request wants. `num_draft_tokens` None lets costs decide; `capture_k` 0 keeps aggregates only."""
+
+    law: Law = Law()
+    max_tokens: int = 512
+    num_draft_tokens: int | None = None
+    ngram: bool = True
+    capture_k: int = 0
+    keep_states: bool = False
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened, for the statistics. Lists by depth count from the first drafted token; model drafter only."""
+
+    rounds: int = 0
+    drafted: dict[str, int] = field(default_factory=lambda: {"model": 0, "ngram": 0})
+    accepted: dict[str, int] = field(default_factory=lambda: {"model": 0, "ngram": 0})
+    tested_by_depth: list[int] = field(default_factory=lambda: [0] * 16)
+    accepted_by_depth: list[int] = field(default_factory=lambda: [0] * 16)
+    k_histogram: dict[int, int] = field(default_factory=dict)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    reused_tokens: int = 0
+
+    def count(self, drafter: str, drafted: int, accepted: int) -> None:
+        """One round."""
+        self.rounds += 1
+        self.k_histogram[drafted] = self.k_histogram.get(drafted, 0) + 1
+        if not drafted:
+            return
+        self.drafted[drafter] += drafted
+        self.accepted[drafter] += accepted
+        if drafter == "model":
+            for depth in range(min(drafted, accepted + 1)):
+                self.tested_by_depth[depth] += 1
+                self.accepted_by_depth[depth] += depth < accepted
+
+
+@dataclass(slots=True)
+class State:
+    """What a request holds between rounds, and what outlives it in the prefix cache: text, caches, drafters."""
+
+    text: list[int]
+    cache: list[Any]
+    drafter: Drafter | None
+    cached: int = 0  # tokens of `text` in the target's cache
+
+
+class Session:
+    """One request. Call `prefill` until it returns True, then `round` until `finish_reason` is set."""
+
+    def __init__(
+        self,
+        target: LanguageModel,
+        state: State,
+        prompt: Sequence[int],
+        options: Options,
+        chooser: KChooser,
+        ngram_estimate: AcceptanceEstimate,
+    ) -> None:
+        self.target, self.state, self.options = target, state, options
+        self.chooser, self.ngram_estimate = chooser, ngram_estimate
+        self.prompt_length = len(prompt)
+        self.output: list[int] = []
+        self.sources = bytearray()
+        self.finish_reason: str | None = None
+        self.tally = Tally(reused_tokens=state.cached)
+        self.capture = Capture(options.capture_k) if options.capture_k else None
+        self.states: list[mx.array] = []
+        self._limit = min(options.max_tokens, target.context_length - len(prompt))
+        self._ngram = NgramDrafter() if options.ngram else None
+        rng = np.random.default_rng()
+        seed = options.law.seed
+        noise = None
+        if seed is not None and not options.law.greedy:
+            noise = lambda i: position_noise(seed, len(self.output) + i, self._vocabulary)  # noqa: E731
+        self._draw = Draw(options.law, rng.random, noise)
+        self._vocabulary = int(target.config["vocab_size"])
+        state.text.extend(prompt[len(state.text) :])
+        if self._ngram is not None:
+            self._ngram.extend(state.text, None)
+
+    # ------------------------------------------------------------------------------------------------ prompt
+    def prefill(self) -> bool:
+        """Feed one chunk of the prompt; True once all but its last token are in the caches."""
+        start = time.perf_counter()
+        state = self.state
+        end = min(len(state.text) - 1, state.cached + PREFILL_ROWS)
+        if end > state.cached:
+            rows = self.target.states(mx.array([state.text[state.cached : end]]), state.cache)[0]
+            mx.eval(rows)
+            self._tell_drafter(state.cached, end, rows)
+            if self.options.keep_states:
+                self.states.append(rows)
+            state.cached = end
+        elif state.drafter is not None and not state.drafter.reads_states and not self.output:
+            self._tell_drafter(state.cached, state.cached, None)
+        self.tally.prefill_s += time.perf_counter() - start
+        return state.cached >= len(state.text) - 1
+
+    def _tell_drafter(self, start: int, end: int, rows: mx.array | None) -> None:
+        """Rows start..end-1 were fed; they predict tokens start+1..end."""
+        drafter = self.state.drafter
+        if drafter is None:
+            return
+        known = drafter.length
+        tokens = self.state.text[known : end + 1]
+        if drafter.reads_states:
+            # row i predicts token i+1; the very first token has no row
+            first = max(known, 1) - 1 - start
+            drafter.extend(tokens, rows[first:])
+        else:
+            drafter.extend(tokens, None)
+
+    # ------------------------------------------------------------------------------------------------ rounds
+    def round(self) -> list[int]:
+        """Emit at least one token; sets `finish_reason` (stop, length) when the answer is complete."""
+        start = time.perf_counter()
+        room = self._limit - len(self.output) - 1
+        draft = self._propose(room)
+        rows, logits = self._verify(draft.tokens)
+        verdict = self._judge(draft, logits)
+        emitted = [*draft.tokens[: verdict.accepted], verdict.token]
+        emitted = self._until_stop(emitted)
+        self._settle(draft, verdict, emitted, rows, logits)
+        self.tally.decode_s += time.perf_counter() - start
+        return emitted
+
+    def _propose(self, room: int) -> Draft:
+        """The draft with the larger expected rate, at most `room` tokens long."""
+        drafter = self.state.drafter
+        k = min(self.chooser.choose(), room) if drafter is not None else 0
+        k_ngram = self._ngram_depth(k, room)
+        if k_ngram:
+            return self._ngram.propose(k_ngram, self._draw)
+        return drafter.propose(k, self._draw) if k > 0 else NOTHING
+
+    def _ngram_depth(self, k_model: int, room: int) -> int:
+        """How many tokens the n-gram drafter should guess instead; 0 leaves the round to the model drafter."""
+        if self._ngram is None or room < 1:
+            return 0
+        _, length = self._ngram.match()
+        costs = self.chooser.costs
+        if length < self._ngram.MIN:
+            return 0
+        fixed = self.chooser.fixed
+        if costs is None or fixed is not None:
+            return 0 if self.state.drafter is not None else min(fixed if fixed is not None else 4, room)
+        # longer matches have earned their trust: half-way from the running estimate to 1 at eight tokens
+        trust = AcceptanceEstimate()
+        lift = 0.5 * (length - self._ngram.MIN) / (self._ngram.MAX - self._ngram.MIN)
+        base = self.ngram_estimate.accepted / self.ngram_estimate.tested
+        trust.accepted = trust.tested * (base + (1 - base) * lift)
+        best, rate = costs.best_k(trust, min(NGRAM_DEPTH, room), costs.ngram)
+        return best if best and rate > costs.rate(k_model, self.chooser.estimate) else 0
+
+    def _verify(self, drafts: Sequence[int]) -> tuple[mx.array, np.ndarray]:
+        """States [k+1, hidden] and logits [k+1, vocabulary] (float32, host) after the last token and each draft."""
+        ids = mx.array([[self.state.text[-1], *drafts]])
+        states = self.target.states(ids, self.state.cache)
+        logits = self.target.logits(states)[0].astype(mx.float32)
+        mx.eval(states, logits)
+        self.state.cached += 1 + len(drafts)
+        return states[0], np.array(logits, copy=False)
+
+    def _judge(self, draft: Draft, logits: np.ndarray) -> Verdict:
+        law = self.options.law
+        if law.greedy:
+            return greedy([int(row.argmax()) for row in logits], draft.tokens)
+
+        def row(i: int) -> Any:
+            return distribution(logits[i], law)
+
+        if self._draw.noise is not None:
+            return coupled(row, draft.tokens, self._draw.noise)
+        return rejection(row, draft.tokens, draft.laws, self._draw.uniform)
+
+    def _until_stop(self, emitted: list[int]) -> list[int]:
+        """Cut after an end-of-answer token or at the length limit, and say so."""
+        for i, token in enumerate(emitted):
+            if token in self.target.stop_tokens:
+                self.finish_reason = "stop"
+                return emitted[: i + 1]
+        if len(self.output) + len(emitted) >= self._limit:
+            self.finish_reason = "length"
+        return emitted[: self._limit - len(self.output)]
+
+    def _settle(self, draft: Draft, verdict: Verdict, emitted: list[int], rows: mx.array, logits: np.ndarray) -> None:
+        """Bring text, caches, drafters, statistics and capture to the state after this round."""
+        state, count = self.state, len(emitted)
+        trim_prompt_cache(state.cache, len(draft.tokens) + 1 - count)
+        state.cached -= len(draft.tokens) + 1 - count
+        position = len(self.output)
+        state.text.extend(emitted)
+        self.output.extend(emitted)
+        self._tell_drafter(state.cached - count, state.cached, rows[:count])
+        if self._ngram is not None:
+            self._ngram.extend(emitted, None)
+        if self.options.keep_states:
+            self.states.append(rows[:count])
+        accepted = min(verdict.accepted, count)
+        source = SOURCES.get(draft.drafter, 0)
+        self.sources.extend([source] * accepted + [0] * (count - accepted))
+        self.tally.count(draft.drafter, len(draft.tokens), accepted)
+        if draft.tokens:
+            estimate = self.chooser.estimate if draft.drafter == "model" else self.ngram_estimate
+            estimate.update(len(draft.tokens), accepted)
+        if self.capture is not None:
+            self.capture.rows(logits[:count])
+            if accepted < len(draft.tokens) and count == accepted + 1:
+                self._capture_rejection(draft, accepted, position + accepted, verdict.token)
+
+    def _capture_rejection(self, draft: Draft, depth: int, position: int, token: int) -> None:
+        self.capture.rejected.append(
+            RejectedDraft(
+                position=position,
+                draft_token=draft.tokens[depth],
+                target_token=token,
+                draft_confidence=draft.confidences[depth],
+                target_confidence=self.capture.confidence(position, token),
+                drafter=draft.drafter,
+                depth=depth + 1,
+            )
+        )
+
+    # ------------------------------------------------------------------------------------------------ ends
+    def cut(self, length: int, reason: str) -> None:
+        """End the answer after its first `length` tokens (a stop string stood there)."""
+        self.finish_reason = reason
+        surplus = len(self.output) - length
+        if surplus <= 0:
+            return
+        del self.output[length:], self.sources[length:]
+        self._rewind(len(self.state.text) - surplus)
+        if self.capture is not None:
+            self.capture.cut(length)
+
+    def _rewind(self, length: int) -> None:
+        state = self.state
+        del state.text[length:]
+        trim_prompt_cache(state.cache, state.cached - (length - 1))
+        state.cached = length - 1
+        if state.drafter is not None:
+            state.drafter.rewind(length)
+
+    def all_states(self) -> np.ndarray | None:
+        """States of every fed position, prompt first, fp16 [text - 1, hidden]; None unless they were kept from the start."""
+        if not self.states or self.tally.reused_tokens:
+            return None
+        rows = mx.concatenate(self.states)[: len(self.state.text) - 1].astype(mx.float16)
+        mx.eval(rows)
+        return np.array(rows)
+
+    def check_in_step(self) -> None:
+        """Raises RuntimeError unless caches, text and drafters agree: the invariant of every round."""
+        state = self.state
+        offsets = {layer.offset for layer in state.cache}
+        if offsets != {state.cached} or state.cached != len(state.text) - 1:
+            raise RuntimeError(f"target cache holds {offsets}, text has {len(state.text)} tokens")
+        if state.drafter is not None and state.drafter.length != len(state.text):
+            raise RuntimeError(f"drafter knows {state.drafter.length} of {len(state.text)} tokens")
+        if state.text[self.prompt_length :] != self.output:
+            raise RuntimeError("text and output differ")

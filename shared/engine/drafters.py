@@ -1,0 +1,275 @@
+"""Who guesses: a head that reads the target's states, a language model of its own, or repeats of the running text.
+
+One interface, one object a request. A drafter is told how the text grew (`extend`) and asked for at most k tokens with the
+laws they were drawn from (`propose`). It catches up with what it was told in one batched call when it is next asked, so
+that rounds without drafting cost it nothing. It does not know what was accepted, only what the text now is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import KVCache, trim_prompt_cache
+
+from specl.shared.engine.law import Distribution, Law, distribution, log_sum_exp, point_mass
+from specl.shared.models.head import HeadDraft
+from specl.shared.models.load import LanguageModel
+
+Noise = Callable[[int], np.ndarray]
+CATCH_UP = 512  # rows a call: bounds the memory of a long catch-up
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Proposed tokens; the law each was drawn from (point masses when greedy); the drafter's own probability of each
+    at temperature 1.
+    """
+
+    tokens: list[int]
+    laws: list[Distribution]
+    confidences: list[float]
+    drafter: str
+
+
+NOTHING = Draft([], [], [], "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How a drafter draws: the request's law, its uniform source, and the noise of output positions when seeded.
+
+    `noise(i)` belongs to the i-th token after the text as it stands.
+    """
+
+    law: Law
+    uniform: Callable[[], float]
+    noise: Noise | None
+
+    def pick(self, logits: np.ndarray, ids: np.ndarray | None, step: int) -> tuple[int, Distribution, float]:
+        """A token from one row of draft logits, its law and its confidence; `ids` names the columns of a subset."""
+        if self.law.greedy:
+            place = int(logits.argmax())
+            confidence = float(np.exp(logits[place] - log_sum_exp(logits)))
+            token = int(ids[place]) if ids is not None else place
+            return token, point_mass(token), confidence
+        law = distribution(logits, self.law)
+        named = law if ids is None else Distribution(ids[law.ids], law.p)
+        token = named.argmax_with(self.noise(step)) if self.noise is not None else named.draw(self.uniform())
+        place = token if ids is None else int(np.searchsorted(ids, token))
+        return token, named, float(np.exp(logits[place] - log_sum_exp(logits)))
+
+
+class Drafter(Protocol):
+    """What a drafter is. `states` of `extend`: the target's normed hidden states [n, hidden] from which each of the n tokens
+    was predicted; the text's very first token has none, so its row is left out. None where nobody computed them.
+    """
+
+    name: str
+    reads_states: bool
+
+    def extend(self, tokens: Sequence[int], states: mx.array | None) -> None:
+        """The text grew by these tokens."""
+        ...
+
+    def propose(self, k: int, draw: Draw) -> Draft:
+        """At most k tokens that may follow."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Only the first `length` tokens of the text still stand."""
+        ...
+
+
+class HeadDrafter:
+    """Runs a `head` draft. Its cache has one entry a token but the first (see models/head.py)."""
+
+    name = "model"
+    reads_states = True
+
+    def __init__(self, draft: HeadDraft) -> None:
+        self.draft = draft
+        self.cache = KVCache()
+        self._tokens: list[int] = []
+        self._states: list[mx.array] = []
+        self._started = False
+        self._last: mx.array | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text it has been told."""
+        return (self.cache.offset + len(self._tokens) + 1) if self._started else 0
+
+    def extend(self, tokens: Sequence[int], states: mx.array | None) -> None:
+        """See Drafter."""
+        if states is None:
+            raise ValueError("a head drafter needs the target's states")
+        if not self._started and tokens:
+            tokens, self._started = tokens[1:], True
+        if states.shape[0] != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens with {states.shape[0]} states")
+        if tokens:
+            self._tokens.extend(tokens)
+            self._states.append(states)
+
+    def rewind(self, length: int) -> None:
+        """See Drafter."""
+        pending = self.length - len(self._tokens)
+        if length < pending:
+            self.cache.trim(pending - length)
+            self._tokens, self._states, self._last = [], [], None
+        elif len(self._tokens) > length - pending:
+            keep = length - pending
+            states = mx.concatenate(self._states)[:keep] if keep else None
+            self._tokens, self._states = self._tokens[:keep], [states] if states is not None else []
+        self._started = self._started and length > 0
+
+    def _catch_up(self) -> None:
+        states = mx.concatenate(self._states) if len(self._states) > 1 else self._states[0]
+        for start in range(0, len(self._tokens), CATCH_UP):
+            ids = mx.array([self._tokens[start : start + CATCH_UP]])
+            part = states[None, start : start + CATCH_UP]
+            out = self.draft.head(part, self.draft.target.embed(ids), self.cache)
+            self._last = out[:, -1:]
+            mx.eval(self._last, self.cache.state)
+        self._tokens, self._states = [], []
+
+    def propose(self, k: int, draw: Draw) -> Draft:
+        """See Drafter. Entries that rest on its own guesses are dropped at once; true states will replace them."""
+        if k <= 0 or not (self._tokens or self._last is not None):
+            return NOTHING
+        if self._tokens:
+            self._catch_up()
+        state = self._last
+        tokens, laws, confidences = [], [], []
+        for step in range(k):
+            logits = np.array(self.draft.logits(state[0, -1]).astype(mx.float32), copy=False)
+            token, law, confidence = draw.pick(logits, self.draft.hot, step)
+            tokens.append(token)
+            laws.append(law)
+            confidences.append(confidence)
+            if step + 1 < k:
+                state = self.draft.head(state, self.draft.target.embed(mx.array([[token]])), self.cache)
+        self.cache.trim(k - 1)
+        return Draft(tokens, laws, confidences, self.name)
+
+
+class ModelDrafter:
+    """Runs a language model of its own (a sibling or some of the target's layers)."""
+
+    name = "model"
+    reads_states = False
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.cache = model.new_cache()
+        self._in_cache: list[int] = []  # what the cache holds: text, and drafts that may become text
+        self._text: list[int] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text it has been told."""
+        return len(self._text)
+
+    def extend(self, tokens: Sequence[int], states: mx.array | None) -> None:
+        """See Drafter."""
+        self._text.extend(tokens)
+
+    def rewind(self, length: int) -> None:
+        """See Drafter."""
+        del self._text[length:]
+
+    def _sync(self) -> int:
+        """Trim the cache to what it shares with the text, always leaving one token to feed; how many it then holds."""
+        old = self._in_cache
+        shared, most = 0, min(len(old), len(self._text) - 1)
+        # drafts live at the end, so the comparison starts where the last sync knew both to be equal
+        while shared < most and old[shared] == self._text[shared]:
+            shared += 1
+        trim_prompt_cache(self.cache, len(old) - shared)
+        del old[shared:]
+        return shared
+
+    def _feed(self, tokens: list[int]) -> np.ndarray:
+        for start in range(0, len(tokens), CATCH_UP):
+            states = self.model.states(mx.array([tokens[start : start + CATCH_UP]]), self.cache)
+            mx.eval(states)
+        self._in_cache.extend(tokens)
+        return np.array(self.model.logits(states[:, -1])[0].astype(mx.float32), copy=False)
+
+    def propose(self, k: int, draw: Draw) -> Draft:
+        """See Drafter."""
+        if k <= 0 or not self._text:
+            return NOTHING
+        logits = self._feed(self._text[self._sync() :])
+        tokens, laws, confidences = [], [], []
+        for step in range(k):
+            token, law, confidence = draw.pick(logits, None, step)
+            tokens.append(token)
+            laws.append(law)
+            confidences.append(confidence)
+            if step + 1 < k:
+                logits = self._feed([token])
+        return Draft(tokens, laws, confidences, self.name)
+
+
+class NgramDrafter:
+    """Repeats of the running text: what followed the last time the same few tokens stood here. Point masses.
+
+    After prompt-lookup decoding (Saxena 2023) with the longest match first.
+    """
+
+    name = "ngram"
+    reads_states = False
+    MIN, MAX = 2, 8
+
+    def __init__(self) -> None:
+        self._text: list[int] = []
+        self._places: dict[tuple[int, ...], list[int]] = {}
+        self._indexed = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text it has been told."""
+        return len(self._text)
+
+    def extend(self, tokens: Sequence[int], states: mx.array | None) -> None:
+        """See Drafter."""
+        self._text.extend(tokens)
+
+    def rewind(self, length: int) -> None:
+        """See Drafter."""
+        if length < len(self._text):
+            del self._text[length:]
+            self._places, self._indexed = {}, 0
+
+    def _index(self) -> None:
+        # an n-gram is entered only once something follows it, so a match always has a continuation
+        for end in range(max(self._indexed, self.MIN), len(self._text)):
+            self._places.setdefault(tuple(self._text[end - self.MIN : end]), []).append(end)
+        self._indexed = max(self._indexed, len(self._text))
+
+    def match(self) -> tuple[int, int]:
+        """(end of the best earlier match, its length in tokens); length 0 where there is none. Latest wins among equals."""
+        self._index()
+        text, best, place = self._text, 0, 0
+        if len(text) < self.MIN:
+            return 0, 0
+        for end in reversed(self._places.get(tuple(text[-self.MIN :]), [])[-64:]):
+            length = self.MIN
+            while length < self.MAX and length < end and text[end - length - 1] == text[-length - 1]:
+                length += 1
+            if length > best:
+                best, place = length, end
+            if best == self.MAX:
+                break
+        return place, best
+
+    def propose(self, k: int, draw: Draw) -> Draft:
+        """See Drafter."""
+        place, length = self.match()
+        tokens = self._text[place : place + k] if length else []
+        if not tokens:
+            return NOTHING
+        return Draft(tokens, [point_mass(token) for token in tokens], [1.0] * len(tokens), self.name)

@@ -1,0 +1,191 @@
+"""Models, drafts, adapters and costs put together: makes sessions, measures costs, swaps adapters. One thread owns it.
+
+Used alike by the inference daemon, `bench`, `eval` and the Python API. Knows nothing of queues, sockets, records or where
+adapters lie on disk.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from specl.shared import config
+from specl.shared.engine.costs import AcceptanceEstimate, Costs, KChooser, cache_key, load_or_calibrate
+from specl.shared.engine.decode import Options, Session, State
+from specl.shared.engine.drafters import Drafter, Draw, HeadDrafter, ModelDrafter
+from specl.shared.engine.law import Law
+from specl.shared.engine.prefix import PrefixCache
+from specl.shared.errors import RequestRejected
+from specl.shared.models.head import HeadDraft
+from specl.shared.models.load import LanguageModel
+from specl.shared.models.lora import LoraShape, Pristine, Weights, fuse
+
+WARM_CONTEXT = 128  # tokens in the caches while costs are measured
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter read and verified: its id, what it changes, and a refreshed hot vocabulary where it has one."""
+
+    id: str
+    shape: LoraShape
+    weights: Weights
+    hot: np.ndarray | None
+
+
+class Engine:
+    """One target, at most one draft."""
+
+    def __init__(
+        self, target: LanguageModel, draft: HeadDraft | LanguageModel | None, settings: config.Settings
+    ) -> None:
+        self.target, self.draft, self.settings = target, draft, settings
+        self.costs: Costs | None = None
+        self.adapter_id = ""
+        self.adapter_form = "none"
+        self.estimate = AcceptanceEstimate()
+        self.ngram_estimate = AcceptanceEstimate(prior=0.4)
+        self.prefixes = PrefixCache(settings.memory.max_kv_cache_tokens)
+        self._pristine = Pristine(self.draft_module) if draft is not None else None
+        self._pristine_hot = draft.hot if isinstance(draft, HeadDraft) else None
+
+    @property
+    def draft_module(self) -> nn.Module | None:
+        """What an adapter may change: modules that the draft owns, never the target's."""
+        if isinstance(self.draft, HeadDraft):
+            return self.draft.head
+        return self.draft.model if self.draft is not None else None
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the draft needs the target's hidden states (to draft, and to learn)."""
+        return isinstance(self.draft, HeadDraft)
+
+    @property
+    def draft_fingerprint(self) -> str:
+        """A name for the draft's pristine weights; empty without a draft."""
+        return self.draft.fingerprint if self.draft is not None else ""
+
+    # ------------------------------------------------------------------------------------------------ requests
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[str, list[int]]:
+        """The rendered prompt and its tokens. Raises RequestRejected where the template refuses the messages."""
+        try:
+            text = self.target.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # Jinja templates raise whatever their authors chose
+            raise RequestRejected(f"the chat template refuses these messages: {error}") from error
+        return text, self.encode(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text as it stands."""
+        return list(self.target.tokenizer.encode(text, add_special_tokens=False))
+
+    def session(self, prompt: Sequence[int], options: Options) -> Session:
+        """Start a request. Raises RequestRejected for a prompt that is empty or leaves no room in the context."""
+        prompt = list(prompt)
+        if not prompt:
+            raise RequestRejected("the prompt is empty")
+        if options.max_tokens < 1:
+            raise RequestRejected(f"max_tokens must be at least 1, not {options.max_tokens}")
+        if len(prompt) >= self.target.context_length:
+            raise RequestRejected(
+                f"the prompt has {len(prompt)} tokens; the context of {self.target.name} holds {self.target.context_length}"
+            )
+        options.law.check()
+        # kept states must be whole, so a request that keeps them starts afresh
+        state = None if options.keep_states else self.prefixes.take(prompt, self.adapter_id)
+        if state is None:
+            state = State([], self.target.new_cache(), None)
+        if state.drafter is None and options.num_draft_tokens != 0:
+            if state.cached and self.reads_states:  # a head cannot catch up on states that nobody has any more
+                state = State([], self.target.new_cache(), None)
+            state.drafter = self._new_drafter()
+        most = self.settings.speculative.max_draft_tokens
+        fixed = options.num_draft_tokens
+        chooser = KChooser(self.costs, most, fixed, self.estimate)
+        return Session(self.target, state, prompt, options, chooser, self.ngram_estimate)
+
+    def _new_drafter(self) -> Drafter | None:
+        if isinstance(self.draft, HeadDraft):
+            return HeadDrafter(self.draft)
+        return ModelDrafter(self.draft) if self.draft is not None else None
+
+    def retire(self, session: Session, adapter_id: str, owner: str, reserved: int = 0) -> None:
+        """Keep a finished session's caches for the next turn."""
+        state = session.state
+        if state.cached == len(state.text) - 1:
+            self.prefixes.put(state, adapter_id, owner, reserved)
+
+    def generate(self, prompt: Sequence[int], options: Options) -> Iterator[list[int]]:
+        """Tokens round by round, for programs that serve one request at a time."""
+        session = self.session(prompt, options)
+        while not session.prefill():
+            pass
+        while session.finish_reason is None:
+            yield session.round()
+
+    # ------------------------------------------------------------------------------------------------ adapters
+    def use_adapter(self, adapter: LoadedAdapter | None) -> None:
+        """Draft with `adapter`, or with the pristine draft. Between two rounds; the target is never touched."""
+        if self._pristine is None:
+            return
+        self._pristine.restore()
+        self.adapter_id, self.adapter_form = "", "none"
+        if isinstance(self.draft, HeadDraft):
+            hot = adapter.hot if adapter is not None and adapter.hot is not None else self._pristine_hot
+            if hot is not self.draft.hot:
+                self.draft.set_hot(hot)
+        if adapter is not None:
+            self.adapter_form = fuse(self.draft_module, adapter.shape, adapter.weights)
+            self.adapter_id = adapter.id
+        self.estimate = AcceptanceEstimate()
+
+    # ------------------------------------------------------------------------------------------------ costs
+    def calibrate(self, folder: Path) -> Costs:
+        """Measure, or read from `folder`, what steps cost here. Takes a few seconds the first time."""
+        most = self.settings.speculative.max_draft_tokens
+        key = cache_key(self.target.fingerprint, self.draft_fingerprint, self.settings.models.precision)
+        self.costs = load_or_calibrate(folder, key, _Bench(self), most, self.draft is not None)
+        return self.costs
+
+    def clear_caches(self) -> None:
+        """Give MLX's free memory back to the system."""
+        mx.clear_cache()
+
+
+class _Bench:
+    """What calibration runs: steps on a warm context, rewound after each."""
+
+    def __init__(self, engine: Engine) -> None:
+        prompt = [1 + i % 97 for i in range(WARM_CONTEXT)]
+        self._session = engine.session(prompt, Options(law=Law(), num_draft_tokens=1 if engine.draft else 0))
+        while not self._session.prefill():
+            pass
+        self._drafter = self._session.state.drafter
+        self._draw = Draw(Law(), lambda: 0.5, None)
+
+    def verify_once(self, rows: int) -> None:
+        state = self._session.state
+        kept = state.cached
+        self._session._verify([5] * (rows - 1))
+        for layer in state.cache:
+            layer.trim(state.cached - kept)
+        state.cached = kept
+
+    def draft_once(self, k: int) -> None:
+        if self._drafter is None:
+            return
+        text, last = len(self._session.state.text), self._session.state.text[-1]
+        if self._drafter.reads_states:
+            # a round's usual catch-up: two accepted tokens
+            width = self._session.target.hidden_size
+            self._drafter.extend([last, last], mx.zeros((2, width)))
+        else:
+            self._drafter.extend([last, last], None)
+        self._drafter.propose(k, self._draw)
+        self._drafter.rewind(text)

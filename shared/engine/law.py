@@ -1,0 +1,137 @@
+"""The law a token is drawn from: filters and temperature over one row of logits, sparse where filters make it so.
+
+Filters act on the untempered distribution and temperature last, in mlx-lm's order (sample_utils.make_sampler: top-p, min-p,
+top-k, then 1/T). The same law is applied to draft and target. numpy on the host: a row of 49,152 takes tenths of a
+millisecond here and 4.7 ms through MLX's sort on CPU.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from specl.shared.errors import RequestRejected
+
+CHUNK = 64
+NUCLEUS_CANDIDATES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 are off. With a seed the text depends on nothing else."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def check(self) -> "Law":
+        """Itself. Raises RequestRejected for a value out of range."""
+        if not 0 <= self.temperature <= 10:
+            raise RequestRejected(f"temperature must lie between 0 and 10, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise RequestRejected(f"top_p must lie above 0 and not above 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise RequestRejected(f"top_k must not be negative, not {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise RequestRejected(f"min_p must lie between 0 and 1, not {self.min_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise RequestRejected("seed must lie between 0 and 2^63 - 1")
+        return self
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the argmax is taken."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Probabilities `p` (float64, sum 1) of token `ids` (sorted ascending); every other token has probability 0."""
+
+    ids: np.ndarray
+    p: np.ndarray
+
+    def of(self, token: int) -> float:
+        """The probability of one token."""
+        place = int(np.searchsorted(self.ids, token))
+        return float(self.p[place]) if place < len(self.ids) and self.ids[place] == token else 0.0
+
+    def draw(self, uniform: float) -> int:
+        """The token at this quantile in [0, 1)."""
+        cumulative = np.cumsum(self.p)
+        place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+        return int(self.ids[min(place, len(self.ids) - 1)])
+
+    def argmax_with(self, noise: np.ndarray) -> int:
+        """argmax of log p + noise[token]: with Gumbel noise an exact draw (the Gumbel-max trick)."""
+        with np.errstate(divide="ignore"):
+            return int(self.ids[np.argmax(np.log(self.p) + noise[self.ids])])
+
+
+def point_mass(token: int) -> Distribution:
+    """All probability on one token: what an n-gram or argmax draft is."""
+    return Distribution(np.array([token]), np.ones(1))
+
+
+def log_sum_exp(logits: np.ndarray) -> np.ndarray:
+    """Along the last axis, in float64 where it matters (the sum)."""
+    top = logits.max(axis=-1, keepdims=True)
+    return np.log(np.exp(logits - top).sum(axis=-1, dtype=np.float64)) + top[..., 0]
+
+
+def top_indices(logits: np.ndarray, k: int) -> np.ndarray:
+    """Places of the `k` largest of one row, largest first.
+
+    The k largest lie in the k chunks with the largest maxima, so most of the row is only ever compared in bulk.
+    """
+    size = len(logits)
+    k = min(k, size)
+    chunks = size // CHUNK
+    if chunks < 2 * k:
+        found = np.argpartition(logits, size - k)[size - k :]
+        return found[np.argsort(-logits[found], kind="stable")]
+    body = logits[: chunks * CHUNK].reshape(chunks, CHUNK)
+    best = np.argpartition(body.max(axis=1), chunks - k)[chunks - k :]
+    places = (best[:, None] * CHUNK + np.arange(CHUNK)).ravel()
+    places = np.concatenate([places, np.arange(chunks * CHUNK, size)])
+    values = logits[places]
+    found = places[np.argpartition(values, len(values) - k)[len(values) - k :]]
+    return found[np.argsort(-logits[found], kind="stable")]
+
+
+def _nucleus(logits: np.ndarray, total: float, top_p: float) -> np.ndarray:
+    """The fewest most likely tokens that weigh `top_p` together, most likely first."""
+    for count in (NUCLEUS_CANDIDATES, len(logits)):
+        order = top_indices(logits, count)
+        mass = np.cumsum(np.exp(logits[order].astype(np.float64) - total))
+        if mass[-1] >= top_p or count == len(logits):
+            return order[: int(np.searchsorted(mass, top_p)) + 1]
+    raise AssertionError("unreachable")
+
+
+def distribution(logits: np.ndarray, law: Law) -> Distribution:
+    """The law of one row of logits [vocabulary]. Temperature must be above 0; greedy needs only the argmax."""
+    total = float(log_sum_exp(logits))
+    kept: np.ndarray | None = None
+    if law.top_p < 1:
+        kept = _nucleus(logits, total, law.top_p)
+    if law.top_k and (kept is None or len(kept) > law.top_k):
+        kept = kept[: law.top_k] if kept is not None else top_indices(logits, law.top_k)
+    if law.min_p > 0:
+        floor = logits.max() + np.log(law.min_p)
+        kept = np.flatnonzero(logits >= floor) if kept is None else kept[logits[kept] >= floor]
+    ids = np.arange(len(logits)) if kept is None else np.sort(kept)
+    scaled = logits[ids].astype(np.float64) / law.temperature
+    weights = np.exp(scaled - scaled.max())
+    return Distribution(ids, weights / weights.sum())
+
+
+def position_noise(seed: int, position: int, size: int) -> np.ndarray:
+    """Gumbel noise of every token at one text position: a function of nothing but these three.
+
+    Philox is counter-based, so any position is reached directly; numpy keeps its stream stable between versions.
+    """
+    bits = np.random.Philox(key=seed, counter=[0, 0, position, 0])
+    uniform = np.random.Generator(bits).random(size)
+    return -np.log(-np.log(np.maximum(uniform, 1e-300)))
