@@ -1,1 +1,38 @@
-""""""
+"""The shipped prompt sets, frozen (README.md here says how they were made). Reads files, knows nothing of models."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+SETS = ("train", "heldout", "regression", "bench/general", "bench/code", "bench/copy", "bench/adversarial")
+
+
+@dataclass(frozen=True, slots=True)
+class ShippedPrompt:
+    """One prompt: chat messages that end with the user's."""
+
+    id: str
+    kind: str
+    messages: list[dict[str, Any]]
+
+
+def path_of(name: str) -> Path:
+    """The file of a set. Raises ValueError for a set that does not exist."""
+    if name not in SETS:
+        raise ValueError(f"no prompt set {name!r}; there are {', '.join(SETS)}")
+    return Path(str(files("specl.shared.prompts"))) / f"{name}.jsonl"
+
+
+def load(name: str) -> list[ShippedPrompt]:
+    """A set by name, in its frozen order."""
+    lines = path_of(name).read_text(encoding="utf-8").splitlines()
+    items = [json.loads(line) for line in lines if line.strip()]
+    return [ShippedPrompt(item["id"], item["kind"], item["messages"]) for item in items]
+
+
+def sha256(name: str) -> str:
+    """The set's hash, as reports quote it."""
+    return hashlib.sha256(path_of(name).read_bytes()).hexdigest()

@@ -1,0 +1,198 @@
+"""`draft build`: a head draft out of the target itself. Generate, choose a hot vocabulary, train, evaluate, write.
+
+Every stage leaves files under its work folder and skips what is already there, so a stopped build goes on where it was.
+A time limit is shared out between generating and training; what there is when it ends is what the draft is made of.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specl.shared.errors import ModelError
+from specl.shared.learning.examples import Example, hot_vocabulary
+from specl.shared.learning.learner import Agreement, Learner, agreement
+from specl.shared.learning.losses import LossSettings
+from specl.shared.learning.steps import Batches, StepLoop, StepSettings, about_checkpoint
+from specl.shared.learning.traffic import Prompt, answer, load_shard, save_shard
+from specl.shared.models.head import HeadDraft, load_head, new_head, save_head
+from specl.shared.models.load import LanguageModel
+
+BATCH_ROWS = 32
+SORT_WINDOW = 8  # batches sorted by length together: little padding, prompts still mixed
+GENERATE_SHARE = 0.6  # of the time limit
+CHECKPOINT_EVERY = 200
+HELDOUT_PROMPTS = 96
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSettings:
+    """What a build is made of. `tokens` counts generated tokens; `seconds` limits everything."""
+
+    tokens: int = 200_000
+    seconds: float = 3600.0
+    hot_size: int = 6144
+    answer_tokens: int = 160
+    top_k: int = 32
+    sampled_share: float = 0.35
+    temperature: float = 0.8
+    epochs: int = 6
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    loss: LossSettings = field(default_factory=lambda: LossSettings("acceptance"))
+    depths: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a build is: `done` of `total` (tokens or steps), seconds left by the current pace, and a note."""
+
+    stage: str
+    done: int
+    total: int
+    left_s: float
+    note: str = ""
+
+
+Tell = Callable[[Progress], None]
+
+
+def _groups(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    window = BATCH_ROWS * SORT_WINDOW
+    ordered: list[Prompt] = []
+    for start in range(0, len(prompts), window):
+        ordered += sorted(prompts[start : start + window], key=lambda prompt: len(prompt.tokens))
+    return [ordered[i : i + BATCH_ROWS] for i in range(0, len(ordered), BATCH_ROWS)]
+
+
+def generate(
+    target: LanguageModel,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    name: str,
+    settings: BuildSettings,
+    deadline: float,
+    tell: Tell,
+) -> list[Path]:
+    """Answer prompts in batches of 32 into shards; stops at the token budget or the deadline (monotonic seconds)."""
+    shards, done, start = [], 0, time.monotonic()
+    made = 0
+    for number, group in enumerate(_groups(prompts)):
+        path = folder / f"{name}-{number:05d}.npz"
+        if done >= settings.tokens or (not path.exists() and time.monotonic() > deadline and shards):
+            break
+        if not path.exists():
+            rng = np.random.default_rng([settings.seed, number])
+
+            def tick(count: int) -> None:
+                nonlocal made, done
+                made, done = made + count, done + count
+                pace = made / (time.monotonic() - start)
+                tell(Progress(f"writing {name} text", done, settings.tokens, (settings.tokens - done) / pace))
+
+            save_shard(path, answer(target, group, settings.answer_tokens, settings.top_k, True, rng, tick))
+        else:
+            done += sum(example.rows for example in load_shard(path))
+        shards.append(path)
+    return shards
+
+
+def encode_prompts(
+    target: LanguageModel, prompts: Sequence[Any], settings: BuildSettings, sampled: bool = True
+) -> list[Prompt]:
+    """Shipped or user prompts through the chat template; a share is answered at temperature, the rest greedily."""
+    rng = np.random.default_rng(settings.seed)
+    encoded = []
+    for prompt in prompts:
+        text = target.tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+        tokens = list(target.tokenizer.encode(text, add_special_tokens=False))
+        warm = sampled and rng.random() < settings.sampled_share
+        if len(tokens) < target.context_length - settings.answer_tokens:
+            encoded.append(Prompt(prompt.id, tokens, settings.temperature if warm else 0.0))
+    if not encoded:
+        raise ModelError("there are no prompts to build a draft from")
+    return [encoded[i] for i in rng.permutation(len(encoded))] if sampled else encoded
+
+
+def train(
+    draft: HeadDraft, examples: Sequence[Example], folder: Path, settings: BuildSettings, deadline: float, tell: Tell
+) -> dict[str, Any]:
+    """Train until the epochs or the time are over; resumes from its checkpoint. Returns steps, seconds and losses."""
+    learner = Learner(draft)
+    per_epoch = max(1, len(examples) // settings.batch_size)
+    total = per_epoch * settings.epochs
+    batches = Batches(examples, (), settings.batch_size, 0.0, settings.seed)
+    loop = StepLoop(learner, settings.loss, StepSettings(settings.learning_rate, total, depths=settings.depths))
+    checkpoint = folder / "checkpoint"
+    if about_checkpoint(checkpoint) is not None:
+        loop.resume(checkpoint)
+        for _ in range(loop.step_number):
+            batches.next()
+    start, first, smooth, begun = time.monotonic(), None, None, loop.step_number
+    while loop.step_number < total and time.monotonic() < deadline:
+        loss = loop.step([batches.next()])
+        first = loss if first is None else first
+        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        pace = (time.monotonic() - start) / (loop.step_number - begun)
+        left = min(pace * (total - loop.step_number), max(0.0, deadline - time.monotonic()))
+        tell(Progress("training", loop.step_number, total, left, f"loss {smooth:.3f}"))
+        if loop.step_number % CHECKPOINT_EVERY == 0:
+            loop.save(checkpoint, {})
+    loop.save(checkpoint, {})
+    return {
+        "steps": loop.step_number,
+        "seconds": round(time.monotonic() - start, 1),
+        "loss_first": first,
+        "loss_last": smooth,
+    }
+
+
+def build_head(
+    target: LanguageModel,
+    train_prompts: Sequence[Any],
+    heldout_prompts: Sequence[Any],
+    work: Path,
+    out: Path,
+    settings: BuildSettings,
+    about: dict[str, Any],
+    tell: Tell = lambda progress: None,
+) -> tuple[HeadDraft, Agreement, dict[str, Any]]:
+    """The whole pipeline. Returns the draft as written, its held-out agreement (greedy prompts) and its manifest."""
+    work.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    heldout = encode_prompts(target, heldout_prompts[:HELDOUT_PROMPTS], settings, sampled=False)
+    judged = generate(target, heldout, work, "held-out", settings, start + 0.1 * settings.seconds, tell)
+    prompts = encode_prompts(target, train_prompts, settings)
+    shards = generate(target, prompts, work, "training", settings, start + GENERATE_SHARE * settings.seconds, tell)
+    examples = [example for shard in shards for example in load_shard(shard) if example.rows > 1]
+    hot = hot_vocabulary(examples, settings.hot_size, int(target.config["vocab_size"]))
+    draft = new_head(target, hot)
+    figures = train(draft, examples, work, settings, start + settings.seconds, tell)
+    tests = [example for shard in judged for example in load_shard(shard) if example.rows > 1]
+    score = agreement(Learner(draft), tests, depths=3)
+    manifest = {
+        **about,
+        "kind": "head",
+        "target": target.name,
+        "target_fingerprint": target.fingerprint,
+        "settings": asdict(settings),
+        "training_prompts": len(examples),
+        "training_tokens": int(sum(example.rows for example in examples)),
+        "training": figures,
+        "hot_coverage_heldout": _coverage(tests, hot),
+        "heldout_prompts": len(tests),
+        "heldout_agreement_by_depth": [round(value, 4) for value in score.by_depth],
+        "hours": round((time.monotonic() - start) / 3600, 3),
+    }
+    save_head(draft, out, json.loads(json.dumps(manifest)))
+    return load_head(out, out.name, target), score, manifest
+
+
+def _coverage(examples: Sequence[Example], hot: np.ndarray) -> float:
+    tokens = np.concatenate([example.tokens[example.prompt_length :] for example in examples])
+    return round(float(np.isin(tokens, hot).mean()), 4)

@@ -1,0 +1,165 @@
+"""A draft as something to train and to score: logits for supervised tokens, by drafting depth. Two kinds, one interface.
+
+A head is unrolled over its own steps as drafting would run it (models/head.py); a language model is teacher-forced once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from specl.shared.learning.examples import Batch, Example, collate
+from specl.shared.learning.losses import LossSettings, Teacher, position_losses, weighted_mean
+from specl.shared.models.head import HeadDraft
+from specl.shared.models.load import LanguageModel
+
+CHUNK_FLOATS = 16 * 1024 * 1024  # logits a chunk: 512 x 151,936 would be 311 MB a copy, and a step makes several
+DEPTH_WEIGHT = 0.8  # of each depth against the one before (EAGLE-3)
+
+
+class Learner:
+    """A draft to train or score. `module` holds what is trained."""
+
+    def __init__(self, draft: HeadDraft | LanguageModel) -> None:
+        self.draft = draft
+        self.is_head = isinstance(draft, HeadDraft)
+        self.module: nn.Module = draft.head if self.is_head else draft.model
+        self._columns = self._column_table()
+
+    def _column_table(self) -> np.ndarray:
+        """Column of every token among the draft's logits, -1 where it has none."""
+        if not self.is_head:
+            return np.arange(int(self.draft.config["vocab_size"]))
+        table = np.full(int(self.draft.target.config["vocab_size"]), -1, np.int64)
+        table[self.draft.hot] = np.arange(len(self.draft.hot))
+        return table
+
+    def set_hot(self, hot: np.ndarray) -> None:
+        """Score another hot vocabulary (a head only)."""
+        self.draft.set_hot(hot)
+        self._columns = self._column_table()
+
+    def teacher(self, batch: Batch, pick: np.ndarray) -> Teacher:
+        """The target's law at the supervised tokens `pick`, in this draft's columns."""
+        labels = batch.tokens[batch.where[pick, 0], batch.where[pick, 1]]
+        return Teacher(
+            mx.array(self._columns[batch.ids[pick]]),
+            mx.array(batch.logprobs[pick]),
+            mx.array(self._columns[labels]),
+            mx.array(batch.weights[pick]),
+        )
+
+    def outputs(self, batch: Batch, depths: int) -> list[tuple[mx.array, np.ndarray]]:
+        """For each depth: rows [m, hidden] that score supervised tokens, and which of them (indices into batch.where).
+
+        Depth s has no row for the first s tokens of a text.
+        """
+        tokens = mx.array(batch.tokens)
+        if self.is_head:
+            states = mx.array(batch.states).astype(mx.float32)
+            # entry e reads state e and token e+1, and predicts token e+2
+            unrolled = self.module.unroll(states, self.draft.target.embed(tokens[:, 1:]).astype(mx.float32), depths)
+            shift = 2
+        else:
+            unrolled, shift = [self.draft.states(tokens[:, :-1])], 1
+        result = []
+        for depth, out in enumerate(unrolled):
+            pick = np.flatnonzero(batch.where[:, 1] >= shift + depth)
+            rows, places = batch.where[pick, 0], batch.where[pick, 1] - shift
+            flat = out.reshape(-1, out.shape[-1])
+            result.append((flat[mx.array(rows * out.shape[1] + places)], pick))
+        return result
+
+    def logits(self, rows: mx.array) -> mx.array:
+        """Scores of the draft's columns."""
+        return self.draft.logits(rows)
+
+    def loss(self, batch: Batch, settings: LossSettings, depths: int) -> mx.array:
+        """Mean loss over depths and supervised tokens; differentiable in `module`'s trainable parameters."""
+        total, scale = mx.array(0.0), 0.0
+        for depth, (rows, pick) in enumerate(self.outputs(batch, depths)):
+            weight = DEPTH_WEIGHT**depth
+            total = total + weight * self._chunked_loss(rows, batch, pick, settings)
+            scale += weight
+        return total / scale
+
+    def _chunked_loss(self, rows: mx.array, batch: Batch, pick: np.ndarray, settings: LossSettings) -> mx.array:
+        """As one piece where the logits are small, else in chunks whose logits are recomputed in the backward pass."""
+        columns = len(self.draft.hot) if self.is_head else len(self._columns)
+        size = max(1, CHUNK_FLOATS // columns)
+
+        def piece(part: mx.array, teacher: Teacher) -> tuple[mx.array, mx.array]:
+            losses, valid = position_losses(self.logits(part), teacher, settings)
+            return losses, valid
+
+        if len(pick) <= size:
+            teacher = self.teacher(batch, pick)
+            losses, valid = piece(rows, teacher)
+            return weighted_mean(losses, valid, teacher.weights)
+        parts, weights = [], []
+        for start in range(0, len(pick), size):
+            teacher = self.teacher(batch, pick[start : start + size])
+            parts.append(mx.checkpoint(lambda part, t=teacher: piece(part, t))(rows[start : start + size]))
+            weights.append(teacher.weights)
+        losses, valid = (mx.concatenate([part[i] for part in parts]) for i in (0, 1))
+        return weighted_mean(losses, valid, mx.concatenate(weights))
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How often a draft says what the target says. Arrays have one entry an example, for resampling.
+
+    hits / positions: at depth 1, own top token = the text's (greedy), or sum of min(p, q) over the stored top-k (sampled: a
+    lower bound). by_depth: the same at each depth, given that all shallower tokens stood.
+    """
+
+    hits: np.ndarray
+    positions: np.ndarray
+    by_depth: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        """Over all positions; 0 where there are none."""
+        return float(self.hits.sum() / max(self.positions.sum(), 1))
+
+
+def agreement(learner: Learner, examples: Sequence[Example], depths: int = 1, batch_size: int = 8) -> Agreement:
+    """Score a draft on examples, teacher-forced: no target run is needed."""
+    hits, positions = np.zeros(len(examples)), np.zeros(len(examples))
+    depth_hits, depth_rows = np.zeros(depths), np.zeros(depths)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
+        batch = collate([examples[i] for i in members])
+        sampled = np.array([not examples[i].greedy for i in members])
+        for depth, (rows, pick) in enumerate(learner.outputs(batch, depths)):
+            score = _scores(learner, rows, batch, pick, sampled)
+            depth_hits[depth] += score.sum()
+            depth_rows[depth] += len(score)
+            if depth == 0:
+                owner = np.array(members)[batch.owner[pick]]
+                np.add.at(hits, owner, score)
+                np.add.at(positions, owner, 1)
+    return Agreement(hits, positions, tuple(float(h / max(r, 1)) for h, r in zip(depth_hits, depth_rows, strict=True)))
+
+
+def _scores(learner: Learner, rows: mx.array, batch: Batch, pick: np.ndarray, sampled: np.ndarray) -> np.ndarray:
+    """1 or 0 for greedy rows, the overlap for sampled ones."""
+    size = max(1, CHUNK_FLOATS // len(learner._columns))
+    scores = []
+    for start in range(0, len(pick), size):
+        part = pick[start : start + size]
+        teacher = learner.teacher(batch, part)
+        logits = learner.logits(rows[start : start + size]).astype(mx.float32)
+        hit = (mx.argmax(logits, axis=1) == teacher.label).astype(mx.float32)
+        inside = (teacher.columns >= 0).astype(mx.float32)
+        q = mx.exp(
+            mx.take_along_axis(logits, mx.maximum(teacher.columns, 0), axis=1) - mx.logsumexp(logits, axis=1, keepdims=True)
+        )
+        overlap = (mx.minimum(mx.exp(teacher.logprobs), q) * inside).sum(axis=1)
+        mx.eval(hit, overlap)
+        is_sampled = sampled[batch.where[part, 0]]
+        scores.append(np.where(is_sampled, np.array(overlap), np.array(hit)))
+    return np.concatenate(scores) if scores else np.zeros(0)

@@ -1,0 +1,95 @@
+"""What a step minimises: cross-entropy, KL on the target's top-k with its tail, both mixed, or the acceptance itself.
+
+All vectorised over positions (a loss that calls `.item()` a position has no gradient). A draft with a hot vocabulary scores
+a subset of tokens: the teacher is renormalised over it, its remaining mass being one tail outcome, else KL is infinite.
+
+Sources: KL on top-k with tail, DistillSpec (arXiv 2310.08461); acceptance-shaped, LK losses (2602.23881).
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+KINDS = ("ce", "kl", "mixed", "acceptance")
+EPSILON = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """`temperature` softens both sides of KL; `alpha` is KL's share of `mixed`."""
+
+    kind: str = "mixed"
+    temperature: float = 1.0
+    alpha: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """The target at m positions, in the draft's columns: columns [m, k] (-1: not in the draft's vocabulary),
+    logprobs [m, k], label [m] (the emitted token's column or -1), weights [m].
+    """
+
+    columns: mx.array
+    logprobs: mx.array
+    label: mx.array
+    weights: mx.array
+
+
+def position_losses(logits: mx.array, teacher: Teacher, settings: LossSettings) -> tuple[mx.array, mx.array]:
+    """Loss and validity (0 or 1) of each row of `logits` [m, columns]."""
+    logits = logits.astype(mx.float32)
+    if settings.kind == "ce":
+        return _cross_entropy(logits, teacher)
+    kl, overlap, valid = _kl_and_overlap(logits, teacher, settings.temperature)
+    if settings.kind == "kl":
+        return kl, valid
+    if settings.kind == "mixed":
+        ce, labelled = _cross_entropy(logits, teacher)
+        return settings.alpha * kl + (1 - settings.alpha) * ce * labelled, valid
+    if settings.kind == "acceptance":
+        # total variation alone has no gradient to start from: KL carries it until acceptance is up
+        weight = mx.exp(-3.0 * mx.stop_gradient((overlap * valid).sum() / mx.maximum(valid.sum(), 1)))
+        return weight * kl + (1 - weight) * (1 - overlap), valid
+    raise ValueError(f"loss must be one of {', '.join(KINDS)}, not {settings.kind!r}")
+
+
+def weighted_mean(losses: mx.array, valid: mx.array, weights: mx.array) -> mx.array:
+    """Mean over valid rows, each with its weight."""
+    scale = valid * weights
+    return (losses * scale).sum() / mx.maximum(scale.sum(), EPSILON)
+
+
+def _cross_entropy(logits: mx.array, teacher: Teacher) -> tuple[mx.array, mx.array]:
+    valid = (teacher.label >= 0).astype(mx.float32)
+    label = mx.maximum(teacher.label, 0)
+    chosen = mx.take_along_axis(logits, label[:, None], axis=1)[:, 0]
+    return (mx.logsumexp(logits, axis=1) - chosen) * valid, valid
+
+
+def _kl_and_overlap(logits: mx.array, teacher: Teacher, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
+    """KL(teacher || draft) over (top-k inside the draft's vocabulary, tail), sum of min(p, q) at temperature 1 over the
+    same, and validity: rows where the draft's vocabulary holds something of the target's law.
+    """
+    inside = (teacher.columns >= 0).astype(mx.float32)
+    columns = mx.maximum(teacher.columns, 0)
+    p = mx.exp(teacher.logprobs) * inside
+    # the tail is what lies beyond the top k; top-k tokens that the draft cannot say are left out and the rest renormalised
+    tail = mx.maximum(1.0 - mx.exp(teacher.logprobs).sum(axis=1), 0.0)
+    q = mx.exp(mx.take_along_axis(logits, columns, axis=1) - mx.logsumexp(logits, axis=1, keepdims=True)) * inside
+    overlap = mx.minimum(p, q).sum(axis=1)
+    if temperature != 1.0:
+        scaled = logits / temperature
+        q = mx.exp(mx.take_along_axis(scaled, columns, axis=1) - mx.logsumexp(scaled, axis=1, keepdims=True)) * inside
+        p, tail = _soften(p, tail, temperature)
+    total = p.sum(axis=1) + tail
+    p, tail = p / mx.maximum(total[:, None], EPSILON), tail / mx.maximum(total, EPSILON)
+    q_tail = mx.maximum(1.0 - q.sum(axis=1), EPSILON)
+    kl = (p * (mx.log(p + EPSILON) - mx.log(q + EPSILON)) * inside).sum(axis=1)
+    kl = kl + tail * (mx.log(tail + EPSILON) - mx.log(q_tail))
+    return kl, overlap, (total > EPSILON).astype(mx.float32)
+
+
+def _soften(p: mx.array, tail: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
+    """The teacher at another temperature; the tail is tempered as one outcome, which is exact only at 1."""
+    power = 1.0 / temperature
+    return mx.where(p > 0, mx.power(mx.maximum(p, EPSILON), power), 0.0), mx.power(mx.maximum(tail, EPSILON), power)

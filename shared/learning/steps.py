@@ -1,0 +1,166 @@
+"""The step loop: gradients, AdamW, a cosine schedule, accumulation, a budget, and a state that survives a kill.
+
+Each `step` is one small piece, so that a trainer can stop between any two. What it does not know: where examples come from,
+what is done with the result.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from specl.shared.crash import crash_point
+from specl.shared.learning.examples import Example, collate
+from specl.shared.learning.learner import Learner
+from specl.shared.learning.losses import LossSettings
+
+WARM_UP = 0.05  # share of the steps
+CLIP = 1.0  # gradient norm
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """`total_steps` shapes the schedule; `depths` is how many of its own steps a head is trained over."""
+
+    learning_rate: float
+    total_steps: int
+    accumulation: int = 1
+    weight_decay: float = 0.01
+    depths: int = 3
+
+
+class StepLoop:
+    """Trains `learner.module`'s trainable parameters."""
+
+    def __init__(self, learner: Learner, loss: LossSettings, settings: StepSettings) -> None:
+        self.learner, self.loss_settings, self.settings = learner, loss, settings
+        self.step_number = 0
+        self.optimizer = optim.AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
+        self._gradients = nn.value_and_grad(
+            learner.module, lambda batch: learner.loss(batch, self.loss_settings, settings.depths)
+        )
+
+    def _rate(self) -> float:
+        """Linear warm-up, then a cosine down to a tenth."""
+        done = self.step_number / max(self.settings.total_steps, 1)
+        if done < WARM_UP:
+            return self.settings.learning_rate * (done / WARM_UP + 0.02)
+        phase = min(1.0, (done - WARM_UP) / (1 - WARM_UP))
+        return self.settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * phase)))
+
+    def step(self, groups: Sequence[Sequence[Example]], yield_now: Callable[[], None] = lambda: None) -> float:
+        """One optimizer step over the mean gradient of `groups` (accumulation); their mean loss.
+
+        `yield_now` is called between pieces; it may wait, or raise to stop (nothing has changed then).
+        """
+        total, loss_sum = None, 0.0
+        for group in groups:
+            yield_now()
+            loss, gradients = self._gradients(collate(group))
+            total = gradients if total is None else tree_map(mx.add, total, gradients)
+            mx.eval(loss, total)
+            loss_sum += loss.item()
+        if len(groups) > 1:
+            total = tree_map(lambda g: g / len(groups), total)
+        total, norm = optim.clip_grad_norm(total, CLIP)
+        mean = loss_sum / len(groups)
+        if not math.isfinite(mean) or not math.isfinite(norm.item()):
+            raise FloatingPointError(f"the loss or its gradient is not finite at step {self.step_number}")
+        self.optimizer.learning_rate = self._rate()
+        self.optimizer.update(self.learner.module, total)
+        mx.eval(self.learner.module.trainable_parameters(), self.optimizer.state)
+        self.step_number += 1
+        return mean
+
+    # ------------------------------------------------------------------------------------------------ survive a kill
+    def save(self, folder: Path, about: dict[str, object]) -> None:
+        """Weights, moments and step, whole, by rename."""
+        scratch = folder.with_name(folder.name + ".partial")
+        scratch.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(scratch / "weights.safetensors"), dict(tree_flatten(self.learner.module.trainable_parameters())))
+        state = {k: v for k, v in tree_flatten(self.optimizer.state) if isinstance(v, mx.array)}
+        mx.save_safetensors(str(scratch / "optimizer.safetensors"), state)
+        (scratch / "state.json").write_text(json.dumps({"step": self.step_number, **about}))
+        old = folder.with_name(folder.name + ".old")
+        if folder.exists():
+            _remove(old)
+            os.rename(folder, old)
+        os.rename(scratch, folder)
+        _remove(old)
+        crash_point("training.after_checkpoint")
+
+    def resume(self, folder: Path) -> None:
+        """Go on where `save` was. Raises ValueError or OSError where the checkpoint does not fit."""
+        weights = mx.load(str(folder / "weights.safetensors"))
+        state = mx.load(str(folder / "optimizer.safetensors"))
+        self.learner.module.load_weights(list(weights.items()), strict=False)
+        self.optimizer.state = tree_unflatten(list(state.items()))
+        mx.eval(self.learner.module.parameters(), self.optimizer.state)
+        self.step_number = int(json.loads((folder / "state.json").read_text())["step"])
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def about_checkpoint(folder: Path) -> dict[str, object] | None:
+    """What `save` was told, or None where there is no whole checkpoint."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+class Batches:
+    """Endless shuffled groups from two pools: `fresh` examples and replayed ones in the given share; seeded."""
+
+    def __init__(self, fresh: Sequence[Example], replay: Sequence[Example], size: int, replay_share: float, seed: int) -> None:
+        if not fresh and not replay:
+            raise ValueError("no examples")
+        self._rng = np.random.default_rng(seed)
+        replayed = round(size * replay_share) if fresh and replay else (0 if fresh else size)
+        self._pools = [(list(fresh), size - replayed), (list(replay), replayed)]
+        self._order: list[list[int]] = [[], []]
+
+    def next(self) -> list[Example]:
+        """One group of `size` examples."""
+        group: list[Example] = []
+        for place, (pool, count) in enumerate(self._pools):
+            for _ in range(count):
+                if not self._order[place]:
+                    self._order[place] = self._rng.permutation(len(pool)).tolist()
+                group.append(pool[self._order[place].pop()])
+        return group
+
+
+class Deadline:
+    """Wall-clock budget of a run, counted only while it works."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock, self._start, self._away = seconds, clock, clock(), 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Time spent waiting does not count."""
+        self._away += seconds
+
+    @property
+    def used(self) -> float:
+        """Seconds worked."""
+        return self._clock() - self._start - self._away
+
+    @property
+    def over(self) -> bool:
+        """Whether the budget is spent."""
+        return self.used >= self._seconds

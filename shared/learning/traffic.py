@@ -1,0 +1,157 @@
+"""Text that the target writes itself, in batches, with its law and hidden states: what a draft is distilled from.
+
+One pass: tokens, top-k and states are taken while generating. Rows of a batch are left-padded; finished ones leave it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import BatchKVCache, KVCache
+
+from specl.shared.engine.law import log_sum_exp, top_indices
+from specl.shared.errors import ModelError
+from specl.shared.learning.examples import Example
+from specl.shared.models.load import LanguageModel
+
+SHRINK_AT = 0.75  # filter the batch once this share of its rows still runs
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt to answer; temperature 0 is greedy."""
+
+    id: str
+    tokens: list[int]
+    temperature: float = 0.0
+
+
+class _Row:
+    """One answer under way."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.output: list[int] = []
+        self.ids: list[np.ndarray] = []
+        self.logprobs: list[np.ndarray] = []
+        self.states: list[np.ndarray] = []
+        self.done = False
+
+    def take(self, logits: np.ndarray, k: int, rng: np.random.Generator) -> int:
+        ids = top_indices(logits, k)
+        self.ids.append(ids.astype(np.uint32))
+        self.logprobs.append((logits[ids] - log_sum_exp(logits)).astype(np.float16))
+        if self.prompt.temperature == 0:
+            token = int(ids[0])
+        else:
+            weights = np.exp((logits - logits.max()).astype(np.float64) / self.prompt.temperature)
+            cumulative = np.cumsum(weights)
+            token = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+        self.output.append(token)
+        return token
+
+    def example(self, with_states: bool) -> Example:
+        tokens = np.array([*self.prompt.tokens, *self.output], np.uint32)
+        states = np.concatenate(self.states)[: len(tokens) - 1] if with_states else None
+        rows = len(self.output)
+        return Example(
+            self.prompt.id,
+            tokens,
+            len(self.prompt.tokens),
+            np.stack(self.ids),
+            np.stack(self.logprobs),
+            np.ones(rows, np.float32),
+            states,
+            self.prompt.temperature == 0,
+        )
+
+
+def answer(
+    target: LanguageModel,
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+    k: int,
+    with_states: bool,
+    rng: np.random.Generator,
+    tick: Callable[[int], None] = lambda tokens: None,
+) -> list[Example]:
+    """Answer all prompts in one batch; `tick` hears how many tokens were made. Raises ModelError for caches that do not batch."""
+    if any(type(layer) is not KVCache for layer in target.new_cache()):
+        raise ModelError(f"{target.name} cannot be run in batches: its cache is not a plain one")
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    padding = [longest - len(prompt.tokens) for prompt in prompts]
+    cache = [BatchKVCache(padding) for _ in target.new_cache()]
+    rows = [_Row(prompt) for prompt in prompts]
+    active = list(rows)
+    ids = np.array([[0] * pad + prompt.tokens for pad, prompt in zip(padding, prompts, strict=True)])
+    states = target.states(mx.array(ids), cache)
+    kept = np.array(states.astype(mx.float16))
+    for row, pad, state in zip(rows, padding, kept, strict=True):
+        if with_states:
+            row.states.append(state[pad:])
+    last = states[:, -1]
+    for _ in range(max_tokens):
+        logits = np.array(target.logits(last).astype(mx.float32), copy=False)
+        tokens = [row.take(line, k, rng) if not row.done else 0 for row, line in zip(active, logits, strict=True)]
+        tick(sum(not row.done for row in active))
+        for row, token in zip(active, tokens, strict=True):
+            row.done = row.done or token in target.stop_tokens or len(row.output) >= max_tokens
+        running = [i for i, row in enumerate(active) if not row.done]
+        if not running:
+            break
+        if len(running) <= SHRINK_AT * len(active):
+            for layer in cache:
+                layer.filter(mx.array(running))
+            active, tokens = [active[i] for i in running], [tokens[i] for i in running]
+        states = target.states(mx.array(tokens)[:, None], cache)
+        last = states[:, -1]
+        mx.eval(last)
+        if with_states:
+            for row, state in zip(active, np.array(states.astype(mx.float16)), strict=True):
+                if not row.done:
+                    row.states.append(state)
+    return [row.example(with_states) for row in rows]
+
+
+def save_shard(path: Path, examples: Sequence[Example]) -> None:
+    """Keep examples in one file, whole, by rename."""
+    arrays: dict[str, np.ndarray] = {
+        "ids": np.array([example.id for example in examples]),
+        "lengths": np.array([len(example.tokens) for example in examples]),
+        "prompt_lengths": np.array([example.prompt_length for example in examples]),
+        "greedy": np.array([example.greedy for example in examples]),
+        "tokens": np.concatenate([example.tokens for example in examples]),
+        "top_ids": np.concatenate([example.ids for example in examples]),
+        "top_logprobs": np.concatenate([example.logprobs for example in examples]),
+    }
+    if all(example.states is not None for example in examples):
+        arrays["states"] = np.concatenate([example.states for example in examples])
+    scratch = path.with_suffix(".partial.npz")
+    np.savez(scratch, **arrays)
+    scratch.rename(path)
+
+
+def load_shard(path: Path) -> list[Example]:
+    """What `save_shard` kept."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    examples, t, r, s = [], 0, 0, 0
+    for i, (length, prompt_length) in enumerate(zip(arrays["lengths"].tolist(), arrays["prompt_lengths"].tolist(), strict=True)):
+        rows = length - prompt_length
+        states = arrays["states"][s : s + length - 1] if "states" in arrays else None
+        examples.append(
+            Example(
+                str(arrays["ids"][i]),
+                arrays["tokens"][t : t + length],
+                prompt_length,
+                arrays["top_ids"][r : r + rows],
+                arrays["top_logprobs"][r : r + rows],
+                np.ones(rows, np.float32),
+                states,
+                bool(arrays["greedy"][i]),
+            )
+        )
+        t, r, s = t + length, r + rows, s + length - 1
+    return examples
