@@ -36,7 +36,6 @@ class Options:
     num_draft_tokens: int | None = None
     ngram: bool = True
     capture_k: int = 0
-    keep_states: bool = False
 
 
 @dataclass(slots=True)
@@ -69,12 +68,22 @@ class Tally:
 
 @dataclass(slots=True)
 class State:
-    """What a request holds between rounds, and what outlives it in the prefix cache: text, caches, drafters."""
+    """What a request holds between rounds, and what outlives it in the prefix cache.
+
+    `cached` counts the tokens of `text` that are in the target's cache; `states` has the target's normed hidden state of
+    each of them, [n, hidden] pieces in order, where the draft reads states (else None).
+    """
 
     text: list[int]
     cache: list[Any]
     drafter: Drafter | None
-    cached: int = 0  # tokens of `text` in the target's cache
+    states: list[mx.array] | None = None
+    cached: int = 0
+
+    def keep_states(self, count: int) -> None:
+        """Only the first `count` states still stand."""
+        if self.states:
+            self.states = [mx.concatenate(self.states)[:count]] if count else []
 
 
 class Session:
@@ -97,7 +106,6 @@ class Session:
         self.finish_reason: str | None = None
         self.tally = Tally(reused_tokens=state.cached)
         self.capture = Capture(options.capture_k) if options.capture_k else None
-        self.states: list[mx.array] = []
         self._limit = min(options.max_tokens, target.context_length - len(prompt))
         self._ngram = NgramDrafter() if options.ngram else None
         rng = np.random.default_rng()
@@ -120,28 +128,38 @@ class Session:
         if end > state.cached:
             rows = self.target.states(mx.array([state.text[state.cached : end]]), state.cache)[0]
             mx.eval(rows)
-            self._tell_drafter(state.cached, end, rows)
-            if self.options.keep_states:
-                self.states.append(rows)
             state.cached = end
-        elif state.drafter is not None and not state.drafter.reads_states and not self.output:
-            self._tell_drafter(state.cached, state.cached, None)
+            self._take_states(rows)
+        done = state.cached >= len(state.text) - 1
+        if done:
+            self._tell_drafter()
         self.tally.prefill_s += time.perf_counter() - start
-        return state.cached >= len(state.text) - 1
+        return done
 
-    def _tell_drafter(self, start: int, end: int, rows: mx.array | None) -> None:
-        """Rows start..end-1 were fed; they predict tokens start+1..end."""
-        drafter = self.state.drafter
+    def _take_states(self, rows: mx.array) -> None:
+        if self.state.states is not None:
+            self.state.states.append(rows)
+
+    def _tell_drafter(self) -> None:
+        """The drafter learns all of the text that it does not know yet, with the states it was predicted from."""
+        state, drafter = self.state, self.state.drafter
         if drafter is None:
             return
         known = drafter.length
-        tokens = self.state.text[known : end + 1]
-        if drafter.reads_states:
-            # row i predicts token i+1; the very first token has no row
-            first = max(known, 1) - 1 - start
-            drafter.extend(tokens, rows[first:])
-        else:
+        tokens = state.text[known:]
+        if not drafter.reads_states:
             drafter.extend(tokens, None)
+            return
+        # state i predicts token i+1; the very first token has none
+        missing = len(tokens) - (known == 0)
+        pieces: list[mx.array] = []
+        for piece in reversed(state.states):
+            if missing <= 0:
+                break
+            pieces.insert(0, piece[-missing:] if missing < piece.shape[0] else piece)
+            missing -= piece.shape[0]
+        width = self.target.hidden_size
+        drafter.extend(tokens, mx.concatenate(pieces) if pieces else mx.zeros((0, width)))
 
     # ------------------------------------------------------------------------------------------------ rounds
     def round(self) -> list[int]:
@@ -224,11 +242,10 @@ class Session:
         position = len(self.output)
         state.text.extend(emitted)
         self.output.extend(emitted)
-        self._tell_drafter(state.cached - count, state.cached, rows[:count])
+        self._take_states(rows[:count])
+        self._tell_drafter()
         if self._ngram is not None:
             self._ngram.extend(emitted, None)
-        if self.options.keep_states:
-            self.states.append(rows[:count])
         accepted = min(verdict.accepted, count)
         source = SOURCES.get(draft.drafter, 0)
         self.sources.extend([source] * accepted + [0] * (count - accepted))
@@ -271,14 +288,15 @@ class Session:
         del state.text[length:]
         trim_prompt_cache(state.cache, state.cached - (length - 1))
         state.cached = length - 1
+        state.keep_states(length - 1)
         if state.drafter is not None:
             state.drafter.rewind(length)
 
     def all_states(self) -> np.ndarray | None:
-        """States of every fed position, prompt first, fp16 [text - 1, hidden]; None unless they were kept from the start."""
-        if not self.states or self.tally.reused_tokens:
+        """States of every fed position, prompt first, fp16 [text - 1, hidden]; None where the draft reads none."""
+        if not self.state.states:
             return None
-        rows = mx.concatenate(self.states)[: len(self.state.text) - 1].astype(mx.float16)
+        rows = mx.concatenate(self.state.states).astype(mx.float16)
         mx.eval(rows)
         return np.array(rows)
 
@@ -288,6 +306,8 @@ class Session:
         offsets = {layer.offset for layer in state.cache}
         if offsets != {state.cached} or state.cached != len(state.text) - 1:
             raise RuntimeError(f"target cache holds {offsets}, text has {len(state.text)} tokens")
+        if state.states is not None and sum(piece.shape[0] for piece in state.states) != state.cached:
+            raise RuntimeError("kept states and cache differ")
         if state.drafter is not None and state.drafter.length != len(state.text):
             raise RuntimeError(f"drafter knows {state.drafter.length} of {len(state.text)} tokens")
         if state.text[self.prompt_length :] != self.output:

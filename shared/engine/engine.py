@@ -97,13 +97,12 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens; the context of {self.target.name} holds {self.target.context_length}"
             )
         options.law.check()
-        # kept states must be whole, so a request that keeps them starts afresh
-        state = None if options.keep_states else self.prefixes.take(prompt, self.adapter_id)
+        state = self.prefixes.take(prompt, self.adapter_id)
         if state is None:
-            state = State([], self.target.new_cache(), None)
-        if state.drafter is None and options.num_draft_tokens != 0:
-            if state.cached and self.reads_states:  # a head cannot catch up on states that nobody has any more
-                state = State([], self.target.new_cache(), None)
+            state = State([], self.target.new_cache(), None, [] if self.reads_states else None)
+        if options.num_draft_tokens == 0:
+            state.drafter = None
+        elif state.drafter is None:
             state.drafter = self._new_drafter()
         most = self.settings.speculative.max_draft_tokens
         fixed = options.num_draft_tokens

@@ -39,8 +39,7 @@ class PrefixCache:
     def take(self, prompt: list[int], adapter_id: str) -> State | None:
         """A state that holds the longest shared prefix of `prompt`, cut to it; None where too little is shared.
 
-        One token less than what is shared stays in the caches: feeding it again yields the state that a head drafter
-        needs to read the first new token.
+        At least the prompt's last token is left to feed.
         """
         best = max(self._entries, key=lambda entry: _shared(entry.state.text, prompt), default=None)
         if best is None:
@@ -53,6 +52,7 @@ class PrefixCache:
         keep = min(keep, state.cached)
         trim_prompt_cache(state.cache, state.cached - keep)
         state.cached = keep
+        state.keep_states(keep)
         del state.text[keep:]
         if state.drafter is not None:
             if best.adapter_id == adapter_id and state.drafter.length >= keep:

@@ -1,0 +1,242 @@
+"""Adapter directories: write whole or not at all, verify, list, aliases, current. Knows files and manifests, no modules.
+
+    var/adapters/000007/        adapters.safetensors and adapter_config.json as mlx-lm writes them,
+                                manifest.json, hot_vocab.npy where the hot vocabulary was refreshed
+    var/adapters/CURRENT        the id that should be active, moved by rename; empty for none
+
+Publishing is: files under a temporary name, sync, rename, CURRENT. Whatever is killed whenever, CURRENT names a whole,
+verifying adapter or nothing. A directory is never changed after it was renamed into place.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specl.shared.crash import crash_point
+from specl.shared.errors import AdapterRejected
+
+FILES = ("adapters.safetensors", "adapter_config.json", "manifest.json", "hot_vocab.npy")
+REQUIRED = FILES[:3]
+MAX_FILE = 2 * 1024**3
+MAX_HEADER = 16 * 1024 * 1024  # of a safetensors file
+KEEP_LAST = 5
+ID = re.compile(r"[0-9]{6}")
+ALIASES = ("latest", "best", "previous", "current")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What manifest.json holds. `files` maps each other file to its sha256; `metrics` has held-out figures before and
+    after; `base_fingerprint` names the pristine draft, `tokenizer_fingerprint` its vocabulary.
+    """
+
+    id: str
+    kind: str
+    created_at: float
+    base_model: str
+    base_fingerprint: str
+    target_fingerprint: str
+    tokenizer_fingerprint: str
+    parent_id: str
+    training_run_id: str
+    rank: int
+    alpha: float
+    modules: list[str]
+    change_norm: float
+    metrics: dict[str, Any]
+    training: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Adapters:
+    """The adapters folder of one run directory. The trainer writes; everyone may read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    # ------------------------------------------------------------------------------------------------ write
+    def next_id(self) -> str:
+        """The id after the highest that ever was in this folder."""
+        return f"{max((int(id) for id in self.list()), default=0) + 1:06d}"
+
+    def sweep(self) -> None:
+        """Remove what a killed trainer left half done. Call with the trainer's lock held."""
+        for path in self.folder.glob(".new-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def publish(self, source: Path, manifest: Manifest, make_current: bool = True) -> Path:
+        """Take the files in `source` as adapter `manifest.id`; with `make_current`, CURRENT names it. Raises OSError."""
+        crash_point("adapter.files_written")
+        hashes = {name: _sha256(source / name) for name in FILES if name != "manifest.json" and (source / name).exists()}
+        document = asdict(manifest) | {"files": hashes}
+        (source / "manifest.json").write_text(json.dumps(document, indent=2))
+        for path in source.iterdir():
+            _sync(path)
+        _sync(source)
+        final = self.folder / manifest.id
+        crash_point("adapter.before_rename")
+        os.rename(source, final)
+        _sync(self.folder)
+        crash_point("adapter.after_rename")
+        if make_current:
+            self.set_current(manifest.id)
+        return final
+
+    def scratch(self, id: str) -> Path:
+        """An empty folder to write an adapter's files into."""
+        path = self.folder / f".new-{id}-{os.getpid()}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def set_current(self, id: str) -> None:
+        """CURRENT names `id` from now on; empty for none."""
+        crash_point("adapter.before_current")
+        scratch = self.folder / f".CURRENT-{os.getpid()}"
+        scratch.write_text(id)
+        _sync(scratch)
+        os.rename(scratch, self.folder / "CURRENT")
+        _sync(self.folder)
+        crash_point("adapter.after_current")
+
+    def prune(self, keep: Sequence[str]) -> list[str]:
+        """Remove all but the last five, CURRENT, the best and those in `keep`; the removed ids."""
+        kept = {*self.list()[-KEEP_LAST:], self.current(), self.resolve("best"), *keep}
+        removed = [id for id in self.list() if id not in kept]
+        for id in removed:
+            doomed = self.folder / f".new-removed-{id}"
+            os.rename(self.folder / id, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        return removed
+
+    # ------------------------------------------------------------------------------------------------ read
+    def list(self) -> list[str]:
+        """Ids of published adapters, oldest first."""
+        try:
+            return sorted(path.name for path in self.folder.iterdir() if ID.fullmatch(path.name) and path.is_dir())
+        except FileNotFoundError:
+            return []
+
+    def current(self) -> str:
+        """The id that CURRENT names; empty for none."""
+        try:
+            id = (self.folder / "CURRENT").read_text().strip()
+        except OSError:
+            return ""
+        return id if ID.fullmatch(id) else ""
+
+    def manifest(self, id: str) -> Manifest:
+        """An adapter's manifest. Raises AdapterRejected where it is missing or malformed."""
+        try:
+            document = json.loads((self.folder / id / "manifest.json").read_text())
+            manifest = Manifest(**document)
+        except (OSError, ValueError, TypeError) as error:
+            raise AdapterRejected(f"adapter {id}: its manifest cannot be read: {error}") from error
+        if manifest.id != id:
+            raise AdapterRejected(f"adapter {id}: its manifest says it is {manifest.id}")
+        return manifest
+
+    def resolve(self, name: str) -> str:
+        """The id behind a name: an id, `latest`, `current` or `best` (highest held-out agreement). Empty where there is none."""
+        if name == "latest":
+            return next(reversed(self.list()), "")
+        if name == "current":
+            return self.current()
+        if name == "best":
+            scored = []
+            for id in self.list():
+                with suppress(AdapterRejected):
+                    scored.append((float(self.manifest(id).metrics.get("heldout_after", 0.0)), id))
+            return max(scored, default=(0.0, ""))[1]
+        id = name.zfill(6) if name.isdigit() else name
+        return id if id in self.list() else ""
+
+    def verify(self, path: str | Path, base_fingerprint: str, tokenizer_fingerprint: str) -> Manifest:
+        """The manifest of the adapter directory at `path`, once everything about its files is right: it lies in this
+        folder and nowhere else, holds regular files of known names, sizes and sha256, and was made for this draft.
+
+        Raises AdapterRejected with every reason found. Tensors are checked by whoever loads them.
+        """
+        folder = self._confined(Path(path))
+        problems = self._file_problems(folder)
+        if problems:
+            raise AdapterRejected(f"adapter {folder.name}: " + "; ".join(problems))
+        manifest = self.manifest(folder.name)
+        for name in FILES:
+            if name == "manifest.json" or (name not in REQUIRED and not (folder / name).exists()):
+                continue
+            if manifest.files.get(name) != _sha256(folder / name):
+                problems.append(f"{name} is not the file that was published (sha256)")
+        if manifest.base_fingerprint != base_fingerprint:
+            problems.append(f"it was trained on draft {manifest.base_fingerprint}, this one is {base_fingerprint}")
+        if manifest.tokenizer_fingerprint != tokenizer_fingerprint:
+            problems.append("its tokenizer is another one")
+        if problems:
+            raise AdapterRejected(f"adapter {folder.name}: " + "; ".join(problems))
+        return manifest
+
+    def _confined(self, path: Path) -> Path:
+        """`path` if it is directly inside this folder, without links. Raises AdapterRejected."""
+        name = path.name
+        if path.parent not in (self.folder, Path(".")) and path.parent.absolute() != self.folder.absolute():
+            raise AdapterRejected(f"{path} lies outside {self.folder}")
+        if not ID.fullmatch(name):
+            raise AdapterRejected(f"{name!r} is not an adapter id")
+        inside = self.folder / name
+        if inside.is_symlink():
+            raise AdapterRejected(f"adapter {name}: a link, not a folder")
+        if not inside.is_dir():
+            raise AdapterRejected(f"there is no adapter {name}")
+        return inside
+
+    def _file_problems(self, folder: Path) -> list[str]:
+        present = {path.name: path.lstat() for path in folder.iterdir()}
+        problems = [f"{name} is missing" for name in REQUIRED if name not in present]
+        for name, info in sorted(present.items()):
+            if name not in FILES:
+                problems.append(f"{name} does not belong in an adapter")
+            elif not stat.S_ISREG(info.st_mode):
+                problems.append(f"{name} is not a regular file")
+            elif info.st_size > MAX_FILE:
+                problems.append(f"{name} has {info.st_size} bytes")
+        if not problems:
+            problems += _header_problems(folder / "adapters.safetensors")
+        return problems
+
+
+def _header_problems(path: Path) -> list[str]:
+    """A safetensors header must be as long as it says, and not longer than the file or the limit."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            return [f"{path.name} is not a whole safetensors file"]
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return [f"{path.name} is not a safetensors file"]
+    if not ends or max(ends) != size - 8 - length:
+        return [f"{path.name} is truncated"]
+    return []
