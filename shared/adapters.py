@@ -78,7 +78,7 @@ class Adapters:
     # ------------------------------------------------------------------------------------------------ write
     def next_id(self) -> str:
         """The id after the highest that ever was in this folder."""
-        return f"{max((int(id) for id in self.list()), default=0) + 1:06d}"
+        return f"{max((int(id) for id in self.ids()), default=0) + 1:06d}"
 
     def sweep(self) -> None:
         """Remove what a killed trainer left half done. Call with the trainer's lock held."""
@@ -122,8 +122,8 @@ class Adapters:
 
     def prune(self, keep: Sequence[str]) -> list[str]:
         """Remove all but the last five, CURRENT, the best and those in `keep`; the removed ids."""
-        kept = {*self.list()[-KEEP_LAST:], self.current(), self.resolve("best"), *keep}
-        removed = [id for id in self.list() if id not in kept]
+        kept = {*self.ids()[-KEEP_LAST:], self.current(), self.resolve("best"), *keep}
+        removed = [id for id in self.ids() if id not in kept]
         for id in removed:
             doomed = self.folder / f".new-removed-{id}"
             os.rename(self.folder / id, doomed)
@@ -131,7 +131,7 @@ class Adapters:
         return removed
 
     # ------------------------------------------------------------------------------------------------ read
-    def list(self) -> list[str]:
+    def ids(self) -> list[str]:
         """Ids of published adapters, oldest first."""
         try:
             return sorted(path.name for path in self.folder.iterdir() if ID.fullmatch(path.name) and path.is_dir())
@@ -160,17 +160,17 @@ class Adapters:
     def resolve(self, name: str) -> str:
         """The id behind a name: an id, `latest`, `current` or `best` (highest held-out agreement). Empty where there is none."""
         if name == "latest":
-            return next(reversed(self.list()), "")
+            return next(reversed(self.ids()), "")
         if name == "current":
             return self.current()
         if name == "best":
             scored = []
-            for id in self.list():
+            for id in self.ids():
                 with suppress(AdapterRejected):
                     scored.append((float(self.manifest(id).metrics.get("heldout_after", 0.0)), id))
             return max(scored, default=(0.0, ""))[1]
         id = name.zfill(6) if name.isdigit() else name
-        return id if id in self.list() else ""
+        return id if id in self.ids() else ""
 
     def verify(self, path: str | Path, base_fingerprint: str, tokenizer_fingerprint: str) -> Manifest:
         """The manifest of the adapter directory at `path`, once everything about its files is right: it lies in this

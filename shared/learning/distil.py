@@ -27,6 +27,7 @@ SORT_WINDOW = 8  # batches sorted by length together: little padding, prompts st
 GENERATE_SHARE = 0.6  # of the time limit
 CHECKPOINT_EVERY = 200
 HELDOUT_PROMPTS = 96
+REPLAY_TEXTS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,21 @@ def build_head(
         "hours": round((time.monotonic() - start) / 3600, 3),
     }
     save_head(draft, out, json.loads(json.dumps(manifest)))
+    save_replay(examples, out / "replay.npz", settings.seed)
     return load_head(out, out.name, target), score, manifest
+
+
+def save_replay(examples: Sequence[Example], path: Path, seed: int) -> None:
+    """Token ids of some training texts: what the trainer replays so that general text is not forgotten."""
+    rng = np.random.default_rng(seed)
+    greedy = [example for example in examples if example.greedy]
+    chosen = [greedy[i] for i in rng.permutation(len(greedy))[:REPLAY_TEXTS]]
+    np.savez_compressed(
+        path,
+        tokens=np.concatenate([example.tokens for example in chosen]).astype(np.uint32),
+        lengths=np.array([len(example.tokens) for example in chosen], np.uint32),
+        prompt_lengths=np.array([example.prompt_length for example in chosen], np.uint32),
+    )
 
 
 def _coverage(examples: Sequence[Example], hot: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from specl.shared.learning.examples import Example
 from specl.shared.models.load import LanguageModel
 
 SHRINK_AT = 0.75  # filter the batch once this share of its rows still runs
+CAPTURE_ROWS = 128  # logits rows at once: 512 x 151,936 fp32 would be 311 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,3 +156,25 @@ def load_shard(path: Path) -> list[Example]:
         )
         t, r, s = t + length, r + rows, s + length - 1
     return examples
+
+
+def recapture(target: LanguageModel, tokens: np.ndarray, prompt_length: int, k: int, with_law: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """States fp16 [t-1, hidden], top-k ids and log-probabilities [n, k] of a text that is already written.
+
+    One forward over the whole text; the head runs on output rows only, in chunks.
+    """
+    states = target.states(mx.array(tokens[None, :-1].astype(np.int64)))[0]
+    mx.eval(states)
+    ids, logprobs = [], []
+    for start in range(prompt_length - 1, len(tokens) - 1 if with_law else 0, CAPTURE_ROWS):
+        logits = np.array(target.logits(states[start : start + CAPTURE_ROWS]).astype(mx.float32), copy=False)
+        for row, total in zip(logits, log_sum_exp(logits), strict=True):
+            best = top_indices(row, k)
+            ids.append(best.astype(np.uint32))
+            logprobs.append((row[best] - total).astype(np.float16))
+    empty = np.zeros((0, k))
+    return (
+        np.array(states.astype(mx.float16)),
+        np.stack(ids) if ids else empty.astype(np.uint32),
+        np.stack(logprobs) if logprobs else empty.astype(np.float16),
+    )

@@ -1,0 +1,82 @@
+"""`specl-ctl ask`: text on stdout as it comes, one line of statistics on stderr, or one JSON object."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from specl.shared.client import Client
+from specl.shared.errors import RequestRejected
+from specl.shared.wire import Done
+
+
+def summary_line(done: Done) -> str:
+    """What a person wants to know of an answer, in one line."""
+    stats = done.stats
+    parts = [f"{done.tokens} tokens", f"{stats['tokens_per_second']:.1f} tok/s"]
+    if plain := stats["plain_tokens_per_second_estimate"]:
+        parts.append(f"{stats['tokens_per_second'] / plain:.2f}x plain")
+    parts.append(f"{stats['accepted']} of {stats['drafted']} drafted accepted")
+    if stats["acceptance_rate"] is not None:
+        parts.append(f"acceptance {stats['acceptance_rate']:.2f}")
+    if stats["mean_accepted_length"]:
+        parts.append(f"{stats['mean_accepted_length']:.2f} tokens a round")
+    parts.append(f"adapter {done.adapter_id or 'none'}")
+    parts.append(f"first token {stats['ttft_ms']:.0f} ms")
+    if not done.recorded and done.record_note:
+        parts.append(f"NOT RECORDED: {done.record_note}")
+    return " | ".join(parts)
+
+
+def as_json(done: Done) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    fields = asdict(done)
+    order = ("text", "tokens", "finish_reason", "adapter_id", "recorded")
+    return {"id": done.generation_id} | {name: fields[name] for name in order} | {"stats": done.stats}
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--max-tokens", type=int, help="Most tokens of the answer.")
+@click.option("--temperature", type=float, help="0 is greedy: the target's own first choice every time.")
+@click.option("--top-p", type=float, help="Draw from the fewest tokens that weigh this much.")
+@click.option("--top-k", type=int, help="Draw from this many tokens at most; 0: all.")
+@click.option("--min-p", type=float, help="Leave out tokens less likely than this share of the first.")
+@click.option("--seed", type=int, help="One seed, one text, whatever drafts.")
+@click.option("--mode", type=click.Choice(["detailed", "fast"]), help="fast keeps no token-level detail to learn from.")
+@click.option("--system", help="A system message.")
+@click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
+@click.option("--num-draft-tokens", type=click.IntRange(0, 16), help="Draft exactly so many each round; 0: none.")
+@click.option("--ngram/--no-ngram", default=None, help="Draft from repeats of the running text too.")
+@click.option("--no-record", is_flag=True, help="Keep nothing of this request.")
+@click.option("--json", "as_object", is_flag=True, help="One JSON object instead of streaming text.")
+def ask(prompt: str, as_object: bool, no_record: bool, stop: tuple[str, ...], **wish: Any) -> None:
+    """Ask the model. PROMPT is a user's message; `-` reads it from standard input.
+
+    \b
+    specl-ctl ask "Why is the sky blue?"
+    specl-ctl ask --temperature 0 --max-tokens 64 --json "List three rivers."
+    """
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise RequestRejected("the prompt is empty")
+    if wish["max_tokens"] is not None and wish["max_tokens"] < 1:
+        raise RequestRejected(f"--max-tokens must be at least 1, not {wish['max_tokens']}")
+    with Client() as client:
+        pieces = client.stream(prompt, on_place=_tell_place, stop=list(stop), record=not no_record, **wish)
+        for text in pieces:
+            if not as_object:
+                click.echo(text, nl=False)
+        done = client.last
+        if as_object:
+            click.echo(json.dumps(as_json(done), ensure_ascii=False))
+        else:
+            click.echo()
+            click.echo(click.style(summary_line(done), dim=True), err=True)
+
+
+def _tell_place(place: int) -> None:
+    click.echo(click.style(f"waiting: {place} before you" if place else "waiting: next", dim=True), err=True)

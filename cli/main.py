@@ -1,0 +1,72 @@
+"""`specl-ctl`: one command, loaded group by group, so that `status` never waits for MLX to import."""
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from specl import __version__
+from specl.shared.errors import SpecLoraError
+
+# command -> (module in specl.cli, attribute, one line for the list)
+COMMANDS = {
+    "ask": ("ask", "ask", "Ask the model; the answer streams as it is generated."),
+    "status": ("status", "status", "Who runs, acceptance, failures, training, problems."),
+    "train": ("train", "train", "Ask the trainer for a run."),
+    "adapters": ("adapters", "adapters", "List, show, activate, roll back and unload adapters."),
+    "store": ("store", "store", "Look into the failure store; export and purge."),
+    "demo": ("demo", "demo", "The whole loop in one unattended command, in a scratch run directory."),
+    "draft": ("draft", "draft", "Build a draft model out of the target."),
+    "models": ("models", "models", "Which models are used, and where they lie."),
+    "doctor": ("doctor", "doctor", "Check this machine and say what to do."),
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[name]
+        return getattr(importlib.import_module(f"specl.cli.{module}"), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+
+@click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="specl-ctl")
+def cli() -> None:
+    """A local model server that gets faster the more it is used and never changes a word of what it says.
+
+    Start the daemons with `honcho start`, then `specl-ctl ask "..."`. The run directory is SPECL_VAR (default: var/),
+    the settings file SPECL_CONFIG. Exit codes: 0 done, 1 the work failed, 2 bad usage or settings, 3 a daemon is not
+    reachable.
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run; a user's mistake is one line on stderr, anything else is a bug and shows its traceback."""
+    try:
+        return cli(args=arguments, standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2 if isinstance(error, click.UsageError) else 1)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(130)
+    except SpecLoraError as error:
+        for line in str(error).splitlines():
+            click.echo(f"specl-ctl: {line}", err=True)
+        if error.hint:
+            click.echo(f"  {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)

@@ -1,0 +1,19 @@
+"""`python -m specl.daemons.inference`."""
+
+import sys
+
+from specl.daemons.inference.service import Inference
+from specl.daemons.run import run_daemon
+from specl.shared.bus import Server
+from specl.shared.config import Settings
+from specl.shared.paths import Paths
+from specl.shared.process import StopFlag
+
+
+def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> None:
+    """Serve until stopped."""
+    Inference(paths, settings, server).run(stop)
+
+
+if __name__ == "__main__":
+    sys.exit(run_daemon("inference", main))

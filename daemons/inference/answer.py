@@ -1,0 +1,179 @@
+"""A request from its arrival to its record: what it asked, its session, its text so far, and the facts made of it at the end.
+
+Joins the engine's vocabulary to the wire's; nothing else does.
+"""
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from specl.shared.engine.costs import Costs
+from specl.shared.engine.decode import Session, Tally
+from specl.shared.engine.engine import Engine
+from specl.shared.engine.text import TextStream
+from specl.shared.wire import Ask, Disagreement, Done, Generation, TopK
+
+ENOUGH_DRAFTED = 16  # below this acceptance says too little and is null (DESIGN: two figures)
+CONTEXT_TOKENS = 16  # before a disagreement
+
+
+@dataclass(slots=True)
+class Job:
+    """One request inside the daemon."""
+
+    peer: bytes
+    ask: Ask
+    arrived: float
+    generation_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created_at: float = field(default_factory=time.time)
+    prompt_text: str = ""
+    prompt: list[int] = field(default_factory=list)
+    session: Session | None = None
+    text: TextStream | None = None
+    first_token_at: float | None = None
+    adapter_id: str = ""
+    prefilled: bool = False
+    cancelled: str = ""
+
+    @property
+    def reserved(self) -> int:
+        """Cache tokens it may come to need."""
+        return len(self.prompt) + self.ask.max_tokens
+
+    @property
+    def ttft_ms(self) -> float:
+        """Milliseconds from arrival to the first token; 0 before it."""
+        return 1000 * (self.first_token_at - self.arrived) if self.first_token_at else 0.0
+
+
+def acceptance_rate(tally: Tally) -> float | None:
+    """accepted / drafted by the model drafter alone; null below 16 drafted."""
+    drafted = tally.drafted["model"]
+    return tally.accepted["model"] / drafted if drafted >= ENOUGH_DRAFTED else None
+
+
+def statistics(job: Job, costs: Costs | None) -> dict[str, Any]:
+    """The `stats` of an answer, with llama.cpp's names beside ours where it has them."""
+    session = job.session
+    tally, tokens = session.tally, len(session.output)
+    drafted, accepted = sum(tally.drafted.values()), sum(tally.accepted.values())
+    depth = [a / t for a, t in zip(tally.accepted_by_depth, tally.tested_by_depth, strict=True) if t]
+    plain = 1 / costs.verify_s(1) if costs is not None else None
+    sources = session.sources
+    return {
+        "drafted": drafted,
+        "accepted": accepted,
+        "draft_n": drafted,
+        "draft_n_accepted": accepted,
+        "model_drafted": tally.drafted["model"],
+        "model_accepted": tally.accepted["model"],
+        "rounds": tally.rounds,
+        "acceptance_rate": _rounded(acceptance_rate(tally), 4),
+        "mean_accepted_length": round(tokens / tally.rounds, 3) if tally.rounds else None,
+        "acceptance_by_depth": [round(value, 4) for value in depth],
+        "tokens_by_source": {name: sources.count(code) for name, code in (("target", 0), ("model", 1), ("ngram", 2))},
+        "k_histogram": {str(k): n for k, n in sorted(tally.k_histogram.items())},
+        "parked_reason": session.chooser.parked_reason if not tally.drafted["model"] else "",
+        "tokens_per_second": round(tokens / tally.decode_s, 2) if tally.decode_s else 0.0,
+        "plain_tokens_per_second_estimate": _rounded(plain, 2),
+        "ttft_ms": round(job.ttft_ms, 1),
+        "prompt_tokens": len(job.prompt),
+        "reused_prompt_tokens": tally.reused_tokens,
+    }
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def to_generation(job: Job, engine: Engine) -> Generation:
+    """The record of a finished (or cancelled) answer."""
+    session, ask = job.session, job.ask
+    tally = session.tally
+    stats = statistics(job, engine.costs)
+    sampling = {name: getattr(ask.sampling, name) for name in ask.sampling.__slots__}
+    return Generation(
+        id=job.generation_id,
+        conversation_id=ask.conversation_id or job.generation_id,
+        created_at=job.created_at,
+        mode=ask.mode,
+        messages=ask.messages,
+        prompt=job.prompt_text,
+        prompt_tokens=np.array(job.prompt, "<u4").tobytes(),
+        output=job.text.text,
+        output_tokens=np.array(session.output, "<u4").tobytes(),
+        finish_reason=session.finish_reason or "cancelled",
+        sampling=sampling,
+        drafted=stats["drafted"],
+        accepted=stats["accepted"],
+        model_drafted=tally.drafted["model"],
+        model_accepted=tally.accepted["model"],
+        rounds=tally.rounds,
+        acceptance_rate=stats["acceptance_rate"],
+        tokens_per_second=stats["tokens_per_second"],
+        ttft_ms=stats["ttft_ms"],
+        target_model=engine.target.name,
+        draft_model=engine.draft.name if engine.draft is not None else "",
+        target_fingerprint=engine.target.fingerprint,
+        draft_fingerprint=engine.draft_fingerprint,
+        adapter_id=job.adapter_id,
+        sources=bytes(session.sources),
+        stats=stats,
+        disagreements=_disagreements(job, engine),
+        top_k=_top_k(session),
+    )
+
+
+def _disagreements(job: Job, engine: Engine) -> list[Disagreement]:
+    session = job.session
+    if session.capture is None:
+        return []
+    decode = engine.target.tokenizer.decode
+    start = session.prompt_length
+    return [
+        Disagreement(
+            position=item.position,
+            draft_token=item.draft_token,
+            target_token=item.target_token,
+            draft_text=decode([item.draft_token]),
+            target_text=decode([item.target_token]),
+            draft_confidence=round(item.draft_confidence, 6),
+            target_confidence=round(item.target_confidence, 6),
+            drafter=item.drafter,
+            depth=item.depth,
+            context_tokens=session.state.text[max(0, start + item.position - CONTEXT_TOKENS) : start + item.position],
+        )
+        for item in session.capture.rejected
+    ]
+
+
+def _top_k(session: Session) -> TopK | None:
+    capture = session.capture
+    if capture is None or not capture.ids:
+        return None
+    return TopK(
+        k=len(capture.ids[0]),
+        ids=np.stack(capture.ids).astype("<u4").tobytes(),
+        logprobs=np.stack(capture.logprobs).astype("<f2").tobytes(),
+        tail=np.array(capture.tail, "<f2").tobytes(),
+        entropy=np.array(capture.entropy, "<f2").tobytes(),
+    )
+
+
+def to_done(job: Job, engine: Engine) -> Done:
+    """The last message of an answer; the recorder fills in whether it was recorded."""
+    session = job.session
+    return Done(
+        request_id=job.ask.request_id,
+        generation_id=job.generation_id,
+        text=job.text.text,
+        tokens=len(session.output),
+        finish_reason=session.finish_reason or "cancelled",
+        adapter_id=job.adapter_id,
+        recorded=False,
+        record_note="",
+        stats=statistics(job, engine.costs),
+    )

@@ -1,0 +1,214 @@
+"""The loop thread of inference: the only owner of its sockets. Takes requests in, passes tokens out, hands records over.
+
+Knows clients, queue places and outboxes; nothing of models. A client that vanishes has its request cancelled.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from specl.daemons.inference.answer import Job
+from specl.daemons.inference.recorder import Recorder
+from specl.daemons.inference.worker import Worker
+from specl.shared import log
+from specl.shared.bus import Server
+from specl.shared.config import Settings
+from specl.shared.errors import OutboxFull
+from specl.shared.hidden import HiddenSpool
+from specl.shared.models import blas
+from specl.shared.outbox import Outbox
+from specl.shared.paths import Paths
+from specl.shared.process import StopFlag
+from specl.shared.wire import (
+    Activity,
+    AdapterReady,
+    Alive,
+    Ask,
+    Batch,
+    Cancel,
+    Done,
+    Failed,
+    Fetch,
+    GetStatus,
+    Purge,
+    Queued,
+    RecordReady,
+    Reply,
+    SetAdapter,
+    Status,
+)
+
+TICK_S = 0.5
+_log = log.get("inference")
+
+
+@dataclass(slots=True)
+class Client:
+    """Who waits for a request."""
+
+    peer: bytes
+    heard: float
+
+
+class Inference:
+    """The daemon's loop; `run` returns when stopped, raises what killed the MLX thread."""
+
+    def __init__(self, paths: Paths, settings: Settings, server: Server) -> None:
+        self.paths, self.settings, self.server = paths, settings, server
+        self.outbox = Outbox(paths.outbox("inference"), settings.records.outbox_limit_mb << 20)
+        self.spool = HiddenSpool(paths.hidden, settings.records.hidden_spool_mb << 20)
+        self.clients: dict[str, Client] = {}
+        self.started = time.monotonic()
+        self._out: deque[tuple[bytes | None, Any]] = deque()
+        self._busy = False
+        self.recorder = Recorder(self.outbox, self.spool, lambda id: self._emit(None, RecordReady(id)), self._emit)
+        self.worker = Worker(paths, settings, self.recorder, self._emit, server.wake)
+        server.subscribe(paths.socket("trainer-pub"), self._published)
+
+    def _emit(self, peer: bytes | None, message: Any) -> None:
+        """From any thread: send to a client, or publish where there is no peer."""
+        self._out.append((peer, message))
+        self.server.wake()
+
+    def run(self, stop: StopFlag) -> None:
+        """Serve until stopped."""
+        self.recorder.start()
+        self.worker.start()
+        next_check = 0.0
+        while not stop:
+            self.server.poll(TICK_S, self._request)
+            self._flush()
+            self._tell_activity()
+            if self.worker.failure is not None:
+                raise self.worker.failure
+            if time.monotonic() >= next_check:
+                next_check = time.monotonic() + TICK_S
+                self._drop_silent_clients()
+        self.worker.stop()
+        self.recorder.stop()
+        self._flush()
+        self.outbox.close()
+
+    def _flush(self) -> None:
+        while self._out:
+            peer, message = self._out.popleft()
+            if peer is None:
+                self.server.publish(message)
+                continue
+            if not peer:
+                continue
+            sent = self.server.send(peer, message)
+            request_id = getattr(message, "request_id", "")
+            if isinstance(message, (Done, Failed)):
+                self.clients.pop(request_id, None)
+            elif not sent and request_id in self.clients:
+                self._give_up(request_id, "the client is gone")
+
+    def _tell_activity(self) -> None:
+        busy = self.worker.busy
+        if busy != self._busy:
+            self._busy = busy
+            self.server.publish(Activity(busy))
+
+    def _drop_silent_clients(self) -> None:
+        deadline = time.monotonic() - self.settings.serving.client_timeout_s
+        for request_id in [id for id, client in self.clients.items() if client.heard < deadline]:
+            self._give_up(request_id, "the client is silent")
+
+    def _give_up(self, request_id: str, why: str) -> None:
+        _log.info("client.lost", request=request_id, why=why)
+        self.clients.pop(request_id, None)
+        self.worker.cancel(request_id, why)
+
+    # ------------------------------------------------------------------------------------------------ messages
+    def _published(self, message: Any) -> None:
+        if isinstance(message, AdapterReady) and self.worker.engine is not None:
+            self.worker.look_at_current()
+
+    def _request(self, peer: bytes, message: Any) -> None:
+        match message:
+            case Ask():
+                self._ask(peer, message)
+            case Alive():
+                if (client := self.clients.get(message.request_id)) and client.peer == peer:
+                    client.heard = time.monotonic()
+            case Cancel():
+                self.worker.cancel(message.request_id, "cancelled by the client", peer)
+            case Fetch():
+                self.server.send(peer, self._fetch(message))
+            case GetStatus():
+                self.server.send(peer, Status("inference", self._status()))
+            case SetAdapter():
+                if self.worker.engine is None:
+                    self.server.send(peer, Reply(False, "the models are still loading"))
+                else:
+                    self.worker.set_adapter(peer, message)
+            case Purge():
+                self.server.send(peer, self._purge(message))
+            case _:
+                self.server.send(peer, Reply(False, "inference does not know this request"))
+
+    def _ask(self, peer: bytes, ask: Ask) -> None:
+        refusal = ""
+        if ask.max_tokens < 1:
+            refusal = f"max_tokens must be at least 1, not {ask.max_tokens}"
+        elif ask.mode not in ("detailed", "fast"):
+            refusal = f"mode must be detailed or fast, not {ask.mode!r}"
+        elif ask.num_draft_tokens is not None and not 0 <= ask.num_draft_tokens <= 16:
+            refusal = f"num_draft_tokens must lie between 0 and 16, not {ask.num_draft_tokens}"
+        elif ask.request_id in self.clients:
+            refusal = "a request with this id is running"
+        if refusal:
+            self.server.send(peer, Failed(ask.request_id, "rejected", refusal))
+        elif len(self.clients) >= self.settings.serving.queue_limit:
+            self.server.send(peer, Failed(ask.request_id, "busy", f"{len(self.clients)} requests wait already", "try again in a moment"))
+        else:
+            self.clients[ask.request_id] = Client(peer, time.monotonic())
+            if self.worker.engine is None:
+                self.server.send(peer, Queued(ask.request_id, len(self.clients) - 1))
+            self.worker.submit(Job(peer, ask, time.monotonic()))
+
+    def _fetch(self, fetch: Fetch) -> Batch:
+        try:
+            self.outbox.discard(fetch.done)
+        except OutboxFull as error:  # they stay, and are offered again: the store knows them already
+            _log.error("outbox.trouble", reason=str(error))
+        rows = self.outbox.oldest(fetch.limit)
+        return Batch(rows, self.outbox.pending - len(rows))
+
+    def _purge(self, message: Purge) -> Reply:
+        """Forget generations here: outbox, spool and caches. The store is the collector's."""
+        self.outbox.purge(message.ids)
+        self.spool.purge(message.ids)
+        if self.worker.engine is not None:
+            self.worker.call(self.worker.engine.prefixes.purge)
+        return Reply(True, "outbox, spool and prefix cache forgot them")
+
+    def _status(self) -> dict[str, Any]:
+        worker, engine = self.worker, self.worker.engine
+        state = "starting" if engine is None else ("busy" if worker.busy else "ready")
+        recent = list(worker.recent)
+        drafted = sum(item[0] for item in recent)
+        swap = worker.swap
+        return {
+            "state": state,
+            "uptime_s": round(time.monotonic() - self.started, 1),
+            "queue": {"depth": len(worker.waiting), "in_flight": len(worker.active)},
+            "outbox": {"pending": self.outbox.pending, "refused": self.recorder.refused, "trouble": self.recorder.last_refusal},
+            "served": worker.served,
+            "rolling_acceptance": round(sum(item[1] for item in recent) / drafted, 4) if drafted else None,
+            "rolling_tokens_per_second": round(sum(item[2] for item in recent) / len(recent), 2) if recent else None,
+            "adapter": {
+                "active": engine.adapter_id if engine else "",
+                "previous": swap.previous if swap else "",
+                "form": engine.adapter_form if engine else "",
+                "rejected": dict(swap.rejected) if swap else {},
+            },
+            "models": {
+                "target": engine.target.name if engine else self.settings.models.target.name,
+                "draft": (engine.draft.name if engine.draft else None) if engine else self.settings.models.draft.name,
+            },
+            "blas": {"bound": blas.BOUND.name, "fast": blas.BOUND.fast},
+            "malformed": self.server.malformed,
+        }

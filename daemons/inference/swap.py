@@ -1,0 +1,86 @@
+"""Which adapter drafts. Start-up, announcement and a slow tick all do the same: look at CURRENT, verify, fuse, say so.
+
+Runs on the MLX thread, between rounds. A refused adapter is not tried again while its files are the same; the old one
+keeps serving. Only a user's command moves CURRENT from here.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from specl.shared import log
+from specl.shared.adapters import Adapters
+from specl.shared.crash import crash_point
+from specl.shared.engine.adapter_files import load_adapter
+from specl.shared.engine.engine import Engine
+from specl.shared.errors import AdapterRejected
+from specl.shared.paths import Paths
+from specl.shared.wire import Reply
+
+_log = log.get("adapter")
+Activated = Callable[[str, str, str, str, dict[str, Any]], None]
+
+
+class AdapterSwap:
+    """`activated(event, adapter, previous, reason, details)` hears of every change and refusal."""
+
+    def __init__(self, paths: Paths, engine: Engine, activated: Activated) -> None:
+        self.adapters = Adapters(paths.adapters)
+        self.engine, self._activated = engine, activated
+        self.previous = ""
+        self.rejected: dict[str, str] = {}
+
+    def follow_current(self) -> None:
+        """Draft with what CURRENT names, if that is not what drafts already."""
+        wanted = self.adapters.current()
+        if wanted != self.engine.adapter_id and wanted not in self.rejected:
+            self._use(wanted, "announced")
+
+    def _use(self, id: str, reason: str) -> str:
+        """Switch to `id` (empty: none). Why not, or empty."""
+        start = time.perf_counter()
+        before = self.engine.adapter_id
+        try:
+            adapter = None
+            if id:
+                adapter, _ = load_adapter(self.adapters, self.adapters.folder / id, self.engine)
+            crash_point("swap.before_activate")
+            self.engine.use_adapter(adapter)
+        except AdapterRejected as error:
+            self.rejected[id] = str(error)
+            _log.error("adapter.rejected", adapter=id, reason=str(error))
+            self._activated("rejected", id, before, str(error), {})
+            return str(error)
+        pause_ms = round(1000 * (time.perf_counter() - start), 1)
+        self.previous = before
+        crash_point("swap.after_activate")
+        _log.info("adapter.fused" if id else "adapter.unloaded", adapter=id or None, previous=before or None, form=self.engine.adapter_form, ms=pause_ms)
+        event = "activated" if id else "unloaded"
+        self._activated(event, id, before, reason, {"form": self.engine.adapter_form, "pause_ms": pause_ms})
+        return ""
+
+    def by_hand(self, wish: str) -> Reply:
+        """A user's choice: an id, an alias, `previous`, or empty for none. CURRENT moves only if the adapter is usable."""
+        id = wish
+        if wish == "previous":
+            id = self.previous or self._parent()
+        elif wish:
+            id = self.adapters.resolve(wish)
+            if not id:
+                return Reply(False, f"there is no adapter {wish!r}")
+        self.rejected.pop(id, None)
+        if id != self.engine.adapter_id and (problem := self._use(id, "by hand")):
+            return Reply(False, problem)
+        try:
+            self.adapters.set_current(id)
+        except OSError as error:
+            return Reply(False, f"active until the next restart only, CURRENT could not be written: {error}")
+        return Reply(True, f"drafting with adapter {id}" if id else "drafting without an adapter", {"adapter": id})
+
+    def _parent(self) -> str:
+        """The active adapter's parent, where it is still there."""
+        try:
+            parent = self.adapters.manifest(self.engine.adapter_id).parent_id if self.engine.adapter_id else ""
+        except AdapterRejected:
+            return ""
+        return self.adapters.resolve(parent) if parent else ""

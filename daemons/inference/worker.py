@@ -1,0 +1,287 @@
+"""The one MLX thread: loads the models, serves requests round by round, swaps adapters between rounds.
+
+It touches no socket and no database: requests come in through a queue, everything it has to say goes out through `emit`
+and the recorder. Requests are served in turn, one round each, so that none starves.
+"""
+
+import queue
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from specl.daemons.inference.answer import Job, acceptance_rate, to_done, to_generation
+from specl.daemons.inference.recorder import Recorder
+from specl.daemons.inference.swap import AdapterSwap
+from specl.shared import log
+from specl.shared.config import Settings
+from specl.shared.engine.decode import Options
+from specl.shared.engine.engine import Engine
+from specl.shared.engine.law import Law
+from specl.shared.engine.text import TextStream
+from specl.shared.errors import RequestRejected, SpecLoraError
+from specl.shared.models import blas
+from specl.shared.models.pair import load_pair
+from specl.shared.paths import Paths
+from specl.shared.wire import Activation, Delta, Failed, Queued, SetAdapter
+
+IDLE_TICK_S = 5.0  # how often CURRENT is looked at when nobody announces anything
+_log = log.get("worker")
+Emit = Callable[[bytes, Any], None]
+
+
+class Worker(threading.Thread):
+    """`emit(peer, message)` may be called from this thread at any time. `failure` is set when the thread cannot go on."""
+
+    def __init__(self, paths: Paths, settings: Settings, recorder: Recorder, emit: Emit, wake: Callable[[], None]) -> None:
+        super().__init__(name="mlx", daemon=True)
+        self.paths, self.settings, self.recorder, self.emit, self._wake_loop = paths, settings, recorder, emit, wake
+        self.engine: Engine | None = None
+        self.swap: AdapterSwap | None = None
+        self.failure: BaseException | None = None
+        self.waiting: deque[Job] = deque()
+        self.active: list[Job] = []
+        self.served = 0
+        self.recent: deque[tuple[int, int, float]] = deque(maxlen=50)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+
+    # ------------------------------------------------------------------------------------- called from the loop thread
+    def call(self, action: Callable[[], None]) -> None:
+        """Run `action` on the MLX thread, between two rounds."""
+        self._inbox.put(action)
+
+    def submit(self, job: Job) -> None:
+        """Take a request."""
+        self.call(lambda: self._enqueue(job))
+
+    def cancel(self, request_id: str, reason: str, peer: bytes | None = None) -> None:
+        """Stop a request within a round; only its own client may."""
+        self.call(lambda: self._cancel(request_id, reason, peer))
+
+    def set_adapter(self, peer: bytes, wish: SetAdapter) -> None:
+        """Change the adapter by hand and answer."""
+        self.call(lambda: self.emit(peer, self.swap.by_hand(wish.adapter)))
+
+    def look_at_current(self) -> None:
+        """CURRENT may have moved."""
+        self.call(lambda: self.swap.follow_current())
+
+    def stop(self) -> None:
+        """End after the present round; running answers are cancelled."""
+
+        def end() -> None:
+            self._stopping = True
+
+        self.call(end)
+        self.join(timeout=3.0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is here."""
+        return bool(self.active or self.waiting)
+
+    # ------------------------------------------------------------------------------------------------ the thread
+    def run(self) -> None:
+        """Load, then serve."""
+        try:
+            self._load()
+            while not self._stopping:
+                self._turn()
+            for job in [*self.active, *self.waiting]:
+                self.emit(job.peer, Failed(job.ask.request_id, "stopped", "the inference daemon is stopping"))
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self._wake_loop()
+
+    def _load(self) -> None:
+        start = time.monotonic()
+        blas.set_threads(self.settings.serving.threads)
+        if not blas.BOUND.fast:
+            _log.warning("blas.slow", bound=blas.BOUND.name, note=blas.BOUND.note, remedy=blas.REMEDY)
+        engine = load_pair(self.settings, self.paths.models, lambda message: _log.info("models.loading", what=message))
+        engine.calibrate(self.paths.costs)
+        self.swap = AdapterSwap(self.paths, engine, self._activated)
+        self.swap.follow_current()
+        self.engine = engine
+        _log.info(
+            "models.ready",
+            target=engine.target.name,
+            draft=engine.draft.name if engine.draft else None,
+            adapter=engine.adapter_id or None,
+            blas=blas.BOUND.name,
+            seconds=round(time.monotonic() - start, 1),
+        )
+        self._wake_loop()
+
+    def _turn(self) -> None:
+        """Everything that waits in the inbox, then one round of every active request."""
+        self._run_inbox(block=not self.busy)
+        self._admit()
+        for job in list(self.active):
+            if job in self.active:
+                self._advance(job)
+                self._run_inbox(block=False)
+
+    def _run_inbox(self, block: bool) -> None:
+        try:
+            action = self._inbox.get(timeout=IDLE_TICK_S) if block else self._inbox.get_nowait()
+            while True:
+                action()
+                action = self._inbox.get_nowait()
+        except queue.Empty:
+            if block:
+                self.swap.follow_current()
+
+    # ------------------------------------------------------------------------------------------------ requests
+    def _enqueue(self, job: Job) -> None:
+        try:
+            self._prepare(job)
+        except SpecLoraError as error:
+            self.emit(job.peer, Failed(job.ask.request_id, "rejected", str(error), error.hint))
+            return
+        self.waiting.append(job)
+        if self.active:
+            self._tell_places()
+
+    def _prepare(self, job: Job) -> None:
+        """Tokens of the prompt, and every reason to refuse it before it waits."""
+        ask, engine = job.ask, self.engine
+        if ask.messages:
+            if not any(str(message.get("content", "")).strip() for message in ask.messages if message.get("role") == "user"):
+                raise RequestRejected("the prompt is empty")
+            job.prompt_text, job.prompt = engine.encode_chat(ask.messages)
+        else:
+            job.prompt_text, job.prompt = ask.prompt, engine.encode(ask.prompt)
+        if not job.prompt:
+            raise RequestRejected("the prompt is empty")
+        budget = self.settings.memory.max_kv_cache_tokens
+        limit = min(engine.target.context_length, budget)
+        if len(job.prompt) >= limit:
+            what = "memory.max_kv_cache_tokens is" if budget < engine.target.context_length else "the model's context holds"
+            raise RequestRejected(f"the prompt has {len(job.prompt)} tokens; {what} {limit}")
+
+    def _tell_places(self) -> None:
+        for place, job in enumerate(self.waiting):
+            self.emit(job.peer, Queued(job.ask.request_id, place))
+
+    def _admit(self) -> None:
+        """Start waiting requests, first come first served, as far as slots and cache tokens reach."""
+        budget = self.settings.memory.max_kv_cache_tokens
+        started = False
+        while self.waiting and len(self.active) < self.settings.serving.max_active:
+            job = self.waiting[0]
+            reserved = sum(other.reserved for other in self.active)
+            if self.active and reserved + job.reserved > budget:
+                break
+            self.waiting.popleft()
+            self.engine.prefixes.shrink(min(budget, reserved + job.reserved))
+            started = self._start(job) or started
+        if started and self.waiting:
+            self._tell_places()
+
+    def _start(self, job: Job) -> bool:
+        ask, settings = job.ask, self.settings
+        fixed = ask.num_draft_tokens
+        if fixed is None and settings.speculative.num_draft_tokens != "auto":
+            fixed = settings.speculative.num_draft_tokens
+        law = ask.sampling
+        options = Options(
+            law=Law(law.temperature, law.top_p, law.top_k, law.min_p, law.seed),
+            max_tokens=ask.max_tokens,
+            num_draft_tokens=fixed,
+            ngram=settings.speculative.ngram if ask.ngram is None else ask.ngram,
+            capture_k=settings.training.loss.top_k_logits if ask.mode == "detailed" and ask.record else 0,
+        )
+        try:
+            job.session = self.engine.session(job.prompt, options)
+        except SpecLoraError as error:
+            self.emit(job.peer, Failed(ask.request_id, "rejected", str(error), error.hint))
+            return False
+        job.text = TextStream(self.engine.target.tokenizer, tuple(ask.stop))
+        job.adapter_id = self.engine.adapter_id
+        self.active.append(job)
+        return True
+
+    def _advance(self, job: Job) -> None:
+        """One chunk of prompt, or one round."""
+        deadline = job.ask.deadline_s
+        if deadline is not None and time.monotonic() - job.arrived > deadline:
+            self._finish(job, "deadline")
+            return
+        if not job.prefilled:
+            job.prefilled = job.session.prefill()
+            return
+        session = job.session
+        before = len(session.output)
+        emitted = session.round()
+        if job.first_token_at is None:
+            job.first_token_at = time.monotonic()
+        job.adapter_id = self.engine.adapter_id
+        text, stops = "", self.engine.target.stop_tokens
+        for place, token in enumerate(emitted):
+            if token in stops:
+                break
+            text += job.text.add(token)
+            if job.text.stopped:
+                session.cut(before + place + 1, "stop")
+                break
+        if session.finish_reason:
+            text += job.text.finish()
+        kept = session.output[before:]
+        if kept:
+            self.emit(job.peer, Delta(job.ask.request_id, text, kept, bytes(session.sources[before:])))
+        if session.finish_reason:
+            self._finish(job, "")
+
+    def _cancel(self, request_id: str, reason: str, peer: bytes | None) -> None:
+        for job in [*self.active, *self.waiting]:
+            if job.ask.request_id == request_id and peer in (None, job.peer):
+                if job in self.waiting:
+                    self.waiting.remove(job)
+                    self.emit(job.peer, Failed(request_id, "cancelled", reason))
+                    self._tell_places()
+                else:
+                    self._finish(job, "cancelled")
+                return
+
+    def _finish(self, job: Job, ended_by: str) -> None:
+        """Record, answer, keep the caches for a next turn."""
+        self.active.remove(job)
+        session = job.session
+        if ended_by:
+            session.finish_reason = ended_by
+            job.text.finish()
+        if not session.output:
+            self.emit(job.peer, Failed(job.ask.request_id, ended_by or "internal", "ended before the first token"))
+            return
+        done = to_done(job, self.engine)
+        record = to_generation(job, self.engine) if job.ask.record else None
+        wanted = record is not None and session.capture is not None and self.settings.records.hidden_spool_mb
+        self.recorder.finish(job.peer, done, record, session.all_states() if wanted else None)
+        self.served += 1
+        self.recent.append((session.tally.drafted["model"], session.tally.accepted["model"], done.stats["tokens_per_second"]))
+        reserved = sum(other.reserved for other in self.active)
+        self.engine.retire(session, job.adapter_id, job.ask.conversation_id, reserved)
+        frequency = self.settings.memory.cache_clear_frequency
+        if frequency and self.served % frequency == 0:
+            self.engine.clear_caches()
+        _log.info(
+            "generation.done",
+            id=job.generation_id,
+            tokens=len(session.output),
+            rounds=session.tally.rounds,
+            acceptance=acceptance_rate(session.tally),
+            tokens_per_second=done.stats["tokens_per_second"],
+            adapter=job.adapter_id or None,
+            reason=session.finish_reason,
+        )
+
+    def _activated(self, event: str, adapter_id: str, previous_id: str, reason: str, details: dict[str, Any]) -> None:
+        """An adapter came, went or was refused: a fact for the store."""
+        self.recorder.fact(
+            Activation(uuid.uuid4().hex, time.time(), event, adapter_id, previous_id, reason, details)
+        )

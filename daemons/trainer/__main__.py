@@ -1,0 +1,21 @@
+"""`python -m specl.daemons.trainer`: at the lowest priority there is."""
+
+import os
+import sys
+
+from specl.daemons.run import run_daemon
+from specl.daemons.trainer.service import Trainer
+from specl.shared.bus import Server
+from specl.shared.config import Settings
+from specl.shared.paths import Paths
+from specl.shared.process import StopFlag
+
+
+def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> None:
+    """Train when it helps, until stopped."""
+    Trainer(paths, settings, server).run(stop)
+
+
+if __name__ == "__main__":
+    os.nice(19)
+    sys.exit(run_daemon("trainer", main))

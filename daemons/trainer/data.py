@@ -1,0 +1,151 @@
+"""Rows of the store as examples: failures, replayed successes, held-out conversations; states from the spool or recomputed.
+
+Held out is a stable hash of the conversation; what is held out is never trained on. Replay of general text comes with the
+draft (`replay.npz`: texts of its target), because a new user's store has no successes yet.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from specl.shared.config import Settings
+from specl.shared.engine.engine import Engine
+from specl.shared.hidden import HiddenSpool
+from specl.shared.learning.examples import Example, is_held_out
+from specl.shared.learning.traffic import load_shard, recapture, save_shard
+from specl.shared.models.head import HeadDraft
+from specl.shared.store import Store, StoredGeneration
+
+LONGEST = 512  # tokens of an example; the rest of a long text is left out
+HELDOUT_MOST = 100
+HELDOUT_DAYS = 30
+REPLAY_TEXTS = 96
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What one run works with. `failures` and `successes` are for training, `held_out` for judging."""
+
+    failures: list[Example]
+    successes: list[Example]
+    held_out: list[Example]
+    last_generation: str
+
+    @property
+    def fresh_ids(self) -> list[str]:
+        """Generations that are trained on."""
+        return [example.id for example in [*self.failures, *self.successes]]
+
+
+def to_example(row: StoredGeneration, error_weight: float) -> Example:
+    """One stored generation; positions where the draft was wrong weigh more."""
+    values = row.values
+    prompt = np.frombuffer(values["prompt_tokens"], "<u4")
+    output = np.frombuffer(values["output_tokens"], "<u4")
+    k = int(values["top_k"])
+    rows = min(len(output), len(values["top_ids"]) // (4 * k))
+    weights = np.ones(rows, np.float32)
+    for item in row.disagreements:
+        if item["position"] < rows:
+            weights[item["position"]] = error_weight
+    return Example(
+        id=values["id"],
+        tokens=np.concatenate([prompt, output[:rows]]),
+        prompt_length=len(prompt),
+        ids=np.frombuffer(values["top_ids"], "<u4").reshape(-1, k)[:rows],
+        logprobs=np.frombuffer(values["top_logprobs"], "<f2").reshape(-1, k)[:rows],
+        weights=weights,
+        states=None,
+        greedy=values["temperature"] == 0,
+    )
+
+
+def is_failure(values: dict, threshold: float) -> bool:
+    """Acceptance decides, agreement where acceptance is null; with neither, nobody knows, and it is no failure yet."""
+    figure = values["acceptance_rate"] if values["acceptance_rate"] is not None else values["agreement"]
+    return figure is not None and figure < threshold
+
+
+class Gatherer:
+    """Reads examples for an engine's draft. `pause` is called between pieces of work and may wait."""
+
+    def __init__(self, store: Store, engine: Engine, settings: Settings, spool: HiddenSpool, pause: Callable[[], None]) -> None:
+        self.store, self.engine, self.settings, self.spool, self._pause = store, engine, settings, spool, pause
+
+    def material(self, clock: Callable[[], float] = time.time) -> Material:
+        """The newest failures and successes that this target wrote, and the held-out conversations among them."""
+        training = self.settings.training
+        limit = training.max_failure_cases + training.replay_buffer_size
+        rows = [row for row in self.store.recent_generations(limit, trainable=True) if self._fits(row)]
+        threshold = self.settings.speculative.acceptance_threshold
+        failures, successes, held_out = [], [], []
+        newest_first = clock() - HELDOUT_DAYS * 86400
+        for row in rows:
+            if is_held_out(row.values["conversation_id"], training.heldout_share):
+                if row.values["created_at"] > newest_first and len(held_out) < HELDOUT_MOST:
+                    held_out.append(row)
+            elif is_failure(row.values, threshold):
+                failures.append(row)
+            else:
+                successes.append(row)
+        chosen = (failures[: training.max_failure_cases], successes[: training.replay_buffer_size], held_out)
+        parts = [[self.example(row) for row in part] for part in chosen]
+        return Material(*[_distinct(part) for part in parts], last_generation=rows[0].values["id"] if rows else "")
+
+    def _fits(self, row: StoredGeneration) -> bool:
+        values = row.values
+        return values["target_fingerprint"] == self.engine.target.fingerprint and values["output_count"] > 1
+
+    def example(self, row: StoredGeneration) -> Example:
+        """One row, with the states that a head needs."""
+        example = to_example(row, self.settings.training.loss.error_weight).clipped(LONGEST)
+        return self.with_states(example) if self.engine.reads_states else example
+
+    def with_states(self, example: Example) -> Example:
+        """The same with states, spooled or recomputed."""
+        states = self.spool.read(example.id)
+        needed = len(example.tokens) - 1
+        if states is None or len(states) < needed or states.shape[1] != self.engine.target.hidden_size:
+            self._pause()
+            states, _, _ = recapture(self.engine.target, example.tokens, example.prompt_length, 1, with_law=False)
+        return Example(
+            example.id, example.tokens, example.prompt_length, example.ids, example.logprobs, example.weights, states[:needed], example.greedy
+        )
+
+    def replay(self, folder: Path) -> list[Example]:
+        """General texts of the target that came with the draft, captured once and kept in `folder`."""
+        draft = self.engine.draft
+        source = draft.path / "replay.npz" if isinstance(draft, HeadDraft) and draft.path else None
+        if source is None or not source.is_file():
+            return []
+        kept = folder / f"replay-{self.engine.draft_fingerprint}.npz"
+        if kept.is_file():
+            return load_shard(kept)
+        examples = []
+        for tokens, prompt_length in _texts(source)[:REPLAY_TEXTS]:
+            self._pause()
+            states, ids, logprobs = recapture(self.engine.target, tokens, prompt_length, self.settings.training.loss.top_k_logits)
+            examples.append(Example(f"replay-{len(examples)}", tokens, prompt_length, ids, logprobs, np.ones(len(ids), np.float32), states))
+        save_shard(kept, examples)
+        return examples
+
+
+def _texts(path: Path) -> list[tuple[np.ndarray, int]]:
+    with np.load(path, allow_pickle=False) as file:
+        tokens, lengths, prompts = file["tokens"], file["lengths"], file["prompt_lengths"]
+    ends = np.cumsum(lengths)
+    return [(tokens[end - length : end], int(prompt)) for end, length, prompt in zip(ends, lengths, prompts, strict=True)]
+
+
+def _distinct(examples: Sequence[Example]) -> list[Example]:
+    """Without repeats of the same text."""
+    return list({example.tokens.tobytes(): example for example in examples}.values())
+
+
+def describe(material: Material) -> str:
+    """For a log line."""
+    return json.dumps({"failures": len(material.failures), "successes": len(material.successes), "held_out": len(material.held_out)})

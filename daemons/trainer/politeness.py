@@ -1,0 +1,54 @@
+"""When the trainer may work: not while inference answers, and not at once after. Knows time and one flag, nothing else.
+
+After ten minutes of deferral it takes a quarter of the time, so that a daemon that is always busy learns too.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+from specl.shared.errors import Interrupted
+
+DEFER_S = 600.0
+DUTY = 0.25
+NAP_S = 0.1
+
+
+class Turnstile:
+    """`pass_through` is called between two pieces of work. Time is an argument, so that tests need not wait."""
+
+    def __init__(self, idle_s: float, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._idle_s, self._clock, self._sleep = idle_s, clock, sleep
+        self._busy = False
+        self._quiet_since = clock() - idle_s
+        self._worked_at = clock()
+        self._stop = threading.Event()
+
+    def heard(self, busy: bool) -> None:
+        """Inference became busy or idle."""
+        if self._busy and not busy:
+            self._quiet_since = self._clock()
+        self._busy = busy
+
+    def stop(self) -> None:
+        """Whoever passes from now on is told to stop."""
+        self._stop.set()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether inference has been idle long enough."""
+        return not self._busy and self._clock() - self._quiet_since >= self._idle_s
+
+    def pass_through(self) -> float:
+        """Wait until work may go on; seconds waited. Raises Interrupted when told to stop."""
+        start = self._clock()
+        piece = min(start - self._worked_at, 1.0)
+        while True:
+            if self._stop.is_set():
+                raise Interrupted("the trainer is stopping")
+            waited = self._clock() - start
+            starved = start + waited - self._quiet_since > DEFER_S and not self.quiet
+            if self.quiet or (starved and waited >= piece * (1 - DUTY) / DUTY):
+                self._worked_at = self._clock()
+                return waited
+            self._sleep(NAP_S)

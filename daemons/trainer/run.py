@@ -1,0 +1,286 @@
+"""One training run: gather, train LoRA from the active adapter, score on held-out conversations, publish if that rose.
+
+Runs on the trainer's MLX thread in small pieces; between any two it may be told to wait or to stop. Checkpoints let a killed
+run go on where it was. Every outcome becomes a `TrainingRun` record with its numbers, published or not.
+"""
+
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specl.daemons.trainer.data import Gatherer, Material
+from specl.shared import log
+from specl.shared.adapters import Adapters, Manifest
+from specl.shared.config import Settings
+from specl.shared.engine.adapter_files import load_adapter, write_files
+from specl.shared.engine.engine import Engine, LoadedAdapter
+from specl.shared.errors import AdapterRejected
+from specl.shared.learning.examples import Example, hot_vocabulary
+from specl.shared.learning.learner import Agreement, Learner, agreement
+from specl.shared.learning.losses import LossSettings
+from specl.shared.learning.steps import Batches, Deadline, StepLoop, StepSettings, about_checkpoint
+from specl.shared.models.head import HeadDraft
+from specl.shared.models.lora import LoraShape, attach, change_norm, choose_layers, lora_weights
+from specl.shared.wire import Adapter, Evaluation, TrainingRun
+
+MIN_EXAMPLES = 4
+MIN_HELD_OUT = 4
+PIECE_TOKENS = 256  # of one forward and backward: what a request may have to wait for
+CHECKPOINT_S = 20.0
+DEPTHS = 3
+_log = log.get("training")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run ended, and the records that say so."""
+
+    verdict: str
+    reason: str
+    adapter_id: str = ""
+    path: Path | None = None
+    records: list[Any] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Live:
+    """What `status` shows of a run under way."""
+
+    state: str = "idle"
+    step: int = 0
+    total: int = 0
+    loss: float | None = None
+
+
+class TrainingJob:
+    """One run. `pause` is called between pieces: it waits while inference is busy, and raises Interrupted to stop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        gatherer: Gatherer,
+        adapters: Adapters,
+        folder: Path,
+        settings: Settings,
+        live: Live,
+        pause: Callable[[], float],
+        trigger: str,
+    ) -> None:
+        self.engine, self.gatherer, self.adapters, self.folder = engine, gatherer, adapters, folder
+        self.settings, self.live, self._pause, self.trigger = settings, live, pause, trigger
+        self.run_id, self.created_at = uuid.uuid4().hex, time.time()
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.material = Material([], [], [], "")
+        self.parent_id = ""
+        self.records: list[Any] = []
+
+    # ------------------------------------------------------------------------------------------------ the run
+    def run(self) -> Outcome:
+        """Do it. Raises Interrupted when told to stop; the checkpoint stays and the next run goes on with it."""
+        self.live.state = "gathering"
+        self.material = self.gatherer.material()
+        material = self.material
+        if len(material.failures) + len(material.successes) < MIN_EXAMPLES or len(material.held_out) < MIN_HELD_OUT:
+            counts = f"{len(material.failures)} failures, {len(material.successes)} successes, {len(material.held_out)} held out"
+            return self._outcome("no_data", f"too little to train and judge on yet: {counts}")
+        replay = self.gatherer.replay(self.folder)
+        parent = self._parent()
+        self.engine.use_adapter(parent)
+        learner = Learner(self.engine.draft)
+        self.live.state = "scoring"
+        before = agreement(learner, material.held_out, DEPTHS)
+        shape = self._prepare(learner, parent, replay)
+        try:
+            self._train(learner, replay)
+        except FloatingPointError as error:
+            return self._outcome("failed", str(error))
+        self.live.state = "scoring"
+        after = agreement(learner, material.held_out, DEPTHS)
+        return self._judge(learner, shape, before, after)
+
+    def _parent(self) -> LoadedAdapter | None:
+        """The adapter that CURRENT names, to go on from."""
+        current = self.adapters.current()
+        if not current:
+            return None
+        try:
+            adapter, _ = load_adapter(self.adapters, self.adapters.folder / current, self.engine)
+        except AdapterRejected as error:
+            _log.warning("parent.unusable", adapter=current, reason=str(error))
+            return None
+        self.parent_id = current
+        return adapter
+
+    def _prepare(self, learner: Learner, parent: LoadedAdapter | None, replay: list[Example]) -> LoraShape:
+        """Wrap the pristine draft's layers, with the parent's A and B where its shape is the same; refresh the hot vocabulary."""
+        lora = self.settings.training.lora
+        self.engine.use_adapter(None)
+        module = self.engine.draft_module
+        shape = LoraShape(lora.rank, lora.alpha, lora.dropout, choose_layers(module, lora.target_modules))
+        module.freeze()  # what is attached next is all that trains
+        same = parent is not None and (parent.shape.rank, parent.shape.keys, parent.shape.alpha) == (shape.rank, shape.keys, shape.alpha)
+        attach(module, shape, parent.weights if same else None)
+        draft = self.engine.draft
+        if isinstance(draft, HeadDraft):
+            old = parent.hot if parent is not None and parent.hot is not None else draft.hot
+            texts = [*self.material.failures, *self.material.successes, *replay]
+            learner.set_hot(hot_vocabulary(texts, draft.shape.hot_size, int(draft.target.config["vocab_size"]), keep=old))
+        return shape
+
+    def _train(self, learner: Learner, replay: list[Example]) -> None:
+        training = self.settings.training
+        fresh = self.material.failures or self.material.successes
+        again = [*(self.material.successes if self.material.failures else []), *replay]
+        batches = Batches(fresh, again, training.batch_size, training.replay_ratio, seed=0)
+        fresh_a_batch = max(1, training.batch_size - round(training.batch_size * training.replay_ratio)) if again else training.batch_size
+        total = max(1, -(-len(fresh) * training.num_epochs // (fresh_a_batch * training.gradient_accumulation_steps)))
+        loss = LossSettings(training.loss.type, training.loss.temperature, training.loss.alpha)
+        loop = StepLoop(learner, loss, StepSettings(training.learning_rate, total, depths=DEPTHS))
+        checkpoint = self.folder / "checkpoint"
+        self._resume(loop, checkpoint, batches)
+        self.live.state, self.live.total = "training", total
+        deadline = Deadline(training.max_minutes * 60)
+        saved = time.monotonic()
+        while loop.step_number < total and not deadline.over:
+            groups = [group for _ in range(training.gradient_accumulation_steps) for group in _pieces(batches.next())]
+            value = loop.step(groups, lambda: deadline.pause(self._pause()))
+            self.tokens += sum(example.rows for group in groups for example in group)
+            self.losses.append(value)
+            self.live.step, self.live.loss = loop.step_number, round(float(np.mean(self.losses[-10:])), 4)
+            if time.monotonic() - saved > CHECKPOINT_S:
+                loop.save(checkpoint, self._about())
+                saved = time.monotonic()
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint belongs to."""
+        return {"parent": self.parent_id, "ids": self.material.fresh_ids, "draft": self.engine.draft_fingerprint}
+
+    def _resume(self, loop: StepLoop, checkpoint: Path, batches: Batches) -> None:
+        """Go on with a killed run's checkpoint if it was about the very same work; otherwise it is dropped."""
+        about = about_checkpoint(checkpoint)
+        if about is None:
+            return
+        if {name: about.get(name) for name in self._about()} == self._about():
+            try:
+                loop.resume(checkpoint)
+                for _ in range(loop.step_number * self.settings.training.gradient_accumulation_steps):
+                    batches.next()
+                _log.info("training.resumed", step=loop.step_number)
+                return
+            except (OSError, ValueError, RuntimeError) as error:
+                _log.warning("checkpoint.unusable", reason=str(error))
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------------------ the end of it
+    def _judge(self, learner: Learner, shape: LoraShape, before: Agreement, after: Agreement) -> Outcome:
+        """Publish if held-out agreement rose."""
+        for adapter_id, score in ((self.parent_id, before), ("candidate", after)):
+            self.records.append(self._evaluation(adapter_id, score))
+        figures = f"held-out agreement {before.value:.4f} -> {after.value:.4f} on {len(self.material.held_out)} generations"
+        if after.value <= before.value:
+            return self._outcome("rejected", f"{figures}: it did not rise")
+        id = self.adapters.next_id()
+        self.records[-1] = self._evaluation(id, after)
+        manifest = self._write(id, learner, shape, before, after)
+        path = self.adapters.folder / id
+        sha = json.loads((path / "manifest.json").read_text())["files"]["adapters.safetensors"]
+        self.records.append(
+            Adapter(id, manifest.created_at, "lora", self.parent_id, self.run_id, str(path), sha, manifest.base_fingerprint, json.loads((path / "manifest.json").read_text()))
+        )
+        outcome = self._outcome("promoted", figures, id)
+        outcome.path = path
+        return outcome
+
+    def _write(self, id: str, learner: Learner, shape: LoraShape, before: Agreement, after: Agreement) -> Manifest:
+        weights = lora_weights(learner.module)
+        draft = self.engine.draft
+        manifest = Manifest(
+            id=id,
+            kind="lora",
+            created_at=time.time(),
+            base_model=draft.name,
+            base_fingerprint=self.engine.draft_fingerprint,
+            target_fingerprint=self.engine.target.fingerprint,
+            tokenizer_fingerprint=self.engine.target.tokenizer_fingerprint,
+            parent_id=self.parent_id,
+            training_run_id=self.run_id,
+            rank=shape.rank,
+            alpha=shape.alpha,
+            modules=list(shape.keys),
+            change_norm=round(change_norm(shape, weights), 6),
+            metrics={
+                "heldout_before": round(before.value, 5),
+                "heldout_after": round(after.value, 5),
+                "heldout_after_by_depth": [round(v, 5) for v in after.by_depth],
+                "heldout_generations": len(self.material.held_out),
+                "heldout_positions": int(after.positions.sum()),
+            },
+            training={
+                "steps": len(self.losses),
+                "tokens": self.tokens,
+                "loss_first": self.losses[0] if self.losses else None,
+                "loss_last": self.live.loss,
+                "generations": self.material.fresh_ids,
+            },
+        )
+        scratch = self.adapters.scratch(id)
+        hot = draft.hot if isinstance(draft, HeadDraft) else None
+        write_files(scratch, shape, weights, hot)
+        self.adapters.publish(scratch, manifest)
+        return manifest
+
+    def _evaluation(self, adapter_id: str, score: Agreement) -> Evaluation:
+        return Evaluation(
+            id=uuid.uuid4().hex,
+            created_at=time.time(),
+            subject="heldout",
+            generation_id="",
+            training_run_id=self.run_id,
+            adapter_id=adapter_id,
+            generations=len(score.hits),
+            positions=int(score.positions.sum()),
+            agreement=round(score.value, 6),
+            by_depth=[round(value, 6) for value in score.by_depth],
+            details={},
+        )
+
+    def _outcome(self, verdict: str, reason: str, adapter_id: str = "") -> Outcome:
+        """End the run: its checkpoint has served."""
+        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        training = self.settings.training
+        consumed = verdict in ("promoted", "rejected")
+        run = TrainingRun(
+            id=self.run_id,
+            created_at=self.created_at,
+            finished_at=time.time(),
+            trigger=self.trigger,
+            verdict=verdict,
+            reason=reason,
+            parent_id=self.parent_id,
+            adapter_id=adapter_id,
+            examples=len(self.material.fresh_ids),
+            steps=len(self.losses),
+            tokens=self.tokens,
+            loss_first=self.losses[0] if self.losses else None,
+            loss_last=self.live.loss if self.losses else None,
+            last_generation=self.material.last_generation if consumed else "",
+            settings=training.model_dump(mode="json"),
+        )
+        return Outcome(verdict, reason, adapter_id, None, [*self.records, run])
+
+
+def _pieces(group: list[Example]) -> list[list[Example]]:
+    """A batch in pieces of at most PIECE_TOKENS, longest texts first; one text is never split."""
+    pieces: list[list[Example]] = []
+    for example in sorted(group, key=lambda item: -len(item.tokens)):
+        room = pieces and len(pieces[-1][0].tokens) * (len(pieces[-1]) + 1) <= PIECE_TOKENS
+        pieces[-1].append(example) if room else pieces.append([example])
+    return pieces

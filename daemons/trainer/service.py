@@ -1,0 +1,254 @@
+"""The trainer daemon: watches the store for its trigger, runs training on one MLX thread, answers and announces.
+
+The loop thread owns the sockets and the outbox; the MLX thread owns the models, loaded when first needed.
+"""
+
+import gc
+import queue
+import threading
+import time
+import uuid
+from typing import Any
+
+from specl.daemons.trainer.data import Gatherer
+from specl.daemons.trainer.politeness import Turnstile
+from specl.daemons.trainer.run import Live, Outcome, TrainingJob
+from specl.shared import log
+from specl.shared.adapters import Adapters
+from specl.shared.bus import Server
+from specl.shared.config import Settings
+from specl.shared.crash import crash_point
+from specl.shared.engine.adapter_files import load_adapter
+from specl.shared.engine.engine import Engine
+from specl.shared.errors import Interrupted, OutboxFull, SpecLoraError, StoreError
+from specl.shared.hidden import HiddenSpool
+from specl.shared.learning.learner import Learner, agreement
+from specl.shared.models import blas
+from specl.shared.models.pair import load_pair
+from specl.shared.outbox import Outbox
+from specl.shared.paths import Paths
+from specl.shared.process import StopFlag
+from specl.shared.store import Store
+from specl.shared.wire import (
+    Activity,
+    AdapterReady,
+    Batch,
+    Evaluation,
+    Fetch,
+    GetStatus,
+    Purge,
+    RecordReady,
+    Reply,
+    Status,
+    Train,
+    encode,
+    kind_of,
+)
+
+TICK_S = 0.5
+LOOK_S = 5.0  # between looks at the store
+RETRY_S = 300.0  # after a run that had too little, or failed
+SCORE_BATCH = 16
+_log = log.get("trainer")
+
+
+class Trainer:
+    """The daemon's state; `run` is its loop."""
+
+    def __init__(self, paths: Paths, settings: Settings, server: Server) -> None:
+        self.paths, self.settings, self.server = paths, settings, server
+        self.outbox = Outbox(paths.outbox("trainer"), settings.records.outbox_limit_mb << 20)
+        self.adapters = Adapters(paths.adapters)
+        self.turnstile = Turnstile(settings.training.idle_seconds)
+        self.live = Live()
+        self.started = time.monotonic()
+        self.pending = 0
+        self.trouble = ""
+        self._work: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._running = threading.Event()
+        self._not_before = self._no_score_before = 0.0
+        self._engine: Engine | None = None
+        server.subscribe(paths.socket("inference-pub"), self._published)
+
+    # ------------------------------------------------------------------------------------------------ loop thread
+    def run(self, stop: StopFlag) -> None:
+        """Serve until stopped."""
+        self.adapters.sweep()
+        thread = threading.Thread(target=self._mlx_thread, name="mlx", daemon=True)
+        thread.start()
+        next_look = 0.0
+        while not stop:
+            self.server.poll(TICK_S, self._request)
+            while not self._out.empty():
+                self.server.publish(self._out.get())
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + LOOK_S
+                self._look()
+        self.turnstile.stop()
+        self._work.put("stop")
+        thread.join(timeout=3.0)
+        self.outbox.close()
+
+    def _published(self, message: Any) -> None:
+        if isinstance(message, Activity):
+            self.turnstile.heard(message.busy)
+
+    def _look(self) -> None:
+        """Count pending failures; start a run when there are enough, score parked generations when it is quiet."""
+        try:
+            store = Store(self.paths.store, read_only=True)
+        except StoreError:
+            return  # the collector has not made it yet
+        try:
+            self.pending = store.pending_failures()
+            unscored = bool(store.unscored(1))
+        except StoreError as error:
+            self.trouble = str(error)
+            return
+        finally:
+            store.close()
+        if self._running.is_set() or not self._work.empty() or not self.settings.training.enabled:
+            return
+        if self.pending >= self.settings.training.min_failure_cases and time.monotonic() >= self._not_before:
+            self._work.put(f"{self.pending} failures")
+        elif unscored and self.turnstile.quiet and time.monotonic() >= self._no_score_before:
+            self._work.put("score")
+
+    def _request(self, peer: bytes, message: Any) -> None:
+        match message:
+            case GetStatus():
+                self.server.send(peer, Status("trainer", self._status()))
+            case Fetch():
+                self.server.send(peer, self._fetch(message))
+            case Train():
+                self.server.send(peer, self._train(message))
+            case Purge():
+                self.outbox.purge(message.ids)
+                self.server.send(peer, Reply(True, "the trainer's outbox and checkpoint forgot them"))
+            case _:
+                self.server.send(peer, Reply(False, "the trainer does not know this request"))
+
+    def _train(self, message: Train) -> Reply:
+        if self._running.is_set():
+            return Reply(False, f"a run is under way ({self.live.state}, step {self.live.step})")
+        if not message.now and self.pending < self.settings.training.min_failure_cases:
+            return Reply(
+                False, f"{self.pending} of {self.settings.training.min_failure_cases} failures are there; --now trains on what there is"
+            )
+        self._work.put("by hand")
+        return Reply(True, "the run starts as soon as inference is idle")
+
+    def _fetch(self, fetch: Fetch) -> Batch:
+        try:
+            self.outbox.discard(fetch.done)
+        except OutboxFull as error:
+            self.trouble = str(error)
+        rows = self.outbox.oldest(fetch.limit)
+        return Batch(rows, self.outbox.pending - len(rows))
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "state": "busy" if self._running.is_set() else "ready",
+            "uptime_s": round(time.monotonic() - self.started, 1),
+            "training": {"state": self.live.state, "step": self.live.step, "total": self.live.total, "loss": self.live.loss},
+            "pending": self.pending,
+            "trigger": self.settings.training.min_failure_cases,
+            "enabled": self.settings.training.enabled,
+            "outbox": {"pending": self.outbox.pending},
+            "trouble": self.trouble,
+            "malformed": self.server.malformed,
+        }
+
+    # ------------------------------------------------------------------------------------------------ MLX thread
+    def _mlx_thread(self) -> None:
+        while (job := self._work.get()) != "stop":
+            self._running.set()
+            try:
+                self._score() if job == "score" else self._one_run(job)
+                self.trouble = ""
+            except Interrupted:
+                _log.info("training.interrupted")
+            except SpecLoraError as error:
+                self.trouble = str(error)
+                self._not_before = time.monotonic() + RETRY_S
+                _log.error("training.failed", error=str(error))
+            except Exception as error:  # the process edge of this thread: one failed run must not end the daemon
+                self.trouble = f"{type(error).__name__}: {error}"
+                self._not_before = time.monotonic() + RETRY_S
+                _log.exception("training.failed")
+            finally:
+                self.live.state = "idle"
+                self._running.clear()
+
+    def _loaded(self) -> Engine:
+        if self._engine is None:
+            self.live.state = "loading"
+            blas.set_threads(self.settings.training.threads)
+            self._engine = load_pair(self.settings, self.paths.models)
+            if self._engine.draft is None:
+                self._engine = None
+                raise SpecLoraError("there is no draft model to train", "set models.draft.name")
+        return self._engine
+
+    def _gatherer(self, store: Store) -> Gatherer:
+        spool = HiddenSpool(self.paths.hidden, self.settings.records.hidden_spool_mb << 20)
+        return Gatherer(store, self._loaded(), self.settings, spool, lambda: self.turnstile.pass_through())
+
+    def _one_run(self, trigger: str) -> None:
+        self.turnstile.pass_through()
+        store = Store(self.paths.store, read_only=True)
+        self.live.step, self.live.total, self.live.loss = 0, 0, None
+        try:
+            job = TrainingJob(
+                self._loaded(), self._gatherer(store), self.adapters, self.paths.training, self.settings, self.live,
+                self.turnstile.pass_through, trigger,
+            )  # fmt: skip
+            outcome = job.run()
+        finally:
+            store.close()
+            gc.collect()
+        if outcome.verdict in ("no_data", "failed"):
+            self._not_before = time.monotonic() + RETRY_S
+        self._record(outcome)
+        _log.info("training.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)
+
+    def _record(self, outcome: Outcome) -> None:
+        for record in outcome.records:
+            self._append(record)
+        if outcome.path is not None:
+            crash_point("adapter.before_publish")
+            self._out.put(AdapterReady(outcome.adapter_id, str(outcome.path)))
+            self.adapters.prune(keep=())
+        self.server.wake()
+
+    def _append(self, record: Any) -> None:
+        try:
+            self.outbox.append(record.id, kind_of(record), encode(record))
+            self._out.put(RecordReady(record.id))
+        except OutboxFull as error:
+            self.trouble = str(error)
+            _log.error("record.refused", kind=kind_of(record), reason=str(error))
+
+    def _score(self) -> None:
+        """Teacher-forced agreement of generations that were parked: without it they would never count as failures."""
+        store = Store(self.paths.store, read_only=True)
+        self.live.state = "scoring"
+        try:
+            engine, gatherer = self._loaded(), self._gatherer(store)
+            current = self.adapters.current()
+            engine.use_adapter(load_adapter(self.adapters, self.adapters.folder / current, engine)[0] if current else None)
+            rows = [row for row in store.unscored(SCORE_BATCH) if row.values["target_fingerprint"] == engine.target.fingerprint]
+            for row in rows:
+                self.turnstile.pass_through()
+                score = agreement(Learner(engine.draft), [gatherer.example(row)])
+                record = Evaluation(
+                    uuid.uuid4().hex, time.time(), "generation", row.values["id"], "", row.values["adapter_id"], 1,
+                    int(score.positions.sum()), round(score.value, 6), [round(v, 6) for v in score.by_depth], {},
+                )  # fmt: skip
+                self._append(record)
+            if not rows:  # what is left was written by another target
+                self._no_score_before = time.monotonic() + RETRY_S
+        finally:
+            store.close()
+            self.server.wake()

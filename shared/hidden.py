@@ -1,0 +1,60 @@
+"""The spool of hidden states that a `head` draft learns from: one fp16 file a generation, by record id, size-capped.
+
+A spooled file is a convenience, never a promise: the trainer recomputes what is missing. It says as much about a prompt as
+the prompt itself, so it is private and purged with it.
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+
+class HiddenSpool:
+    """`folder` holds at most `limit_bytes`; the oldest go first. 0 keeps nothing."""
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder, self.limit = folder, limit_bytes
+        self._size = sum(path.stat().st_size for path in folder.glob("*.npy"))
+
+    def write(self, id: str, states: np.ndarray) -> None:
+        """Keep states [n, hidden] as fp16. Raises OSError where the disk refuses; nothing half written is left."""
+        if states.nbytes > self.limit:
+            return
+        path = self.folder / f"{id}.npy"
+        scratch = self.folder / f".{id}.partial"
+        try:
+            with open(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+                np.save(file, states.astype(np.float16))
+            os.rename(scratch, path)
+        except OSError:
+            scratch.unlink(missing_ok=True)
+            raise
+        self._size += path.stat().st_size
+        self._shrink()
+
+    def _shrink(self) -> None:
+        if self._size <= self.limit:
+            return
+        for path in sorted(self.folder.glob("*.npy"), key=lambda p: p.stat().st_mtime):
+            self._size -= path.stat().st_size
+            path.unlink()
+            if self._size <= 0.9 * self.limit:
+                return
+
+    def read(self, id: str) -> np.ndarray | None:
+        """The states of a generation, or None where they are not spooled (any more)."""
+        try:
+            return np.load(self.folder / f"{id}.npy", allow_pickle=False)
+        except (OSError, ValueError):
+            return None
+
+    def purge(self, ids: Iterable[str]) -> None:
+        """Forget these generations. The purge hook of this room."""
+        for id in ids:
+            with suppress(FileNotFoundError):
+                path = self.folder / f"{id}.npy"
+                self._size -= path.stat().st_size
+                path.unlink()
