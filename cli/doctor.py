@@ -1,0 +1,93 @@
+"""`specl-ctl doctor`: what this machine has, what is wrong, and what to do about it."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import click
+
+from specl.shared import config
+from specl.shared.errors import SpecLoraError
+from specl.shared.paths import ROLES, find_paths
+from specl.shared.process import holder_of, is_locked
+
+OK, WARN, BAD = "ok", "warn", "bad"
+Finding = tuple[str, str, str]
+
+
+def _machine() -> Iterator[Finding]:
+    yield OK, "machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    if sys.version_info < (3, 11):
+        yield BAD, "python", "3.11 or newer is needed"
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "pyzmq", "sqlalchemy"))
+    yield OK, "libraries", libraries
+
+
+def _blas() -> Iterator[Finding]:
+    from specl.shared.models import blas
+
+    bound = blas.BOUND
+    if bound.fast:
+        yield OK, "blas", bound.name
+    else:
+        yield WARN, "blas", f"{bound.name}: products are 5 to 30 times slower ({bound.note}). {blas.REMEDY}"
+    import mlx.core as mx
+
+    yield OK, "device", str(mx.default_device())
+
+
+def _folders() -> Iterator[Finding]:
+    paths = find_paths().create()
+    free = shutil.disk_usage(paths.root).free / 2**30
+    yield (OK if free > 2 else WARN), "disk", f"{free:.1f} GiB free at {paths.root}"
+    for role in ROLES:
+        if is_locked(paths.run, role):
+            yield OK, role, f"runs (pid {holder_of(paths.run, role)})"
+        else:
+            yield WARN, role, "does not run; start it with `honcho start`"
+    paths.socket("inference-pub")
+
+
+def _settings() -> Iterator[Finding]:
+    settings = config.load()
+    yield OK, "settings", str(config.settings_file())
+    from specl.cli.models import _where
+
+    folder = find_paths().models
+    for role, name, is_draft in (("target", settings.models.target.name, False), ("draft", settings.models.draft.name, True)):
+        where = _where(name, folder, is_draft)
+        if name is None:
+            yield OK, role, "none"
+        else:
+            yield (OK if where else WARN), role, f"{name}: {where or 'not here yet, `specl-ctl models fetch`'}"
+
+
+def _costs() -> Iterator[Finding]:
+    """The calibrated curve, where inference has measured one."""
+    import json
+
+    for path in sorted(find_paths().costs.glob("*.json"), key=lambda p: p.stat().st_mtime)[-1:]:
+        kept = json.loads(path.read_text())
+        verify = ", ".join(f"{w}: {1000 * s:.0f}" for w, s in kept["verify"].items())
+        draft = ", ".join(f"{k}: {1000 * s:.0f}" for k, s in kept["draft"].items())
+        yield OK, "costs", f"target step by width {verify} ms; draft by depth {draft or '-'} ms"
+
+
+@click.command()
+def doctor() -> None:
+    """Check machine, BLAS, disk, locks, settings and models, and say what to do. Exit code 1 where something is broken."""
+    worst = OK
+    for check in (_machine, _blas, _folders, _settings, _costs):
+        try:
+            findings = list(check())
+        except SpecLoraError as error:
+            findings = [(BAD, check.__name__.strip("_"), f"{error} {error.hint}".strip())]
+        for level, name, text in findings:
+            colour = {OK: "green", WARN: "yellow", BAD: "red"}[level]
+            click.echo(f"{click.style(f'{level:<5}', fg=colour)}{name:<11}{text}")
+            worst = level if level == BAD else worst
+    if worst == BAD:
+        raise SystemExit(1)
