@@ -8,7 +8,6 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
-
 from specl.shared.adapters import Adapters, Manifest
 from specl.shared.client import Client
 from specl.shared.errors import AdapterRejected, DaemonUnreachable, SpecLoraError
@@ -52,7 +51,9 @@ def list_(as_object: bool) -> None:
     for column in ("id", "made (UTC)", "parent", "agreement before", "after", "examples", "norm", ""):
         table.add_column(column)
     for id, manifest in rows:
-        marks = ", ".join(name for name, it in (("current", current), ("best", best), ("latest", rows[-1][0])) if it == id)
+        marks = ", ".join(
+            name for name, it in (("current", current), ("best", best), ("latest", rows[-1][0])) if it == id
+        )
         if isinstance(manifest, str):
             table.add_row(id, "-", "-", "-", "-", "-", "-", f"[red]{manifest}[/]")
             continue
@@ -99,8 +100,14 @@ def _facts(manifest: Manifest, path: str, current: bool) -> list[tuple[str, Any]
         ("LoRA", f"rank {manifest.rank}, alpha {manifest.alpha:g}, on {', '.join(manifest.modules)}"),
         ("weight change, norm", f"{manifest.change_norm:.4f}"),
         ("held-out agreement", f"{metrics.get('heldout_before', 0):.4f} -> {metrics.get('heldout_after', 0):.4f}"),
-        ("", f"{metrics.get('heldout_generations', 0)} generations, {metrics.get('heldout_positions', 0)} positions; by depth {depth}"),
-        ("trained on", f"{len(training.get('generations', []))} generations, {training.get('tokens', 0)} tokens, {training.get('steps', 0)} steps"),
+        (
+            "",
+            f"{metrics.get('heldout_generations', 0)} generations, {metrics.get('heldout_positions', 0)} positions; by depth {depth}",
+        ),
+        (
+            "trained on",
+            f"{len(training.get('generations', []))} generations, {training.get('tokens', 0)} tokens, {training.get('steps', 0)} steps",
+        ),
         ("loss", f"{training.get('loss_first') or 0:.4f} -> {training.get('loss_last') or 0:.4f}"),
         ("training run", manifest.training_run_id),
     ]
@@ -111,7 +118,9 @@ def _change(wish: str) -> None:
         try:
             reply = client.set_adapter(wish)
         except DaemonUnreachable:
-            raise DaemonUnreachable("the inference daemon does not run, so nothing can be switched", "start it with `honcho start`") from None
+            raise DaemonUnreachable(
+                "the inference daemon does not run, so nothing can be switched", "start it with `honcho start`"
+            ) from None
         if not reply.ok:
             raise SpecLoraError(reply.message)
         click.echo(reply.message)

@@ -3,12 +3,10 @@
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 
 import click
-
 from specl.shared import config
 from specl.shared.errors import SpecLoraError
 from specl.shared.paths import ROLES, find_paths
@@ -19,9 +17,11 @@ Finding = tuple[str, str, str]
 
 
 def _machine() -> Iterator[Finding]:
-    yield OK, "machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    if sys.version_info < (3, 11):
-        yield BAD, "python", "3.11 or newer is needed"
+    yield (
+        OK,
+        "machine",
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    )
     libraries = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "pyzmq", "sqlalchemy"))
     yield OK, "libraries", libraries
 
@@ -57,7 +57,10 @@ def _settings() -> Iterator[Finding]:
     from specl.cli.models import _where
 
     folder = find_paths().models
-    for role, name, is_draft in (("target", settings.models.target.name, False), ("draft", settings.models.draft.name, True)):
+    for role, name, is_draft in (
+        ("target", settings.models.target.name, False),
+        ("draft", settings.models.draft.name, True),
+    ):
         where = _where(name, folder, is_draft)
         if name is None:
             yield OK, role, "none"

@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import click
-
 from specl import __version__
 from specl.shared.errors import SpecLoraError
 

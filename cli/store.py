@@ -8,7 +8,6 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
-
 from specl.shared.errors import SpecLoraError
 from specl.shared.paths import find_paths
 from specl.shared.store import Store
@@ -66,14 +65,21 @@ def failures(limit: int, as_object: bool) -> None:
     elif rows:
         for row in rows:
             row["id"] = row["id"][:8]
-        _print(rows, ("created", "id", "acceptance", "agreement", "disagreements", "tokens", "adapter_id", "prompt", "output"))
+        _print(
+            rows,
+            ("created", "id", "acceptance", "agreement", "disagreements", "tokens", "adapter_id", "prompt", "output"),
+        )
     else:
         click.echo("no failures are stored")
 
 
 @store.command()
-@click.option("--jsonl", "as_jsonl", is_flag=True, required=True, help="One JSON object a line, in the documented shape.")
-@click.option("--out", type=click.File("w", encoding="utf-8", atomic=True), default="-", help="A file instead of stdout.")
+@click.option(
+    "--jsonl", "as_jsonl", is_flag=True, required=True, help="One JSON object a line, in the documented shape."
+)
+@click.option(
+    "--out", type=click.File("w", encoding="utf-8", atomic=True), default="-", help="A file instead of stdout."
+)
 def export(as_jsonl: bool, out: Any) -> None:
     """Every generation: id, prompt, target_output, acceptance_rate, timestamp, disagreements."""
     for row in _open().export():

@@ -3,7 +3,6 @@
 import time
 
 import click
-
 from specl.cli.status import collect
 from specl.shared.client import Client
 from specl.shared.errors import SpecLoraError
@@ -36,7 +35,10 @@ def _follow(client: Client, before: str | None) -> None:
         training = found["training"]
         verdict = training["last_verdict"]
         if verdict and verdict["created"] != before:
-            click.echo(f"{verdict['verdict']}: {verdict['reason']}" + (f" (adapter {verdict['adapter_id']})" if verdict["adapter_id"] else ""))
+            click.echo(
+                f"{verdict['verdict']}: {verdict['reason']}"
+                + (f" (adapter {verdict['adapter_id']})" if verdict["adapter_id"] else "")
+            )
             if verdict["verdict"] in ("failed", "no_data"):
                 raise SpecLoraError("the run published nothing")
             return

@@ -17,7 +17,6 @@ from functools import cache
 from typing import Any
 
 import msgpack
-
 from specl.shared.errors import WireError
 
 VERSION = 1

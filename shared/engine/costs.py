@@ -143,7 +143,9 @@ def calibrate(subject: Measurable, most: int, drafts: bool, repeats: int = 3) ->
     draft = {}
     if drafts:
         subject.draft_once(2)
-        draft = {k: _median_seconds(lambda n=k: subject.draft_once(n), repeats) for k in (1, 2, 4, 8) if k <= max(most, 2)}
+        draft = {
+            k: _median_seconds(lambda n=k: subject.draft_once(n), repeats) for k in (1, 2, 4, 8) if k <= max(most, 2)
+        }
     return Costs(verify, draft)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import trim_prompt_cache
-
 from specl.shared.engine.acceptance import Verdict, coupled, greedy, rejection
 from specl.shared.engine.capture import Capture, RejectedDraft
 from specl.shared.engine.costs import AcceptanceEstimate, KChooser
@@ -31,7 +30,7 @@ NGRAM_DEPTH = 7
 class Options:
     """What one request wants. `num_draft_tokens` None lets costs decide; `capture_k` 0 keeps aggregates only."""
 
-    law: Law = Law()
+    law: Law = field(default_factory=Law)
     max_tokens: int = 512
     num_draft_tokens: int | None = None
     ngram: bool = True

@@ -17,7 +17,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-
 from specl.shared.crash import crash_point
 from specl.shared.learning.examples import Example, collate
 from specl.shared.learning.learner import Learner
@@ -86,7 +85,9 @@ class StepLoop:
         """Weights, moments and step, whole, by rename."""
         scratch = folder.with_name(folder.name + ".partial")
         scratch.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(scratch / "weights.safetensors"), dict(tree_flatten(self.learner.module.trainable_parameters())))
+        mx.save_safetensors(
+            str(scratch / "weights.safetensors"), dict(tree_flatten(self.learner.module.trainable_parameters()))
+        )
         state = {k: v for k, v in tree_flatten(self.optimizer.state) if isinstance(v, mx.array)}
         mx.save_safetensors(str(scratch / "optimizer.safetensors"), state)
         (scratch / "state.json").write_text(json.dumps({"step": self.step_number, **about}))
@@ -126,7 +127,9 @@ def about_checkpoint(folder: Path) -> dict[str, object] | None:
 class Batches:
     """Endless shuffled groups from two pools: `fresh` examples and replayed ones in the given share; seeded."""
 
-    def __init__(self, fresh: Sequence[Example], replay: Sequence[Example], size: int, replay_share: float, seed: int) -> None:
+    def __init__(
+        self, fresh: Sequence[Example], replay: Sequence[Example], size: int, replay_share: float, seed: int
+    ) -> None:
         if not fresh and not replay:
             raise ValueError("no examples")
         self._rng = np.random.default_rng(seed)

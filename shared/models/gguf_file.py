@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, dequantize
-
 from specl.shared.errors import ModelError
 
 GROUP = 32  # weights a block, in GGUF's Q4_1 and Q8_0
@@ -115,7 +114,9 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> tuple[dict[str, np.n
             if bits != quantization["bits"]:
                 quantization[name] = {"group_size": GROUP, "bits": bits}
         else:
-            raise ModelError(f"GGUF quantisation {tensor.tensor_type.name} ({tensor.name}) is not supported; Q4_1, Q8_0 and F16 are")
+            raise ModelError(
+                f"GGUF quantisation {tensor.tensor_type.name} ({tensor.name}) is not supported; Q4_1, Q8_0 and F16 are"
+            )
         for part, value in parts.items():
             weights[f"{name}.{part}"] = np.ascontiguousarray(unpermute_rows(value, permuted) if permuted else value)
     return weights, quantization
@@ -124,7 +125,6 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> tuple[dict[str, np.n
 def convert(gguf: Path, folder: Path) -> None:
     """Write an mlx-lm model directory, tokenizer and chat template included. Raises ModelError for what it cannot read."""
     from safetensors.numpy import save_file
-
     from specl.shared.models.gguf_tokenizer import write_tokenizer
 
     reader = GGUFReader(gguf)
