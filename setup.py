@@ -1,4 +1,7 @@
-"""The optional native parts; everything else is in pyproject.toml. Nothing is built on macOS, and a failed build never fails the install."""
+"""The optional native parts; everything else is in pyproject.toml.
+
+Nothing is built on macOS, and a failed build never fails the install.
+"""
 
 import sys
 

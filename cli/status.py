@@ -137,11 +137,10 @@ def render(found: dict[str, Any], settings: Settings) -> Table:
     table.add_row(
         "failures", f"{failures['pending']} of {failures['trigger']} until training, {failures['total']} in all"
     )
-    waiting = found["outbox"]["pending"]
-    table.add_row(
-        "store",
-        f"{found['store']['generations']} generations, {found['store']['disagreements']} disagreements, {'?' if waiting is None else waiting} on the way",
-    )
+    waiting = "?" if found["outbox"]["pending"] is None else found["outbox"]["pending"]
+    kept = found["store"]
+    stored = f"{kept['generations']} generations, {kept['disagreements']} disagreements, {waiting} on the way"
+    table.add_row("store", stored)
     adapter = found["adapter"]
     table.add_row("adapter", f"{adapter['active'] or 'none'}, before it {adapter['previous'] or 'none'}")
     training = found["training"]

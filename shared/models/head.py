@@ -74,6 +74,7 @@ class HeadAttention(nn.Module):
         return self.o_proj(y.transpose(0, 2, 1, 3).reshape(b, length, -1))
 
     def __call__(self, x: mx.array, cache: Any) -> mx.array:
+        """Attention over `cache` and x [batch, length, hidden], causal."""
         q, k, v = self.project(x, cache.offset if cache is not None else 0)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
@@ -91,6 +92,7 @@ class HeadMlp(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """[..., hidden] to the same."""
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -119,6 +121,7 @@ class Head(nn.Module):
         return self.norm(x + self.mlp(self.post_attention_layernorm(x)))
 
     def __call__(self, states: mx.array, embeddings: mx.array, cache: Any = None) -> mx.array:
+        """Outputs [batch, length, hidden] of the next entries after `cache`."""
         x = self.enter(states, embeddings)
         return self.leave(x, self.self_attn(self.input_layernorm(x), cache))
 

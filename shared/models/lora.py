@@ -43,7 +43,10 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def choose_layers(module: nn.Module, wanted: list[str] | str) -> tuple[str, ...]:
-    """The names that `target_modules` selects, by last part or whole name. Raises AdapterRejected for one that matches nothing."""
+    """The names that `target_modules` selects, by last part or whole name.
+
+    Raises AdapterRejected for one that matches nothing.
+    """
     names = sorted(name for name in linear_layers(module) if not name.endswith(("lm_head", "embed_tokens")))
     if wanted == "all":
         return tuple(names)
@@ -51,8 +54,9 @@ def choose_layers(module: nn.Module, wanted: list[str] | str) -> tuple[str, ...]
     for want in wanted:
         hits = [name for name in names if name == want or name.rsplit(".", 1)[-1] == want]
         if not hits:
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise AdapterRejected(
-                f"training.lora.target_modules: the draft has no linear layer {want!r}; it has {sorted({n.rsplit('.', 1)[-1] for n in names})}"
+                f"training.lora.target_modules: the draft has no linear layer {want!r}; it has {known}"
             )
         chosen.update(hits)
     return tuple(sorted(chosen))
