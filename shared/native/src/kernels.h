@@ -18,7 +18,8 @@ constexpr size_t kMaxScales = 32;  // scale and offset of each group of a tile's
 // rows' weights and then, for affine formats, scale and offset of each row's groups.
 //   kF32: not tiled, the caller's own rows of `stride` floats.
 //   kBf16: a word of lane i holds inputs i (low half) and 16+i (high half) of a run of 32.
-//   kQ4: a 16-bit word of lane i holds inputs i, 16+i, 32+i, 48+i. kQ8: bytes in order.
+//   kQ4: rows two and two; a word of lane i holds inputs i, 16+i, 32+i, 48+i of the even row, then those of the odd one.
+//   kQ8: bytes in order.
 // Affine names: group length, then H where scales and offsets are fp16, F where fp32.
 enum Format : int { kF32, kBf16, kQ4G32H, kQ4G32F, kQ4G64H, kQ4G64F, kQ8G32H, kQ8G32F, kQ8G64H, kQ8G64F, kQ8G16F, kFormats };
 
@@ -46,9 +47,10 @@ struct MatrixView {
   const void* data;
 };
 
-// y[m*ldy + n] = sum_k x[m*ldx + k] * W[n, k] for the tiles first .. last-1; x is padded with zeros to blocks*64.
-using RowsFn = void (*)(const MatrixView& w, const float* x, size_t ldx, size_t m, size_t first, size_t last, float* y,
-                        size_t ldy);
+// y[i*ldy + n] = sum_k x[i, k] * W[n, k] for m rows and the tiles first .. last-1.
+// x lies in blocks [blocks][m][64], zeros after its last input, on 64-byte borders: one pointer reaches all rows.
+using RowsFn = void (*)(const MatrixView& w, const float* x, size_t m, size_t first, size_t last, float* y, size_t ldy);
+inline size_t packed_at(size_t m, size_t row, size_t k) { return (k / kBlock * m + row) * kBlock + k % kBlock; }
 
 // Rows of queries over the same keys and values: row i sees the first `length[i]`.
 struct Attention {
@@ -59,7 +61,7 @@ struct Attention {
   size_t rows, dim;
   float* scores;         // rows x ld_scores, ld_scores a multiple of 16 and >= every length
   size_t ld_scores;
-  float* const* out;     // one pointer a row
+  float* out;            // [rows, dim]
 };
 
 // One row of logits: largest entry (the lowest index wins ties), log-sum-exp, the k largest in falling order.

@@ -37,8 +37,12 @@ SPECL_INLINE __m256 fold(V a) {
                        _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1)));
 }
 SPECL_INLINE VI load_u32(const void* p) { return {_mm512_loadu_si512(p)}; }
-SPECL_INLINE VI load_u16(const void* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
 SPECL_INLINE VI load_u8(const void* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+// Keeps a loaded value in a register: folded into each of its uses, the load would be made again for every one of them.
+SPECL_INLINE V pinned(V a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
 SPECL_INLINE V to_float(VI a) { return {_mm512_cvtepi32_ps(a.v)}; }
 SPECL_INLINE V bf16_low(VI a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
 SPECL_INLINE V bf16_high(VI a) {
@@ -95,13 +99,13 @@ SPECL_INLINE __m256 fold(V x) { return _mm256_add_ps(x.a, x.b); }
 SPECL_INLINE VI load_u32(const void* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
 }
-SPECL_INLINE VI load_u16(const void* p) {
-  return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
-          _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1))};
-}
 SPECL_INLINE VI load_u8(const void* p) {
   return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
           _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
+}
+SPECL_INLINE V pinned(V x) {
+  asm("" : "+x"(x.a), "+x"(x.b));
+  return x;
 }
 SPECL_INLINE V to_float(VI x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 SPECL_INLINE V bf16_low(VI x) {
@@ -190,13 +194,6 @@ SPECL_INLINE VI load_u32(const void* p) {
   std::memcpy(r.u, p, 64);
   return r;
 }
-SPECL_INLINE VI load_u16(const void* p) {
-  uint16_t t[16];
-  std::memcpy(t, p, 32);
-  VI r;
-  SPECL_EACH r.u[i] = t[i];
-  return r;
-}
 SPECL_INLINE VI load_u8(const void* p) {
   uint8_t t[16];
   std::memcpy(t, p, 16);
@@ -204,6 +201,7 @@ SPECL_INLINE VI load_u8(const void* p) {
   SPECL_EACH r.u[i] = t[i];
   return r;
 }
+SPECL_INLINE V pinned(V a) { return a; }
 SPECL_INLINE V to_float(VI a) {
   V r;
   SPECL_EACH r.f[i] = (float)(int32_t)a.u[i];

@@ -93,7 +93,7 @@ static void attend(const specl::Attention& a) {
       sum = add(sum, e);
     }
     const float scale = 1.0f / reduce(sum);
-    float* out = a.out[r];
+    float* out = a.out + r * a.dim;
     size_t i = 0;
     for (; i + 64 <= a.dim; i += 64) mix<4>(s, length, a.v + i, a.dim, scale, out + i);
     for (; i < a.dim; i += 16) mix<1>(s, length, a.v + i, a.dim, scale, out + i);

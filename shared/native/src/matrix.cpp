@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <new>
@@ -32,6 +33,11 @@ uint16_t float_to_bf16(float f) {
 
 // Where weight k of a row lies inside its block: byte or half-word index, and for 4 bits the shift.
 size_t bf16_index(size_t k) { return (k / 32) * 32 + (k % 16) * 2 + (k % 32) / 16; }
+
+// Rows lie two and two: the odd row has the upper half of each word of lane i. `p` is where the row alone would begin.
+uint16_t* nibble_word(uint8_t* p, size_t lane, size_t row) {
+  return reinterpret_cast<uint16_t*>(p - (lane % 2) * row) + lane % 2;
+}
 
 Format affine_format(int bits, size_t group, bool half) {
   for (int f = kQ4G32H; f < kFormats; ++f) {
@@ -133,7 +139,7 @@ std::shared_ptr<Matrix> Matrix::from_affine(int bits, size_t group, const uint8_
       if (bits == 8) {
         p[at] = values[r * k + i];
       } else {
-        reinterpret_cast<uint16_t*>(p)[at % 16] |= (uint16_t)((values[r * k + i] & 15u) << (4 * (at / 16)));
+        nibble_word(p, lane, row)[2 * (at % 16)] |= (uint16_t)((values[r * k + i] & 15u) << (4 * (at / 16)));
       }
     }
     for (size_t g = 0; g < k / kept; ++g) {
@@ -172,7 +178,7 @@ void Matrix::unpack(float* rows) const {
         out = bf16_to_float(reinterpret_cast<const uint16_t*>(p)[bf16_index(at)]);
         continue;
       }
-      const float q = s.bits == 8 ? p[at] : (float)((reinterpret_cast<const uint16_t*>(p)[at % 16] >> (4 * (at / 16))) & 15);
+      const float q = s.bits == 8 ? p[at] : (float)((nibble_word(const_cast<uint8_t*>(p), lane, row)[2 * (at % 16)] >> (4 * (at / 16))) & 15);
       const size_t pair = 2 * (lane * in_block + at / (size_t)s.group);
       const uint8_t* scales = block + kTileRows * row;
       const auto read = [&](size_t j) {
@@ -184,24 +190,29 @@ void Matrix::unpack(float* rows) const {
   }
 }
 
-void multiply(const Kernels& kernels, const Matrix& w, const float* x, size_t ldx, size_t m, const float* bias, float* y) {
+float* Scratch::zeroed(size_t floats) {
+  memory_.assign(floats + 16, 0.0f);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
+}
+
+void multiply(const Kernels& kernels, const Matrix& w, const float* x, size_t m, const float* bias, float* y) {
   const auto& v = w.view();
-  const size_t padded = v.blocks * kBlock;
-  std::vector<float> copy;
-  if (ldx < padded || v.k != padded) {
-    copy.assign(m * padded, 0.0f);
-    for (size_t r = 0; r < m; ++r) std::memcpy(copy.data() + r * padded, x + r * ldx, v.k * sizeof(float));
-    x = copy.data();
-    ldx = padded;
+  thread_local Scratch scratch;  // of the thread that runs this stream's operations
+  float* packed = scratch.zeroed(m * v.blocks * kBlock);
+  for (size_t r = 0; r < m; ++r) {
+    for (size_t i = 0; i < v.k; i += kBlock) {
+      std::memcpy(packed + packed_at(m, r, i), x + r * v.k + i, std::min(kBlock, v.k - i) * sizeof(float));
+    }
   }
-  const size_t tiles = w.tiles(), work = tiles * padded * m;
+  const size_t tiles = w.tiles();
   const auto piece = [&](size_t first, size_t last) {
-    kernels.rows[v.format](v, x, ldx, m, first, last, y, v.n);
+    kernels.rows[v.format](v, packed, m, first, last, y, v.n);
     if (!bias) return;
-    const size_t n0 = first * kTileRows, n1 = last * kTileRows < v.n ? last * kTileRows : v.n;
+    const size_t n0 = first * kTileRows, n1 = std::min(last * kTileRows, v.n);
     for (size_t r = 0; r < m; ++r) kernels.add(y + r * v.n + n0, bias + n0, n1 - n0);
   };
-  const auto pool = work < (1u << 15) ? nullptr : shared_pool();  // smaller than a hand-over between threads
+  // smaller than a hand-over between threads: do it here
+  const auto pool = v.n * v.blocks * kBlock * m < (1u << 17) ? nullptr : shared_pool();
   if (!pool || pool->size() == 1) {
     piece(0, tiles);
     return;

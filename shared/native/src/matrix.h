@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 
@@ -35,8 +36,17 @@ class Matrix {
   std::shared_ptr<const void> owner_;
 };
 
-// Rows of x padded to whole blocks, times W, split over the pool.
-void multiply(const Kernels& kernels, const Matrix& w, const float* x, size_t ldx, size_t m, const float* bias, float* y);
+// y[m, n] = x[m, k] W^T (+ bias), split over the pool.
+void multiply(const Kernels& kernels, const Matrix& w, const float* x, size_t m, const float* bias, float* y);
+
+// Floats on a 64-byte border, zero at first; grows and never shrinks.
+class Scratch {
+ public:
+  float* zeroed(size_t floats);
+
+ private:
+  std::vector<float> memory_;
+};
 
 uint16_t float_to_half_exact(float f, bool* exact);
 

@@ -32,10 +32,10 @@ class Product : public mx::Primitive {
     const float* x = inputs[0].data<float>();
     const float* bias = inputs.size() > 1 ? inputs[1].data<float>() : nullptr;
     float* y = out.data<float>();
-    const size_t k = w_->view().k, m = inputs[0].size() / k;
+    const size_t m = inputs[0].size() / w_->view().k;
     // the encoder keeps the buffers of inputs and outputs until the task is done
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [w = w_, x, bias, y, k, m] { multiply(kernels(), *w, x, k, m, bias, y); });
+        [w = w_, x, bias, y, m] { multiply(kernels(), *w, x, m, bias, y); });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
     throw std::runtime_error("the few-row product runs on the CPU only");

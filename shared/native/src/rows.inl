@@ -5,11 +5,12 @@
 
 #if defined(SPECL_ISA_AVX512)
 constexpr int kAccumulators = 24;  // of 32 registers
-constexpr int kMostRows = 6;
+constexpr int kMostRows = 8;       // rows of x in one pass over a tile
 #else
 constexpr int kAccumulators = 6;  // of 16 lanes each: 12 of AVX2's 16 registers, 24 of NEON's 32
-constexpr int kMostRows = 6;
+constexpr int kMostRows = 3;
 #endif
+constexpr size_t kAhead = 2048;  // bytes
 
 template <specl::Format F>
 struct Rows {
@@ -19,87 +20,99 @@ struct Rows {
   static constexpr int groups = group ? 64 / (group ? group : 64) : 0;  // of a row's block
 };
 
-// The four vectors of one row's block, each used at once: f(j, weights).
-template <specl::Format F, class Fn>
-SPECL_INLINE void each_vector(const uint8_t* p, const float* s, Fn&& f) {
+// Vector J (of four) of row `at + r` of a tile's block (r odd where `odd`), as fp32. `s`: that row's scales and offsets, a
+// pair a group. Rows of 4 bits lie two and two in one word.
+template <specl::Format F, int J, bool odd>
+SPECL_INLINE V weights(const uint8_t* p, const float* s) {
   using R = Rows<F>;
   if constexpr (F == specl::kBf16) {
-    const VI a = load_u32(p), b = load_u32(p + 64);
-    f(0, bf16_low(a));
-    f(1, bf16_high(a));
-    f(2, bf16_low(b));
-    f(3, bf16_high(b));
-  } else if constexpr (R::bits == 4) {
-    const VI w = load_u16(p);
-    const Nibbles t = Nibbles::make(s[0], s[1]);
-    f(0, t.template get<0>(w));
-    f(1, t.template get<1>(w));
-    if constexpr (R::groups == 1) {
-      f(2, t.template get<2>(w));
-      f(3, t.template get<3>(w));
-    } else {
-      const Nibbles u = Nibbles::make(s[2], s[3]);
-      f(2, u.template get<2>(w));
-      f(3, u.template get<3>(w));
-    }
+    const VI w = load_u32(p + 64 * (J / 2));
+    return J % 2 ? bf16_high(w) : bf16_low(w);
   } else {
-    for (int j = 0; j < 4; ++j) {
-      const float* t = s + 2 * (j * R::groups / 4);
-      f(j, fma(set1(t[0]), to_float(load_u8(p + 16 * j)), set1(t[1])));
+    const float* pair = s + 2 * (J * R::groups / 4);
+    if constexpr (R::bits == 4) {
+      return Nibbles::make(pair[0], pair[1]).template get<J + 4 * odd>(load_u32(odd ? p - R::row : p));
+    } else {
+      return fma(set1(pair[0]), to_float(load_u8(p + 16 * J)), set1(pair[1]));
     }
   }
 }
 
-template <specl::Format F, int M, int RB>
-SPECL_INLINE void tile_rows(const uint8_t* tile, size_t blocks, const float* x, size_t ldx, size_t r0, V (&acc)[4][M]) {
+// A column of weights of RB rows is made once and meets every row of x: one load for RB multiply-adds.
+template <specl::Format F, int M, int RB, int J>
+SPECL_INLINE void column(const uint8_t* p, const float* s, const float* x, V (&acc)[RB][M]) {
   using R = Rows<F>;
-  for (size_t b = 0; b < blocks; ++b, tile += R::block, x += 64) {
-    __builtin_prefetch(tile + 2048);  // past the page edges at which the hardware's own prefetch stops
-    if constexpr (R::block >= 512) __builtin_prefetch(tile + 2048 + R::block / 2);
+  V w[RB];
+#pragma GCC unroll 2
+  for (int r = 0; r < RB; r += 2) {
+    w[r] = weights<F, J, false>(p + r * R::row, s + r * 2 * R::groups);
+    w[r + 1] = weights<F, J, true>(p + (r + 1) * R::row, s + (r + 1) * 2 * R::groups);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    const V xv = pinned(load(x + m * 64 + 16 * J));
+#pragma GCC unroll 4
+    for (int r = 0; r < RB; ++r) acc[r][m] = fma(w[r], xv, acc[r][m]);
+  }
+}
+
+template <specl::Format F, int M, int RB>
+SPECL_INLINE void tile_rows(const uint8_t* tile, size_t blocks, const float* x, size_t step, size_t r0, V (&acc)[RB][M]) {
+  using R = Rows<F>;
+  for (size_t b = 0; b < blocks; ++b, tile += R::block, x += step) {
+    // past the page edges at which the hardware's own prefetch stops
+    for (size_t line = 0; line < R::block; line += 64) __builtin_prefetch(tile + kAhead + line);
     float scales[specl::kMaxScales];
-    const float* s = nullptr;
+    const float* s = scales;
     if constexpr (R::groups > 0) {
       const uint8_t* p = tile + 4 * R::row;
       if constexpr (R::scale_bytes == 2) {
         // reads up to 16 bytes past the tile's own scales for long groups: the buffer ends in slack for it
         store(scales, load_half(p));
-        s = scales;
       } else {
         s = reinterpret_cast<const float*>(p);
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < RB; ++r) {
-      each_vector<F>(tile + (r0 + r) * R::row, s + (r0 + r) * 2 * R::groups, [&](int j, V w) __attribute__((always_inline)) {
-#pragma GCC unroll 6
-        for (int m = 0; m < M; ++m) acc[r][m] = fma(w, load(x + m * ldx + 16 * j), acc[r][m]);
-      });
-    }
+    const uint8_t* p = tile + r0 * R::row;
+    s += r0 * 2 * R::groups;
+    column<F, M, RB, 0>(p, s, x, acc);
+    column<F, M, RB, 1>(p, s, x, acc);
+    column<F, M, RB, 2>(p, s, x, acc);
+    column<F, M, RB, 3>(p, s, x, acc);
   }
 }
 
 template <int M, int RB>
-SPECL_INLINE void f32_rows(const float* const* w, size_t blocks, const float* x, size_t ldx, V (&acc)[4][M]) {
-  for (size_t i = 0; i < blocks * 64; i += 16) {
+SPECL_INLINE void f32_rows(const float* const* w, size_t blocks, const float* x, size_t step, V (&acc)[RB][M]) {
+  for (size_t i = 0; i < blocks * 64; i += 64, x += step) {
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r) {
-      const V wv = load(w[r] + i);
-#pragma GCC unroll 6
-      for (int m = 0; m < M; ++m) acc[r][m] = fma(wv, load(x + m * ldx + i), acc[r][m]);
+      for (int line = 0; line < 64; line += 16) __builtin_prefetch(w[r] + i + line + kAhead / 4);
+    }
+    for (int j = 0; j < 64; j += 16) {
+      V wv[RB];
+#pragma GCC unroll 4
+      for (int r = 0; r < RB; ++r) wv[r] = load(w[r] + i + j);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const V xv = pinned(load(x + m * 64 + j));
+#pragma GCC unroll 4
+        for (int r = 0; r < RB; ++r) acc[r][m] = fma(wv[r], xv, acc[r][m]);
+      }
     }
   }
 }
 
 template <specl::Format F, int M>
-static void product(const specl::MatrixView& w, size_t tile, const float* x, size_t ldx, float* y, size_t ldy) {
+static void product(const specl::MatrixView& w, size_t tile, const float* x, size_t step, float* y, size_t ldy) {
   constexpr int fit = kAccumulators / M;
-  constexpr int RB = fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+  constexpr int RB = fit >= 4 ? 4 : 2;
   const size_t n0 = tile * 4, left = w.n - n0 < 4 ? w.n - n0 : 4;
   for (size_t r0 = 0; r0 < left; r0 += RB) {
-    V acc[4][M];
+    V acc[RB][M];
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r)
-#pragma GCC unroll 6
+    for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[r][m] = zero();
     if constexpr (F == specl::kF32) {
       const float* rows[RB];
@@ -107,39 +120,42 @@ static void product(const specl::MatrixView& w, size_t tile, const float* x, siz
         const size_t n = n0 + r0 + r;
         rows[r] = static_cast<const float*>(w.data) + (n < w.n ? n : w.n - 1) * w.stride;
       }
-      f32_rows<M, RB>(rows, w.blocks, x, ldx, acc);
+      f32_rows<M, RB>(rows, w.blocks, x, step, acc);
     } else {
       const auto* base = static_cast<const uint8_t*>(w.data) + tile * w.blocks * Rows<F>::block;
-      tile_rows<F, M, RB>(base, w.blocks, x, ldx, r0, acc);
+      tile_rows<F, M, RB>(base, w.blocks, x, step, r0, acc);
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       float sums[4];
-      reduce4(acc[0][m], acc[1][m], acc[2][m], acc[3][m], sums);
+      reduce4(acc[0][m], acc[1 % RB][m], acc[2 % RB][m], acc[3 % RB][m], sums);
       for (size_t r = 0; r < (size_t)RB && r0 + r < left; ++r) y[m * ldy + n0 + r0 + r] = sums[r];
     }
   }
 }
 
+template <specl::Format F, int M>
+SPECL_INLINE void pick(size_t width, const specl::MatrixView& w, size_t t, const float* x, size_t step, float* y, size_t ldy) {
+  if (width == M) {
+    product<F, M>(w, t, x, step, y, ldy);
+  } else if constexpr (M < kMostRows) {
+    pick<F, M + 1>(width, w, t, x, step, y, ldy);
+  }
+}
+
 template <specl::Format F>
-static void rows(const specl::MatrixView& w, const float* x, size_t ldx, size_t m, size_t first, size_t last, float* y,
-                 size_t ldy) {
+static void rows(const specl::MatrixView& w, const float* x, size_t m, size_t first, size_t last, float* y, size_t ldy) {
   // Passes of nearly equal width over one tile, so that only the first of them reads memory.
-  const size_t passes = (m + kMostRows - 1) / kMostRows;
+  // Seven or eight rows at once meet only two rows of weights a load: that pays while x stays in L1.
+  const size_t most = kMostRows > 6 && w.blocks * m > 144 ? 6 : kMostRows;
+  const size_t passes = (m + most - 1) / most;
   for (size_t t = first; t < last; ++t) {
     size_t done = 0;
     for (size_t p = passes; p > 0; --p) {
       const size_t width = (m - done + p - 1) / p;
-      const float* xs = x + done * ldx;
+      const float* xs = x + done * 64;
       float* ys = y + done * ldy;
-      switch (width) {
-        case 1: product<F, 1>(w, t, xs, ldx, ys, ldy); break;
-        case 2: product<F, 2>(w, t, xs, ldx, ys, ldy); break;
-        case 3: product<F, 3>(w, t, xs, ldx, ys, ldy); break;
-        case 4: product<F, 4>(w, t, xs, ldx, ys, ldy); break;
-        case 5: product<F, 5>(w, t, xs, ldx, ys, ldy); break;
-        default: product<F, 6>(w, t, xs, ldx, ys, ldy); break;
-      }
+      pick<F, 1>(width, w, t, xs, m * 64, ys, ldy);
       done += width;
     }
   }

@@ -50,16 +50,23 @@ struct Stack::Pass {
   const Kernels& kn;
   const StackShape& s;
   size_t width, offset, threads;
-  size_t ld_hidden, ld_attn, ld_act, ld_scores, group_rows;
-  float *hidden, *queries, *attn, *act;  // shared
+  size_t ld_scores, group_rows;
+  float *hidden, *queries, *attn, *act;  // shared; attn and act packed as products want them
   float *normed, *piece, *scores;        // one part a thread
   size_t normed_size, piece_size, scores_size;
   const float *cos, *sin;
 
   void norm(size_t rank, const float* weight) const {
+    float* row = piece + rank * piece_size;
     for (size_t m = 0; m < width; ++m) {
-      kn.rmsnorm(hidden + m * ld_hidden, weight, s.eps, s.hidden, normed + rank * normed_size + m * ld_hidden);
+      kn.rmsnorm(hidden + m * s.hidden, weight, s.eps, s.hidden, row);
+      place(normed + rank * normed_size, m, 0, row, s.hidden);
     }
+  }
+
+  // Row m, inputs k .. k+n-1 of a packed matrix of rows; k and n are multiples of sixteen.
+  void place(float* packed, size_t m, size_t k, const float* from, size_t n) const {
+    for (size_t i = 0; i < n; i += 16) std::memcpy(packed + packed_at(width, m, k + i), from + i, 16 * sizeof(float));
   }
 
   // One head's query, key or value rows, with bias and position, where attention will look for them.
@@ -79,7 +86,7 @@ struct Stack::Pass {
     }
     const auto& w = p->weight->view();
     // the product writes at output n of row m; a head's first output is head * dim
-    kn.rows[w.format](w, normed + rank * normed_size, ld_hidden, width, head * dim / 4, (head + 1) * dim / 4,
+    kn.rows[w.format](w, normed + rank * normed_size, width, head * dim / 4, (head + 1) * dim / 4,
                       y - head * dim, ld);
     for (size_t m = 0; m < width; ++m) {
       float* row = y + m * ld;
@@ -96,25 +103,24 @@ struct Stack::Pass {
     float* q = queries + (head * all + first) * dim;
     for (size_t i = 0; i < rows * dim; ++i) q[i] *= scale;
     size_t length[kMaxWidth];
-    float* out[kMaxWidth];
-    for (size_t r = 0; r < rows; ++r) {
-      const size_t m = (first + r) / repeat;
-      length[r] = offset + m + 1;
-      out[r] = attn + m * ld_attn + (head * repeat + (first + r) % repeat) * dim;
-    }
+    for (size_t r = 0; r < rows; ++r) length[r] = offset + (first + r) / repeat + 1;
+    float* out = piece + rank * piece_size;
     const size_t at = head * cache.capacity * dim;
     kn.attend({q, dim, cache.keys + at, cache.values + at, length, rows, dim, scores + rank * scores_size, ld_scores, out});
+    for (size_t r = 0; r < rows; ++r) {
+      place(attn, (first + r) / repeat, (head * repeat + (first + r) % repeat) * dim, out + r * dim, dim);
+    }
   }
 
   // hidden += x W^T + bias for some tiles.
-  void add_product(size_t rank, const Projection& p, const float* x, size_t ldx, size_t first, size_t last) const {
+  void add_product(size_t rank, const Projection& p, const float* x, size_t first, size_t last) const {
     const auto& w = p.weight->view();
     const size_t n0 = first * kTileRows, n1 = std::min(last * kTileRows, w.n), n = n1 - n0;
     float* y = piece + rank * piece_size;
-    kn.rows[w.format](w, x, ldx, width, first, last, y - n0, n);
+    kn.rows[w.format](w, x, width, first, last, y - n0, n);
     for (size_t m = 0; m < width; ++m) {
       if (p.bias) kn.add(y + m * n, p.bias + n0, n);
-      kn.add(hidden + m * ld_hidden + n0, y + m * n, n);
+      kn.add(hidden + m * s.hidden + n0, y + m * n, n);
     }
   }
 
@@ -122,14 +128,14 @@ struct Stack::Pass {
     const auto &g = layer.gate.weight->view(), &u = layer.up.weight->view();
     const size_t n0 = first * kTileRows, n1 = std::min(last * kTileRows, g.n), n = n1 - n0;
     const float* x = normed + rank * normed_size;
-    float* y = piece + rank * piece_size;
-    kn.rows[g.format](g, x, ld_hidden, width, first, last, act, ld_act);
-    kn.rows[u.format](u, x, ld_hidden, width, first, last, y - n0, n);
+    float *gate = piece + rank * piece_size, *up = gate + width * n;
+    kn.rows[g.format](g, x, width, first, last, gate - n0, n);
+    kn.rows[u.format](u, x, width, first, last, up - n0, n);
     for (size_t m = 0; m < width; ++m) {
-      float* row = act + m * ld_act + n0;
-      if (layer.gate.bias) kn.add(row, layer.gate.bias + n0, n);
-      if (layer.up.bias) kn.add(y + m * n, layer.up.bias + n0, n);
-      kn.silu_mul(row, y + m * n, n);
+      if (layer.gate.bias) kn.add(gate + m * n, layer.gate.bias + n0, n);
+      if (layer.up.bias) kn.add(up + m * n, layer.up.bias + n0, n);
+      kn.silu_mul(gate + m * n, up + m * n, n);
+      place(act, m, n0, gate + m * n, n);
     }
   }
 };
@@ -141,36 +147,34 @@ void Stack::step(const Kernels& kernels, const float* hidden, size_t width, size
   const auto pool = shared_pool();
   const size_t repeat = s.heads / s.kv_heads, threads = pool->size();
   Pass p{kernels, s, width, offset, threads};
-  p.ld_hidden = padded(s.hidden);
-  p.ld_attn = padded(s.heads * s.head_dim);
-  p.ld_act = padded(s.intermediate);
   p.ld_scores = (offset + width + 15) / 16 * 16;
   // Rows that share keys go together where there are enough of them to keep every thread busy.
   p.group_rows = std::clamp<size_t>(s.heads * width / (6 * threads), 1, 8);
-  p.normed_size = width * p.ld_hidden;
+  p.normed_size = width * padded(s.hidden);
   p.scores_size = p.group_rows * p.ld_scores;
-  size_t widest = 0;
+  // a thread's small buffer serves a normed row, a product's piece (gate and up: two) or attention's rows in turn
+  p.piece_size = std::max(padded(s.hidden), p.group_rows * s.head_dim);
   for (const auto& l : layers_) {
     for (const auto* w : {&l.o, &l.down, &l.up}) {
-      widest = std::max(widest, piece_tiles(*w->weight, threads));
+      p.piece_size = std::max(p.piece_size, 2 * width * kTileRows * piece_tiles(*w->weight, threads));
     }
   }
-  p.piece_size = widest * kTileRows * width;
-  const size_t queries = width * s.heads * s.head_dim;
-  scratch_.assign(width * (p.ld_hidden + p.ld_attn + p.ld_act) + queries +
-                      threads * (p.normed_size + p.piece_size + p.scores_size), 0.0f);
-  float* at = scratch_.data();
+  p.piece_size = padded(p.piece_size);
+  const size_t hidden_size = padded(width * s.hidden), queries_size = padded(width * s.heads * s.head_dim);
+  const size_t attn_size = width * padded(s.heads * s.head_dim), act_size = width * padded(s.intermediate);
+  float* at = scratch_.zeroed(hidden_size + queries_size + attn_size + act_size +
+                              threads * (p.normed_size + p.piece_size + p.scores_size));
   const auto take = [&](size_t n) { return std::exchange(at, at + n); };
-  p.hidden = take(width * p.ld_hidden);
-  p.attn = take(width * p.ld_attn);
-  p.act = take(width * p.ld_act);
-  p.queries = take(queries);
+  p.hidden = take(hidden_size);
+  p.queries = take(queries_size);
+  p.attn = take(attn_size);
+  p.act = take(act_size);
   p.normed = take(threads * p.normed_size);
   p.piece = take(threads * p.piece_size);
   p.scores = take(threads * p.scores_size);
   p.cos = cos;
   p.sin = sin;
-  for (size_t m = 0; m < width; ++m) std::memcpy(p.hidden + m * p.ld_hidden, hidden + m * s.hidden, s.hidden * 4);
+  std::memcpy(p.hidden, hidden, width * s.hidden * sizeof(float));
 
   const float scale = 1.0f / std::sqrt((float)s.head_dim);
   const size_t items_per_head = (repeat * width + p.group_rows - 1) / p.group_rows;
@@ -185,14 +189,14 @@ void Stack::step(const Kernels& kernels, const float* hidden, size_t width, size
       p.norm(rank, layer.input_norm);
       crew.phase(s.heads + 2 * s.kv_heads, [&](size_t i) { p.project_head(rank, layer, cache[l], i); });
       crew.phase(s.kv_heads * items_per_head, [&](size_t i) { p.attend(rank, cache[l], i, items_per_head, scale); });
-      tiles(*layer.o.weight, [&](size_t a, size_t b) { p.add_product(rank, layer.o, p.attn, p.ld_attn, a, b); });
+      tiles(*layer.o.weight, [&](size_t a, size_t b) { p.add_product(rank, layer.o, p.attn, a, b); });
       p.norm(rank, layer.post_norm);
       tiles(*layer.gate.weight, [&](size_t a, size_t b) { p.gate_up(rank, layer, a, b); });
-      tiles(*layer.down.weight, [&](size_t a, size_t b) { p.add_product(rank, layer.down, p.act, p.ld_act, a, b); });
+      tiles(*layer.down.weight, [&](size_t a, size_t b) { p.add_product(rank, layer.down, p.act, a, b); });
     }
   });
   for (size_t m = 0; m < width; ++m) {
-    kernels.rmsnorm(p.hidden + m * p.ld_hidden, final_norm_, s.eps, s.hidden, out + m * s.hidden);
+    kernels.rmsnorm(p.hidden + m * s.hidden, final_norm_, s.eps, s.hidden, out + m * s.hidden);
   }
 }
 

@@ -47,7 +47,7 @@ class Stack {
   StackShape shape_;
   const float* final_norm_;
   std::vector<Layer> layers_;
-  std::vector<float> scratch_;
+  Scratch scratch_;
 };
 
 }  // namespace specl
