@@ -88,7 +88,7 @@ std::tuple<mx::array, mx::array, mx::array, mx::array> stats(mx::array& logits, 
     if (rows == 1) {
       row(0);
     } else {
-      shared_pool()->run([&](Crew& crew) { crew.phase(rows, row); });
+      shared_pool()->run(1, [&](Crew& crew) { crew.phase(rows, row); });
     }
   }
   return {best, lse, ids, values};

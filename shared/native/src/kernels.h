@@ -52,7 +52,7 @@ struct MatrixView {
 using RowsFn = void (*)(const MatrixView& w, const float* x, size_t m, size_t first, size_t last, float* y, size_t ldy);
 inline size_t packed_at(size_t m, size_t row, size_t k) { return (k / kBlock * m + row) * kBlock + k % kBlock; }
 
-// Rows of queries over the same keys and values: row i sees the first `length[i]`.
+// Rows of queries over the same keys and values: row i sees the first `length[i]`, lengths never falling.
 struct Attention {
   const float* q;        // scaled rows
   size_t ldq;            // floats from a row to the next

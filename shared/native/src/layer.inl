@@ -31,72 +31,114 @@ static void rope(float* v, const float* cos, const float* sin, size_t half) {
   }
 }
 
-// Scores of four keys against one query.
-SPECL_INLINE void score4(const float* q, const float* k, size_t dim, float* out) {
-  V a = zero(), b = zero(), c = zero(), d = zero();
-  for (size_t i = 0; i < dim; i += 16) {
-    const V x = load(q + i);
-    a = fma(x, load(k + i), a);
-    b = fma(x, load(k + dim + i), b);
-    c = fma(x, load(k + 2 * dim + i), c);
-    d = fma(x, load(k + 3 * dim + i), d);
+#if defined(SPECL_ISA_AVX512)
+constexpr int kQueries = 4;  // rows that share a load of keys or values
+#else
+constexpr int kQueries = 1;
+#endif
+
+// Scores of R queries against four keys.
+template <int R>
+SPECL_INLINE void score4(const specl::Attention& a, size_t r0, size_t t) {
+  V acc[R][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = zero();
+  const float *q = a.q + r0 * a.ldq, *k = a.k + t * a.dim;
+  for (size_t i = 0; i < a.dim; i += 16) {
+    const V k0 = load(k + i), k1 = load(k + a.dim + i), k2 = load(k + 2 * a.dim + i), k3 = load(k + 3 * a.dim + i);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) __builtin_prefetch(k + (8 + j) * a.dim + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const V x = pinned(load(q + r * a.ldq + i));
+      acc[r][0] = fma(x, k0, acc[r][0]);
+      acc[r][1] = fma(x, k1, acc[r][1]);
+      acc[r][2] = fma(x, k2, acc[r][2]);
+      acc[r][3] = fma(x, k3, acc[r][3]);
+    }
   }
-  reduce4(a, b, c, d, out);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], a.scores + (r0 + r) * a.ld_scores + t);
 }
 
-// C vectors of the output of one row: sum over positions of p * v, in order of position.
-template <int C>
-SPECL_INLINE void mix(const float* p, size_t length, const float* v, size_t dim, float scale, float* out) {
-  V acc[C];
+// C vectors of the output of R rows: sums over positions of weight * value, in order of position. Beyond a row's own
+// length its weights are zero, which leaves its sums as they are.
+template <int R, int C>
+SPECL_INLINE void mix(const specl::Attention& a, size_t r0, size_t length, size_t i, const float* scale) {
+  V acc[R][C];
 #pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) acc[c] = zero();
-  for (size_t t = 0; t < length; ++t) {
-    const V w = set1(p[t]);
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) acc[c] = fma(w, load(v + t * dim + 16 * c), acc[c]);
+    for (int c = 0; c < C; ++c) acc[r][c] = zero();
+  const float *v = a.v + i, *p = a.scores + r0 * a.ld_scores;
+  for (size_t t = 0; t < length; ++t, v += a.dim) {
+    V x[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      x[c] = load(v + 16 * c);
+      __builtin_prefetch(v + 12 * a.dim + 16 * c);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const V w = set1(p[r * a.ld_scores + t]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] = fma(w, x[c], acc[r][c]);
+    }
   }
 #pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) store(out + 16 * c, mul(acc[c], set1(scale)));
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(a.out + (r0 + r) * a.dim + i + 16 * c, mul(acc[r][c], set1(scale[r])));
+}
+
+// Scores become weights; answers one over their sum. Up to `end` (whole vectors) the row is filled with zeros.
+SPECL_INLINE float soften(float* s, size_t length, size_t end) {
+  for (size_t t = length; t < end; ++t) s[t] = -1e30f;
+  const size_t padded = (length + 15) / 16 * 16;
+  V top = set1(s[0]);
+  for (size_t t = 0; t < padded; t += 16) top = max(top, load(s + t));
+  const V most = set1(reduce_max(top));
+  V sum = zero();
+  for (size_t t = 0; t < padded; t += 16) {
+    V e = exp(sub(load(s + t), most));
+    store(s + t, e);
+    if (t + 16 > length) {  // exp of the padding is tiny, not zero
+      for (size_t u = length; u < padded; ++u) s[u] = 0.0f;
+      e = load(s + t);
+    }
+    sum = add(sum, e);
+  }
+  for (size_t t = padded; t < end; ++t) s[t] = 0.0f;
+  return 1.0f / reduce(sum);
+}
+
+template <int R>
+static void attend_rows(const specl::Attention& a, size_t r0) {
+  const size_t length = a.length[r0 + R - 1], whole = length / 4 * 4;  // the last row sees most
+  for (size_t t = 0; t < whole; t += 4) score4<R>(a, r0, t);
+  for (size_t t = whole; t < length; ++t) {
+    for (int r = 0; r < R; ++r) {
+      V sum = zero();
+      for (size_t i = 0; i < a.dim; i += 16) sum = fma(load(a.q + (r0 + r) * a.ldq + i), load(a.k + t * a.dim + i), sum);
+      a.scores[(r0 + r) * a.ld_scores + t] = reduce(sum);
+    }
+  }
+  float scale[R];
+  for (int r = 0; r < R; ++r) {
+    scale[r] = soften(a.scores + (r0 + r) * a.ld_scores, a.length[r0 + r], (length + 15) / 16 * 16);
+  }
+  size_t i = 0;
+  for (; i + 64 <= a.dim; i += 64) mix<R, 4>(a, r0, length, i, scale);
+  for (; i < a.dim; i += 16) mix<R, 1>(a, r0, length, i, scale);
 }
 
 static void attend(const specl::Attention& a) {
-  size_t longest = 0;
-  for (size_t r = 0; r < a.rows; ++r) longest = a.length[r] > longest ? a.length[r] : longest;
-  for (size_t t = 0; t < longest; t += 64) {  // keys of a block stay in L1 while every row passes over them
-    for (size_t r = 0; r < a.rows; ++r) {
-      const size_t end = a.length[r] < t + 64 ? a.length[r] : t + 64;
-      float* s = a.scores + r * a.ld_scores;
-      size_t u = t;
-      for (; u + 4 <= end; u += 4) score4(a.q + r * a.ldq, a.k + u * a.dim, a.dim, s + u);
-      for (; u < end; ++u) {
-        V sum = zero();
-        for (size_t i = 0; i < a.dim; i += 16) sum = fma(load(a.q + r * a.ldq + i), load(a.k + u * a.dim + i), sum);
-        s[u] = reduce(sum);
-      }
-    }
-  }
-  for (size_t r = 0; r < a.rows; ++r) {
-    float* s = a.scores + r * a.ld_scores;
-    const size_t length = a.length[r], padded = (length + 15) / 16 * 16;
-    for (size_t t = length; t < padded; ++t) s[t] = -1e30f;
-    V top = set1(s[0]);
-    for (size_t t = 0; t < padded; t += 16) top = max(top, load(s + t));
-    const V most = set1(reduce_max(top));
-    V sum = zero();
-    for (size_t t = 0; t < padded; t += 16) {
-      V e = exp(sub(load(s + t), most));
-      store(s + t, e);
-      if (t + 16 > length) {  // exp of the padding is tiny, not zero
-        for (size_t u = length; u < padded; ++u) s[u] = 0.0f;
-        e = load(s + t);
-      }
-      sum = add(sum, e);
-    }
-    const float scale = 1.0f / reduce(sum);
-    float* out = a.out + r * a.dim;
-    size_t i = 0;
-    for (; i + 64 <= a.dim; i += 64) mix<4>(s, length, a.v + i, a.dim, scale, out + i);
-    for (; i < a.dim; i += 16) mix<1>(s, length, a.v + i, a.dim, scale, out + i);
+  size_t r = 0;
+  for (; r + kQueries <= a.rows; r += kQueries) attend_rows<kQueries>(a, r);
+  if constexpr (kQueries > 1) {
+    if (a.rows - r == 3) attend_rows<3>(a, r);
+    if (a.rows - r == 2) attend_rows<2>(a, r);
+    if (a.rows - r == 1) attend_rows<1>(a, r);
   }
 }
 

@@ -220,7 +220,7 @@ void multiply(const Kernels& kernels, const Matrix& w, const float* x, size_t m,
   // Pieces of about 32 kB: small enough to even out, large enough to run.
   const size_t size = std::max<size_t>(1, (32u << 10) / (v.blocks * block_bytes(v.format)));
   const size_t pieces = (tiles + size - 1) / size;
-  pool->run([&](Crew& crew) {
+  pool->run(1, [&](Crew& crew) {
     crew.phase(pieces, [&](size_t i) { piece(i * size, std::min(tiles, (i + 1) * size)); });
   });
 }

@@ -44,6 +44,10 @@ pid_t owner = 0;
 
 }  // namespace
 
+void wait_until(std::atomic<uint32_t>& word, uint32_t value) {
+  for (uint32_t now; (now = word.load(std::memory_order_acquire)) != value;) wait_while(word, now);
+}
+
 Pool::Pool(size_t threads) : size_(threads < 1 ? 1 : threads) {
   for (size_t rank = 1; rank < size_; ++rank) {
     threads_.emplace_back([this, rank] { serve(rank); });
@@ -52,10 +56,19 @@ Pool::Pool(size_t threads) : size_(threads < 1 ? 1 : threads) {
 }
 
 Pool::~Pool() {
-  stop_ = true;
+  stop_.store(true);
   region_.fetch_add(1, std::memory_order_release);
   region_.notify_all();
   for (auto& t : threads_) t.join();
+}
+
+// A region that was closed before this thread woke up goes on without it.
+bool Pool::enter() {
+  uint32_t now = inside_.load(std::memory_order_acquire);
+  while (!(now & kClosed)) {
+    if (inside_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) return true;
+  }
+  return false;
 }
 
 void Pool::serve(size_t rank) {
@@ -63,41 +76,30 @@ void Pool::serve(size_t rank) {
   for (;;) {
     wait_while(region_, seen);
     seen = region_.load(std::memory_order_acquire);
-    if (stop_) return;
-    Crew crew(*this, rank);
+    if (stop_.load()) return;
+    if (!enter()) continue;
+    Crew crew(phases_, rank);
     (*work_)(crew);
-    meet();
+    if (inside_.fetch_sub(1, std::memory_order_acq_rel) == kClosed + 1) inside_.notify_all();
   }
 }
 
-// All threads meet here; the last one rewinds the counter of pieces and lets the others go.
-void Pool::meet() {
-  if (size_ == 1) {
-    next_.store(0, std::memory_order_relaxed);
-    return;
-  }
-  const uint32_t now = meeting_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    next_.store(0, std::memory_order_relaxed);
-    meeting_.fetch_add(1, std::memory_order_release);
-    meeting_.notify_all();
-  } else {
-    wait_while(meeting_, now);
-  }
-}
-
-void Pool::run(const std::function<void(Crew&)>& work) {
+void Pool::run(size_t phases, const std::function<void(Crew&)>& work) {
   std::lock_guard lock(one_region_);
-  work_ = &work;
-  next_.store(0, std::memory_order_relaxed);
-  if (size_ > 1) {
-    region_.fetch_add(1, std::memory_order_release);
-    region_.notify_all();
+  if (phases_.size() < phases) phases_ = std::vector<Phase>(phases);
+  for (size_t i = 0; i < phases; ++i) {
+    phases_[i].next.store(0, std::memory_order_relaxed);
+    phases_[i].done.store(0, std::memory_order_relaxed);
   }
-  Crew crew(*this, 0);
+  Crew crew(phases_, 0);
+  if (size_ == 1) return work(crew);
+  work_ = &work;
+  inside_.store(0, std::memory_order_release);
+  region_.fetch_add(1, std::memory_order_release);
+  region_.notify_all();
   work(crew);
-  meet();
+  inside_.fetch_or(kClosed, std::memory_order_acq_rel);
+  wait_until(inside_, kClosed);
 }
 
 std::shared_ptr<Pool> shared_pool() {

@@ -59,26 +59,29 @@ SPECL_INLINE void column(const uint8_t* p, const float* s, const float* x, V (&a
 template <specl::Format F, int M, int RB>
 SPECL_INLINE void tile_rows(const uint8_t* tile, size_t blocks, const float* x, size_t step, size_t r0, V (&acc)[RB][M]) {
   using R = Rows<F>;
-  for (size_t b = 0; b < blocks; ++b, tile += R::block, x += step) {
-    // past the page edges at which the hardware's own prefetch stops
-    for (size_t line = 0; line < R::block; line += 64) __builtin_prefetch(tile + kAhead + line);
-    float scales[specl::kMaxScales];
-    const float* s = scales;
-    if constexpr (R::groups > 0) {
-      const uint8_t* p = tile + 4 * R::row;
-      if constexpr (R::scale_bytes == 2) {
-        // reads up to 16 bytes past the tile's own scales for long groups: the buffer ends in slack for it
-        store(scales, load_half(p));
-      } else {
-        s = reinterpret_cast<const float*>(p);
-      }
+  constexpr bool half = R::groups > 0 && R::scale_bytes == 2;
+  constexpr size_t pairs = 4 * R::groups * 2, run = 16;  // fp32 scales of a block; blocks at a time
+  alignas(64) float scales[half ? run * pairs + 16 : 16];
+  for (size_t b0 = 0; b0 < blocks; b0 += run) {
+    const size_t b1 = b0 + run < blocks ? b0 + run : blocks;
+    if constexpr (half) {
+      // fp16 scales of a whole run first: loads that follow a store at once wait for it, and from a register each broadcast
+      // would cost a shuffle. A vector may reach past a block's own scales (long groups): the buffer ends in slack for it.
+      for (size_t b = b0; b < b1; ++b) store(scales + (b - b0) * pairs, load_half(tile + b * R::block + 4 * R::row));
+      asm volatile("" : "+m"(scales));
     }
-    const uint8_t* p = tile + r0 * R::row;
-    s += r0 * 2 * R::groups;
-    column<F, M, RB, 0>(p, s, x, acc);
-    column<F, M, RB, 1>(p, s, x, acc);
-    column<F, M, RB, 2>(p, s, x, acc);
-    column<F, M, RB, 3>(p, s, x, acc);
+    for (size_t b = b0; b < b1; ++b, x += step) {
+      const uint8_t* p = tile + b * R::block;
+      // past the page edges at which the hardware's own prefetch stops
+      for (size_t line = 0; line < R::block; line += 64) __builtin_prefetch(p + kAhead + line);
+      const float* s = half ? scales + (b - b0) * pairs : reinterpret_cast<const float*>(p + 4 * R::row);
+      p += r0 * R::row;
+      s += r0 * 2 * R::groups;
+      column<F, M, RB, 0>(p, s, x, acc);
+      column<F, M, RB, 1>(p, s, x, acc);
+      column<F, M, RB, 2>(p, s, x, acc);
+      column<F, M, RB, 3>(p, s, x, acc);
+    }
   }
 }
 

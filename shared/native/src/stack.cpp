@@ -149,7 +149,7 @@ void Stack::step(const Kernels& kernels, const float* hidden, size_t width, size
   Pass p{kernels, s, width, offset, threads};
   p.ld_scores = (offset + width + 15) / 16 * 16;
   // Rows that share keys go together where there are enough of them to keep every thread busy.
-  p.group_rows = std::clamp<size_t>(s.heads * width / (6 * threads), 1, 8);
+  p.group_rows = s.heads * width < 6 * threads && offset < 256 ? 1 : std::min<size_t>(repeat * width, 4);
   p.normed_size = width * padded(s.hidden);
   p.scores_size = p.group_rows * p.ld_scores;
   // a thread's small buffer serves a normed row, a product's piece (gate and up: two) or attention's rows in turn
@@ -178,20 +178,30 @@ void Stack::step(const Kernels& kernels, const float* hidden, size_t width, size
 
   const float scale = 1.0f / std::sqrt((float)s.head_dim);
   const size_t items_per_head = (repeat * width + p.group_rows - 1) / p.group_rows;
-  pool->run([&](Crew& crew) {
+  pool->run(5 * layers_.size(), [&](Crew& crew) {
     const size_t rank = crew.rank();
+    size_t normed_by = 0;  // which norm this thread's buffer holds: 1 + twice the layer, or one more
     const auto tiles = [&](const Matrix& w, auto&& f) {
       const size_t size = piece_tiles(w, threads), count = w.tiles();
       crew.phase((count + size - 1) / size, [&](size_t i) { f(i * size, std::min(count, (i + 1) * size)); });
     };
     for (size_t l = 0; l < layers_.size(); ++l) {
       const Layer& layer = layers_[l];
-      p.norm(rank, layer.input_norm);
-      crew.phase(s.heads + 2 * s.kv_heads, [&](size_t i) { p.project_head(rank, layer, cache[l], i); });
+      // Each thread norms for itself, once it has a piece: only then is `hidden` sure to stand still.
+      const auto norm = [&](size_t which, const float* weight) {
+        if (normed_by != which) p.norm(rank, weight);
+        normed_by = which;
+      };
+      crew.phase(s.heads + 2 * s.kv_heads, [&](size_t i) {
+        norm(2 * l + 1, layer.input_norm);
+        p.project_head(rank, layer, cache[l], i);
+      });
       crew.phase(s.kv_heads * items_per_head, [&](size_t i) { p.attend(rank, cache[l], i, items_per_head, scale); });
       tiles(*layer.o.weight, [&](size_t a, size_t b) { p.add_product(rank, layer.o, p.attn, a, b); });
-      p.norm(rank, layer.post_norm);
-      tiles(*layer.gate.weight, [&](size_t a, size_t b) { p.gate_up(rank, layer, a, b); });
+      tiles(*layer.gate.weight, [&](size_t a, size_t b) {
+        norm(2 * l + 2, layer.post_norm);
+        p.gate_up(rank, layer, a, b);
+      });
       tiles(*layer.down.weight, [&](size_t a, size_t b) { p.add_product(rank, layer.down, p.act, a, b); });
     }
   });
