@@ -123,7 +123,7 @@ NB_MODULE(_native, m) {
       .def("unpack", &unpack);
   m.def("pack_float", &pack_float, "dense"_a, "format"_a);
   m.def("pack_affine", &pack_affine, "values"_a, "scales"_a, "offsets"_a, "bits"_a, "group"_a);
-  m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a = nb::none());
+  m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a = nb::none(), nb::call_guard<nb::gil_scoped_release>());
   m.def("row_stats", &stats, "logits"_a, "k"_a);
   m.def("is_tracer", [](const mx::array& a) { return a.is_tracer(); });
   m.def("array_id", [](const mx::array& a) { return a.id(); });

@@ -1,4 +1,4 @@
-// The product as an MLX operation: lazy, with `eval_cpu`, usable anywhere in a graph.
+// The product as an MLX operation, usable anywhere in a graph.
 #pragma once
 
 #include <mlx/array.h>
@@ -14,7 +14,7 @@ namespace specl {
 const Kernels& kernels();             // those in use: the machine's best unless `use` chose others
 bool use(const std::string& name);    // false where the machine lacks them
 
-// x[..., K] @ W^T (+ bias): fp32 in, fp32 out.
+// x[..., K] @ W^T (+ bias): fp32 in, fp32 out. Computed at once where the inputs are there already, else lazily.
 mlx::core::array linear(const mlx::core::array& x, std::shared_ptr<Matrix> w, const std::optional<mlx::core::array>& bias);
 
 }  // namespace specl
