@@ -133,7 +133,7 @@ nb::object Decoder::step(nb::handle model, mx::array& ids, nb::handle cache) {
   const auto& s = stack_.shape();
   const size_t layers = stack_.layers();
   if (ids.is_tracer() || ids.ndim() != 2 || ids.shape(0) != 1 || ids.shape(1) < 1 || (size_t)ids.shape(1) > kMaxWidth ||
-      (ids.dtype() != mx::int32 && ids.dtype() != mx::uint32) || !PyList_Check(cache.ptr()) ||
+      (ids.dtype() != mx::int32 && ids.dtype() != mx::uint32 && ids.dtype() != mx::int64) || !PyList_Check(cache.ptr()) ||
       (size_t)PyList_GET_SIZE(cache.ptr()) != layers || !intact(model)) {
     return nb::none();
   }
@@ -173,8 +173,10 @@ nb::object Decoder::step(nb::handle model, mx::array& ids, nb::handle cache) {
   }
   mx::array rows(mx::allocator::malloc(width * s.hidden * sizeof(float)), {(int)width, (int)s.hidden}, mx::float32);
   const size_t vocabulary = (size_t)embedding_.shape(0);
-  for (size_t m = 0; m < width; ++m) {  // int32 and uint32 read alike below 2^31; a negative id is out of range here
-    const auto id = (size_t)ids.data<uint32_t>()[(int64_t)m * ids.strides(1)];
+  for (size_t m = 0; m < width; ++m) {
+    const int64_t at = (int64_t)m * ids.strides(1);
+    // int32 and uint32 read alike below 2^31; a negative id is out of range here
+    const size_t id = ids.dtype() == mx::int64 ? (size_t)ids.data<int64_t>()[at] : (size_t)ids.data<uint32_t>()[at];
     if (id >= vocabulary) return nb::none();
     std::memcpy(rows.data<float>() + m * s.hidden, embedding_.data<float>() + id * s.hidden, s.hidden * sizeof(float));
   }

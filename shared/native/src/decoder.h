@@ -40,8 +40,8 @@ class Decoder {
   };
   const float* keep(const mlx::core::array& a);
 
+  std::vector<mlx::core::array> kept_;  // before what points into it
   Stack stack_;
-  std::vector<mlx::core::array> kept_;
   std::vector<Guard> guards_;
   mlx::core::array embedding_, cos_, sin_;
   nanobind::object cache_type_;
