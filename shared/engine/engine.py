@@ -19,6 +19,7 @@ from specl.shared.engine.drafters import Drafter, Draw, HeadDrafter, ModelDrafte
 from specl.shared.engine.law import Law
 from specl.shared.engine.prefix import PrefixCache
 from specl.shared.errors import RequestRejected
+from specl.shared.models.fast import on_cpu, speed_up
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
 from specl.shared.models.lora import LoraShape, Pristine, Weights, fuse
@@ -139,6 +140,10 @@ class Engine:
         if adapter is not None:
             self.adapter_form = fuse(self.draft_module, adapter.shape, adapter.weights)
             self.adapter_id = adapter.id
+        if isinstance(self.draft, HeadDraft):
+            self.draft.speed_up()
+        elif on_cpu():
+            speed_up(self.draft.model, self.draft.blocks)
         self.estimate = AcceptanceEstimate()
 
     # ------------------------------------------------------------------------------------------------ costs

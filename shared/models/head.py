@@ -10,7 +10,7 @@ head's own output in its place, and predicts token p+1. What it does not know: c
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from specl.shared.errors import ModelError
+from specl.shared.models.fast import on_cpu, speed_up
 from specl.shared.models.load import LanguageModel
 
 MODEL_TYPE = "speclora_head"
@@ -165,9 +166,20 @@ def _later(x: mx.array, count: int) -> mx.array:
     return mx.concatenate([mx.zeros_like(x[:, :, :count]), x[:, :, :-count]], axis=2)
 
 
+class _Holder(nn.Module):
+    """Gives a lone layer a path."""
+
+    def __init__(self, output: nn.Linear) -> None:
+        super().__init__()
+        self.output = output
+
+
 @dataclass(slots=True)
 class HeadDraft:
-    """A head bound to its target: what the model drafter runs. `hot` [h] are token ids, sorted; `rows` [h, hidden]."""
+    """A head bound to its target: what the model drafter runs. `hot` [h] are token ids, sorted.
+
+    `output` scores them with the target's own rows; it belongs to no module that an adapter could touch.
+    """
 
     name: str
     path: Path | None
@@ -175,8 +187,12 @@ class HeadDraft:
     shape: HeadShape
     target: LanguageModel
     hot: np.ndarray
-    rows: mx.array
     fingerprint: str
+    dtype: mx.Dtype = mx.float32
+    output: nn.Linear = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._bind(self.hot)
 
     def set_hot(self, hot: np.ndarray) -> None:
         """Score another hot vocabulary. Raises ModelError unless it has the same size and valid, distinct tokens."""
@@ -184,13 +200,25 @@ class HeadDraft:
         hot = np.unique(np.asarray(hot, dtype=np.int64))
         if len(hot) != self.shape.hot_size or hot[0] < 0 or hot[-1] >= size:
             raise ModelError(f"a hot vocabulary needs {self.shape.hot_size} distinct tokens below {size}")
+        self._bind(hot)
+
+    def _bind(self, hot: np.ndarray) -> None:
         self.hot = hot
-        self.rows = self.target.head_rows(mx.array(hot)).astype(self.rows.dtype)
-        mx.eval(self.rows)
+        self.output = nn.Linear(self.shape.hidden_size, len(hot), bias=False)
+        self.output.weight = self.target.head_rows(mx.array(hot)).astype(self.dtype)
+        mx.eval(self.output.weight)
+        if on_cpu():
+            blocks = self.target.head_blocks(hot)
+            # a module of one layer, so that it can be sped up under a name
+            speed_up(_Holder(self.output), {"output": blocks} if blocks is not None else {}, fuse=False)
+
+    def speed_up(self) -> str:
+        """Let few rows be computed natively where that is possible; call again after the layers changed."""
+        return speed_up(self.head, fuse=False) if on_cpu() else "as loaded"
 
     def logits(self, outputs: mx.array) -> mx.array:
         """Scores of the hot tokens [..., hot]."""
-        return outputs @ self.rows.T
+        return self.output(outputs)
 
 
 def head_shape(target: LanguageModel, hot_size: int) -> HeadShape:
@@ -218,7 +246,7 @@ def new_head(target: LanguageModel, hot: np.ndarray, name: str = "new") -> HeadD
     shape = head_shape(target, len(hot))
     head = Head(shape)
     mx.eval(head.parameters())
-    return HeadDraft(name, None, head, shape, target, hot, target.head_rows(mx.array(hot)).astype(mx.float32), "")
+    return HeadDraft(name, None, head, shape, target, hot, "")
 
 
 def save_head(draft: HeadDraft, folder: Path, manifest: dict[str, Any]) -> None:
@@ -274,6 +302,6 @@ def load_head(folder: Path, name: str, target: LanguageModel) -> HeadDraft:
         raise ModelError(f"the draft {name} is damaged: {str(error).splitlines()[0]}") from error
     mx.eval(head.parameters())
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
-    rows = target.head_rows(mx.array(hot)).astype(dtype)
-    mx.eval(rows)
-    return HeadDraft(name, folder, head, shape, target, hot, rows, digest)
+    draft = HeadDraft(name, folder, head, shape, target, hot, digest, dtype)
+    draft.speed_up()
+    return draft

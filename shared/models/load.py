@@ -8,17 +8,19 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 from specl.shared.errors import ModelError
 from specl.shared.models import builtin
+from specl.shared.models.fast import blocks_of, on_cpu, speed_up
 
 SAMPLE = 64 * 1024  # bytes read at each of the 32 places that a weights file is fingerprinted by
 _REWINDABLE = (KVCache, QuantizedKVCache)
@@ -37,7 +39,10 @@ def to_stderr(message: str) -> None:
 
 @dataclass(slots=True)
 class LanguageModel:
-    """A loaded causal language model. `fingerprint` names its weights, `tokenizer_fingerprint` its vocabulary."""
+    """A loaded causal language model. `fingerprint` names its weights, `tokenizer_fingerprint` its vocabulary.
+
+    `blocks` holds the file's own quantised blocks where a dense copy computes (CPU); `speed` says what path few rows take.
+    """
 
     name: str
     path: Path
@@ -46,6 +51,8 @@ class LanguageModel:
     config: dict[str, Any]
     fingerprint: str
     tokenizer_fingerprint: str
+    blocks: dict[str, Any] = field(default_factory=dict, repr=False)
+    speed: str = ""
 
     @property
     def context_length(self) -> int:
@@ -70,6 +77,11 @@ class LanguageModel:
     def embed(self, ids: mx.array) -> mx.array:
         """Input embeddings of `ids`."""
         return self.model.model.embed_tokens(ids)
+
+    def head_blocks(self, ids: np.ndarray) -> Any:
+        """The same rows in the file's own blocks, or None."""
+        name = "lm_head" if hasattr(self.model, "lm_head") else "model.embed_tokens"
+        return self.blocks[name].rows(ids) if name in self.blocks else None
 
     def head_rows(self, ids: mx.array) -> mx.array:
         """The rows of the output matrix that score `ids`, dense, [n, hidden]."""
@@ -152,11 +164,6 @@ def _dense_fp32(model: nn.Module) -> nn.Module:
     return model
 
 
-def on_cpu() -> bool:
-    """Whether MLX computes on the CPU here."""
-    return mx.default_device().type == mx.DeviceType.cpu
-
-
 def load(name: str, models: Path, precision: str = "auto", say: Say = _quiet) -> LanguageModel:
     """Load by name. Raises ModelError for a missing model, an unsupported architecture or a missing tokenizer."""
     path = resolve(name, models, say)
@@ -173,10 +180,14 @@ def load(name: str, models: Path, precision: str = "auto", say: Say = _quiet) ->
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
         raise ModelError(f"{name} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    blocks, speed = {}, "as loaded"
     if precision == "fp32" or (precision == "auto" and on_cpu()):
+        blocks = blocks_of(model) if on_cpu() else {}
         model = _dense_fp32(model)
     mx.eval(model.parameters())
-    loaded = LanguageModel(name, path, model, tokenizer, config, fingerprint(path), _tokenizer_fingerprint(tokenizer))
+    if on_cpu():
+        speed = speed_up(model, blocks)
+    loaded = LanguageModel(name, path, model, tokenizer, config, fingerprint(path), _tokenizer_fingerprint(tokenizer), blocks, speed)
     _check_split(loaded)
     return loaded
 

@@ -1,0 +1,39 @@
+"""Linux CPU at the machine's own speed: few-row products and whole decoder steps in C++, behind the models' own modules.
+
+What it is: `accelerate(model)` gives a loaded model the fast path where the extension is built, fits this MLX and passes
+its self-test; otherwise nothing changes and `reason()` says why. What it does not know: tokens, drafts, files, settings.
+Promises: a row's result is the same bits whatever rows stand beside it (width 1 or k+1) and whatever instruction set ran
+it, so greedy verification never flips a tie; training, long inputs and anything unusual take the ordinary path.
+"""
+
+from specl.shared.native.accelerate import Acceleration, accelerate
+from specl.shared.native.extension import (
+    MAX_WIDTH,
+    available,
+    instruction_set,
+    instruction_sets,
+    reason,
+    set_threads,
+    threads,
+    use_instruction_set,
+)
+from specl.shared.native.packing import Affine, affine_from_gguf, affine_from_mlx
+from specl.shared.native.rows import RowStats, row_stats
+
+__all__ = [
+    "MAX_WIDTH",
+    "Acceleration",
+    "Affine",
+    "RowStats",
+    "accelerate",
+    "affine_from_gguf",
+    "affine_from_mlx",
+    "available",
+    "instruction_set",
+    "instruction_sets",
+    "reason",
+    "row_stats",
+    "set_threads",
+    "threads",
+    "use_instruction_set",
+]

@@ -1,0 +1,28 @@
+"""Tests of the native Linux-CPU kernels; skipped, with the reason, where the extension cannot be used."""
+
+import pytest
+
+from specl.shared import native
+
+
+def pytest_collection_modifyitems(items):
+    if native.available():
+        return
+    skip = pytest.mark.skip(reason=f"native kernels: {native.reason()}")
+    for item in items:
+        if "tests/native" in str(item.path) and "without_the_extension" not in item.name:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def best_instruction_set():
+    """Each test starts and ends on the machine's own kernels and threads."""
+    yield
+    if native.available():
+        native.use_instruction_set(native.instruction_sets()[0])
+        native.set_threads(0)
+
+
+def pytest_generate_tests(metafunc):
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", native.instruction_sets() if native.available() else ["none"])
