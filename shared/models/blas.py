@@ -79,9 +79,14 @@ def bind() -> Blas:
 
 
 def set_threads(count: int) -> None:
-    """Use `count` threads in products; 0 leaves the provider's choice (all cores). Does nothing on other providers."""
+    """Use `count` threads in products, never more than this process has cores; 0 leaves the provider's choice (all).
+
+    Threads beyond the cores would wait for each other by spinning. Does nothing on providers that are not OpenBLAS.
+    """
     if count <= 0:
         return
+    if hasattr(os, "sched_getaffinity"):
+        count = min(count, len(os.sched_getaffinity(0)))
     for handle in _HANDLES:
         for symbol in ("scipy_openblas_set_num_threads", "openblas_set_num_threads"):
             if hasattr(handle, symbol):
