@@ -17,7 +17,8 @@ def test_the_kernels_are_clean_under_sanitizers(kind, tmp_path):
     if compiler is None:
         pytest.skip("no C++ compiler")
     program = tmp_path / "sanitized"
-    flags = ["-std=c++20", "-O1", "-g", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-pthread", f"-I{SOURCES}"]
+    flags = ["-std=c++20", "-O1", "-g", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-pthread"]
+    flags += ["-DSPECL_SANITIZED", "-fno-inline", f"-I{SOURCES}"]
     flags += [f"-fsanitize={kind}", "-fno-sanitize-recover=all"]
     sources = [Path(__file__).with_name("sanitized.cpp"), *(SOURCES / name for name in PLAIN)]
     built = subprocess.run([compiler, *flags, *sources, "-o", program], capture_output=True, text=True, check=False)
