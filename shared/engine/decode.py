@@ -40,11 +40,15 @@ class Options:
 
 @dataclass(slots=True)
 class Tally:
-    """What happened, for the statistics. Lists by depth count from the first drafted token; model drafter only."""
+    """What happened, for the statistics. Lists by depth count from the first drafted token; model drafter only.
+
+    `rejected` counts drafts that the rule refused, not those behind them that it never looked at.
+    """
 
     rounds: int = 0
     drafted: dict[str, int] = field(default_factory=lambda: {"model": 0, "ngram": 0})
     accepted: dict[str, int] = field(default_factory=lambda: {"model": 0, "ngram": 0})
+    rejected: int = 0
     tested_by_depth: list[int] = field(default_factory=lambda: [0] * 16)
     accepted_by_depth: list[int] = field(default_factory=lambda: [0] * 16)
     k_histogram: dict[int, int] = field(default_factory=dict)
@@ -60,6 +64,7 @@ class Tally:
             return
         self.drafted[drafter] += drafted
         self.accepted[drafter] += accepted
+        self.rejected += accepted < drafted
         if drafter == "model":
             for depth in range(min(drafted, accepted + 1)):
                 self.tested_by_depth[depth] += 1
