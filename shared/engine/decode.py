@@ -64,7 +64,6 @@ class Tally:
             return
         self.drafted[drafter] += drafted
         self.accepted[drafter] += accepted
-        self.rejected += accepted < drafted
         if drafter == "model":
             for depth in range(min(drafted, accepted + 1)):
                 self.tested_by_depth[depth] += 1
@@ -255,9 +254,12 @@ class Session:
         source = SOURCES.get(draft.drafter, 0)
         self.sources.extend([source] * accepted + [0] * (count - accepted))
         self.tally.count(draft.drafter, len(draft.tokens), accepted)
-        if draft.tokens:
+        # drafts behind the end of the answer were not refused
+        judged = len(draft.tokens) if count > verdict.accepted else accepted
+        self.tally.rejected += accepted < judged
+        if judged:
             estimate = self.chooser.estimate if draft.drafter == "model" else self.ngram_estimate
-            estimate.update(len(draft.tokens), accepted)
+            estimate.update(judged, accepted)
         if self.capture is not None:
             self.capture.rows(logits[:count])
             if accepted < len(draft.tokens) and count == accepted + 1:
