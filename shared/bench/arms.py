@@ -18,6 +18,7 @@ from specl.shared.bench.sets import BenchPrompt
 from specl.shared.bench.texts import TopTwo
 from specl.shared.engine.costs import AcceptanceEstimate
 from specl.shared.engine.decode import Options, Tally
+from specl.shared.engine.drafters import NGRAM_PRIOR
 from specl.shared.engine.engine import Engine, LoadedAdapter
 from specl.shared.engine.law import Law, top_indices
 from specl.shared.models.load import LanguageModel
@@ -149,7 +150,7 @@ class EngineArm:
     ) -> None:
         self.name, self.engine, self.adapter = name, engine, adapter
         self.options: dict[str, Any] = {"law": law, "num_draft_tokens": k, "ngram": ngram, "capture_k": capture_k}
-        self._estimates = (AcceptanceEstimate(), AcceptanceEstimate(prior=0.4))
+        self._estimates = (AcceptanceEstimate(), AcceptanceEstimate(prior=NGRAM_PRIOR))
 
     def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
         """See Arm. No prefix is reused: every arm reads the whole prompt."""
