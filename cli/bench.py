@@ -66,21 +66,53 @@ class _Teller:
 
 
 @click.group(invoke_without_command=True)
-@click.option("--set", "sets", type=click.Choice(SETS), multiple=True, help="A frozen prompt set; may be repeated.  [default: all]")
-@click.option("--prompts", type=click.IntRange(1), default=8, show_default=True, help="Prompts of each set, spread evenly over it.")
+@click.option(
+    "--set",
+    "sets",
+    type=click.Choice(SETS),
+    multiple=True,
+    help="A frozen prompt set; may be repeated.  [default: all]",
+)
+@click.option(
+    "--prompts",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Prompts of each set, spread evenly over it.",
+)
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens of an answer.")
 @click.option("--prompt", help="Your own prompt instead of the sets.")
-@click.option("--iterations", type=click.IntRange(1), default=1, show_default=True, help="How often each prompt is answered.")
+@click.option(
+    "--iterations", type=click.IntRange(1), default=1, show_default=True, help="How often each prompt is answered."
+)
 @click.option("--target", help="A folder, a hub name or smollm2-135m; the settings' target otherwise.")
 @click.option("--draft", help="A draft folder or name, `none` for none; the settings' draft otherwise.")
-@click.option("--temperature", type=click.FloatRange(0, 10), default=0.0, show_default=True, help="0 is greedy; texts are compared only then.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 10),
+    default=0.0,
+    show_default=True,
+    help="0 is greedy; texts are compared only then.",
+)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--k", "fixed", type=_Numbers(0, 16), default=FIXED_K, show_default=True, help="Fixed draft lengths to measure.")
-@click.option("--mlx-k", type=_Numbers(1, 16), default=MLX_K, show_default=True, help="mlx-lm's draft lengths, where the draft is a model of its own.")
+@click.option(
+    "--k", "fixed", type=_Numbers(0, 16), default=FIXED_K, show_default=True, help="Fixed draft lengths to measure."
+)
+@click.option(
+    "--mlx-k",
+    type=_Numbers(1, 16),
+    default=MLX_K,
+    show_default=True,
+    help="mlx-lm's draft lengths, where the draft is a model of its own.",
+)
 @click.option("--no-daemon", is_flag=True, help="Leave out the run through scratch daemons.")
 @click.option("--suite", is_flag=True, help="Target only, base draft, adapted draft (the adapter in force).")
-@click.option("--clients", type=_Numbers(1, 32), help="Total tokens a second of so many clients at once, against mlx_lm.server.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write everything here; `-` for standard output.")
+@click.option(
+    "--clients", type=_Numbers(1, 32), help="Total tokens a second of so many clients at once, against mlx_lm.server."
+)
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False), help="Write everything here; `-` for standard output."
+)
 @click.option("--plot", type=click.Path(dir_okay=False), help="Write a picture of the ratios here (PNG).")
 @click.pass_context
 def bench(ctx: click.Context, **wish: Any) -> None:
@@ -129,7 +161,9 @@ class _Bench:
         from specl.shared.bench.report import as_json
 
         arms = self._suite(engine) if self.wish["suite"] else self._arms(engine)
-        self.console.print(f"{len(items)} prompts x {self.wish['iterations']}, {len(arms)} arms, up to {self.wish['tokens']} tokens an answer")
+        self.console.print(
+            f"{len(items)} prompts x {self.wish['iterations']}, {len(arms)} arms, up to {self.wish['tokens']} tokens an answer"
+        )
         plan = Plan(items, self.wish["tokens"], self.wish["iterations"], arms)
         runs = measure(engine, plan, self.law.greedy, _Teller())
         report = as_json(runs)
@@ -149,7 +183,9 @@ class _Bench:
         self.paths.costs.mkdir(parents=True, exist_ok=True)
         engine.calibrate(self.paths.costs)
         draft = engine.draft.name if engine.draft else "none"
-        self.console.print(f"target {engine.target.name} ({engine.target.fingerprint}), draft {draft} ({engine.draft_fingerprint})")
+        self.console.print(
+            f"target {engine.target.name} ({engine.target.fingerprint}), draft {draft} ({engine.draft_fingerprint})"
+        )
         self.console.print(f"BLAS {blas.BOUND.name}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
         return engine
 
@@ -208,7 +244,9 @@ class _Bench:
         from specl.shared.bench.scratch import ScratchDaemons
 
         folder = getattr(engine.draft, "folder", None) or getattr(engine.draft, "path", None)
-        daemons = ScratchDaemons(self.settings, engine.target.path, str(folder) if folder else None, self.paths.models, self.paths.costs)
+        daemons = ScratchDaemons(
+            self.settings, engine.target.path, str(folder) if folder else None, self.paths.models, self.paths.costs
+        )
         return self.stack.enter_context(daemons)
 
     def _crowds(self, engine: "Engine", items: "list[BenchPrompt]") -> list[dict[str, Any]]:
@@ -219,12 +257,23 @@ class _Bench:
 
         server = self.stack.enter_context(MlxServer(engine.target))
         found = measure_crowds(
-            self._daemons(engine), server, items, self.wish["clients"], self.wish["tokens"], self.law, self.wish["iterations"],
+            self._daemons(engine),
+            server,
+            items,
+            self.wish["clients"],
+            self.wish["tokens"],
+            self.law,
+            self.wish["iterations"],
             lambda note: click.echo(note, err=True),
         )
         table = Table("clients", "ours tok/s", "mlx_lm.server tok/s", "ratio of each turn")
         for row in found:
-            table.add_row(str(row.clients), f"{row.ours:.1f}", f"{row.theirs:.1f}", ", ".join(f"{value:.2f}" for value in row.ratios))
+            table.add_row(
+                str(row.clients),
+                f"{row.ours:.1f}",
+                f"{row.theirs:.1f}",
+                ", ".join(f"{value:.2f}" for value in row.ratios),
+            )
         self.console.print(table)
         return [asdict(row) for row in found]
 
@@ -271,19 +320,32 @@ def _print_tables(console: Console, runs: "list[Run]", report: dict[str, Any]) -
 
 
 def _group_table(name: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table("arm", "tok/s", "ratio (min to max)", "TTFT ms", "accepted", "by depth", "tok/round", title=f"{name}: {rows[0]['ratio']['n']} answers")
+    table = Table(
+        "arm",
+        "tok/s",
+        "ratio (min to max)",
+        "TTFT ms",
+        "accepted",
+        "by depth",
+        "tok/round",
+        title=f"{name}: {rows[0]['ratio']['n']} answers",
+    )
     for row in rows:
         ratio = row["ratio"]
         spread = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio["n"] else "-"
         depth = " ".join(f"{value:.2f}" for value in row["acceptance_by_depth"][:4])
         accepted = f"{row['acceptance']:.2f}" if row["acceptance"] is not None else "-"
         each = f"{row['tokens_a_round']:.2f}" if row["tokens_a_round"] else "-"
-        table.add_row(row["arm"], f"{row['tokens_per_second']:.1f}", spread, f"{row['ttft_ms']:.0f}", accepted, depth, each)
+        table.add_row(
+            row["arm"], f"{row['tokens_per_second']:.1f}", spread, f"{row['ttft_ms']:.0f}", accepted, depth, each
+        )
     return table
 
 
 def equality_line(arm: str, row: dict[str, Any]) -> str:
     """One arm's texts against the reference's, in one line."""
-    counts = ", ".join(f"{row[verdict]} {verdict}" for verdict in ("equal", "tie", "different", "unchecked") if row[verdict])
+    counts = ", ".join(
+        f"{row[verdict]} {verdict}" for verdict in ("equal", "tie", "different", "unchecked") if row[verdict]
+    )
     note = "" if row["conclusive"] else f" INCONCLUSIVE ({row['drafted']} drafted, {row['rejected']} refused)"
     return f"texts of {arm}: {counts}{note}"

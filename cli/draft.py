@@ -80,16 +80,33 @@ def _prompts(file: str | None) -> tuple[list[Any], str]:
 
 @draft.command()
 @click.option("--target", default=None, help="A folder, a hub name or smollm2-135m; the settings' target otherwise.")
-@click.option("--prompts", "file", type=click.Path(exists=True, dir_okay=False), help="Your own prompts instead of the shipped 4,000.")
-@click.option("--tokens", type=click.IntRange(1000), default=200_000, show_default=True, help="Tokens that the target writes.")
+@click.option(
+    "--prompts",
+    "file",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Your own prompts instead of the shipped 4,000.",
+)
+@click.option(
+    "--tokens", type=click.IntRange(1000), default=200_000, show_default=True, help="Tokens that the target writes."
+)
 @click.option("--time", "limit", default="1h", show_default=True, help="Stop after this long with what there is.")
 @click.option("--hot", type=click.IntRange(64), default=6144, show_default=True, help="Size of the hot vocabulary.")
 @click.option("--epochs", type=click.IntRange(1), default=6, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--out", type=click.Path(file_okay=False), help="Where the draft goes (default: var/models/drafts/NAME-head).")
+@click.option(
+    "--out", type=click.Path(file_okay=False), help="Where the draft goes (default: var/models/drafts/NAME-head)."
+)
 @click.option("--work", type=click.Path(file_okay=False), help="Where a stopped build goes on (default: beside --out).")
 def build(
-    target: str | None, file: str | None, tokens: int, limit: str, hot: int, epochs: int, seed: int, out: str | None, work: str | None
+    target: str | None,
+    file: str | None,
+    tokens: int,
+    limit: str,
+    hot: int,
+    epochs: int,
+    seed: int,
+    out: str | None,
+    work: str | None,
 ) -> None:
     """Distil a one-layer `head` draft out of the target: it writes text, the draft learns to guess it.
 
@@ -124,7 +141,9 @@ def build(
     click.echo(f"models:\n  draft: {{name: {folder}}}")
 
 
-def _table(made: "HeadDraft", by_depth: tuple[float, ...], manifest: dict[str, Any], settings: config.Settings, costs: Path) -> None:
+def _table(
+    made: "HeadDraft", by_depth: tuple[float, ...], manifest: dict[str, Any], settings: config.Settings, costs: Path
+) -> None:
     """What was made, and what it does here: measured on held-out prompts, plain and drafted in turn."""
     from specl.shared import prompts
     from specl.shared.engine.decode import Options
@@ -148,5 +167,9 @@ def _table(made: "HeadDraft", by_depth: tuple[float, ...], manifest: dict[str, A
     plain, drafted = tokens[0] / seconds[0], tokens[None] / seconds[None]
     click.echo(f"trained on {manifest['training_tokens']} tokens of {manifest['training_prompts']} answers")
     click.echo("held-out agreement by depth: " + ", ".join(f"{value:.3f}" for value in by_depth))
-    click.echo(f"one draft token {1000 * measured.draft_s(1):.1f} ms, one plain step {1000 * measured.verify_s(1):.1f} ms")
-    click.echo(f"plain {plain:.1f} tok/s, drafted {drafted:.1f} tok/s: {drafted / plain:.2f}x ({MEASURED_PROMPTS} held-out prompts, greedy)")
+    click.echo(
+        f"one draft token {1000 * measured.draft_s(1):.1f} ms, one plain step {1000 * measured.verify_s(1):.1f} ms"
+    )
+    click.echo(
+        f"plain {plain:.1f} tok/s, drafted {drafted:.1f} tok/s: {drafted / plain:.2f}x ({MEASURED_PROMPTS} held-out prompts, greedy)"
+    )

@@ -25,7 +25,11 @@ def _daemon(body: dict[str, Any] | None, role: str, paths: Paths) -> dict[str, A
     if body is not None:
         return {"state": body["state"], "pid": body["pid"], "uptime_s": body["uptime_s"]}
     held = is_locked(paths.run, role)
-    return {"state": "starting" if held else "stopped", "pid": holder_of(paths.run, role) if held else None, "uptime_s": None}
+    return {
+        "state": "starting" if held else "stopped",
+        "pid": holder_of(paths.run, role) if held else None,
+        "uptime_s": None,
+    }
 
 
 def _store_summary(answers: dict[str, Any], paths: Paths, problems: list[str]) -> dict[str, Any]:
@@ -131,9 +135,14 @@ def render(found: dict[str, Any], settings: Settings) -> Table:
         table.add_row("", f"adapter {adapter}: {_share(value)}")
     speed = found["tokens_per_second"]["rolling"]
     table.add_row("speed", f"{speed:.1f} tokens a second (last 50)" if speed else "-")
-    table.add_row("failures", f"{failures['pending']} of {failures['trigger']} until training, {failures['total']} in all")
+    table.add_row(
+        "failures", f"{failures['pending']} of {failures['trigger']} until training, {failures['total']} in all"
+    )
     waiting = found["outbox"]["pending"]
-    table.add_row("store", f"{found['store']['generations']} generations, {found['store']['disagreements']} disagreements, {'?' if waiting is None else waiting} on the way")
+    table.add_row(
+        "store",
+        f"{found['store']['generations']} generations, {found['store']['disagreements']} disagreements, {'?' if waiting is None else waiting} on the way",
+    )
     adapter = found["adapter"]
     table.add_row("adapter", f"{adapter['active'] or 'none'}, before it {adapter['previous'] or 'none'}")
     training = found["training"]

@@ -88,7 +88,9 @@ class Adapters:
     def publish(self, source: Path, manifest: Manifest, make_current: bool = True) -> Path:
         """Take the files in `source` as adapter `manifest.id`; with `make_current`, CURRENT names it. Raises OSError."""
         crash_point("adapter.files_written")
-        hashes = {name: _sha256(source / name) for name in FILES if name != "manifest.json" and (source / name).exists()}
+        hashes = {
+            name: _sha256(source / name) for name in FILES if name != "manifest.json" and (source / name).exists()
+        }
         document = asdict(manifest) | {"files": hashes}
         (source / "manifest.json").write_text(json.dumps(document, indent=2))
         for path in source.iterdir():

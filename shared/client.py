@@ -1,9 +1,9 @@
 """The Python face of the running daemons: `from specl import Client`. Knows messages and deadlines, nothing of models.
 
-    with Client() as client:
-        for event in client.stream("Why is the sky blue?"):
-            print(event, end="")
-        print(client.last.stats["acceptance_rate"])
+with Client() as client:
+    for event in client.stream("Why is the sky blue?"):
+        print(event, end="")
+    print(client.last.stats["acceptance_rate"])
 """
 
 import time

@@ -69,7 +69,9 @@ class Lora(_Section):
     rank: Annotated[int, Field(ge=1, le=512)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] | Literal["all"] = Field("all", description="names of linear layers, e.g. [q_proj, v_proj]")
+    target_modules: list[str] | Literal["all"] = Field(
+        "all", description="names of linear layers, e.g. [q_proj, v_proj]"
+    )
 
 
 class Loss(_Section):
@@ -78,7 +80,9 @@ class Loss(_Section):
     type: Literal["ce", "kl", "mixed", "acceptance"] = "mixed"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     alpha: Share = Field(0.5, description="mixed: weight of KL against cross-entropy")
-    top_k_logits: Annotated[int, Field(ge=1, le=256)] = Field(32, description="target log-probabilities kept a position")
+    top_k_logits: Annotated[int, Field(ge=1, le=256)] = Field(
+        32, description="target log-probabilities kept a position"
+    )
     error_weight: Annotated[float, Field(ge=1)] = Field(2.0, description="weight of a position the draft got wrong")
 
 
@@ -179,7 +183,11 @@ def _line_of(tree: Any, path: tuple[str | int, ...]) -> int | None:
 
 
 def _explain(file: Path, tree: Any, error: dict[str, Any]) -> str:
-    path = tuple(part for part in error["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "constrained", "int", "list["))))
+    path = tuple(
+        part
+        for part in error["loc"]
+        if not (isinstance(part, str) and part.startswith(("literal[", "constrained", "int", "list[")))
+    )
     line = _line_of(tree, path)
     where = f"{file}:{line}" if line else str(file)
     name = ".".join(str(part) for part in path) or "(the file)"

@@ -272,16 +272,24 @@ class Store:
     def __init__(self, path: Path, read_only: bool = False) -> None:
         self.path = path
         if read_only and not path.is_file():
-            raise StoreError(f"there is no store at {path} yet", "it is made when the collector first runs (`honcho start`)")
+            raise StoreError(
+                f"there is no store at {path} yet", "it is made when the collector first runs (`honcho start`)"
+            )
         if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         mode = "ro" if read_only else "rwc"
         self._engine = sa.create_engine(
-            f"sqlite:///file:{path}?mode={mode}&uri=true", connect_args={"timeout": 5.0}, poolclass=sa.pool.SingletonThreadPool
+            f"sqlite:///file:{path}?mode={mode}&uri=true",
+            connect_args={"timeout": 5.0},
+            poolclass=sa.pool.SingletonThreadPool,
         )
         sa.event.listen(self._engine, "connect", _on_connect if not read_only else _on_connect_read_only)
-        sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE"))
+        sa.event.listen(
+            self._engine,
+            "begin",
+            lambda connection: connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE"),
+        )
         with self._errors():
             self._open(read_only)
 
@@ -296,11 +304,17 @@ class Store:
         with self._engine.connect() as connection:
             version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
         if version > SCHEMA_VERSION:
-            raise StoreError(f"the store {self.path} has schema {version}; this program knows up to {SCHEMA_VERSION}", "upgrade speclora")
+            raise StoreError(
+                f"the store {self.path} has schema {version}; this program knows up to {SCHEMA_VERSION}",
+                "upgrade speclora",
+            )
         if version == SCHEMA_VERSION:
             return
         if read_only:
-            raise StoreError(f"the store {self.path} has the older schema {version}", "start the collector once: it upgrades the store")
+            raise StoreError(
+                f"the store {self.path} has the older schema {version}",
+                "start the collector once: it upgrades the store",
+            )
         if version:
             shutil.copy2(self.path, self.path.with_name(f"{self.path.name}.backup-{version}-{int(time.time())}"))
         with self._engine.begin() as connection:
@@ -339,7 +353,13 @@ class Store:
             if type(record) not in _TABLES or kind_of(record) != row.kind or record.id != row.id:
                 raise WireError(f"not the record it is labelled as ({row.kind})")
         except WireError as error:
-            values = {"id": row.id, "kind": row.kind, "created": _iso(time.time()), "reason": str(error), "raw": row.body}
+            values = {
+                "id": row.id,
+                "kind": row.kind,
+                "created": _iso(time.time()),
+                "reason": str(error),
+                "raw": row.body,
+            }
             connection.execute(sa.dialects.sqlite.insert(quarantine).values(values).on_conflict_do_nothing())
             return
         table = _TABLES[type(record)]
@@ -355,7 +375,9 @@ class Store:
             connection.execute(sa.insert(disagreements), lines)
         if isinstance(record, Evaluation) and record.subject == "generation":
             connection.execute(
-                sa.update(generations).where(generations.c.id == record.generation_id).values(agreement=record.agreement)
+                sa.update(generations)
+                .where(generations.c.id == record.generation_id)
+                .values(agreement=record.agreement)
             )
 
     def matching(self, ids: Sequence[str], before: float | None, pattern: str) -> list[str]:
@@ -364,7 +386,10 @@ class Store:
         if before is not None:
             wanted.append(generations.c.created_at < before)
         if pattern:
-            wanted += [column.contains(pattern, autoescape=True) for column in (generations.c.prompt, generations.c.output, generations.c.messages)]
+            wanted += [
+                column.contains(pattern, autoescape=True)
+                for column in (generations.c.prompt, generations.c.output, generations.c.messages)
+            ]
         if not wanted:
             return []
         with self._errors(), self._engine.connect() as connection:
@@ -398,16 +423,18 @@ class Store:
         g = generations.c
         (totals,) = self._all(
             sa.select(
-                sa.func.count().label("n"), sa.func.sum(g.model_drafted).label("d"), sa.func.sum(g.model_accepted).label("a")
+                sa.func.count().label("n"),
+                sa.func.sum(g.model_drafted).label("d"),
+                sa.func.sum(g.model_accepted).label("a"),
             )
         )
         recent = self._all(
             sa.select(g.model_drafted, g.model_accepted, g.tokens_per_second).order_by(g.n.desc()).limit(rolling)
         )
         by_adapter = self._all(
-            sa.select(g.adapter_id, sa.func.sum(g.model_drafted).label("d"), sa.func.sum(g.model_accepted).label("a")).group_by(
-                g.adapter_id
-            )
+            sa.select(
+                g.adapter_id, sa.func.sum(g.model_drafted).label("d"), sa.func.sum(g.model_accepted).label("a")
+            ).group_by(g.adapter_id)
         )
         runs = self._all(sa.select(training_runs).order_by(training_runs.c.n.desc()).limit(1))
         drafted = sum(row["model_drafted"] for row in recent)
@@ -452,7 +479,12 @@ class Store:
 
     def recent_generations(self, limit: int, trainable: bool = False, since: float = 0.0) -> list[StoredGeneration]:
         """The newest first. `trainable` wants those with the target's top-k."""
-        query = sa.select(generations).where(generations.c.created_at >= since).order_by(generations.c.n.desc()).limit(limit)
+        query = (
+            sa.select(generations)
+            .where(generations.c.created_at >= since)
+            .order_by(generations.c.n.desc())
+            .limit(limit)
+        )
         if trainable:
             query = query.where(generations.c.top_ids.is_not(None))
         rows = self._all(query)
@@ -463,7 +495,11 @@ class Store:
         """Generations with neither figure yet: parked, so that only teacher-forced agreement can tell."""
         query = (
             sa.select(generations)
-            .where(generations.c.acceptance_rate.is_(None), generations.c.agreement.is_(None), generations.c.top_ids.is_not(None))
+            .where(
+                generations.c.acceptance_rate.is_(None),
+                generations.c.agreement.is_(None),
+                generations.c.top_ids.is_not(None),
+            )
             .order_by(generations.c.n.desc())
             .limit(limit)
         )
@@ -472,7 +508,9 @@ class Store:
     def export(self) -> Iterator[dict[str, Any]]:
         """Every generation in the sources' JSONL shape, oldest first."""
         last = 0
-        while rows := self._all(sa.select(generations).where(generations.c.n > last).order_by(generations.c.n).limit(200)):
+        while rows := self._all(
+            sa.select(generations).where(generations.c.n > last).order_by(generations.c.n).limit(200)
+        ):
             lines = self._disagreements_of([row["id"] for row in rows])
             for row in rows:
                 yield _exported(row, lines.get(row["id"], []))
@@ -489,13 +527,17 @@ def _exported(row: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any
         "acceptance_rate": row["acceptance_rate"],
         "timestamp": row["created"],
         "disagreements": [
-            {name: line[name] for name in names} | {"context_tokens": json.loads(line["context_tokens"])} for line in lines
+            {name: line[name] for name in names} | {"context_tokens": json.loads(line["context_tokens"])}
+            for line in lines
         ],
     }
 
 
 def _verdict(run: dict[str, Any]) -> dict[str, Any]:
-    return {name: run[name] for name in ("created", "verdict", "reason", "adapter_id", "parent_id", "examples", "steps", "loss_last")}
+    return {
+        name: run[name]
+        for name in ("created", "verdict", "reason", "adapter_id", "parent_id", "examples", "steps", "loss_last")
+    }
 
 
 def _rate(part: float | None, whole: float | None) -> float | None:

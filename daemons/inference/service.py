@@ -162,7 +162,10 @@ class Inference:
         if refusal:
             self.server.send(peer, Failed(ask.request_id, "rejected", refusal))
         elif len(self.clients) >= self.settings.serving.queue_limit:
-            self.server.send(peer, Failed(ask.request_id, "busy", f"{len(self.clients)} requests wait already", "try again in a moment"))
+            self.server.send(
+                peer,
+                Failed(ask.request_id, "busy", f"{len(self.clients)} requests wait already", "try again in a moment"),
+            )
         else:
             self.clients[ask.request_id] = Client(peer, time.monotonic())
             if self.worker.engine is None:
@@ -195,7 +198,11 @@ class Inference:
             "state": state,
             "uptime_s": round(time.monotonic() - self.started, 1),
             "queue": {"depth": len(worker.waiting), "in_flight": len(worker.active)},
-            "outbox": {"pending": self.outbox.pending, "refused": self.recorder.refused, "trouble": self.recorder.last_refusal},
+            "outbox": {
+                "pending": self.outbox.pending,
+                "refused": self.recorder.refused,
+                "trouble": self.recorder.last_refusal,
+            },
             "served": worker.served,
             "rolling_acceptance": round(sum(item[1] for item in recent) / drafted, 4) if drafted else None,
             "rolling_tokens_per_second": round(sum(item[2] for item in recent) / len(recent), 2) if recent else None,

@@ -54,7 +54,13 @@ class AdapterSwap:
         pause_ms = round(1000 * (time.perf_counter() - start), 1)
         self.previous = before
         crash_point("swap.after_activate")
-        _log.info("adapter.fused" if id else "adapter.unloaded", adapter=id or None, previous=before or None, form=self.engine.adapter_form, ms=pause_ms)
+        _log.info(
+            "adapter.fused" if id else "adapter.unloaded",
+            adapter=id or None,
+            previous=before or None,
+            form=self.engine.adapter_form,
+            ms=pause_ms,
+        )
         event = "activated" if id else "unloaded"
         self._activated(event, id, before, reason, {"form": self.engine.adapter_form, "pause_ms": pause_ms})
         return ""

@@ -35,7 +35,9 @@ Emit = Callable[[bytes, Any], None]
 class Worker(threading.Thread):
     """`emit(peer, message)` may be called from this thread at any time. `failure` is set when the thread cannot go on."""
 
-    def __init__(self, paths: Paths, settings: Settings, recorder: Recorder, emit: Emit, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, paths: Paths, settings: Settings, recorder: Recorder, emit: Emit, wake: Callable[[], None]
+    ) -> None:
         super().__init__(name="mlx", daemon=True)
         self.paths, self.settings, self.recorder, self.emit, self._wake_loop = paths, settings, recorder, emit, wake
         self.engine: Engine | None = None
@@ -151,7 +153,9 @@ class Worker(threading.Thread):
         """Tokens of the prompt, and every reason to refuse it before it waits."""
         ask, engine = job.ask, self.engine
         if ask.messages:
-            if not any(str(message.get("content", "")).strip() for message in ask.messages if message.get("role") == "user"):
+            if not any(
+                str(message.get("content", "")).strip() for message in ask.messages if message.get("role") == "user"
+            ):
                 raise RequestRejected("the prompt is empty")
             job.prompt_text, job.prompt = engine.encode_chat(ask.messages)
         else:
@@ -161,7 +165,11 @@ class Worker(threading.Thread):
         budget = self.settings.memory.max_kv_cache_tokens
         limit = min(engine.target.context_length, budget)
         if len(job.prompt) >= limit:
-            what = "memory.max_kv_cache_tokens is" if budget < engine.target.context_length else "the model's context holds"
+            what = (
+                "memory.max_kv_cache_tokens is"
+                if budget < engine.target.context_length
+                else "the model's context holds"
+            )
             raise RequestRejected(f"the prompt has {len(job.prompt)} tokens; {what} {limit}")
 
     def _tell_places(self) -> None:
@@ -263,7 +271,9 @@ class Worker(threading.Thread):
         wanted = record is not None and session.capture is not None and self.settings.records.hidden_spool_mb
         self.recorder.finish(job.peer, done, record, session.all_states() if wanted else None)
         self.served += 1
-        self.recent.append((session.tally.drafted["model"], session.tally.accepted["model"], done.stats["tokens_per_second"]))
+        self.recent.append(
+            (session.tally.drafted["model"], session.tally.accepted["model"], done.stats["tokens_per_second"])
+        )
         reserved = sum(other.reserved for other in self.active)
         self.engine.retire(session, job.adapter_id, job.ask.conversation_id, reserved)
         frequency = self.settings.memory.cache_clear_frequency
@@ -282,6 +292,4 @@ class Worker(threading.Thread):
 
     def _activated(self, event: str, adapter_id: str, previous_id: str, reason: str, details: dict[str, Any]) -> None:
         """An adapter came, went or was refused: a fact for the store."""
-        self.recorder.fact(
-            Activation(uuid.uuid4().hex, time.time(), event, adapter_id, previous_id, reason, details)
-        )
+        self.recorder.fact(Activation(uuid.uuid4().hex, time.time(), event, adapter_id, previous_id, reason, details))

@@ -73,7 +73,9 @@ def is_failure(values: dict, threshold: float) -> bool:
 class Gatherer:
     """Reads examples for an engine's draft. `pause` is called between pieces of work and may wait."""
 
-    def __init__(self, store: Store, engine: Engine, settings: Settings, spool: HiddenSpool, pause: Callable[[], None]) -> None:
+    def __init__(
+        self, store: Store, engine: Engine, settings: Settings, spool: HiddenSpool, pause: Callable[[], None]
+    ) -> None:
         self.store, self.engine, self.settings, self.spool, self._pause = store, engine, settings, spool, pause
 
     def material(self, clock: Callable[[], float] = time.time) -> Material:
@@ -113,7 +115,14 @@ class Gatherer:
             self._pause()
             states, _, _ = recapture(self.engine.target, example.tokens, example.prompt_length, 1, with_law=False)
         return Example(
-            example.id, example.tokens, example.prompt_length, example.ids, example.logprobs, example.weights, states[:needed], example.greedy
+            example.id,
+            example.tokens,
+            example.prompt_length,
+            example.ids,
+            example.logprobs,
+            example.weights,
+            states[:needed],
+            example.greedy,
         )
 
     def replay(self, folder: Path) -> list[Example]:
@@ -128,8 +137,20 @@ class Gatherer:
         examples = []
         for tokens, prompt_length in _texts(source)[:REPLAY_TEXTS]:
             self._pause()
-            states, ids, logprobs = recapture(self.engine.target, tokens, prompt_length, self.settings.training.loss.top_k_logits)
-            examples.append(Example(f"replay-{len(examples)}", tokens, prompt_length, ids, logprobs, np.ones(len(ids), np.float32), states))
+            states, ids, logprobs = recapture(
+                self.engine.target, tokens, prompt_length, self.settings.training.loss.top_k_logits
+            )
+            examples.append(
+                Example(
+                    f"replay-{len(examples)}",
+                    tokens,
+                    prompt_length,
+                    ids,
+                    logprobs,
+                    np.ones(len(ids), np.float32),
+                    states,
+                )
+            )
         save_shard(kept, examples)
         return examples
 
@@ -138,7 +159,9 @@ def _texts(path: Path) -> list[tuple[np.ndarray, int]]:
     with np.load(path, allow_pickle=False) as file:
         tokens, lengths, prompts = file["tokens"], file["lengths"], file["prompt_lengths"]
     ends = np.cumsum(lengths)
-    return [(tokens[end - length : end], int(prompt)) for end, length, prompt in zip(ends, lengths, prompts, strict=True)]
+    return [
+        (tokens[end - length : end], int(prompt)) for end, length, prompt in zip(ends, lengths, prompts, strict=True)
+    ]
 
 
 def _distinct(examples: Sequence[Example]) -> list[Example]:
@@ -148,4 +171,6 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
 
 def describe(material: Material) -> str:
     """For a log line."""
-    return json.dumps({"failures": len(material.failures), "successes": len(material.successes), "held_out": len(material.held_out)})
+    return json.dumps(
+        {"failures": len(material.failures), "successes": len(material.successes), "held_out": len(material.held_out)}
+    )

@@ -17,7 +17,9 @@ NAP_S = 0.1
 class Turnstile:
     """`pass_through` is called between two pieces of work. Time is an argument, so that tests need not wait."""
 
-    def __init__(self, idle_s: float, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self, idle_s: float, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
         self._idle_s, self._clock, self._sleep = idle_s, clock, sleep
         self._busy = False
         self._quiet_since = clock() - idle_s

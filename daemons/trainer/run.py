@@ -126,13 +126,19 @@ class TrainingJob:
         module = self.engine.draft_module
         shape = LoraShape(lora.rank, lora.alpha, lora.dropout, choose_layers(module, lora.target_modules))
         module.freeze()  # what is attached next is all that trains
-        same = parent is not None and (parent.shape.rank, parent.shape.keys, parent.shape.alpha) == (shape.rank, shape.keys, shape.alpha)
+        same = parent is not None and (parent.shape.rank, parent.shape.keys, parent.shape.alpha) == (
+            shape.rank,
+            shape.keys,
+            shape.alpha,
+        )
         attach(module, shape, parent.weights if same else None)
         draft = self.engine.draft
         if isinstance(draft, HeadDraft):
             old = parent.hot if parent is not None and parent.hot is not None else draft.hot
             texts = [*self.material.failures, *self.material.successes, *replay]
-            learner.set_hot(hot_vocabulary(texts, draft.shape.hot_size, int(draft.target.config["vocab_size"]), keep=old))
+            learner.set_hot(
+                hot_vocabulary(texts, draft.shape.hot_size, int(draft.target.config["vocab_size"]), keep=old)
+            )
         return shape
 
     def _train(self, learner: Learner, replay: list[Example]) -> None:
@@ -140,7 +146,11 @@ class TrainingJob:
         fresh = self.material.failures or self.material.successes
         again = [*(self.material.successes if self.material.failures else []), *replay]
         batches = Batches(fresh, again, training.batch_size, training.replay_ratio, seed=0)
-        fresh_a_batch = max(1, training.batch_size - round(training.batch_size * training.replay_ratio)) if again else training.batch_size
+        fresh_a_batch = (
+            max(1, training.batch_size - round(training.batch_size * training.replay_ratio))
+            if again
+            else training.batch_size
+        )
         total = max(1, -(-len(fresh) * training.num_epochs // (fresh_a_batch * training.gradient_accumulation_steps)))
         loss = LossSettings(training.loss.type, training.loss.temperature, training.loss.alpha)
         loop = StepLoop(learner, loss, StepSettings(training.learning_rate, total, depths=DEPTHS))
@@ -184,7 +194,9 @@ class TrainingJob:
         """Publish if held-out agreement rose."""
         for adapter_id, score in ((self.parent_id, before), ("candidate", after)):
             self.records.append(self._evaluation(adapter_id, score))
-        figures = f"held-out agreement {before.value:.4f} -> {after.value:.4f} on {len(self.material.held_out)} generations"
+        figures = (
+            f"held-out agreement {before.value:.4f} -> {after.value:.4f} on {len(self.material.held_out)} generations"
+        )
         if after.value <= before.value:
             return self._outcome("rejected", f"{figures}: it did not rise")
         id = self.adapters.next_id()
@@ -193,7 +205,17 @@ class TrainingJob:
         path = self.adapters.folder / id
         sha = json.loads((path / "manifest.json").read_text())["files"]["adapters.safetensors"]
         self.records.append(
-            Adapter(id, manifest.created_at, "lora", self.parent_id, self.run_id, str(path), sha, manifest.base_fingerprint, json.loads((path / "manifest.json").read_text()))
+            Adapter(
+                id,
+                manifest.created_at,
+                "lora",
+                self.parent_id,
+                self.run_id,
+                str(path),
+                sha,
+                manifest.base_fingerprint,
+                json.loads((path / "manifest.json").read_text()),
+            )
         )
         outcome = self._outcome("promoted", figures, id)
         outcome.path = path

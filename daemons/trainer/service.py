@@ -134,7 +134,8 @@ class Trainer:
             return Reply(False, f"a run is under way ({self.live.state}, step {self.live.step})")
         if not message.now and self.pending < self.settings.training.min_failure_cases:
             return Reply(
-                False, f"{self.pending} of {self.settings.training.min_failure_cases} failures are there; --now trains on what there is"
+                False,
+                f"{self.pending} of {self.settings.training.min_failure_cases} failures are there; --now trains on what there is",
             )
         self._work.put("by hand")
         return Reply(True, "the run starts as soon as inference is idle")
@@ -151,7 +152,12 @@ class Trainer:
         return {
             "state": "busy" if self._running.is_set() else "ready",
             "uptime_s": round(time.monotonic() - self.started, 1),
-            "training": {"state": self.live.state, "step": self.live.step, "total": self.live.total, "loss": self.live.loss},
+            "training": {
+                "state": self.live.state,
+                "step": self.live.step,
+                "total": self.live.total,
+                "loss": self.live.loss,
+            },
             "pending": self.pending,
             "trigger": self.settings.training.min_failure_cases,
             "enabled": self.settings.training.enabled,
@@ -237,8 +243,14 @@ class Trainer:
         try:
             engine, gatherer = self._loaded(), self._gatherer(store)
             current = self.adapters.current()
-            engine.use_adapter(load_adapter(self.adapters, self.adapters.folder / current, engine)[0] if current else None)
-            rows = [row for row in store.unscored(SCORE_BATCH) if row.values["target_fingerprint"] == engine.target.fingerprint]
+            engine.use_adapter(
+                load_adapter(self.adapters, self.adapters.folder / current, engine)[0] if current else None
+            )
+            rows = [
+                row
+                for row in store.unscored(SCORE_BATCH)
+                if row.values["target_fingerprint"] == engine.target.fingerprint
+            ]
             for row in rows:
                 self.turnstile.pass_through()
                 score = agreement(Learner(engine.draft), [gatherer.example(row)])

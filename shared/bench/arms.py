@@ -133,7 +133,12 @@ class MlxSpeculativeArm:
     def _pieces(self, prompt: list[int], limit: int) -> Iterable[list[int]]:
         sampler = make_sampler(self.law.temperature, self.law.top_p, self.law.min_p, top_k=self.law.top_k)
         steps = speculative_generate_step(
-            mx.array(prompt), self.target.model, self.draft.model, num_draft_tokens=self.k, max_tokens=limit, sampler=sampler
+            mx.array(prompt),
+            self.target.model,
+            self.draft.model,
+            num_draft_tokens=self.k,
+            max_tokens=limit,
+            sampler=sampler,
         )
         for token, _, drafted in steps:
             self._accepted += drafted
@@ -146,7 +151,14 @@ class EngineArm:
     """Ours: `k` None is auto; `capture_k` above 0 is the detailed mode."""
 
     def __init__(
-        self, name: str, engine: Engine, law: Law, k: int | None, ngram: bool, capture_k: int = 0, adapter: LoadedAdapter | None = None
+        self,
+        name: str,
+        engine: Engine,
+        law: Law,
+        k: int | None,
+        ngram: bool,
+        capture_k: int = 0,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         self.name, self.engine, self.adapter = name, engine, adapter
         self.options: dict[str, Any] = {"law": law, "num_draft_tokens": k, "ngram": ngram, "capture_k": capture_k}

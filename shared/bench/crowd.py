@@ -81,5 +81,7 @@ def measure_crowds(
             order = [ours, theirs] if turn % 2 == 0 else [theirs, ours]
             rates = {side: crowd_rate(side, clients, items) for side in order}
             pairs.append((rates[ours], rates[theirs]))
-        found.append(CrowdFigures(clients, max(a for a, _ in pairs), max(b for _, b in pairs), [a / b for a, b in pairs]))
+        found.append(
+            CrowdFigures(clients, max(a for a, _ in pairs), max(b for _, b in pairs), [a / b for a, b in pairs])
+        )
     return found

@@ -57,7 +57,9 @@ def tolerance(engine: Engine) -> float:
     return TIE_FP32 if engine.target.embed(mx.array([0])).dtype == mx.float32 else TIE_HALF
 
 
-def measure(engine: Engine, plan: Plan, greedy: bool, tell: Callable[[Progress], None] = lambda progress: None) -> list[Run]:
+def measure(
+    engine: Engine, plan: Plan, greedy: bool, tell: Callable[[Progress], None] = lambda progress: None
+) -> list[Run]:
     """Run everything. The first prompt is answered once by every arm beforehand, uncounted: caches and pages are warm."""
     arms, runs = plan.arms, []
     turns = [(iteration, item) for iteration in range(plan.iterations) for item in plan.prompts]
@@ -75,7 +77,9 @@ def measure(engine: Engine, plan: Plan, greedy: bool, tell: Callable[[Progress],
     return runs
 
 
-def _interleaved(engine: Engine, item: BenchPrompt, iteration: int, arms: list[Arm], limit: int, greedy: bool) -> list[Run]:
+def _interleaved(
+    engine: Engine, item: BenchPrompt, iteration: int, arms: list[Arm], limit: int, greedy: bool
+) -> list[Run]:
     _, prompt = engine.encode_chat(item.messages)
     answers = {arm.name: arm.answer(item, prompt, limit) for arm in arms}
     expected = answers[PLAIN].tokens if PLAIN in answers else None

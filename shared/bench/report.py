@@ -68,7 +68,9 @@ def short(runs: Sequence[Run]) -> set[tuple[str, str, int]]:
 
 def arm_names(runs: Sequence[Run]) -> list[str]:
     """In a fixed order: the reference first."""
-    names = sorted({run.arm for run in runs}, key=lambda name: (not name.startswith("mlx"), not name.startswith(FIXED), name))
+    names = sorted(
+        {run.arm for run in runs}, key=lambda name: (not name.startswith("mlx"), not name.startswith(FIXED), name)
+    )
     return [PLAIN, *(name for name in names if name != PLAIN)] if PLAIN in names else names
 
 
@@ -140,12 +142,25 @@ def equality(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         checked = [run for run in runs if run.arm == name and run.comparison is not None]
         if not checked:
             continue
-        counts = {verdict: sum(run.comparison.verdict == verdict for run in checked) for verdict in ("equal", "tie", "different", "unchecked")}
+        counts = {
+            verdict: sum(run.comparison.verdict == verdict for run in checked)
+            for verdict in ("equal", "tie", "different", "unchecked")
+        }
         drafted, rejected = sum(run.answer.drafted for run in checked), sum(run.answer.rejected for run in checked)
         conclusive = drafted >= ENOUGH_DRAFTED and rejected >= ENOUGH_REJECTED
         ties = [{"set": run.set, "prompt": run.prompt} | asdict(tie) for run in checked for tie in run.comparison.ties]
-        parted = [{"set": run.set, "prompt": run.prompt, "position": run.comparison.position} for run in checked if run.comparison.verdict == "different"]
-        found[name] = counts | {"drafted": drafted, "rejected": rejected, "conclusive": conclusive, "ties": ties, "parted": parted}
+        parted = [
+            {"set": run.set, "prompt": run.prompt, "position": run.comparison.position}
+            for run in checked
+            if run.comparison.verdict == "different"
+        ]
+        found[name] = counts | {
+            "drafted": drafted,
+            "rejected": rejected,
+            "conclusive": conclusive,
+            "ties": ties,
+            "parted": parted,
+        }
     return found
 
 

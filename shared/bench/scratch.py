@@ -66,12 +66,18 @@ class ScratchDaemons:
         if costs.is_dir():
             shutil.copytree(costs, self.paths.costs)
         self.settings = Settings.model_validate(changed)
-        environment = os.environ | {"SPECL_VAR": str(self.folder), "SPECL_CONFIG": str(file), "SPECL_MODELS": str(models)}
+        environment = os.environ | {
+            "SPECL_VAR": str(self.folder),
+            "SPECL_CONFIG": str(file),
+            "SPECL_MODELS": str(models),
+        }
         environment["SPECL_DIE_WITH_PARENT"] = "1"
         self._log = self.folder / "output.txt"
         with open(self._log, "wb") as out:
             self._processes = [
-                subprocess.Popen([sys.executable, "-m", f"specl.daemons.{role}"], env=environment, stdout=out, stderr=out)
+                subprocess.Popen(
+                    [sys.executable, "-m", f"specl.daemons.{role}"], env=environment, stdout=out, stderr=out
+                )
                 for role in ("inference", "collector")
             ]
 
@@ -138,9 +144,14 @@ def save_dense(target: LanguageModel, folder: Path) -> None:
     """The weights as we hold them, as a folder that mlx-lm reads: the rival gets the very same numbers."""
     config = {name: value for name, value in target.config.items() if not name.startswith("quantization")}
     (folder / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(target.model.parameters())), metadata={"format": "mlx"})
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(target.model.parameters())), metadata={"format": "mlx"}
+    )
     for path in target.path.iterdir():
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in ("config.json", "model.safetensors.index.json"):
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in (
+            "config.json",
+            "model.safetensors.index.json",
+        ):
             shutil.copy(path, folder / path.name)
 
 
@@ -153,7 +164,17 @@ class MlxServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-c", SERVE_MLX, "--model", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-c",
+            SERVE_MLX,
+            "--model",
+            str(self.folder),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
         self._log = self.folder / "output.txt"
         with open(self._log, "wb") as out:
             self._process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=out, stderr=out)

@@ -27,8 +27,12 @@ class BenchPrompt:
 
 def _structured() -> list[BenchPrompt]:
     made = [reserved.prompts(kind, STRUCTURED_EACH, split="unseen") for kind in reserved.KINDS]
-    ordered = [(kind, n, texts[n]) for n in range(STRUCTURED_EACH) for kind, texts in zip(reserved.KINDS, made, strict=True)]
-    return [BenchPrompt(f"{kind}-{n:04}", "structured", [{"role": "user", "content": text}]) for kind, n, text in ordered]
+    ordered = [
+        (kind, n, texts[n]) for n in range(STRUCTURED_EACH) for kind, texts in zip(reserved.KINDS, made, strict=True)
+    ]
+    return [
+        BenchPrompt(f"{kind}-{n:04}", "structured", [{"role": "user", "content": text}]) for kind, n, text in ordered
+    ]
 
 
 def load(name: str) -> list[BenchPrompt]:

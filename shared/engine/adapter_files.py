@@ -23,7 +23,12 @@ def write_files(folder: Path, shape: LoraShape, weights: Weights, hot: np.ndarra
     config = {
         "fine_tune_type": "lora",
         "num_layers": -1,
-        "lora_parameters": {"rank": shape.rank, "scale": shape.scale, "dropout": shape.dropout, "keys": list(shape.keys)},
+        "lora_parameters": {
+            "rank": shape.rank,
+            "scale": shape.scale,
+            "dropout": shape.dropout,
+            "keys": list(shape.keys),
+        },
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
     if hot is not None:

@@ -90,7 +90,10 @@ class AcceptanceEstimate:
         other = AcceptanceEstimate(len(self.tested))
         keep = np.minimum(1.0, 2 * PRIOR / self.tested)
         other.tested, other.accepted = self.tested * keep, self.accepted * keep
-        other.confidence_tested, other.confidence_accepted = self.confidence_tested.copy(), self.confidence_accepted.copy()
+        other.confidence_tested, other.confidence_accepted = (
+            self.confidence_tested.copy(),
+            self.confidence_accepted.copy(),
+        )
         return other
 
     def update(self, drafted: int, accepted: int, start: int = 0) -> None:
@@ -245,7 +248,9 @@ def calibrate(subject: Measurable, most: int, drafts: bool, repeats: int = 3) ->
     draft = {}
     if drafts:
         subject.draft_once(2)
-        draft = {k: _median_seconds(lambda n=k: subject.draft_once(n), repeats) for k in (1, 2, 4, 8) if k <= max(most, 2)}
+        draft = {
+            k: _median_seconds(lambda n=k: subject.draft_once(n), repeats) for k in (1, 2, 4, 8) if k <= max(most, 2)
+        }
     return Costs(verify, draft)
 
 

@@ -74,9 +74,7 @@ class Engine:
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[str, list[int]]:
         """The rendered prompt and its tokens. Raises RequestRejected where the template refuses the messages."""
         try:
-            text = self.target.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
+            text = self.target.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # Jinja templates raise whatever their authors chose
             raise RequestRejected(f"the chat template refuses these messages: {error}") from error
         return text, self.encode(text)

@@ -41,7 +41,14 @@ class Example:
         n = max(0, limit - self.prompt_length)
         states = self.states[: limit - 1] if self.states is not None else None
         return Example(
-            self.id, self.tokens[:limit], self.prompt_length, self.ids[:n], self.logprobs[:n], self.weights[:n], states, self.greedy
+            self.id,
+            self.tokens[:limit],
+            self.prompt_length,
+            self.ids[:n],
+            self.logprobs[:n],
+            self.weights[:n],
+            states,
+            self.greedy,
         )
 
 
@@ -95,7 +102,9 @@ def is_held_out(conversation_id: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def hot_vocabulary(examples: Sequence[Example], size: int, vocabulary: int, keep: np.ndarray | None = None) -> np.ndarray:
+def hot_vocabulary(
+    examples: Sequence[Example], size: int, vocabulary: int, keep: np.ndarray | None = None
+) -> np.ndarray:
     """The `size` tokens that the target most expects, by probability mass over all rows; `keep` fills what is left.
 
     After FR-Spec (arXiv 2502.14856), with the target's own law in place of corpus counts.

@@ -156,7 +156,8 @@ def _scores(learner: Learner, rows: mx.array, batch: Batch, pick: np.ndarray, sa
         hit = (mx.argmax(logits, axis=1) == teacher.label).astype(mx.float32)
         inside = (teacher.columns >= 0).astype(mx.float32)
         q = mx.exp(
-            mx.take_along_axis(logits, mx.maximum(teacher.columns, 0), axis=1) - mx.logsumexp(logits, axis=1, keepdims=True)
+            mx.take_along_axis(logits, mx.maximum(teacher.columns, 0), axis=1)
+            - mx.logsumexp(logits, axis=1, keepdims=True)
         )
         overlap = (mx.minimum(mx.exp(teacher.logprobs), q) * inside).sum(axis=1)
         mx.eval(hit, overlap)

@@ -86,7 +86,9 @@ class StepLoop:
         """Weights, moments and step, whole, by rename."""
         scratch = folder.with_name(folder.name + ".partial")
         scratch.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(scratch / "weights.safetensors"), dict(tree_flatten(self.learner.module.trainable_parameters())))
+        mx.save_safetensors(
+            str(scratch / "weights.safetensors"), dict(tree_flatten(self.learner.module.trainable_parameters()))
+        )
         state = {k: v for k, v in tree_flatten(self.optimizer.state) if isinstance(v, mx.array)}
         mx.save_safetensors(str(scratch / "optimizer.safetensors"), state)
         (scratch / "state.json").write_text(json.dumps({"step": self.step_number, **about}))
@@ -126,7 +128,9 @@ def about_checkpoint(folder: Path) -> dict[str, object] | None:
 class Batches:
     """Endless shuffled groups from two pools: `fresh` examples and replayed ones in the given share; seeded."""
 
-    def __init__(self, fresh: Sequence[Example], replay: Sequence[Example], size: int, replay_share: float, seed: int) -> None:
+    def __init__(
+        self, fresh: Sequence[Example], replay: Sequence[Example], size: int, replay_share: float, seed: int
+    ) -> None:
         if not fresh and not replay:
             raise ValueError("no examples")
         self._rng = np.random.default_rng(seed)

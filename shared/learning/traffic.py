@@ -139,7 +139,9 @@ def load_shard(path: Path) -> list[Example]:
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     examples, t, r, s = [], 0, 0, 0
-    for i, (length, prompt_length) in enumerate(zip(arrays["lengths"].tolist(), arrays["prompt_lengths"].tolist(), strict=True)):
+    for i, (length, prompt_length) in enumerate(
+        zip(arrays["lengths"].tolist(), arrays["prompt_lengths"].tolist(), strict=True)
+    ):
         rows = length - prompt_length
         states = arrays["states"][s : s + length - 1] if "states" in arrays else None
         examples.append(
@@ -158,7 +160,9 @@ def load_shard(path: Path) -> list[Example]:
     return examples
 
 
-def recapture(target: LanguageModel, tokens: np.ndarray, prompt_length: int, k: int, with_law: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def recapture(
+    target: LanguageModel, tokens: np.ndarray, prompt_length: int, k: int, with_law: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """States fp16 [t-1, hidden], top-k ids and log-probabilities [n, k] of a text that is already written.
 
     One forward over the whole text; the head runs on output rows only, in chunks.

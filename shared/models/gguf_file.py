@@ -115,7 +115,9 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> tuple[dict[str, np.n
             if bits != quantization["bits"]:
                 quantization[name] = {"group_size": GROUP, "bits": bits}
         else:
-            raise ModelError(f"GGUF quantisation {tensor.tensor_type.name} ({tensor.name}) is not supported; Q4_1, Q8_0 and F16 are")
+            raise ModelError(
+                f"GGUF quantisation {tensor.tensor_type.name} ({tensor.name}) is not supported; Q4_1, Q8_0 and F16 are"
+            )
         for part, value in parts.items():
             weights[f"{name}.{part}"] = np.ascontiguousarray(unpermute_rows(value, permuted) if permuted else value)
     return weights, quantization

@@ -256,7 +256,9 @@ def load_head(folder: Path, name: str, target: LanguageModel) -> HeadDraft:
         hot = np.load(folder / "hot_vocab.npy", allow_pickle=False).astype(np.int64)
         weights = mx.load(str(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"the draft {name} is damaged: {error}", "build it again with `specl-ctl draft build`") from error
+        raise ModelError(
+            f"the draft {name} is damaged: {error}", "build it again with `specl-ctl draft build`"
+        ) from error
     if (shape.target_fingerprint, shape.tokenizer_fingerprint) != (target.fingerprint, target.tokenizer_fingerprint):
         raise ModelError(
             f"the draft {name} was made for {shape.target_name} ({shape.target_fingerprint}), not for {target.name} ({target.fingerprint})",

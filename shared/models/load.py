@@ -103,9 +103,7 @@ def resolve(name: str, models: Path, say: Say = _quiet) -> Path:
             raise ModelError(f"{path} is not a model folder: it has no config.json")
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(
-            f"there is no model {name!r}", f"name a folder, a hub model (owner/name) or `{builtin.NAME}`"
-        )
+        raise ModelError(f"there is no model {name!r}", f"name a folder, a hub model (owner/name) or `{builtin.NAME}`")
     from mlx_lm.utils import hf_repo_to_path
 
     say(f"looking for {name} on the hub")
@@ -118,7 +116,8 @@ def resolve(name: str, models: Path, say: Say = _quiet) -> Path:
     except Exception as error:  # the hub client raises its own, requests' and httpx's errors
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"the hub model {name} cannot be fetched: {reason[0]}", "check the name and the network, or use a local folder"
+            f"the hub model {name} cannot be fetched: {reason[0]}",
+            "check the name and the network, or use a local folder",
         ) from error
 
 
@@ -167,7 +166,9 @@ def load(name: str, models: Path, precision: str = "auto", say: Say = _quiet) ->
     except (FileNotFoundError, ValueError, KeyError, json.JSONDecodeError, RuntimeError) as error:
         raise ModelError(f"the model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     if not hasattr(model, "model") or not (hasattr(model, "lm_head") or hasattr(model.model, "embed_tokens")):
-        raise ModelError(f"{name}: architecture {config.get('model_type')!r} is not supported: it hides its last hidden state")
+        raise ModelError(
+            f"{name}: architecture {config.get('model_type')!r} is not supported: it hides its last hidden state"
+        )
     _check_rewindable(name, model)
     try:
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
@@ -186,7 +187,9 @@ def _check_split(loaded: LanguageModel) -> None:
     ids = mx.array([[1, 2, 3]])
     whole, split = loaded.model(ids), loaded.logits(loaded.states(ids))
     if not mx.allclose(whole, split, rtol=1e-3, atol=1e-3).item():
-        raise ModelError(f"{loaded.name}: architecture {loaded.config.get('model_type')!r} is not supported: its head is not a plain product")
+        raise ModelError(
+            f"{loaded.name}: architecture {loaded.config.get('model_type')!r} is not supported: its head is not a plain product"
+        )
 
 
 def check_pair(target: LanguageModel, draft: LanguageModel) -> None:

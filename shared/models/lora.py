@@ -52,7 +52,9 @@ def choose_layers(module: nn.Module, wanted: list[str] | str) -> tuple[str, ...]
     for want in wanted:
         hits = [name for name in names if name == want or name.rsplit(".", 1)[-1] == want]
         if not hits:
-            raise AdapterRejected(f"training.lora.target_modules: the draft has no linear layer {want!r}; it has {sorted({n.rsplit('.', 1)[-1] for n in names})}")
+            raise AdapterRejected(
+                f"training.lora.target_modules: the draft has no linear layer {want!r}; it has {sorted({n.rsplit('.', 1)[-1] for n in names})}"
+            )
         chosen.update(hits)
     return tuple(sorted(chosen))
 
@@ -165,7 +167,9 @@ class Pristine:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._layers = [(name, child) for name, child in linear_layers(module).items() if not isinstance(child, LoRALinear)]
+        self._layers = [
+            (name, child) for name, child in linear_layers(module).items() if not isinstance(child, LoRALinear)
+        ]
 
     def restore(self) -> None:
         """Undo any adapter."""

@@ -35,7 +35,9 @@ def load_draft(
     try:
         draft = load(name, models, precision, say)
     except ModelError as error:
-        raise ModelError(f"the draft: {error}", error.hint or "set models.draft.name, or null to decode without a draft") from error
+        raise ModelError(
+            f"the draft: {error}", error.hint or "set models.draft.name, or null to decode without a draft"
+        ) from error
     check_pair(target, draft)
     return draft
 

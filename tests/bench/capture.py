@@ -39,7 +39,9 @@ def main():
                     tokens[mode] += client.ask(item.messages, max_tokens=wish.tokens, temperature=0.0, mode=mode).tokens
                 seconds[mode] += time.perf_counter() - begun
     rates = {mode: tokens[mode] / seconds[mode] for mode in seconds}
-    print(f"fast {rates['fast']:.2f} tok/s, detailed {rates['detailed']:.2f} tok/s: {rates['detailed'] / rates['fast']:.3f}")
+    print(
+        f"fast {rates['fast']:.2f} tok/s, detailed {rates['detailed']:.2f} tok/s: {rates['detailed'] / rates['fast']:.3f}"
+    )
 
 
 if __name__ == "__main__":

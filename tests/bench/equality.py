@@ -54,7 +54,10 @@ def reference(engine, prompts, tokens, cache):
         asked = cache / "asked.json"
         asked.write_text(json.dumps(prompts))
         partial = file.with_suffix(".partial")
-        subprocess.run([sys.executable, __file__, "--write", str(partial), "--asked", str(asked), "--tokens", str(tokens)], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--write", str(partial), "--asked", str(asked), "--tokens", str(tokens)],
+            check=True,
+        )
         partial.rename(file)
     return json.loads(file.read_text())
 
@@ -73,7 +76,9 @@ def main():
         return write_reference(wish.write, json.loads(wish.asked.read_text()), wish.tokens)
     settings, paths = config.load(), find_paths()
     if wish.draft:
-        settings = settings.model_copy(update={"models": settings.models.model_copy(update={"draft": config.DraftModel(name=wish.draft)})})
+        settings = settings.model_copy(
+            update={"models": settings.models.model_copy(update={"draft": config.DraftModel(name=wish.draft)})}
+        )
     engine = load_pair(settings, paths.models)
     paths.costs.mkdir(parents=True, exist_ok=True)
     engine.calibrate(paths.costs)

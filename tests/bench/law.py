@@ -108,7 +108,9 @@ def main():
     law_of = exact(target, law)
     counts, k_used = draw_all(engine, law, wish.draws, others)
     p = p_value(counts, law_of, wish.draws)
-    print(f"T={wish.temperature} top-p={wish.top_p}: {len(law_of)} sequences, {wish.draws} draws, k used {k_used}, p = {p:.4g}")
+    print(
+        f"T={wish.temperature} top-p={wish.top_p}: {len(law_of)} sequences, {wish.draws} draws, k used {k_used}, p = {p:.4g}"
+    )
     sys.exit(0 if (p < 0.001 if wish.broken else p > 0.001) else 1)
 
 

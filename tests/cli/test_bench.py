@@ -284,7 +284,20 @@ def test_the_command_writes_everything(folders, tmp_path, monkeypatch, capsys):
     target, draft = folders
     file = tmp_path / "bench.json"
     main(
-        ["bench", "--prompt", "hello there", "--iterations", "2", "--tokens", "24", "--no-daemon", "--k", "0,2", "--mlx-k", "1,2"]
+        [
+            "bench",
+            "--prompt",
+            "hello there",
+            "--iterations",
+            "2",
+            "--tokens",
+            "24",
+            "--no-daemon",
+            "--k",
+            "0,2",
+            "--mlx-k",
+            "1,2",
+        ]
         + ["--target", str(target), "--draft", str(draft), "--json", str(file)]
     )
     report = json.loads(file.read_text())
