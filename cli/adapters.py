@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+
 from specl.shared.adapters import Adapters, Manifest
 from specl.shared.client import Client
 from specl.shared.errors import AdapterRejected, DaemonUnreachable, SpecLoraError

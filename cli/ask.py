@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+
 from specl.shared.client import Client
 from specl.shared.errors import RequestRejected
 from specl.shared.wire import Done

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ruamel.yaml import YAML
+
 from specl.shared.client import Client
 from specl.shared.config import Settings
 from specl.shared.errors import SpecLoraError

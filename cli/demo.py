@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import click
 from rich.console import Console
 from rich.table import Table
+
 from specl.cli.daemons import scratch_daemons
 from specl.cli.status import collect
 from specl.shared import config

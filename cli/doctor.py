@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 import click
+
 from specl.shared import config
 from specl.shared.errors import SpecLoraError
 from specl.shared.paths import ROLES, find_paths

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from specl.shared import config
 from specl.shared.errors import ConfigError
 from specl.shared.paths import find_paths

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import click
+
 from specl import __version__
 from specl.shared.errors import SpecLoraError
 
@@ -16,6 +17,7 @@ COMMANDS = {
     "adapters": ("adapters", "adapters", "List, show, activate, roll back and unload adapters."),
     "store": ("store", "store", "Look into the failure store; export and purge."),
     "demo": ("demo", "demo", "The whole loop in one unattended command, in a scratch run directory."),
+    "bench": ("bench", "bench", "Measure speed and equality against mlx-lm, interleaved in one run."),
     "draft": ("draft", "draft", "Build a draft model out of the target."),
     "models": ("models", "models", "Which models are used, and where they lie."),
     "doctor": ("doctor", "doctor", "Check this machine and say what to do."),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from specl.shared import config
 from specl.shared.errors import ModelError
 from specl.shared.paths import find_paths

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
 from specl.shared.adapters import Adapters
 from specl.shared.client import Client
 from specl.shared.config import Settings

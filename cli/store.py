@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+
 from specl.shared.errors import SpecLoraError
 from specl.shared.paths import find_paths
 from specl.shared.store import Store

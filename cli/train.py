@@ -3,6 +3,7 @@
 import time
 
 import click
+
 from specl.cli.status import collect
 from specl.shared.client import Client
 from specl.shared.errors import SpecLoraError

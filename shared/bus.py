@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import zmq
+
 from specl.shared import log
 from specl.shared.errors import ConfigError, DaemonUnreachable, WireError
 from specl.shared.wire import MAX_FRAME, decode, describe, encode

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
+
 from specl.shared.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, le=1)]

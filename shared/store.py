@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
 from specl.shared.crash import crash_point
 from specl.shared.errors import StoreError, WireError
 from specl.shared.wire import Activation, Adapter, Evaluation, Generation, Record, Row, TrainingRun, decode, kind_of
-from sqlalchemy.exc import DBAPIError
 
 SCHEMA_VERSION = 1
 _meta = sa.MetaData()

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 import msgpack
+
 from specl.shared.errors import WireError
 
 VERSION = 1

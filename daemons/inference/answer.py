@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.decode import Session, Tally
 from specl.shared.engine.engine import Engine

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+
 from specl.shared import log
 from specl.shared.crash import crash_point
 from specl.shared.errors import OutboxFull, WireError

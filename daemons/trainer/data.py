@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from specl.shared.config import Settings
 from specl.shared.engine.engine import Engine
 from specl.shared.hidden import HiddenSpool

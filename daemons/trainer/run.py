@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from specl.daemons.trainer.data import Gatherer, Material
 from specl.shared import log
 from specl.shared.adapters import Adapters, Manifest

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from specl.shared.engine.law import Distribution
 
 TargetRow = Callable[[int], Distribution]

@@ -7,6 +7,7 @@ rows of a round are read at once.
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from specl.shared.engine.law import log_sum_exp, top_indices
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,10 @@ from typing import Protocol
 import numpy as np
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-PROBE_EVERY = 24  # parked rounds between probes
+PROBE_EVERY = 24  # parked rounds before the first probe; each one that fails doubles the pause
+PROBE_AT_MOST = 96
+EXPLORE_EVERY = 16  # refusals by confidence before one is drafted all the same, so that a bad start is unlearned
+BUCKETS = 10  # of confidence
 ENTER_GAIN = 1.03  # drafting must promise this much over plain before it starts again
 MEMORY = 48.0  # tested tokens a depth remembers
 PRIOR = 4.0  # and what the prior counts for
@@ -33,8 +37,16 @@ class Costs:
     ngram: float = 2e-4
 
     def verify_s(self, rows: int) -> float:
-        """Interpolated between measured widths."""
+        """Interpolated between measured widths; beyond the widest, along the last slope."""
         return _interpolate(self.verify, rows)
+
+    def next_row_s(self, rows: int) -> float:
+        """What one more row costs a target step of `rows` rows; never below 0, whatever noise was measured."""
+        return max(0.0, self.verify_s(rows + 1) - self.verify_s(rows))
+
+    def next_draft_s(self, k: int) -> float:
+        """What one more token costs a draft of k >= 1."""
+        return max(0.0, self.draft_s(k + 1) - self.draft_s(k))
 
     def draft_s(self, k: int) -> float:
         """Interpolated between measured depths; nothing for nothing."""
@@ -54,37 +66,109 @@ class Costs:
 
 def _interpolate(table: dict[int, float], at: int) -> float:
     places = sorted(table)
+    if at > places[-1] and len(places) > 1:
+        a, b = places[-2:]
+        return table[b] + (at - b) * max(0.0, table[b] - table[a]) / (b - a)
     return float(np.interp(at, places, [table[p] for p in places]))
 
 
 class AcceptanceEstimate:
-    """Share of drafts accepted at each depth, given that all before were; recent rounds weigh most."""
+    """Share of drafts accepted at each depth, given that all before were; recent rounds weigh most.
 
-    def __init__(self, depths: int = 16, prior: float = 0.5) -> None:
+    Also by the draft's confidence (its law's largest probability), which tells more than depth where it is known. For n-gram
+    drafts "depth" counts how long the match already is: a draft that stands makes the match one longer.
+    """
+
+    def __init__(self, depths: int = 16, prior: float | np.ndarray = 0.5) -> None:
         self.tested = np.full(depths, PRIOR)
-        self.accepted = np.full(depths, PRIOR * prior)
+        self.accepted = np.full(depths, PRIOR * np.asarray(prior))
+        self.confidence_tested = np.full(BUCKETS, PRIOR)
+        self.confidence_accepted = PRIOR * (np.arange(BUCKETS) + 0.5) / BUCKETS
 
     def copy(self) -> "AcceptanceEstimate":
         """An independent one with the same memory, but open to change (a new request starts from the common history)."""
         other = AcceptanceEstimate(len(self.tested))
         keep = np.minimum(1.0, 2 * PRIOR / self.tested)
         other.tested, other.accepted = self.tested * keep, self.accepted * keep
+        other.confidence_tested, other.confidence_accepted = (
+            self.confidence_tested.copy(),
+            self.confidence_accepted.copy(),
+        )
         return other
 
-    def update(self, drafted: int, accepted: int) -> None:
-        """A round in which `accepted` of `drafted` stood."""
-        for depth in range(min(drafted, accepted + 1, len(self.tested))):
-            decay = min(1.0, MEMORY / (self.tested[depth] + 1))
-            self.tested[depth] = self.tested[depth] * decay + 1
-            self.accepted[depth] = self.accepted[depth] * decay + (depth < accepted)
+    def update(self, drafted: int, accepted: int, start: int = 0) -> None:
+        """A round in which `accepted` of `drafted` stood; `start` is the first draft's depth."""
+        for i in range(min(drafted, accepted + 1)):
+            depth = min(start + i, len(self.tested) - 1)
+            _count(self.tested, self.accepted, depth, float(i < accepted))
+
+    def update_confidence(self, confidences: Sequence[float], drafted: int, accepted: int) -> None:
+        """The same round by confidence. A last law that nothing was drafted from counts at its depth as what it promised,
+        so that depths are not judged by the confident drafts alone.
+        """
+        for i in range(min(drafted, accepted + 1)):
+            _count(self.confidence_tested, self.confidence_accepted, _bucket(confidences[i]), float(i < accepted))
+        if accepted == drafted < min(len(confidences), len(self.tested)):
+            _count(self.tested, self.accepted, drafted, self.at_confidence(confidences[drafted]))
 
     def at(self, depth: int) -> float:
         """Estimated acceptance at a depth counted from 0."""
+        depth = min(depth, len(self.tested) - 1)
         return float(self.accepted[depth] / self.tested[depth])
+
+    def at_confidence(self, confidence: float) -> float:
+        """Estimated acceptance of a draft whose law has this largest probability."""
+        bucket = _bucket(confidence)
+        return float(self.confidence_accepted[bucket] / self.confidence_tested[bucket])
+
+    def shifted(self, start: int) -> "AcceptanceEstimate":
+        """A view from depth `start` on; beyond the last depth nothing changes any more."""
+        other = AcceptanceEstimate(len(self.tested))
+        places = np.minimum(np.arange(len(self.tested)) + start, len(self.tested) - 1)
+        other.tested, other.accepted = self.tested[places], self.accepted[places]
+        return other
 
     def expected_tokens(self, k: int) -> float:
         """1 + sum over depths of the chance that all drafts up to there stand."""
         return 1.0 + float(np.cumprod(self.accepted[:k] / self.tested[:k]).sum()) if k else 1.0
+
+
+def _count(tested: np.ndarray, accepted: np.ndarray, place: int, outcome: float) -> None:
+    decay = min(1.0, MEMORY / (tested[place] + 1))
+    tested[place] = tested[place] * decay + 1
+    accepted[place] = accepted[place] * decay + outcome
+
+
+def _bucket(confidence: float) -> int:
+    return min(int(confidence * BUCKETS), BUCKETS - 1)
+
+
+class Stopper:
+    """Decides, while a draft grows, whether the next token pays for itself: its chance to stand against the seconds it takes.
+
+    It sees laws, never what was drawn from them: a stop that looked at the drawn token would bend the output's law.
+    Lengthening is worth it while chance / seconds beats the rate that the round reaches anyway (Dinkelbach's rule for ratios).
+    """
+
+    def __init__(self, costs: Costs, estimate: AcceptanceEstimate, rate: float, explore: bool) -> None:
+        self.costs, self.estimate, self.rate, self.explore = costs, estimate, rate, explore
+        self.chance = 1.0  # that all drafts so far stand
+        self.confidences: list[float] = []
+        self.refused = False
+
+    def include(self, confidence: float) -> bool:
+        """Whether a token drawn from a law with this largest probability is worth its row."""
+        self.confidences.append(confidence)
+        self.chance *= self.estimate.at_confidence(confidence)
+        worth = self.chance >= self.rate * self.costs.next_row_s(len(self.confidences))
+        self.refused = not worth
+        return worth or self.explore
+
+    def more(self) -> bool:
+        """Whether to look for another token at all."""
+        depth = len(self.confidences)
+        cost = self.costs.next_row_s(depth + 1) + self.costs.next_draft_s(depth)
+        return self.chance * self.estimate.at(depth) >= self.rate * cost
 
 
 class KChooser:
@@ -94,6 +178,9 @@ class KChooser:
         self.costs, self.most, self.fixed, self.estimate = costs, most, fixed, estimate
         self.parked_rounds = 0
         self.parked_reason = ""
+        self._probe_at, self._pause = PROBE_EVERY, PROBE_EVERY
+        self._refusals = 0
+        self._rate = 0.0
 
     def choose(self) -> int:
         """How many tokens the model drafter should guess now."""
@@ -101,16 +188,34 @@ class KChooser:
             return self.fixed
         if self.costs is None:
             return min(4, self.most)
-        best, rate = self.costs.best_k(self.estimate, self.most)
+        best, self._rate = self.costs.best_k(self.estimate, self.most)
         plain = self.costs.rate(0, self.estimate)
-        if best and (not self.parked_rounds or rate >= ENTER_GAIN * plain):
+        if best and (not self.parked_rounds or self._rate >= ENTER_GAIN * plain):
             self.parked_rounds, self.parked_reason = 0, ""
+            self._probe_at = self._pause = PROBE_EVERY
             return best
         self.parked_rounds += 1
         self.parked_reason = (
-            f"drafting promises {rate / plain:.2f}x of plain decoding at acceptance {self.estimate.at(0):.2f}"
+            f"drafting promises {self._rate / plain:.2f}x of plain decoding at acceptance {self.estimate.at(0):.2f}"
         )
-        return 1 if self.parked_rounds % PROBE_EVERY == 0 else 0
+        if self.parked_rounds < self._probe_at:
+            return 0
+        self._pause = min(2 * self._pause, PROBE_AT_MOST)
+        self._probe_at = self.parked_rounds + self._pause
+        return 1
+
+    def stopper(self) -> Stopper | None:
+        """What may end this round's draft early, or lengthen it up to `most`; None where k is exact (fixed, or a probe)."""
+        if self.fixed is not None or self.costs is None or self.parked_rounds:
+            return None
+        return Stopper(self.costs, self.estimate, self._rate, explore=self._refusals >= EXPLORE_EVERY)
+
+    def learn(self, stopper: Stopper | None, drafted: int, accepted: int) -> None:
+        """What became of a round's model drafts."""
+        self.estimate.update(drafted, accepted)
+        if stopper is not None:
+            self.estimate.update_confidence(stopper.confidences, drafted, accepted)
+            self._refusals = 0 if stopper.explore else self._refusals + stopper.refused
 
 
 class Measurable(Protocol):

@@ -8,22 +8,23 @@ Sources: Leviathan et al. 2023 (arXiv 2211.17192); the sync rules that mlx-lm's 
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import trim_prompt_cache
+
 from specl.shared.engine.acceptance import Verdict, coupled, greedy, rejection
 from specl.shared.engine.capture import Capture, RejectedDraft
-from specl.shared.engine.costs import AcceptanceEstimate, KChooser
+from specl.shared.engine.costs import AcceptanceEstimate, KChooser, Stopper
 from specl.shared.engine.drafters import NOTHING, Draft, Drafter, Draw, NgramDrafter
 from specl.shared.engine.law import Law, distribution, position_noise
 from specl.shared.models.load import LanguageModel
 
 PREFILL_ROWS = 512
 SOURCES = {"target": 0, "model": 1, "ngram": 2}
-NGRAM_DEPTH = 7
+NGRAM_DEPTH = 15  # 16 rows: a long copy is worth a wide check, and the costs say when
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,15 @@ class Options:
 
 @dataclass(slots=True)
 class Tally:
-    """What happened, for the statistics. Lists by depth count from the first drafted token; model drafter only."""
+    """What happened, for the statistics. Lists by depth count from the first drafted token; model drafter only.
+
+    `rejected` counts drafts that the rule refused, not those behind them that it never looked at.
+    """
 
     rounds: int = 0
     drafted: dict[str, int] = field(default_factory=lambda: {"model": 0, "ngram": 0})
     accepted: dict[str, int] = field(default_factory=lambda: {"model": 0, "ngram": 0})
+    rejected: int = 0
     tested_by_depth: list[int] = field(default_factory=lambda: [0] * 16)
     accepted_by_depth: list[int] = field(default_factory=lambda: [0] * 16)
     k_histogram: dict[int, int] = field(default_factory=dict)
@@ -113,6 +118,8 @@ class Session:
         if seed is not None and not options.law.greedy:
             noise = lambda i: position_noise(seed, len(self.output) + i, self._vocabulary)  # noqa: E731
         self._draw = Draw(options.law, rng.random, noise)
+        self._stopper: Stopper | None = None
+        self._match = 0  # tokens of this round's n-gram match
         self._vocabulary = int(target.config["vocab_size"])
         state.text.extend(prompt[len(state.text) :])
         if self._ngram is not None:
@@ -176,29 +183,30 @@ class Session:
 
     def _propose(self, room: int) -> Draft:
         """The draft with the larger expected rate, at most `room` tokens long."""
-        drafter = self.state.drafter
+        drafter, self._stopper = self.state.drafter, None
         k = min(self.chooser.choose(), room) if drafter is not None else 0
         k_ngram = self._ngram_depth(k, room)
         if k_ngram:
             return self._ngram.propose(k_ngram, self._draw)
-        return drafter.propose(k, self._draw) if k > 0 else NOTHING
+        if k <= 0:
+            return NOTHING
+        self._stopper = self.chooser.stopper()
+        if self._stopper is None:
+            return drafter.propose(k, self._draw)
+        return drafter.propose(min(self.chooser.most, room), replace(self._draw, stopper=self._stopper))
 
     def _ngram_depth(self, k_model: int, room: int) -> int:
         """How many tokens the n-gram drafter should guess instead; 0 leaves the round to the model drafter."""
         if self._ngram is None or room < 1:
             return 0
-        _, length = self._ngram.match()
+        _, self._match = self._ngram.match()
         costs = self.chooser.costs
-        if length < self._ngram.MIN:
+        if self._match < self._ngram.MIN:
             return 0
         fixed = self.chooser.fixed
         if costs is None or fixed is not None:
             return 0 if self.state.drafter is not None else min(fixed if fixed is not None else 4, room)
-        # longer matches have earned their trust: half-way from the running estimate to 1 at eight tokens
-        trust = AcceptanceEstimate()
-        lift = 0.5 * (length - self._ngram.MIN) / (self._ngram.MAX - self._ngram.MIN)
-        base = self.ngram_estimate.accepted / self.ngram_estimate.tested
-        trust.accepted = trust.tested * (base + (1 - base) * lift)
+        trust = self.ngram_estimate.shifted(self._match - self._ngram.MIN)
         best, rate = costs.best_k(trust, min(NGRAM_DEPTH, room), costs.ngram)
         return best if best and rate > costs.rate(k_model, self.chooser.estimate) else 0
 
@@ -249,9 +257,13 @@ class Session:
         source = SOURCES.get(draft.drafter, 0)
         self.sources.extend([source] * accepted + [0] * (count - accepted))
         self.tally.count(draft.drafter, len(draft.tokens), accepted)
-        if draft.tokens:
-            estimate = self.chooser.estimate if draft.drafter == "model" else self.ngram_estimate
-            estimate.update(len(draft.tokens), accepted)
+        # drafts behind the end of the answer were not refused
+        judged = len(draft.tokens) if count > verdict.accepted else accepted
+        self.tally.rejected += accepted < judged
+        if draft.drafter == "model":
+            self.chooser.learn(self._stopper, judged, accepted)
+        elif judged:
+            self.ngram_estimate.update(judged, accepted, self._match - self._ngram.MIN)
         if self.capture is not None:
             self.capture.rows(logits[:count])
             if accepted < len(draft.tokens) and count == accepted + 1:

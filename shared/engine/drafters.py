@@ -5,18 +5,22 @@ laws they were drawn from (`propose`). It catches up with what it was told in on
 that rounds without drafting cost it nothing. It does not know what was accepted, only what the text now is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, trim_prompt_cache
+
+from specl.shared.engine.costs import Stopper
 from specl.shared.engine.law import Distribution, Law, distribution, log_sum_exp, point_mass
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
 
 Noise = Callable[[int], np.ndarray]
+# acceptance by length of the match, from 2 tokens on, before anything is known: long matches are copies
+NGRAM_PRIOR = np.array([0.3, 0.45, 0.55, 0.65, 0.7, 0.75, 0.8, 0.85] + [0.9] * 8)
 CATCH_UP = 512  # rows a call: bounds the memory of a long catch-up
 
 
@@ -39,12 +43,29 @@ NOTHING = Draft([], [], [], "none")
 class Draw:
     """How a drafter draws: the request's law, its uniform source, and the noise of output positions when seeded.
 
-    `noise(i)` belongs to the i-th token after the text as it stands.
+    `noise(i)` belongs to the i-th token after the text as it stands. `stopper` may end a draft before k tokens.
     """
 
     law: Law
     uniform: Callable[[], float]
     noise: Noise | None
+    stopper: Stopper | None = None
+
+    def grow(self, k: int, rows: Iterator[np.ndarray], ids: np.ndarray | None, take: Callable[[int], None]) -> "Draft":
+        """Draw up to k tokens, each from the next row; `take` hears of every token that another row is wanted after."""
+        tokens, laws, confidences = [], [], []
+        for step in range(k):
+            logits = next(rows)
+            if self.stopper is not None and not self.stopper.include(top_probability(logits)):
+                break
+            token, law, confidence = self.pick(logits, ids, step)
+            tokens.append(token)
+            laws.append(law)
+            confidences.append(confidence)
+            if step + 1 == k or (self.stopper is not None and not self.stopper.more()):
+                break
+            take(token)
+        return Draft(tokens, laws, confidences, "model")
 
     def pick(self, logits: np.ndarray, ids: np.ndarray | None, step: int) -> tuple[int, Distribution, float]:
         """A token from one row of draft logits, its law and its confidence; `ids` names the columns of a subset."""
@@ -58,6 +79,11 @@ class Draw:
         token = named.argmax_with(self.noise(step)) if self.noise is not None else named.draw(self.uniform())
         place = token if ids is None else int(np.searchsorted(ids, token))
         return token, named, float(np.exp(logits[place] - log_sum_exp(logits)))
+
+
+def top_probability(logits: np.ndarray) -> float:
+    """The largest probability of a row at temperature 1."""
+    return float(np.exp(logits.max() - log_sum_exp(logits)))
 
 
 class Drafter(Protocol):
@@ -140,18 +166,19 @@ class HeadDrafter:
             return NOTHING
         if self._tokens:
             self._catch_up()
-        state = self._last
-        tokens, laws, confidences = [], [], []
-        for step in range(k):
-            logits = np.array(self.draft.logits(state[0, -1]).astype(mx.float32), copy=False)
-            token, law, confidence = draw.pick(logits, self.draft.hot, step)
-            tokens.append(token)
-            laws.append(law)
-            confidences.append(confidence)
-            if step + 1 < k:
-                state = self.draft.head(state, self.draft.target.embed(mx.array([[token]])), self.cache)
-        self.cache.trim(k - 1)
-        return Draft(tokens, laws, confidences, self.name)
+        state, entered = self._last, self.cache.offset
+
+        def rows() -> Iterator[np.ndarray]:
+            while True:
+                yield np.array(self.draft.logits(state[0, -1]).astype(mx.float32), copy=False)
+
+        def take(token: int) -> None:
+            nonlocal state
+            state = self.draft.head(state, self.draft.target.embed(mx.array([[token]])), self.cache)
+
+        draft = draw.grow(k, rows(), self.draft.hot, take)
+        self.cache.trim(self.cache.offset - entered)
+        return draft
 
 
 class ModelDrafter:
@@ -202,15 +229,16 @@ class ModelDrafter:
         if k <= 0 or not self._text:
             return NOTHING
         logits = self._feed(self._text[self._sync() :])
-        tokens, laws, confidences = [], [], []
-        for step in range(k):
-            token, law, confidence = draw.pick(logits, None, step)
-            tokens.append(token)
-            laws.append(law)
-            confidences.append(confidence)
-            if step + 1 < k:
-                logits = self._feed([token])
-        return Draft(tokens, laws, confidences, self.name)
+
+        def rows() -> Iterator[np.ndarray]:
+            while True:
+                yield logits
+
+        def take(token: int) -> None:
+            nonlocal logits
+            logits = self._feed([token])
+
+        return draw.grow(k, rows(), None, take)
 
 
 class NgramDrafter:
@@ -221,7 +249,7 @@ class NgramDrafter:
 
     name = "ngram"
     reads_states = False
-    MIN, MAX = 2, 8
+    MIN, MAX = 2, 17
 
     def __init__(self) -> None:
         self._text: list[int] = []

@@ -12,10 +12,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
 from specl.shared import config
 from specl.shared.engine.costs import AcceptanceEstimate, Costs, KChooser, cache_key, load_or_calibrate
-from specl.shared.engine.decode import Options, Session, State
-from specl.shared.engine.drafters import Drafter, Draw, HeadDrafter, ModelDrafter
+from specl.shared.engine.decode import NGRAM_DEPTH, Options, Session, State
+from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, Draw, HeadDrafter, ModelDrafter
 from specl.shared.engine.law import Law
 from specl.shared.engine.prefix import PrefixCache
 from specl.shared.errors import RequestRejected
@@ -48,7 +49,7 @@ class Engine:
         self.adapter_id = ""
         self.adapter_form = "none"
         self.estimate = AcceptanceEstimate()
-        self.ngram_estimate = AcceptanceEstimate(prior=0.4)
+        self.ngram_estimate = AcceptanceEstimate(prior=NGRAM_PRIOR)
         self.prefixes = PrefixCache(settings.memory.max_kv_cache_tokens)
         self._pristine = Pristine(self.draft_module) if draft is not None else None
         self._pristine_hot = draft.hot if isinstance(draft, HeadDraft) else None
@@ -149,7 +150,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ costs
     def calibrate(self, folder: Path) -> Costs:
         """Measure, or read from `folder`, what steps cost here. Takes a few seconds the first time."""
-        most = self.settings.speculative.max_draft_tokens
+        most = max(self.settings.speculative.max_draft_tokens, NGRAM_DEPTH)
         key = cache_key(self.target.fingerprint, self.draft_fingerprint, self.settings.models.precision)
         self.costs = load_or_calibrate(folder, key, _Bench(self), most, self.draft is not None)
         return self.costs

@@ -8,6 +8,7 @@ millisecond here and 4.7 ms through MLX's sort on CPU.
 from dataclasses import dataclass
 
 import numpy as np
+
 from specl.shared.errors import RequestRejected
 
 CHUNK = 64

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from mlx_lm.models.cache import trim_prompt_cache
+
 from specl.shared.engine.decode import State
 
 WORTH = 16  # shared tokens below which an entry is left alone

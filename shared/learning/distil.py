@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from specl.shared.errors import ModelError
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.learner import Agreement, Learner, agreement

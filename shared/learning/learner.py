@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
 from specl.shared.learning.examples import Batch, Example, collate
 from specl.shared.learning.losses import LossSettings, Teacher, position_losses, weighted_mean
 from specl.shared.models.head import HeadDraft

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
 from specl.shared.crash import crash_point
 from specl.shared.learning.examples import Example, collate
 from specl.shared.learning.learner import Learner

@@ -19,7 +19,10 @@ def blocks_of(model: nn.Module) -> dict[str, Any]:
         return {}
     found = {}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)) and getattr(module, "mode", "affine") == "affine":
+        if (
+            isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+            and getattr(module, "mode", "affine") == "affine"
+        ):
             parts = (module.weight, module.scales, module.biases)
             found[path] = affine_from_mlx(*parts, bits=module.bits, group_size=module.group_size)
     return found

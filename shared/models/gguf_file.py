@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, dequantize
+
 from specl.shared.errors import ModelError
 
 GROUP = 32  # weights a block, in GGUF's Q4_1 and Q8_0
@@ -125,6 +126,7 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> tuple[dict[str, np.n
 def convert(gguf: Path, folder: Path) -> None:
     """Write an mlx-lm model directory, tokenizer and chat template included. Raises ModelError for what it cannot read."""
     from safetensors.numpy import save_file
+
     from specl.shared.models.gguf_tokenizer import write_tokenizer
 
     reader = GGUFReader(gguf)

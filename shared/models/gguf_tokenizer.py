@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from gguf import GGUFReader
-from specl.shared.errors import ModelError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from specl.shared.errors import ModelError
 
 CONTROL = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
 

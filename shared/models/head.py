@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+
 from specl.shared.errors import ModelError
 from specl.shared.models.fast import on_cpu, speed_up
 from specl.shared.models.load import LanguageModel

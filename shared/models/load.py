@@ -18,6 +18,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
+
 from specl.shared.errors import ModelError
 from specl.shared.models import builtin
 from specl.shared.models.fast import blocks_of, on_cpu, speed_up
@@ -187,7 +188,9 @@ def load(name: str, models: Path, precision: str = "auto", say: Say = _quiet) ->
     mx.eval(model.parameters())
     if on_cpu():
         speed = speed_up(model, blocks)
-    loaded = LanguageModel(name, path, model, tokenizer, config, fingerprint(path), _tokenizer_fingerprint(tokenizer), blocks, speed)
+    loaded = LanguageModel(
+        name, path, model, tokenizer, config, fingerprint(path), _tokenizer_fingerprint(tokenizer), blocks, speed
+    )
     _check_split(loaded)
     return loaded
 

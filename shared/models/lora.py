@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
+
 from specl.shared.errors import AdapterRejected
 
 Weights = dict[str, mx.array]

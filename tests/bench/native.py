@@ -36,7 +36,8 @@ def bind_openblas() -> str:
     if blas.get_library() == "openblas":
         return str(library)
     source = "".join(
-        f'__asm__(".globl {name}\\n{name}: jmp scipy_{name}@PLT");\n' for name in ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+        f'__asm__(".globl {name}\\n{name}: jmp scipy_{name}@PLT");\n'
+        for name in ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
     )
     folder = Path(tempfile.mkdtemp())
     (folder / "shim.c").write_text(source)
@@ -60,6 +61,7 @@ def smollm(gguf_path: Path | None) -> tuple[Any, dict[str, Any]]:
     """SmolLM2-135M as dense fp32 with its file's own blocks; random weights in the same blocks without the file."""
     import mlx.core as mx
     from mlx_lm.models import llama
+
     from specl.shared import native
 
     sizes = {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "num_attention_heads": 9}
@@ -171,11 +173,15 @@ def compare(name: str, make: Callable[[], tuple[Any, dict[str, Any]]], rounds: i
     print(f"{name}: {got.formats}, fused {got.fused} {got.reason}")
     ordinary, runner = Runner(plain, 64), Runner(fast, 64)
     sides = {f"native {w}": (lambda w=w: runner.step(w)) for w in (1, 4, 8, 16)}
-    took = by_turns({"mlx-lm": lambda: ordinary.step(1), "mlx-lm 8": lambda: ordinary.step(8), **sides, **extra}, rounds)
+    took = by_turns(
+        {"mlx-lm": lambda: ordinary.step(1), "mlx-lm 8": lambda: ordinary.step(8), **sides, **extra}, rounds
+    )
     print("  ms a step: " + ", ".join(f"{k} {v:.2f}" for k, v in took.items()))
     print(f"  plain decoding against mlx-lm: {took['mlx-lm'] / took['native 1']:.2f}x")
     print(f"  width 8 against mlx-lm:        {took['mlx-lm 8'] / took['native 8']:.2f}x")
-    print(f"  width 4, 8, 16 against 1:      {', '.join(f'{took[f"native {w}"] / took["native 1"]:.2f}' for w in (4, 8, 16))}")
+    print(
+        f"  width 4, 8, 16 against 1:      {', '.join(f'{took[f"native {w}"] / took["native 1"]:.2f}' for w in (4, 8, 16))}"
+    )
     if "llama.cpp" in took:
         print(f"  plain decoding against llama.cpp: {took['llama.cpp'] / took['native 1']:.2f}x")
     prompt = [1, 4093, 198, 57, 1265, 314]
@@ -190,6 +196,7 @@ def main() -> None:
     given = ask.parse_args()
     blas = bind_openblas()
     from mlx_lm.models import qwen2
+
     from specl.shared import native
 
     if not native.available():

@@ -11,7 +11,6 @@ import subprocess
 import time
 
 from specl.shared.prompts import reserved
-
 from tests.e2e.conftest import stop, wait_until
 
 KIND = "record-to-json"

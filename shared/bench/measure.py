@@ -1,0 +1,105 @@
+"""The interleaving: prompt by prompt, every arm in turn, the order rotated, so that a machine's moods hit all arms alike.
+
+Greedy texts are compared with mlx-lm plain's for the same prompt in the same run.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from specl.shared.bench.arms import PLAIN, Answer, Arm, PlainArm, top_two
+from specl.shared.bench.sets import BenchPrompt
+from specl.shared.bench.texts import TIE_FP32, TIE_HALF, Comparison, compare, copied_share, repeated_share
+from specl.shared.engine.engine import Engine
+
+ENOUGH_DRAFTED, ENOUGH_REJECTED = 100, 20  # below these a run says nothing about equality
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One arm's answer to one prompt. `copied` is the share of the output that stands in the prompt."""
+
+    set: str
+    prompt: str
+    iteration: int
+    arm: str
+    prompt_tokens: int
+    answer: Answer
+    repeated: float
+    copied: float
+    comparison: Comparison | None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far, and for how much longer (seconds; an estimate from the runs so far)."""
+
+    done: int
+    total: int
+    left_s: float
+    note: str
+
+
+@dataclass(slots=True)
+class Plan:
+    """What to measure: `limit` tokens an answer, every prompt `iterations` times."""
+
+    prompts: Sequence[BenchPrompt]
+    limit: int
+    iterations: int = 1
+    arms: list[Arm] = field(default_factory=list)
+
+
+def tolerance(engine: Engine) -> float:
+    """The logit gap below which rounding decides, for the target's precision."""
+    return TIE_FP32 if engine.target.embed(mx.array([0])).dtype == mx.float32 else TIE_HALF
+
+
+def measure(
+    engine: Engine, plan: Plan, greedy: bool, tell: Callable[[Progress], None] = lambda progress: None
+) -> list[Run]:
+    """Run everything. The first prompt is answered once by every arm beforehand, uncounted: caches and pages are warm."""
+    arms, runs = plan.arms, []
+    turns = [(iteration, item) for iteration in range(plan.iterations) for item in plan.prompts]
+    if turns:
+        _, prompt = engine.encode_chat(turns[0][1].messages)
+        for arm in arms:
+            arm.answer(turns[0][1], prompt, min(8, plan.limit))
+    start, total = time.monotonic(), len(turns) * len(arms)
+    for place, (iteration, item) in enumerate(turns):
+        turn = place % len(arms)
+        runs.extend(_interleaved(engine, item, iteration, [*arms[turn:], *arms[:turn]], plan.limit, greedy))
+        done = len(runs)
+        left = (time.monotonic() - start) / done * (total - done)
+        tell(Progress(done, total, left, f"{item.set} {item.id}"))
+    return runs
+
+
+def _interleaved(
+    engine: Engine, item: BenchPrompt, iteration: int, arms: list[Arm], limit: int, greedy: bool
+) -> list[Run]:
+    _, prompt = engine.encode_chat(item.messages)
+    answers = {arm.name: arm.answer(item, prompt, limit) for arm in arms}
+    expected = answers[PLAIN].tokens if PLAIN in answers else None
+    runs = []
+    for arm in arms:
+        answer = answers[arm.name]
+        comparison = None
+        if greedy and expected is not None and not isinstance(arm, PlainArm):
+            comparison = check(engine, arm, prompt, expected, answer.tokens)
+        repeated, copied = repeated_share(answer.tokens), copied_share(prompt, answer.tokens)
+        runs.append(Run(item.set, item.id, iteration, arm.name, len(prompt), answer, repeated, copied, comparison))
+    return runs
+
+
+def check(engine: Engine, arm: Arm, prompt: list[int], expected: list[int], got: list[int]) -> Comparison:
+    """Whether an arm's greedy text is the reference, ties analysed on the target itself."""
+    return compare(
+        expected,
+        got,
+        lambda place: top_two(engine.target, prompt, expected[:place]),
+        lambda start, left: arm.resume([*prompt, *start], left),
+        tolerance(engine),
+    )

@@ -1,0 +1,108 @@
+"""Greedy texts of the engine against mlx_lm's generation in a process of its own: 200 prompts x 128 tokens.
+
+    python tests/bench/equality.py [--prompts 200] [--tokens 128] [--draft NAME] [--k auto] [--cache FOLDER]
+
+The reference is made once and kept under --cache by a hash of target, prompts, length and versions. Exit code 0: every
+text equal, or parted at a logged tie after which it is equal again, with enough drafted and refused to tell.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from specl.shared import config
+from specl.shared.bench import sets
+from specl.shared.bench.arms import EngineArm
+from specl.shared.bench.measure import ENOUGH_DRAFTED, ENOUGH_REJECTED, check
+from specl.shared.engine.law import Law
+from specl.shared.models.pair import load_pair
+from specl.shared.paths import find_paths
+
+SETS = ("general", "code", "structured", "copy")
+
+
+def chosen(count):
+    items = [item for name in SETS for item in sets.load(name)]
+    return [items[i * len(items) // count] for i in range(min(count, len(items)))]
+
+
+def write_reference(file, prompts, tokens):
+    """In this process: mlx_lm.stream_generate (what mlx_lm.generate prints) over token prompts."""
+    from mlx_lm import stream_generate
+
+    from specl.shared.models.load import load
+
+    settings = config.load()
+    target = load(settings.models.target.name, find_paths().models, settings.models.precision)
+    found = []
+    for place, prompt in enumerate(prompts):
+        steps = stream_generate(target.model, target.tokenizer, prompt, max_tokens=tokens)
+        found.append([step.token for step in steps])
+        print(f"reference {place + 1} of {len(prompts)}", file=sys.stderr, flush=True)
+    file.write_text(json.dumps(found))
+
+
+def reference(engine, prompts, tokens, cache):
+    """The reference texts, from the cache or from a separate process."""
+    parts = [engine.target.fingerprint, json.dumps(prompts), str(tokens), version("mlx"), version("mlx-lm")]
+    file = cache / f"reference-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.json"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        asked = cache / "asked.json"
+        asked.write_text(json.dumps(prompts))
+        partial = file.with_suffix(".partial")
+        subprocess.run(
+            [sys.executable, __file__, "--write", str(partial), "--asked", str(asked), "--tokens", str(tokens)],
+            check=True,
+        )
+        partial.rename(file)
+    return json.loads(file.read_text())
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--draft")
+    parser.add_argument("--k", default="auto")
+    parser.add_argument("--cache", type=Path, default=find_paths().root / "bench")
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--asked", type=Path, help=argparse.SUPPRESS)
+    wish = parser.parse_args()
+    if wish.write:
+        return write_reference(wish.write, json.loads(wish.asked.read_text()), wish.tokens)
+    settings, paths = config.load(), find_paths()
+    if wish.draft:
+        settings = settings.model_copy(
+            update={"models": settings.models.model_copy(update={"draft": config.DraftModel(name=wish.draft)})}
+        )
+    engine = load_pair(settings, paths.models)
+    paths.costs.mkdir(parents=True, exist_ok=True)
+    engine.calibrate(paths.costs)
+    items = chosen(wish.prompts)
+    prompts = [engine.encode_chat(item.messages)[1] for item in items]
+    expected = reference(engine, prompts, wish.tokens, wish.cache)
+    arm = EngineArm("ours", engine, Law(), None if wish.k == "auto" else int(wish.k), ngram=True, capture_k=32)
+    counts, drafted, rejected, ties = {}, 0, 0, []
+    for item, prompt, text in zip(items, prompts, expected, strict=True):
+        answer = arm.answer(item, prompt, wish.tokens)
+        found = check(engine, arm, prompt, text, answer.tokens)
+        counts[found.verdict] = counts.get(found.verdict, 0) + 1
+        drafted, rejected = drafted + answer.drafted, rejected + answer.rejected
+        ties += [f"{item.id} at {tie.position}: gap {tie.gap:.2e}" for tie in found.ties]
+        if found.verdict == "different":
+            print(f"DIFFERENT: {item.id} at {found.position}", flush=True)
+    print(f"{len(items)} prompts x {wish.tokens}: {counts}, {drafted} drafted, {rejected} refused")
+    print("\n".join(ties))
+    conclusive = drafted >= ENOUGH_DRAFTED and rejected >= ENOUGH_REJECTED
+    if not conclusive:
+        print("INCONCLUSIVE")
+    sys.exit(0 if conclusive and set(counts) <= {"equal", "tie"} else 1)
+
+
+if __name__ == "__main__":
+    main()
