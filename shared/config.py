@@ -225,3 +225,34 @@ def load(file: Path | None = None) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the settings file {file}: {error}", "SPECL_CONFIG names it") from error
     return parse(text, file)
+
+
+def _described(model: type[BaseModel], path: str = "") -> list[str]:
+    """Markdown rows of every key under `model`."""
+    rows = []
+    for name, field in model.model_fields.items():
+        where = f"{path}{name}"
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += _described(kind, f"{where}.")
+            continue
+        default = "null" if field.default is None else str(field.default)
+        text = (field.description or "").replace("|", "\\|")
+        rows.append(f"| `{where}` | {default} | {text} |")
+    return rows
+
+
+def document() -> str:
+    """docs/settings.md: every key, its default and its meaning (a test keeps the file equal to this)."""
+    head = [
+        "# Settings",
+        "",
+        "One YAML file, named by `SPECL_CONFIG` (default: the shipped `configs/default.yaml`). A file names only what it",
+        "changes; unknown keys and wrong values are errors that name the file, the line and the key.",
+        "Environment: `SPECL_VAR` (run directory), `SPECL_MODELS` (converted models), `SPECL_BLAS` (a library, or `none`),",
+        "`SPECL_NATIVE=0` (no native CPU kernels).",
+        "",
+        "| key | default | meaning |",
+        "| --- | --- | --- |",
+    ]
+    return "\n".join([*head, *_described(Settings)]) + "\n"
