@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
-
 from specl.shared.native import decoder, modules
 from specl.shared.native.extension import available, reason
 from specl.shared.native.packing import Affine, Weights

@@ -12,7 +12,6 @@ import mlx.nn as nn
 from mlx_lm.models import llama, qwen2
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.rope_utils import Llama3RoPE
-
 from specl.shared.native.extension import MAX_WIDTH, native
 from specl.shared.native.modules import DENSE, Packed
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
-
 from specl.shared.native.extension import MAX_WIDTH, native
 from specl.shared.native.packing import Affine, Matrix, Weights, affine_from_mlx, can_pack, pack, pack_affine
 

@@ -9,7 +9,6 @@ from typing import Literal
 
 import mlx.core as mx
 import numpy as np
-
 from specl.shared.native.extension import native
 
 Weights = Literal["auto", "f32", "bf16", "q8", "q4"]

@@ -6,7 +6,6 @@ Does not know tokens or sampling. Ties go to the lowest index, as in `mx.argmax`
 from dataclasses import dataclass
 
 import mlx.core as mx
-
 from specl.shared.native.extension import native
 
 

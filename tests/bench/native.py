@@ -36,7 +36,8 @@ def bind_openblas() -> str:
     if blas.get_library() == "openblas":
         return str(library)
     source = "".join(
-        f'__asm__(".globl {name}\\n{name}: jmp scipy_{name}@PLT");\n' for name in ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+        f'__asm__(".globl {name}\\n{name}: jmp scipy_{name}@PLT");\n'
+        for name in ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
     )
     folder = Path(tempfile.mkdtemp())
     (folder / "shim.c").write_text(source)
@@ -171,11 +172,14 @@ def compare(name: str, make: Callable[[], tuple[Any, dict[str, Any]]], rounds: i
     print(f"{name}: {got.formats}, fused {got.fused} {got.reason}")
     ordinary, runner = Runner(plain, 64), Runner(fast, 64)
     sides = {f"native {w}": (lambda w=w: runner.step(w)) for w in (1, 4, 8, 16)}
-    took = by_turns({"mlx-lm": lambda: ordinary.step(1), "mlx-lm 8": lambda: ordinary.step(8), **sides, **extra}, rounds)
+    took = by_turns(
+        {"mlx-lm": lambda: ordinary.step(1), "mlx-lm 8": lambda: ordinary.step(8), **sides, **extra}, rounds
+    )
     print("  ms a step: " + ", ".join(f"{k} {v:.2f}" for k, v in took.items()))
     print(f"  plain decoding against mlx-lm: {took['mlx-lm'] / took['native 1']:.2f}x")
     print(f"  width 8 against mlx-lm:        {took['mlx-lm 8'] / took['native 8']:.2f}x")
-    print(f"  width 4, 8, 16 against 1:      {', '.join(f'{took[f"native {w}"] / took["native 1"]:.2f}' for w in (4, 8, 16))}")
+    for width in (4, 8, 16):
+        print(f"  width {width} against width 1: {took[f'native {width}'] / took['native 1']:.2f}")
     if "llama.cpp" in took:
         print(f"  plain decoding against llama.cpp: {took['llama.cpp'] / took['native 1']:.2f}x")
     prompt = [1, 4093, 198, 57, 1265, 314]

@@ -1,7 +1,6 @@
 """Tests of the native Linux-CPU kernels; skipped, with the reason, where the extension cannot be used."""
 
 import pytest
-
 from specl.shared import native
 
 

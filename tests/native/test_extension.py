@@ -8,7 +8,6 @@ import warnings
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-
 from specl.shared import native
 from specl.shared.native import extension
 
@@ -33,7 +32,9 @@ class Foreign:
         def refuse(*args):
             raise TypeError(f"{name}(): incompatible function arguments")
 
-        return {"isa": lambda: "avx2", "isas": lambda: ["avx2"], "use_isa": lambda name: name == "avx2"}.get(name, refuse)
+        return {"isa": lambda: "avx2", "isas": lambda: ["avx2"], "use_isa": lambda name: name == "avx2"}.get(
+            name, refuse
+        )
 
 
 def load(monkeypatch, module):
@@ -78,7 +79,11 @@ def test_without_the_extension_a_model_is_left_alone(monkeypatch, undecided):
 def test_without_the_extension_being_wanted_nothing_of_it_is_imported():
     code = "import sys, specl.shared.native as n; n.available(); print('specl.shared.native._native' in sys.modules)"
     ran = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "SPECL_NATIVE": "0"}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "SPECL_NATIVE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert ran.stdout.strip() == "False" and ran.stderr == ""
 

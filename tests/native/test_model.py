@@ -10,7 +10,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen2
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
-
 from specl.shared import native
 from specl.shared.native import decoder, modules
 
