@@ -179,13 +179,8 @@ def compare(name: str, make: Callable[[], tuple[Any, dict[str, Any]]], rounds: i
     print("  ms a step: " + ", ".join(f"{k} {v:.2f}" for k, v in took.items()))
     print(f"  plain decoding against mlx-lm: {took['mlx-lm'] / took['native 1']:.2f}x")
     print(f"  width 8 against mlx-lm:        {took['mlx-lm 8'] / took['native 8']:.2f}x")
-<<<<<<< HEAD
-    wider = ", ".join(f"{took[f'native {w}'] / took['native 1']:.2f}" for w in (4, 8, 16))
-    print(f"  width 4, 8, 16 against 1:      {wider}")
-=======
     for width in (4, 8, 16):
         print(f"  width {width} against width 1: {took[f'native {width}'] / took['native 1']:.2f}")
->>>>>>> native
     if "llama.cpp" in took:
         print(f"  plain decoding against llama.cpp: {took['llama.cpp'] / took['native 1']:.2f}x")
     prompt = [1, 4093, 198, 57, 1265, 314]
