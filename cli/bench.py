@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from specl.shared.engine.engine import Engine
 
 SETS = ("general", "code", "structured", "copy", "adversarial")
+WIDE = 120  # columns of tables that go to a file
 FIXED_K = "0,1,2,3,4,6"
 MLX_K = "1,2,3,4,5,6"
 
@@ -151,6 +152,8 @@ class _Bench:
         self.law = Law(temperature=wish["temperature"], top_p=wish["top_p"])
         # a report on standard output stands alone there
         self.console = Console(stderr=wish["json_file"] == "-", highlight=False)
+        if not self.console.is_terminal:
+            self.console = Console(stderr=wish["json_file"] == "-", highlight=False, width=WIDE)
 
     def run(self) -> None:
         """Load, measure, report."""

@@ -10,8 +10,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -230,28 +231,29 @@ class Measurable(Protocol):
         ...
 
 
-def _median_seconds(run: object, repeats: int) -> float:
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()  # type: ignore[operator]
-        samples.append(time.perf_counter() - start)
-    return float(np.median(samples))
+def _least_seconds(runs: Mapping[int, Callable[[], None]], repeats: int) -> dict[int, float]:
+    """Seconds of each, all in turn `repeats` times (more within a second); the least: what disturbs a run only adds to it."""
+    least = dict.fromkeys(runs, float("inf"))
+    begun, turn = time.perf_counter(), 0
+    while turn < repeats or (turn < 4 * repeats and time.perf_counter() - begun < 1.0):
+        turn += 1
+        for place, run in runs.items():
+            start = time.perf_counter()
+            run()
+            least[place] = min(least[place], time.perf_counter() - start)
+    return least
 
 
 def calibrate(subject: Measurable, most: int, drafts: bool, repeats: int = 3) -> Costs:
     """Measure, a few seconds long. Widths beyond `most` + 1 are not needed and not measured."""
     widths = [w for w in WIDTHS if w <= most + 1] or [1]
+    depths = [k for k in (1, 2, 4, 8) if k <= max(most, 2)] if drafts else []
     for rows in widths[:2]:
         subject.verify_once(rows)
-    verify = {rows: _median_seconds(lambda r=rows: subject.verify_once(r), repeats) for rows in widths}
-    draft = {}
+    verify = _least_seconds({rows: partial(subject.verify_once, rows) for rows in widths}, repeats)
     if drafts:
         subject.draft_once(2)
-        draft = {
-            k: _median_seconds(lambda n=k: subject.draft_once(n), repeats) for k in (1, 2, 4, 8) if k <= max(most, 2)
-        }
-    return Costs(verify, draft)
+    return Costs(verify, _least_seconds({k: partial(subject.draft_once, k) for k in depths}, repeats))
 
 
 def cache_key(*names: str) -> str:

@@ -157,7 +157,8 @@ class HeadDrafter:
             part = states[None, start : start + CATCH_UP]
             out = self.draft.head(part, self.draft.target.embed(ids), self.cache)
             self._last = out[:, -1:]
-            mx.eval(self._last, self.cache.state)
+            if start + CATCH_UP < len(self._tokens):  # the last part is evaluated with the first draft's logits
+                mx.eval(self._last, self.cache.state)
         self._tokens, self._states = [], []
 
     def propose(self, k: int, draw: Draw) -> Draft:

@@ -9,6 +9,7 @@ text equal, or parted at a logged tie after which it is equal again, with enough
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
