@@ -153,7 +153,9 @@ class TrainingJob:
         )
         total = max(1, -(-len(fresh) * training.num_epochs // (fresh_a_batch * training.gradient_accumulation_steps)))
         loss = LossSettings(training.loss.type, training.loss.temperature, training.loss.alpha)
-        loop = StepLoop(learner, loss, StepSettings(training.learning_rate, total, depths=DEPTHS))
+        checkpointing = self.settings.memory.gradient_checkpointing
+        steps = StepSettings(training.learning_rate, total, depths=DEPTHS, checkpointing=checkpointing)
+        loop = StepLoop(learner, loss, steps)
         checkpoint = self.folder / "checkpoint"
         self._resume(loop, checkpoint, batches)
         self.live.state, self.live.total = "training", total

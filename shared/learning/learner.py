@@ -36,6 +36,11 @@ class Learner:
         table[self.draft.hot] = np.arange(len(self.draft.hot))
         return table
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """What gradient checkpointing wraps."""
+        return [self.module.mlp] if self.is_head else list(self.draft.model.layers)
+
     def set_hot(self, hot: np.ndarray) -> None:
         """Score another hot vocabulary (a head only)."""
         self.draft.set_hot(hot)

@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from specl.shared.crash import crash_point
+from specl.shared.learning.checkpointing import checkpointed
 from specl.shared.learning.examples import Example, collate
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
@@ -29,13 +30,17 @@ CLIP = 1.0  # gradient norm
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """`total_steps` shapes the schedule; `depths` is how many of its own steps a head is trained over."""
+    """`total_steps` shapes the schedule; `depths` is how many of its own steps a head is trained over.
+
+    `checkpointing` recomputes activations of the draft's layers in the backward pass: less memory, more time.
+    """
 
     learning_rate: float
     total_steps: int
     accumulation: int = 1
     weight_decay: float = 0.01
     depths: int = 3
+    checkpointing: bool = False
 
 
 class StepLoop:
@@ -65,7 +70,8 @@ class StepLoop:
         total, loss_sum = None, 0.0
         for group in groups:
             yield_now()
-            loss, gradients = self._gradients(collate(group))
+            with checkpointed(self.learner.layers if self.settings.checkpointing else ()):
+                loss, gradients = self._gradients(collate(group))
             total = gradients if total is None else tree_map(mx.add, total, gradients)
             mx.eval(loss, total)
             loss_sum += loss.item()

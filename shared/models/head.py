@@ -251,10 +251,13 @@ def new_head(target: LanguageModel, hot: np.ndarray, name: str = "new") -> HeadD
 
 
 def save_head(draft: HeadDraft, folder: Path, manifest: dict[str, Any]) -> None:
-    """Write a draft directory (fp16 weights, hot vocabulary, config, manifest) whole, by rename."""
+    """Write a draft directory (bf16 weights, hot vocabulary, config, manifest) whole, by rename.
+
+    bf16, because the native kernels read it as it is: half the memory traffic of fp32 a draft step.
+    """
     scratch = folder.with_name(f".{folder.name}.partial")
     scratch.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.astype(mx.float16) for name, value in tree_flatten(draft.head.parameters())}
+    weights = {name: value.astype(mx.bfloat16) for name, value in tree_flatten(draft.head.parameters())}
     mx.save_safetensors(str(scratch / "model.safetensors"), weights, metadata={"format": "mlx"})
     np.save(scratch / "hot_vocab.npy", draft.hot.astype(np.uint32))
     (scratch / "config.json").write_text(json.dumps({"model_type": MODEL_TYPE, **asdict(draft.shape)}, indent=2))

@@ -1,7 +1,7 @@
 """The one call that gives a loaded model the native path, and the record of what came of it.
 
-Knows the order: pack the layers, fuse the stack where the family allows it, compare with the ordinary path, keep or undo.
-Does not know where weights come from. Promises: a model whose comparison fails is left exactly as it was.
+Knows the order: pack the layers, fuse the stack where the family allows it, compare with the ordinary path, keep or
+undo. Does not know where weights come from. Promises: a model whose comparison fails is left exactly as it was.
 """
 
 import warnings
@@ -38,7 +38,7 @@ class Acceleration:
     _fuse: bool = True
 
     def refresh(self) -> "Acceleration":
-        """Pack again what changed since (a fused adapter, other weights); until then those layers run the ordinary way."""
+        """Pack again what changed since (a fused adapter, say); until then those layers run the ordinary way."""
         return accelerate(self._model, self._weights, exact=self._exact, fuse=self._fuse)
 
     def intact(self) -> bool:
@@ -62,9 +62,10 @@ def accelerate(
 ) -> Acceleration:
     """Let `model` answer up to sixteen rows natively; everything else stays on its own modules.
 
-    `weights`: "auto" loses nothing: a layer named in `exact` (module path -> its tensor in the file's own blocks) is read
-    in that form if it is bit for bit the dense weight, any other as bf16 if that is exact, else as fp32. "bf16", "q8" and
-    "q4" round. `fuse`: all layers as one call where the family allows it. `check`: compare with the ordinary path first.
+    `weights`: "auto" loses nothing: a layer named in `exact` (module path -> its tensor in the file's own blocks) is
+    read in that form if it is bit for bit the dense weight, any other as bf16 if that is exact, else as fp32. "bf16",
+    "q8" and "q4" round. `fuse`: all layers as one call where the family allows it. `check`: compare with the ordinary
+    path first.
     """
     if not available():
         return Acceleration(False, reason(), _model=model, _weights=weights, _exact=exact or {}, _fuse=fuse)
@@ -123,7 +124,7 @@ def _still_packed(module: nn.Module) -> Any:
 
 
 def _probe(model: nn.Module) -> list[mx.array] | None:
-    """Logits after a few tokens at widths 7 and 1, the cache rewound in between; None for a module that is no such model."""
+    """Logits after a few tokens at widths 7 and 1, the cache rewound in between; None for any other module."""
     if _inner(model) is None:
         return None
     cache = make_prompt_cache(model)

@@ -1,7 +1,8 @@
 """All layers of a Llama or Qwen2 as one call: which models and inputs that is for, and how a model comes to use it.
 
-Knows mlx-lm's module tree for these two families. Does not know how the layers are computed (C++ does) nor how the weights
-are packed. Promises: anything it does not know exactly, in the model, the input or the cache, takes the ordinary path.
+Knows mlx-lm's module tree for these two families. Does not know how the layers are computed (C++ does) nor how the
+weights are packed. Promises: anything it does not know exactly, in the model, the input or the cache, takes the
+ordinary path.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
-"""Whether the C++ extension can be used in this process: built, made for this MLX, on a CPU it has kernels for, and right.
+"""Whether the C++ extension can be used here: built, made for this MLX, on a CPU it has kernels for, and right.
 
-Decided once, at the first question. Promises: at most one warning, with the remedy; never an exception. `SPECL_NATIVE=0`
-turns it off, `SPECL_NATIVE_ISA` names an instruction set (avx512, avx2, neon, scalar).
+Decided once, at the first question. Promises: at most one warning, with the remedy; never an exception.
+`SPECL_NATIVE=0` turns it off, `SPECL_NATIVE_ISA` names an instruction set (avx512, avx2, neon, scalar).
 """
 
 import functools

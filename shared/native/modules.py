@@ -43,7 +43,7 @@ class FewRowLinear(nn.Linear):
 
 
 class FewRowQuantizedLinear(nn.QuantizedLinear):
-    """A quantised layer with its weight in the kernels' layout; any number of rows, as MLX's own product is scalar here."""
+    """A quantised layer with its weight in the kernels' layout; for any number of rows, as MLX's product is scalar."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """The packed product."""

@@ -32,7 +32,7 @@ class Affine:
 
 
 def affine_from_gguf(data: np.ndarray, kind: str) -> Affine | None:
-    """A tensor of a GGUF file, `data` being its rows of blocks (as gguf's reader gives them) and `kind` its type's name.
+    """A tensor of a GGUF file: `data` its rows of blocks (as gguf's reader gives them), `kind` its type's name.
 
     Exact for Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q6_K; None for any other type.
     """
@@ -88,7 +88,7 @@ def affine_from_mlx(weight: mx.array, scales: mx.array, biases: mx.array, *, bit
 
 
 def pack(dense: mx.array, weights: Weights = "auto", exact: Affine | None = None) -> Matrix:
-    """A matrix for the kernels. "auto": `exact` if it is exactly `dense`, else bf16 if that loses nothing, else fp32."""
+    """A matrix for the kernels. "auto": `exact` if it is just `dense`, else bf16 if that loses nothing, else fp32."""
     if weights == "auto":
         if exact is not None and exact.values.shape == dense.shape:
             packed = pack_affine(exact)

@@ -1,7 +1,7 @@
 """The native kernels' figures: every ratio taken in one process, the sides by turns, medians of many short runs.
 
-Run `python tests/bench/native.py [--gguf FILE]`: without the built-in model's GGUF a random model of its shape stands in
-(same cost, no text to compare). llama.cpp is measured where llama-cpp-python is installed. Prints one line a figure.
+Run `python tests/bench/native.py [--gguf FILE]`: without the built-in model's GGUF a random model of its shape stands
+in (same cost, no text to compare). llama.cpp is measured where llama-cpp-python is installed. Prints one line a figure.
 """
 
 import argparse
@@ -179,9 +179,8 @@ def compare(name: str, make: Callable[[], tuple[Any, dict[str, Any]]], rounds: i
     print("  ms a step: " + ", ".join(f"{k} {v:.2f}" for k, v in took.items()))
     print(f"  plain decoding against mlx-lm: {took['mlx-lm'] / took['native 1']:.2f}x")
     print(f"  width 8 against mlx-lm:        {took['mlx-lm 8'] / took['native 8']:.2f}x")
-    print(
-        f"  width 4, 8, 16 against 1:      {', '.join(f'{took[f"native {w}"] / took["native 1"]:.2f}' for w in (4, 8, 16))}"
-    )
+    for width in (4, 8, 16):
+        print(f"  width {width} against width 1: {took[f'native {width}'] / took['native 1']:.2f}")
     if "llama.cpp" in took:
         print(f"  plain decoding against llama.cpp: {took['llama.cpp'] / took['native 1']:.2f}x")
     prompt = [1, 4093, 198, 57, 1265, 314]

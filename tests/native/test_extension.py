@@ -1,4 +1,4 @@
-"""What happens where the extension is missing, foreign, wrong or not wanted: the ordinary path and at most one warning."""
+"""Where the extension is missing, foreign, wrong or not wanted: the ordinary path and at most one warning."""
 
 import os
 import subprocess
