@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from specl.shared.engine.engine import Engine
 
 SETS = ("general", "code", "structured", "copy", "adversarial")
+WIDE = 120  # columns of tables that go to a file
 FIXED_K = "0,1,2,3,4,6"
 MLX_K = "1,2,3,4,5,6"
 
@@ -104,6 +105,9 @@ class _Teller:
     show_default=True,
     help="mlx-lm's draft lengths, where the draft is a model of its own.",
 )
+@click.option(
+    "--stock", is_flag=True, help="Also mlx-lm on a copy without our kernels (loads the target twice; Linux CPU)."
+)
 @click.option("--no-daemon", is_flag=True, help="Leave out the run through scratch daemons.")
 @click.option("--suite", is_flag=True, help="Target only, base draft, adapted draft (the adapter in force).")
 @click.option(
@@ -148,6 +152,8 @@ class _Bench:
         self.law = Law(temperature=wish["temperature"], top_p=wish["top_p"])
         # a report on standard output stands alone there
         self.console = Console(stderr=wish["json_file"] == "-", highlight=False)
+        if not self.console.is_terminal:
+            self.console = Console(stderr=wish["json_file"] == "-", highlight=False, width=WIDE)
 
     def run(self) -> None:
         """Load, measure, report."""
@@ -185,7 +191,9 @@ class _Bench:
         self.console.print(
             f"target {engine.target.name} ({engine.target.fingerprint}), draft {draft} ({engine.draft_fingerprint})"
         )
-        self.console.print(f"BLAS {blas.BOUND.name}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
+        self.console.print(
+            f"{engine.target.speed}; BLAS {blas.BOUND.name}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}"
+        )
         return engine
 
     def _prompts(self) -> "list[BenchPrompt]":
@@ -200,11 +208,13 @@ class _Bench:
         return [item for name in names for item in sets.pick(name, self.wish["prompts"])]
 
     def _arms(self, engine: "Engine") -> "list[Arm]":
-        from specl.shared.bench.arms import EngineArm, MlxSpeculativeArm, PlainArm
+        from specl.shared.bench.arms import STOCK, EngineArm, MlxSpeculativeArm, PlainArm, stock_copy
         from specl.shared.models.load import LanguageModel
 
         law, top_k = self.law, self.settings.training.loss.top_k_logits
         arms: list[Any] = [PlainArm(engine.target, law)]
+        if self.wish["stock"]:
+            arms.append(PlainArm(stock_copy(engine.target, self.paths.models), law, STOCK))
         if isinstance(engine.draft, LanguageModel):
             arms += [MlxSpeculativeArm(engine.target, engine.draft, k, law) for k in self.wish["mlx_k"]]
         # without a draft a fixed length would go to the n-gram drafter: only 0 means anything

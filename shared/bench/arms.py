@@ -1,12 +1,14 @@
 """The contestants. Each answers a prompt under the same clock: seconds to the first piece, seconds from there to the last.
 
-mlx-lm's two loops run on the very same dense model object as ours, under the same BLAS. An arm of the engine keeps its own
-acceptance history, so that what one arm learns does not help another.
+mlx-lm's two loops run on the very same model object as ours, so that ratios tell what speculation does, not what kernels
+do; `STOCK` is mlx-lm as it comes, on a dense copy without our kernels. An arm of the engine keeps its own acceptance
+history, so that what one arm learns does not help another.
 """
 
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -21,9 +23,10 @@ from specl.shared.engine.decode import Options, Tally
 from specl.shared.engine.drafters import NGRAM_PRIOR
 from specl.shared.engine.engine import Engine, LoadedAdapter
 from specl.shared.engine.law import Law, top_indices
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.load import LanguageModel, load
 
 PLAIN = "mlx-lm plain"
+STOCK = "mlx-lm stock"
 
 
 @dataclass(slots=True)
@@ -89,12 +92,10 @@ class Arm(Protocol):
 
 
 class PlainArm:
-    """mlx-lm's generate_step: what everything is measured against."""
+    """mlx-lm's generate_step on a model object: ours, native kernels and all, is what everything is measured against."""
 
-    name = PLAIN
-
-    def __init__(self, target: LanguageModel, law: Law) -> None:
-        self.target, self.law = target, law
+    def __init__(self, target: LanguageModel, law: Law, name: str = PLAIN) -> None:
+        self.target, self.law, self.name = target, law, name
 
     def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
         """See Arm."""
@@ -186,6 +187,15 @@ class EngineArm:
             pass
         while session.finish_reason is None:
             yield session.round()
+
+
+def stock_copy(target: LanguageModel, models: Path) -> LanguageModel:
+    """The same weights, dense, as mlx-lm alone would compute them."""
+    from specl.shared.native import accelerate
+
+    copy = load(target.name, models, "fp32")
+    accelerate(copy.model, check=False).release()
+    return copy
 
 
 def top_two(target: LanguageModel, prompt: Sequence[int], output: Sequence[int]) -> TopTwo:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from specl.shared.bench.arms import PLAIN, Answer, Arm, PlainArm, top_two
+from specl.shared.bench.arms import PLAIN, Answer, Arm, top_two
 from specl.shared.bench.sets import BenchPrompt
 from specl.shared.bench.texts import TIE_FP32, TIE_HALF, Comparison, compare, copied_share, repeated_share
 from specl.shared.engine.engine import Engine
@@ -87,7 +87,7 @@ def _interleaved(
     for arm in arms:
         answer = answers[arm.name]
         comparison = None
-        if greedy and expected is not None and not isinstance(arm, PlainArm):
+        if greedy and expected is not None and arm.name != PLAIN:
             comparison = check(engine, arm, prompt, expected, answer.tokens)
         repeated, copied = repeated_share(answer.tokens), copied_share(prompt, answer.tokens)
         runs.append(Run(item.set, item.id, iteration, arm.name, len(prompt), answer, repeated, copied, comparison))

@@ -6,9 +6,20 @@ rows of a round are read at once.
 
 from dataclasses import dataclass, field
 
+import mlx.core as mx
 import numpy as np
 
 from specl.shared.engine.law import log_sum_exp, top_indices
+from specl.shared.native import available, row_stats
+
+
+def largest(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places and values of the k largest of every row, largest first, [n, k], and log-sum-exp [n]; in C++ where it is built."""
+    if available() and logits.dtype == np.float32:
+        stats = row_stats(mx.array(logits), min(k, logits.shape[1]))
+        return np.array(stats.ids), np.array(stats.logits), np.array(stats.logsumexp)
+    ids = np.stack([top_indices(row, k) for row in logits])
+    return ids, np.take_along_axis(logits, ids, axis=1), log_sum_exp(logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +50,15 @@ class Capture:
 
     def rows(self, logits: np.ndarray) -> None:
         """Keep the rows [n, vocabulary] that predicted the tokens just emitted."""
-        for row, total in zip(logits, log_sum_exp(logits), strict=True):
-            ids = top_indices(row, self.k)
-            logprobs = (row[ids] - total).astype(np.float32)
-            p = np.exp(logprobs, dtype=np.float64)
-            tail = max(0.0, 1.0 - float(p.sum()))
-            self.ids.append(ids.astype(np.uint32))
-            self.logprobs.append(logprobs)
-            self.tail.append(tail)
-            self.entropy.append(float(-(p * logprobs).sum() - (tail * np.log(tail) if tail > 0 else 0.0)))
+        ids, values, totals = largest(logits, self.k)
+        logprobs = (values - totals[:, None]).astype(np.float32)
+        p = np.exp(logprobs, dtype=np.float64)
+        tail = np.maximum(0.0, 1.0 - p.sum(axis=1))
+        entropy = -(p * logprobs).sum(axis=1) - tail * np.log(np.where(tail > 0, tail, 1.0))
+        self.ids.extend(ids.astype(np.uint32))
+        self.logprobs.extend(logprobs)
+        self.tail.extend(tail.tolist())
+        self.entropy.extend(entropy.tolist())
 
     def confidence(self, row: int, token: int) -> float:
         """The target's probability of a token at an output position, 0 where it is outside the top k."""

@@ -10,8 +10,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -19,8 +20,8 @@ from typing import Protocol
 import numpy as np
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-PROBE_EVERY = 24  # parked rounds before the first probe; each one that fails doubles the pause
-PROBE_AT_MOST = 96
+PROBE_EVERY = 24  # parked rounds before the first probe; one that fails doubles the pause, one that stands quarters it
+PROBE_AT_LEAST, PROBE_AT_MOST = 4, 384  # a probe costs one to three steps: the draft reads all it has missed
 EXPLORE_EVERY = 16  # refusals by confidence before one is drafted all the same, so that a bad start is unlearned
 BUCKETS = 10  # of confidence
 ENTER_GAIN = 1.03  # drafting must promise this much over plain before it starts again
@@ -82,6 +83,7 @@ class AcceptanceEstimate:
     def __init__(self, depths: int = 16, prior: float | np.ndarray = 0.5) -> None:
         self.tested = np.full(depths, PRIOR)
         self.accepted = np.full(depths, PRIOR * np.asarray(prior))
+        self.pause, self.since_probe = PROBE_EVERY, 0  # of parked rounds, whichever requests they belong to
         self.confidence_tested = np.full(BUCKETS, PRIOR)
         self.confidence_accepted = PRIOR * (np.arange(BUCKETS) + 0.5) / BUCKETS
 
@@ -178,7 +180,6 @@ class KChooser:
         self.costs, self.most, self.fixed, self.estimate = costs, most, fixed, estimate
         self.parked_rounds = 0
         self.parked_reason = ""
-        self._probe_at, self._pause = PROBE_EVERY, PROBE_EVERY
         self._refusals = 0
         self._rate = 0.0
 
@@ -192,17 +193,13 @@ class KChooser:
         plain = self.costs.rate(0, self.estimate)
         if best and (not self.parked_rounds or self._rate >= ENTER_GAIN * plain):
             self.parked_rounds, self.parked_reason = 0, ""
-            self._probe_at = self._pause = PROBE_EVERY
             return best
         self.parked_rounds += 1
         self.parked_reason = (
             f"drafting promises {self._rate / plain:.2f}x of plain decoding at acceptance {self.estimate.at(0):.2f}"
         )
-        if self.parked_rounds < self._probe_at:
-            return 0
-        self._pause = min(2 * self._pause, PROBE_AT_MOST)
-        self._probe_at = self.parked_rounds + self._pause
-        return 1
+        self.estimate.since_probe += 1
+        return 1 if self.estimate.since_probe >= self.estimate.pause else 0
 
     def stopper(self) -> Stopper | None:
         """What may end this round's draft early, or lengthen it up to `most`; None where k is exact (fixed, or a probe)."""
@@ -213,6 +210,9 @@ class KChooser:
     def learn(self, stopper: Stopper | None, drafted: int, accepted: int) -> None:
         """What became of a round's model drafts."""
         self.estimate.update(drafted, accepted)
+        if self.parked_rounds and self.fixed is None:
+            pause = self.estimate.pause // 4 if accepted else self.estimate.pause * 2
+            self.estimate.pause, self.estimate.since_probe = min(max(pause, PROBE_AT_LEAST), PROBE_AT_MOST), 0
         if stopper is not None:
             self.estimate.update_confidence(stopper.confidences, drafted, accepted)
             self._refusals = 0 if stopper.explore else self._refusals + stopper.refused
@@ -230,28 +230,29 @@ class Measurable(Protocol):
         ...
 
 
-def _median_seconds(run: object, repeats: int) -> float:
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()  # type: ignore[operator]
-        samples.append(time.perf_counter() - start)
-    return float(np.median(samples))
+def _least_seconds(runs: Mapping[int, Callable[[], None]], repeats: int) -> dict[int, float]:
+    """Seconds of each, all in turn `repeats` times (more within a second); the least: what disturbs a run only adds to it."""
+    least = dict.fromkeys(runs, float("inf"))
+    begun, turn = time.perf_counter(), 0
+    while turn < repeats or (turn < 4 * repeats and time.perf_counter() - begun < 1.0):
+        turn += 1
+        for place, run in runs.items():
+            start = time.perf_counter()
+            run()
+            least[place] = min(least[place], time.perf_counter() - start)
+    return least
 
 
 def calibrate(subject: Measurable, most: int, drafts: bool, repeats: int = 3) -> Costs:
     """Measure, a few seconds long. Widths beyond `most` + 1 are not needed and not measured."""
     widths = [w for w in WIDTHS if w <= most + 1] or [1]
+    depths = [k for k in (1, 2, 4, 8) if k <= max(most, 2)] if drafts else []
     for rows in widths[:2]:
         subject.verify_once(rows)
-    verify = {rows: _median_seconds(lambda r=rows: subject.verify_once(r), repeats) for rows in widths}
-    draft = {}
+    verify = _least_seconds({rows: partial(subject.verify_once, rows) for rows in widths}, repeats)
     if drafts:
         subject.draft_once(2)
-        draft = {
-            k: _median_seconds(lambda n=k: subject.draft_once(n), repeats) for k in (1, 2, 4, 8) if k <= max(most, 2)
-        }
-    return Costs(verify, draft)
+    return Costs(verify, _least_seconds({k: partial(subject.draft_once, k) for k in depths}, repeats))
 
 
 def cache_key(*names: str) -> str:

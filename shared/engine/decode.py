@@ -120,6 +120,7 @@ class Session:
         self._draw = Draw(options.law, rng.random, noise)
         self._stopper: Stopper | None = None
         self._match = 0  # tokens of this round's n-gram match
+        self._ngram_here = ngram_estimate.copy()  # requests differ: one copies, the next only resembles
         self._vocabulary = int(target.config["vocab_size"])
         state.text.extend(prompt[len(state.text) :])
         if self._ngram is not None:
@@ -205,7 +206,7 @@ class Session:
         fixed = self.chooser.fixed
         if costs is None or fixed is not None:
             return 0 if self.state.drafter is not None else min(fixed if fixed is not None else 4, room)
-        trust = self.ngram_estimate.shifted(self._match - self._ngram.MIN)
+        trust = self._ngram_here.shifted(self._match - self._ngram.MIN)
         best, rate = costs.best_k(trust, min(NGRAM_DEPTH, room), costs.ngram)
         return best if best and rate > costs.rate(k_model, self.chooser.estimate) else 0
 
@@ -262,7 +263,8 @@ class Session:
         if draft.drafter == "model":
             self.chooser.learn(self._stopper, judged, accepted)
         elif judged:
-            self.ngram_estimate.update(judged, accepted, self._match - self._ngram.MIN)
+            for estimate in (self.ngram_estimate, self._ngram_here):
+                estimate.update(judged, accepted, self._match - self._ngram.MIN)
         if self.capture is not None:
             self.capture.rows(logits[:count])
             if accepted < len(draft.tokens) and count == accepted + 1:

@@ -20,7 +20,7 @@ from specl.shared.models.load import LanguageModel
 
 Noise = Callable[[int], np.ndarray]
 # acceptance by length of the match, from 2 tokens on, before anything is known: long matches are copies
-NGRAM_PRIOR = np.array([0.3, 0.45, 0.55, 0.65, 0.7, 0.75, 0.8, 0.85] + [0.9] * 8)
+NGRAM_PRIOR = np.array([0.3, 0.45, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92] + [0.95] * 8)
 CATCH_UP = 512  # rows a call: bounds the memory of a long catch-up
 
 
@@ -157,7 +157,8 @@ class HeadDrafter:
             part = states[None, start : start + CATCH_UP]
             out = self.draft.head(part, self.draft.target.embed(ids), self.cache)
             self._last = out[:, -1:]
-            mx.eval(self._last, self.cache.state)
+            if start + CATCH_UP < len(self._tokens):  # the last part is evaluated with the first draft's logits
+                mx.eval(self._last, self.cache.state)
         self._tokens, self._states = [], []
 
     def propose(self, k: int, draw: Draw) -> Draft:

@@ -151,7 +151,8 @@ class Engine:
     def calibrate(self, folder: Path) -> Costs:
         """Measure, or read from `folder`, what steps cost here. Takes a few seconds the first time."""
         most = max(self.settings.speculative.max_draft_tokens, NGRAM_DEPTH)
-        key = cache_key(self.target.fingerprint, self.draft_fingerprint, self.settings.models.precision)
+        names = (self.target.fingerprint, self.draft_fingerprint, self.settings.models.precision, self.target.speed)
+        key = cache_key(*names)
         self.costs = load_or_calibrate(folder, key, _Bench(self), most, self.draft is not None)
         return self.costs
 

@@ -9,6 +9,7 @@ text equal, or parted at a logged tie after which it is equal again, with enough
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -58,6 +59,7 @@ def reference(engine, prompts, tokens, cache):
         subprocess.run(
             [sys.executable, __file__, "--write", str(partial), "--asked", str(asked), "--tokens", str(tokens)],
             check=True,
+            env=os.environ | {"SPECL_NATIVE": "0"},  # mlx-lm as it comes
         )
         partial.rename(file)
     return json.loads(file.read_text())
