@@ -141,12 +141,23 @@ class Adapters:
             return []
 
     def current(self) -> str:
-        """The id that CURRENT names; empty for none."""
+        """The id that CURRENT names; empty for none, and for what is no id."""
         try:
-            id = (self.folder / "CURRENT").read_text().strip()
-        except OSError:
+            return self.named()
+        except AdapterRejected:
             return ""
-        return id if ID.fullmatch(id) else ""
+
+    def named(self) -> str:
+        """What CURRENT names; empty for none. Raises AdapterRejected where that is no id, or cannot be read."""
+        try:
+            id = (self.folder / "CURRENT").read_bytes()[:64].decode("ascii", "replace").strip()
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise AdapterRejected(f"CURRENT cannot be read: {error}") from error
+        if id and not ID.fullmatch(id):
+            raise AdapterRejected(f"CURRENT names {id!r}, which is not an adapter id")
+        return id
 
     def manifest(self, id: str) -> Manifest:
         """An adapter's manifest. Raises AdapterRejected where it is missing or malformed."""
@@ -180,7 +191,7 @@ class Adapters:
 
         Raises AdapterRejected with every reason found. Tensors are checked by whoever loads them.
         """
-        folder = self._confined(Path(path))
+        folder = self.confine(Path(path))
         problems = self._file_problems(folder)
         if problems:
             raise AdapterRejected(f"adapter {folder.name}: " + "; ".join(problems))
@@ -198,7 +209,7 @@ class Adapters:
             raise AdapterRejected(f"adapter {folder.name}: " + "; ".join(problems))
         return manifest
 
-    def _confined(self, path: Path) -> Path:
+    def confine(self, path: Path) -> Path:
         """`path` if it is directly inside this folder, without links. Raises AdapterRejected."""
         name = path.name
         if path.parent not in (self.folder, Path(".")) and path.parent.absolute() != self.folder.absolute():

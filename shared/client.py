@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from specl.shared.access import Addresses
 from specl.shared.bus import Connection, gather
 from specl.shared.config import Settings, load
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
@@ -34,7 +35,7 @@ from specl.shared.wire import (
 
 FIRST_ANSWER_S = 1.5  # a living daemon answers at once, whatever it is doing
 HEARTBEAT_S = 1.0
-SILENCE_S = 60.0
+SILENCE_S = 20.0  # a daemon that is there answers a heartbeat at once; one that died is back well before
 COMMAND_S = 60.0
 
 Messages = Sequence[dict[str, Any]]
@@ -52,6 +53,7 @@ class Client:
     def __init__(self, paths: Paths | None = None, settings: Settings | None = None) -> None:
         self.paths = paths or find_paths()
         self.settings = settings or load()
+        self.addresses = Addresses(self.paths, self.settings.bus)
         self.last: Done | None = None
         self._connections: dict[str, Connection] = {}
 
@@ -69,7 +71,7 @@ class Client:
 
     def _to(self, role: str) -> Connection:
         if role not in self._connections:
-            self._connections[role] = Connection(self.paths.socket(role), role)
+            self._connections[role] = Connection(self.addresses.answer(role), role)
         return self._connections[role]
 
     # ------------------------------------------------------------------------------------------------ asking
@@ -159,7 +161,7 @@ class Client:
     def status(self, timeout_s: float = 0.4) -> dict[str, Any]:
         """Each daemon's own view by role; roles that do not answer are left out."""
         roles = ("inference", "collector", "trainer")
-        answers = gather({role: (self.paths.socket(role), GetStatus()) for role in roles}, timeout_s)
+        answers = gather({role: (self.addresses.answer(role), GetStatus()) for role in roles}, timeout_s)
         found = {}
         for role, answer in answers.items():
             if isinstance(answer, Status):

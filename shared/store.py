@@ -5,8 +5,9 @@ writer; everyone else opens it read-only with short transactions. Storing a reco
 """
 
 import json
+import math
 import os
-import shutil
+import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,12 @@ from typing import Any
 
 import sqlalchemy as sa
 from specl.shared.crash import crash_point
-from specl.shared.errors import StoreError, WireError
+from specl.shared.errors import StoreError, StoreTooNew, WireError
 from specl.shared.wire import Activation, Adapter, Evaluation, Generation, Record, Row, TrainingRun, decode, kind_of
 from sqlalchemy.exc import DBAPIError
 
 SCHEMA_VERSION = 1
+LATEST = 253_000_000_000.0  # a moment that sorts after all others, in the year 9987
 _meta = sa.MetaData()
 _Text, _Int, _Real, _Blob = sa.Text, sa.Integer, sa.Float, sa.LargeBinary
 
@@ -250,7 +252,8 @@ def _row_of(record: Record) -> dict[str, Any]:
     if isinstance(record, Generation):
         row["agreement"] = None
         row["temperature"] = float(record.sampling.get("temperature", 0.0))
-        row["output_count"] = len(record.output_tokens) // 4
+        # a record without its text still says how long it was
+        row["output_count"] = len(record.output_tokens) // 4 or int(record.stats.get("tokens", 0))
         top = record.top_k
         row |= {
             "top_k": top.k if top else None,
@@ -296,14 +299,14 @@ class Store:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except DBAPIError as error:
-            raise StoreError(f"the store {self.path}: {error.orig}") from error
+        except (DBAPIError, sqlite3.Error) as error:
+            raise StoreError(f"the store {self.path}: {getattr(error, 'orig', error)}") from error
 
     def _open(self, read_only: bool) -> None:
         with self._engine.connect() as connection:
             version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
         if version > SCHEMA_VERSION:
-            raise StoreError(
+            raise StoreTooNew(
                 f"the store {self.path} has schema {version}; this program knows up to {SCHEMA_VERSION}",
                 "upgrade speclora",
             )
@@ -315,11 +318,37 @@ class Store:
                 "start the collector once: it upgrades the store",
             )
         if version:
-            shutil.copy2(self.path, self.path.with_name(f"{self.path.name}.backup-{version}-{int(time.time())}"))
+            self._back_up(version)
         with self._engine.begin() as connection:
             for number in range(version, SCHEMA_VERSION):
                 _MIGRATIONS[number](connection)
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _back_up(self, version: int) -> None:
+        """A whole copy before an upgrade, the write-ahead log included, complete or not there at all."""
+        final = self.path.with_name(f"{self.path.name}.backup-{version}-{int(time.time())}")
+        scratch = final.with_name(f".{final.name}")
+        try:
+            scratch.unlink(missing_ok=True)
+            os.close(os.open(scratch, os.O_CREAT | os.O_RDWR, 0o600))
+            self._outside_transaction("VACUUM INTO ?", str(scratch))
+            os.rename(scratch, final)
+        except OSError as error:
+            raise StoreError(f"the store {self.path} could not be copied before its upgrade: {error}") from error
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def _outside_transaction(self, statement: str, *values: Any) -> Any:
+        """Run what SQLite refuses inside a transaction (sqlalchemy always opens one); the first row."""
+        connection = self._engine.raw_connection()
+        try:
+            return connection.cursor().execute(statement, values).fetchone()
+        finally:
+            connection.close()
+
+    def backups(self) -> list[Path]:
+        """Copies that upgrades have left."""
+        return sorted(self.path.parent.glob(f"{self.path.name}.backup-*"))
 
     def close(self) -> None:
         """Close this thread's connection."""
@@ -351,7 +380,8 @@ class Store:
             record = decode(row.body)
             if type(record) not in _TABLES or kind_of(record) != row.kind or record.id != row.id:
                 raise WireError(f"not the record it is labelled as ({row.kind})")
-        except WireError as error:
+            columns = _row_of(record)
+        except (WireError, ValueError, TypeError, OverflowError, OSError) as error:  # a moment or number out of range
             values = {
                 "id": row.id,
                 "kind": row.kind,
@@ -362,7 +392,7 @@ class Store:
             connection.execute(sa.dialects.sqlite.insert(quarantine).values(values).on_conflict_do_nothing())
             return
         table = _TABLES[type(record)]
-        done = connection.execute(sa.dialects.sqlite.insert(table).values(_row_of(record)).on_conflict_do_nothing())
+        done = connection.execute(sa.dialects.sqlite.insert(table).values(columns).on_conflict_do_nothing())
         if not done.rowcount:
             return
         if isinstance(record, Generation) and record.disagreements:
@@ -392,10 +422,45 @@ class Store:
         if not wanted:
             return []
         with self._errors(), self._engine.connect() as connection:
-            return list(connection.execute(sa.select(generations.c.id).where(sa.or_(*wanted))).scalars())
+            found = list(connection.execute(sa.select(generations.c.id).where(sa.or_(*wanted))).scalars())
+        return found + self._unreadable(ids, before, pattern)
+
+    def _unreadable(self, ids: Sequence[str], before: float | None, pattern: str) -> list[str]:
+        """The same among records in quarantine, by their bytes."""
+        q = quarantine.c
+        wanted = [q.id.in_(list(ids))] if ids else []
+        if before is not None:
+            wanted.append(q.created < _iso(min(before, LATEST)))
+        if pattern:
+            wanted.append(sa.func.instr(q.raw, pattern.encode()) > 0)
+        with self._errors(), self._engine.connect() as connection:
+            return list(connection.execute(sa.select(q.id).where(sa.or_(*wanted))).scalars())
+
+    def expired(self, days: float, most: int, most_mb: int, now: float) -> list[str]:
+        """The oldest generations beyond an age, a number or a size; 0 means no such limit."""
+        chosen: list[str] = []
+        oldest = sa.select(generations.c.id).order_by(generations.c.created_at, generations.c.n)
+        with self._errors(), self._engine.connect() as connection:
+            (total,) = connection.execute(sa.select(sa.func.count()).select_from(generations)).one()
+            if days:
+                chosen = list(connection.execute(oldest.where(generations.c.created_at < now - days * 86400)).scalars())
+            surplus = total - most if most else 0
+            held = self._held_bytes(connection)
+            if most_mb and held > most_mb << 20:
+                surplus = max(surplus, math.ceil(total * (1 - 0.95 * (most_mb << 20) / held)))
+            if surplus > len(chosen):
+                chosen = list(connection.execute(oldest.limit(surplus)).scalars())
+        return chosen
+
+    def _held_bytes(self, connection: sa.Connection) -> int:
+        """Bytes of the file that hold something; the rest is free for what comes next."""
+        pragma = lambda name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()  # noqa: E731
+        return (pragma("page_count") - pragma("freelist_count")) * pragma("page_size")
 
     def purge(self, ids: Sequence[str]) -> int:
-        """Remove generations, their disagreements and evaluations, and overwrite what they held on disk."""
+        """Remove generations (or unreadable records), their disagreements and evaluations, and overwrite what they held
+        on disk.
+        """
         removed = 0
         with self._errors():
             with self._engine.begin() as connection:
@@ -404,9 +469,15 @@ class Store:
                     connection.execute(sa.delete(disagreements).where(disagreements.c.generation_id.in_(part)))
                     connection.execute(sa.delete(evaluations).where(evaluations.c.generation_id.in_(part)))
                     removed += connection.execute(sa.delete(generations).where(generations.c.id.in_(part))).rowcount
-            with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+                    removed += connection.execute(sa.delete(quarantine).where(quarantine.c.id.in_(part))).rowcount
+            self._empty_log()
         return removed
+
+    def _empty_log(self) -> None:
+        """Move everything out of the write-ahead log and cut it to nothing. Raises StoreError while somebody reads."""
+        busy, _, _ = self._outside_transaction("PRAGMA wal_checkpoint(TRUNCATE)")
+        if busy:
+            raise StoreError(f"another program reads {self.path}; its write-ahead log could not be emptied", "close it and purge again")
 
     # ------------------------------------------------------------------------------------------------ read
     def _all(self, query: Any) -> list[dict[str, Any]]:

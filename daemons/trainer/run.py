@@ -191,6 +191,7 @@ class TrainingJob:
     # ------------------------------------------------------------------------------------------------ the end of it
     def _judge(self, learner: Learner, shape: LoraShape, before: Agreement, after: Agreement) -> Outcome:
         """Publish if held-out agreement rose."""
+        self._pause()  # the last chance to be told that the material is to be forgotten
         for adapter_id, score in ((self.parent_id, before), ("candidate", after)):
             self.records.append(self._evaluation(adapter_id, score))
         figures = (
