@@ -28,3 +28,19 @@ def figures(record_property, capsys):
             print(f"\n    {text}", flush=True)
 
     return say
+
+
+@pytest.fixture
+def proxied():
+    """`proxied(house, drop, double)`: see fault_proxy."""
+    from fault_proxy import LossyProxy
+
+    made = []
+
+    def make(house, **faults):
+        made.append(LossyProxy(house, **faults))
+        return made[-1]
+
+    yield make
+    for proxy in made:
+        proxy.close()

@@ -79,3 +79,46 @@ def install() -> None:
 
     worker.load_pair = service.load_pair = fake_pair
     run.CHECKPOINT_S = float(os.environ.get("SPECL_TEST_CHECKPOINT_S", run.CHECKPOINT_S))
+
+
+def make_adapter(folder: Path, id: str, scale: float = 0.05, base: str = "fake-draft", nan: bool = False, cut: int = 0) -> Any:
+    """Write an adapter for the fake draft the way the trainer does, unpublished; its scratch folder and manifest."""
+    import mlx.core as mx
+    from specl.shared.adapters import Adapters, Manifest
+    from specl.shared.engine.adapter_files import write_files
+    from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
+
+    module = fake_model("draft", 2).model
+    shape = LoraShape(4, 8.0, 0.0, choose_layers(module, "all"))
+    mx.random.seed(int(id))
+    weights = {}
+    for key in shape.keys:
+        out, inner = linear_layers(module)[key].weight.shape
+        weights[f"{key}.lora_a"] = scale * mx.random.normal((inner - cut, 4))
+        weights[f"{key}.lora_b"] = scale * mx.random.normal((4, out))
+    if nan:
+        weights[f"{shape.keys[0]}.lora_a"] = mx.full((32, 4), float("nan"))
+    adapters = Adapters(folder)
+    scratch = adapters.scratch(id)
+    write_files(scratch, shape, weights, None)
+    manifest = Manifest(
+        id=id, kind="lora", created_at=time.time(), base_model="draft", base_fingerprint=base,
+        target_fingerprint="fake-target", tokenizer_fingerprint="characters", parent_id="", training_run_id="run",
+        rank=4, alpha=8.0, modules=list(shape.keys), change_norm=1.0, metrics={"heldout_after": 0.5},
+        training={"generations": []},
+    )  # fmt: skip
+    return scratch, manifest
+
+
+def publish_adapter(folder: Path, id: str, **more: Any) -> Path:
+    """Write and publish an adapter; CURRENT names it."""
+    from specl.shared.adapters import Adapters
+
+    scratch, manifest = make_adapter(folder, id, **more)
+    return Adapters(folder).publish(scratch, manifest)
+
+
+if __name__ == "__main__":  # `fault_fake.py FOLDER ID`: a trainer's publishing, to be killed at a named point
+    import sys
+
+    publish_adapter(Path(sys.argv[1]), sys.argv[2])
