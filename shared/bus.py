@@ -210,8 +210,8 @@ class Connection:
         self._what, self._hint = what, start_hint
 
     def send(self, message: Any) -> None:
-        """Send; never blocks."""
-        with suppress(zmq.Again):
+        """Send; never blocks, and says nothing to a connection that was closed meanwhile."""
+        with suppress(zmq.ZMQError):
             self._socket.send(encode(message), zmq.NOBLOCK)
 
     def receive(self, timeout_s: float) -> Any:

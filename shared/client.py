@@ -16,7 +16,7 @@ from specl.shared.bus import Connection, gather
 from specl.shared.config import Settings, load
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
 from specl.shared.paths import Paths, find_paths
-from specl.shared.process import holder_of
+from specl.shared.process import holder_of, is_locked
 from specl.shared.wire import (
     Alive,
     Ask,
@@ -74,6 +74,10 @@ class Client:
             self._connections[role] = Connection(self.addresses.answer(role), role)
         return self._connections[role]
 
+    def _may_live(self, role: str) -> bool:
+        """False where the role's lock says that no process holds it; elsewhere than here only silence can tell."""
+        return not (self.paths.run / f"{role}.lock").exists() or is_locked(self.paths.run, role)
+
     # ------------------------------------------------------------------------------------------------ asking
     def request(self, prompt: str | Messages, **wish: Any) -> Ask:
         """The request that `stream` and `ask` send: settings' defaults, changed by `wish` (system, max_tokens,
@@ -130,7 +134,7 @@ class Client:
                 try:
                     message = connection.receive(FIRST_ANSWER_S if first else HEARTBEAT_S)
                 except DaemonUnreachable:
-                    if first or time.monotonic() - waiting_since > SILENCE_S:
+                    if first or time.monotonic() - waiting_since > SILENCE_S or not self._may_live("inference"):
                         raise
                     connection.send(GetStatus())
                     message = None

@@ -75,11 +75,15 @@ def is_locked(run: Path, role: str) -> bool:
 
 
 class StopFlag:
-    """Set by SIGTERM and SIGINT, or when `parent` is no longer the parent: an orphan would keep the sockets."""
+    """Set by SIGTERM and SIGINT, or when `parent` is no longer the parent or `ancestor` is gone: an orphan would keep the
+    sockets.
+    """
 
-    def __init__(self, on_stop: Callable[[], None] = lambda: None, parent: int | None = None) -> None:
+    def __init__(
+        self, on_stop: Callable[[], None] = lambda: None, parent: int | None = None, ancestor: int | None = None
+    ) -> None:
         self._stopped = False
-        self._parent = parent
+        self._parent, self._ancestor = parent, ancestor
         self._on_stop = on_stop
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
@@ -90,6 +94,8 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         if self._parent is not None and os.getppid() != self._parent:
+            self._stopped = True
+        if self._ancestor is not None and not _lives(self._ancestor):
             self._stopped = True
         return self._stopped
 
@@ -103,13 +109,39 @@ def keeper() -> int | None:
     return int(named) if named.isdigit() else None
 
 
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def honcho() -> int | None:
+    """The pid of the honcho that started this process, or None. Between the two stands one of honcho's own children, which
+    outlives it, so the parent alone does not tell.
+    """
+    if "HONCHO_PROCESS_NAME" not in os.environ:
+        return None
+    parent = os.getppid()
+    try:
+        with open(f"/proc/{parent}/stat") as file:
+            pid = int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        found = subprocess.run(["ps", "-o", "ppid=", "-p", str(parent)], capture_output=True, text=True)
+        pid = int(found.stdout.strip() or 0)
+    return pid if pid > 1 else None
+
+
 def keep(role: str) -> int:
     """Run `python -m specl.daemons.ROLE` and run it again when it dies; the exit code is for honcho.
 
     A settings error ends the keeper too, so that honcho stops all with that one clear message.
     """
     # honcho, killed with -9, tells nobody: its keepers must notice
-    flag = StopFlag(parent=keeper() or os.getppid())
+    flag = StopFlag(parent=keeper() or os.getppid(), ancestor=honcho())
     failures = 0
     logger = log.get("keeper")
     environment = os.environ | {"SPECL_DIE_WITH_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}

@@ -457,6 +457,8 @@ def _build(cls: type, body: Any, where: str) -> Any:
 
 def _check(hint: Any, value: Any, where: str) -> Any:
     """`value` if it is what `hint` declares; integers stand for floats."""
+    if (hint is str or hint is bytes or hint is bool) and type(value) is hint:
+        return value
     if isinstance(hint, types.UnionType):
         if value is None and type(None) in hint.__args__:
             return None

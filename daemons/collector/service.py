@@ -23,7 +23,7 @@ from specl.shared.wire import FETCH_LIMIT, Batch, Fetch, GetStatus, Import, Purg
 PRODUCERS = ("inference", "trainer")
 TICK_S = 1.0
 ANSWER_S = 2.0  # after this a fetch is asked again
-BACK_OFF_S = (1, 2, 4, 8, 16, 32)
+BACK_OFF_S = (1, 2, 4, 8)  # of a store that refuses: trying costs little
 SUMMARY_S = 1.0
 TIDY_S = 300.0
 TIDY_ROWS = 500  # removed at once: some tens of milliseconds

@@ -116,6 +116,7 @@ class House:
     def __init__(self, zygote: Zygote, settings: str = SETTINGS) -> None:
         self.zygote = zygote
         self.folder = Path(tempfile.mkdtemp(prefix="sf-"))
+        self.outputs = Path(tempfile.mkdtemp(prefix="so-"))
         self.paths = Paths(self.folder, self.folder / "models").create()
         self.file = self.folder / "settings.yaml"
         self.set(settings)
@@ -133,12 +134,12 @@ class House:
         return {"SPECL_VAR": str(self.folder), "SPECL_CONFIG": str(self.file), "SPECL_MODELS": str(self.paths.models)} | more
 
     def start(self, role: str, **environment: str) -> Daemon:
-        daemon = Daemon(self.zygote, role, self.environment(**environment), self.folder / f"{role}.out")
+        daemon = Daemon(self.zygote, role, self.environment(**environment), self.outputs / f"{role}.out")
         self.daemons.append(daemon)
         return daemon
 
     def output(self, role: str) -> str:
-        path = self.folder / f"{role}.out"
+        path = self.outputs / f"{role}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def client(self) -> Client:
@@ -252,7 +253,8 @@ class House:
                 wait_until(lambda d=daemon: d.code is not None, 6, "stops")
             except AssertionError:
                 daemon.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.folder, self.outputs):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def generation(id: str, text: str = "some words", size: int = 0, created_at: float | None = None) -> Generation:
