@@ -52,7 +52,9 @@ class Discretion:
 
 
 def _texts(record: Generation) -> Sequence[str]:
-    found = [record.prompt, record.output, record.conversation_id]
+    found = [record.prompt, record.output]
+    if record.conversation_id != record.id:  # a client's own name for it
+        found.append(record.conversation_id)
     pending: list[Any] = list(record.messages)
     while pending:
         item = pending.pop()

@@ -253,7 +253,7 @@ def _row_of(record: Record) -> dict[str, Any]:
         row["agreement"] = None
         row["temperature"] = float(record.sampling.get("temperature", 0.0))
         # a record without its text still says how long it was
-        row["output_count"] = len(record.output_tokens) // 4 or int(record.stats.get("tokens", 0))
+        row["output_count"] = len(record.output_tokens) // 4 or sum(record.stats.get("tokens_by_source", {}).values())
         top = record.top_k
         row |= {
             "top_k": top.k if top else None,
@@ -453,6 +453,25 @@ class Store:
             wanted.append(sa.func.instr(q.raw, pattern.encode()) > 0)
         with self._errors(), self._engine.connect() as connection:
             return list(connection.execute(sa.select(q.id).where(sa.or_(*wanted))).scalars())
+
+    def texts(self, ids: Sequence[str]) -> list[str]:
+        """Every text of these generations, for whoever must see that it is gone."""
+        found: list[str] = []
+        g = generations.c
+        for start in range(0, len(ids), 500):
+            query = sa.select(g.prompt, g.output, g.messages).where(g.id.in_(ids[start : start + 500]))
+            for row in self._all(query):
+                found += [row["prompt"], row["output"]]
+                found += [m["content"] for m in json.loads(row["messages"]) if isinstance(m.get("content"), str)]
+        return [text for text in found if text]
+
+    def written(self) -> Iterator[str]:
+        """Every text column of every generation, as it stands in the file."""
+        last, g = 0, generations.c
+        while rows := self._all(sa.select(g.n, g.prompt, g.output, g.messages).where(g.n > last).order_by(g.n).limit(200)):
+            for row in rows:
+                yield from (row["prompt"], row["output"], row["messages"])
+            last = rows[-1]["n"]
 
     def expired(self, days: float, most: int, most_mb: int, now: float) -> list[str]:
         """The oldest generations beyond an age, a number or a size; 0 means no such limit."""

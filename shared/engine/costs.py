@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -167,6 +168,7 @@ def load_or_calibrate(folder: Path, key: str, subject: Measurable, most: int, dr
         pass
     costs = calibrate(subject, most, drafts)
     scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(asdict(costs), indent=1))
-    scratch.rename(path)
+    with suppress(OSError):  # a full disk: measured again next time
+        scratch.write_text(json.dumps(asdict(costs), indent=1))
+        scratch.rename(path)
     return costs
