@@ -13,7 +13,7 @@ from typing import Any
 
 from specl.daemons.trainer.data import Gatherer
 from specl.daemons.trainer.politeness import Abandoned, Turnstile
-from specl.daemons.trainer.run import Live, Outcome, TrainingJob
+from specl.daemons.trainer.run import Live, Outcome, TrainingJob, adapter_record
 from specl.shared import log
 from specl.shared.access import Addresses
 from specl.shared.adapters import Adapters
@@ -22,7 +22,7 @@ from specl.shared.config import Settings
 from specl.shared.crash import crash_point
 from specl.shared.engine.adapter_files import load_adapter
 from specl.shared.engine.engine import Engine
-from specl.shared.errors import Interrupted, OutboxFull, SpecLoraError, StoreError
+from specl.shared.errors import AdapterRejected, Interrupted, OutboxFull, SpecLoraError, StoreError
 from specl.shared.hidden import HiddenSpool
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.models import blas
@@ -78,6 +78,7 @@ class Trainer:
     def run(self, stop: StopFlag) -> None:
         """Serve until stopped."""
         self.adapters.sweep()
+        self._tell_of_adapters()
         thread = threading.Thread(target=self._mlx_thread, name="mlx", daemon=True)
         thread.start()
         next_look = 0.0
@@ -92,6 +93,14 @@ class Trainer:
         self._work.put("stop")
         thread.join(timeout=3.0)
         self.outbox.close()
+
+    def _tell_of_adapters(self) -> None:
+        """Record adapters again: a trainer that was killed right after publishing had no time to, and twice is once."""
+        for id in self.adapters.ids():
+            try:
+                self._append(adapter_record(self.adapters, self.adapters.manifest(id)))
+            except AdapterRejected as error:
+                _log.warning("adapter.unreadable", adapter=id, reason=str(error))
 
     def _published(self, message: Any) -> None:
         if isinstance(message, Activity):

@@ -97,7 +97,8 @@ def make_adapter(folder: Path, id: str, scale: float = 0.05, base: str = "fake-d
         weights[f"{key}.lora_a"] = scale * mx.random.normal((inner - cut, 4))
         weights[f"{key}.lora_b"] = scale * mx.random.normal((4, out))
     if nan:
-        weights[f"{shape.keys[0]}.lora_a"] = mx.full((32, 4), float("nan"))
+        name = f"{shape.keys[0]}.lora_a"
+        weights[name] = mx.full(weights[name].shape, float("nan"))
     adapters = Adapters(folder)
     scratch = adapters.scratch(id)
     write_files(scratch, shape, weights, None)
