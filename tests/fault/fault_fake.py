@@ -1,12 +1,13 @@
 """A real engine around two random one-layer Llamas with a tokenizer of one token a character: milliseconds a token.
 
 `install` puts it where the daemons load their models; everything else in those processes is the real thing. Read from the
-environment at load: SPECL_TEST_TOKEN_MS slows every forward pass, SPECL_TEST_CHECKPOINT_S sets how often training saves.
+environment at load: SPECL_TEST_TOKEN_MS slows every forward pass, SPECL_TEST_CHECKPOINT_S sets how often training saves,
+SPECL_TEST_RISING makes every score better than the last.
 """
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,20 @@ def install() -> None:
 
     worker.load_pair = service.load_pair = fake_pair
     run.CHECKPOINT_S = float(os.environ.get("SPECL_TEST_CHECKPOINT_S", run.CHECKPOINT_S))
+    if os.environ.get("SPECL_TEST_RISING"):
+        run.agreement = _rising(run.agreement)
+
+
+def _rising(score: Any) -> Any:
+    """Agreement that rises with every look: random models learn little, and publishing is what is to be seen."""
+    looks = [0]
+
+    def look(*arguments: Any) -> Any:
+        looks[0] += 1
+        found = score(*arguments)
+        return replace(found, hits=found.positions * min(1.0, 0.1 + 0.3 * (looks[0] - 1)))
+
+    return look
 
 
 def make_adapter(folder: Path, id: str, scale: float = 0.05, base: str = "fake-draft", nan: bool = False, cut: int = 0) -> Any:
