@@ -38,7 +38,7 @@ def scratch_daemons(
         "SPECL_VAR": str(folder),
         "SPECL_MODELS": str(models),
         "SPECL_CONFIG": str(file),
-        "SPECL_DIE_WITH_PARENT": "1",
+        "SPECL_DIE_WITH_PARENT": str(os.getpid()),
     }
     output = open(paths.logs / "daemons.out", "wb")  # noqa: SIM115 - handed to the children
     children = [

@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": ("bench", "bench", "Measure speed and equality against mlx-lm, interleaved in one run."),
     "draft": ("draft", "draft", "Build a draft model out of the target."),
     "models": ("models", "models", "Which models are used, and where they lie."),
+    "keys": ("keys", "keys", "Keys that let clients on other machines in."),
     "doctor": ("doctor", "doctor", "Check this machine and say what to do."),
 }
 

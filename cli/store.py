@@ -1,7 +1,6 @@
 """`specl-ctl store`: look into the failure store without SQL; export and purge."""
 
 import json
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from specl.shared.errors import SpecLoraError
+from specl.cli.purge import purge
 from specl.shared.paths import find_paths
 from specl.shared.store import Store
 
@@ -87,33 +86,4 @@ def export(as_jsonl: bool, out: Any) -> None:
         out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-@store.command()
-@click.option("--id", "ids", multiple=True, help="A generation id (or its beginning); may be given several times.")
-@click.option("--older-than", help="Everything older than e.g. 12h or 30d.")
-@click.option("--pattern", default="", help="Everything whose prompt or answer contains this text.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def purge(ids: tuple[str, ...], older_than: str | None, pattern: str, yes: bool) -> None:
-    """Forget generations everywhere: store, outboxes, hidden states, caches. It cannot be undone."""
-    from specl.cli.purge import forget
-
-    if not (ids or older_than or pattern):
-        raise click.UsageError("say what to forget: --id, --older-than or --pattern")
-    before = time.time() - _age(older_than) if older_than else None
-    if not yes:
-        click.confirm("Forget the matching generations for good?", abort=True)
-    full = []
-    for id in ids:
-        found = _open().generation(id)
-        if found is None:
-            raise SpecLoraError(f"no single generation begins with {id!r}")
-        full.append(found.values["id"])
-    for line in forget(full, before, pattern):
-        click.echo(line)
-
-
-def _age(text: str) -> float:
-    units = {"h": 3600, "d": 86400, "m": 60}
-    try:
-        return float(text[:-1]) * units[text[-1]]
-    except (ValueError, KeyError, IndexError):
-        raise click.UsageError(f"an age is written like 90m, 12h or 30d, not {text!r}") from None
+store.add_command(purge)

@@ -28,6 +28,7 @@ REQUIRED = FILES[:3]
 MAX_FILE = 2 * 1024**3
 MAX_HEADER = 16 * 1024 * 1024  # of a safetensors file
 KEEP_LAST = 5
+HIGHEST = "HIGHEST"  # the largest id that was ever dropped: ids are never used twice
 ID = re.compile(r"[0-9]{6}")
 ALIASES = ("latest", "best", "previous", "current")
 
@@ -78,7 +79,12 @@ class Adapters:
     # ------------------------------------------------------------------------------------------------ write
     def next_id(self) -> str:
         """The id after the highest that ever was in this folder."""
-        return f"{max((int(id) for id in self.ids()), default=0) + 1:06d}"
+        with suppress(OSError, ValueError):
+            return f"{max(int((self.folder / HIGHEST).read_text()), *self._numbers(), 0) + 1:06d}"
+        return f"{max(self._numbers(), default=0) + 1:06d}"
+
+    def _numbers(self) -> list[int]:
+        return [int(id) for id in self.ids()]
 
     def sweep(self) -> None:
         """Remove what a killed trainer left half done. Call with the trainer's lock held."""
@@ -122,14 +128,46 @@ class Adapters:
         _sync(self.folder)
         crash_point("adapter.after_current")
 
+    def drop(self, ids: Sequence[str]) -> None:
+        """Remove these adapters for good; their ids are not used again. Raises OSError.
+
+        The caller has made sure that CURRENT names none of them.
+        """
+        scratch = self.folder / f".{HIGHEST}"
+        scratch.write_text(str(int(self.next_id()) - 1))
+        os.rename(scratch, self.folder / HIGHEST)
+        for id in ids:
+            self._remove(id)
+
+    def descendants(self, ids: Sequence[str]) -> list[str]:
+        """`ids` and every adapter that was trained on from one of them, oldest first."""
+        found = set(ids)
+        for id in self.ids():
+            with suppress(AdapterRejected):
+                if self.manifest(id).parent_id in found:
+                    found.add(id)
+        return sorted(found)
+
+    def trained_on(self, generations: Sequence[str]) -> list[str]:
+        """Adapters that learned from any of these generations, themselves or through a parent."""
+        wanted, found = set(generations), []
+        for id in self.ids():
+            with suppress(AdapterRejected):
+                if wanted & set(self.manifest(id).training.get("generations", [])):
+                    found.append(id)
+        return self.descendants(found)
+
+    def _remove(self, id: str) -> None:
+        doomed = self.folder / f".new-removed-{id}"
+        os.rename(self.folder / id, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
     def prune(self, keep: Sequence[str]) -> list[str]:
         """Remove all but the last five, CURRENT, the best and those in `keep`; the removed ids."""
         kept = {*self.ids()[-KEEP_LAST:], self.current(), self.resolve("best"), *keep}
         removed = [id for id in self.ids() if id not in kept]
         for id in removed:
-            doomed = self.folder / f".new-removed-{id}"
-            os.rename(self.folder / id, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            self._remove(id)
         return removed
 
     # ------------------------------------------------------------------------------------------------ read
@@ -141,12 +179,23 @@ class Adapters:
             return []
 
     def current(self) -> str:
-        """The id that CURRENT names; empty for none."""
+        """The id that CURRENT names; empty for none, and for what is no id."""
         try:
-            id = (self.folder / "CURRENT").read_text().strip()
-        except OSError:
+            return self.named()
+        except AdapterRejected:
             return ""
-        return id if ID.fullmatch(id) else ""
+
+    def named(self) -> str:
+        """What CURRENT names; empty for none. Raises AdapterRejected where that is no id, or cannot be read."""
+        try:
+            id = (self.folder / "CURRENT").read_bytes()[:64].decode("ascii", "replace").strip()
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise AdapterRejected(f"CURRENT cannot be read: {error}") from error
+        if id and not ID.fullmatch(id):
+            raise AdapterRejected(f"CURRENT names {id!r}, which is not an adapter id")
+        return id
 
     def manifest(self, id: str) -> Manifest:
         """An adapter's manifest. Raises AdapterRejected where it is missing or malformed."""
@@ -180,7 +229,7 @@ class Adapters:
 
         Raises AdapterRejected with every reason found. Tensors are checked by whoever loads them.
         """
-        folder = self._confined(Path(path))
+        folder = self.confine(Path(path))
         problems = self._file_problems(folder)
         if problems:
             raise AdapterRejected(f"adapter {folder.name}: " + "; ".join(problems))
@@ -198,7 +247,7 @@ class Adapters:
             raise AdapterRejected(f"adapter {folder.name}: " + "; ".join(problems))
         return manifest
 
-    def _confined(self, path: Path) -> Path:
+    def confine(self, path: Path) -> Path:
         """`path` if it is directly inside this folder, without links. Raises AdapterRejected."""
         name = path.name
         if path.parent not in (self.folder, Path(".")) and path.parent.absolute() != self.folder.absolute():

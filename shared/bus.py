@@ -1,7 +1,8 @@
 """ZeroMQ: publish, subscribe, ask and answer, wake-ups. The only file that imports zmq; knows no meaning of a message.
 
 A publication is a hint and may be lost; an answer to a vanished client is dropped. Malformed frames are counted, logged by
-length and hash, and dropped, never fatal. An ipc path can be stolen by a second bind, so callers lock before they bind.
+length and hash, and dropped, never fatal; one beyond the size limit is cut off by libzmq with its connection. An ipc path
+can be stolen by a second bind, so callers lock before they bind. Where there are keys, both sides must show theirs.
 """
 
 import os
@@ -13,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
 
 from specl.shared import log
-from specl.shared.errors import ConfigError, DaemonUnreachable, WireError
+from specl.shared.access import Endpoint, Keys
+from specl.shared.errors import ConfigError, DaemonUnreachable, SpecLoraError, WireError
+from specl.shared.paths import DISK_REFUSES
 from specl.shared.wire import MAX_FRAME, decode, describe, encode
 
 SEND_QUEUE = 1000
+LAST_WORDS_MS = 200  # for answers on their way when a daemon stops
+ANSWER_QUEUE = 64  # frames one peer may have waiting at a daemon: with MAX_FRAME, the bound on its memory
 _log = log.get("bus")
 
 
@@ -31,26 +37,62 @@ def _socket(context: zmq.Context, kind: int) -> zmq.Socket:
     return socket
 
 
-def _bind(socket: zmq.Socket, endpoint: str) -> None:
-    path = Path(endpoint.removeprefix("ipc://"))
+def new_keys() -> Keys:
+    """A fresh pair for the daemons and one for their clients."""
+    (server_public, server_secret), (client_public, client_secret) = zmq.curve_keypair(), zmq.curve_keypair()
+    return Keys(*(key.decode() for key in (server_public, client_public, client_secret, server_secret)))
+
+
+class _OnlyOurs:
+    """Lets in whoever shows the one client key."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._allowed = keys.client_public.encode()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """What the authenticator asks."""
+        return key == self._allowed
+
+
+def _bind(socket: zmq.Socket, endpoint: Endpoint) -> None:
+    if endpoint.keys is not None:
+        if not endpoint.keys.server_secret:
+            raise ConfigError(
+                "there is no server key here: this machine can connect, not serve", "`specl-ctl keys make`"
+            )
+        socket.curve_server = True
+        socket.curve_publickey = endpoint.keys.server_public.encode()
+        socket.curve_secretkey = endpoint.keys.server_secret.encode()
+    path = Path(endpoint.address.removeprefix("ipc://"))
     with suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(path.lstat().st_mode):
+        if endpoint.address.startswith("ipc://") and not stat.S_ISSOCK(path.lstat().st_mode):
             raise ConfigError(f"{path} is in the way of a socket", "remove it, or set SPECL_VAR to another folder")
     previous = os.umask(0o077)
     try:
-        socket.bind(endpoint)
+        socket.bind(endpoint.address)
     except zmq.ZMQError as error:
-        raise ConfigError(f"cannot bind {endpoint}: {error}") from error
+        kind = SpecLoraError if error.errno in DISK_REFUSES else ConfigError
+        raise kind(f"cannot bind {endpoint.address}: {error}") from error
     finally:
         os.umask(previous)
+
+
+def _connect(socket: zmq.Socket, endpoint: Endpoint) -> None:
+    if endpoint.keys is not None:
+        socket.curve_serverkey = endpoint.keys.server_public.encode()
+        socket.curve_publickey = endpoint.keys.client_public.encode()
+        socket.curve_secretkey = endpoint.keys.client_secret.encode()
+    socket.connect(endpoint.address)
 
 
 class Server:
     """A daemon's two sockets: it answers on one and publishes on the other. One thread owns it; any thread may `wake`."""
 
-    def __init__(self, answer: str, publish: str) -> None:
+    def __init__(self, answer: Endpoint, publish: Endpoint) -> None:
         self._context = zmq.Context()
+        self._authenticator = self._authenticate(answer.keys) if answer.keys is not None else None
         self._router = _socket(self._context, zmq.ROUTER)
+        self._router.setsockopt(zmq.RCVHWM, ANSWER_QUEUE)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._publisher = _socket(self._context, zmq.PUB)
         _bind(self._router, answer)
@@ -59,6 +101,13 @@ class Server:
         self._subscribers: dict[zmq.Socket, Callable[[Any], None]] = {}
         self._asking: dict[zmq.Socket, Callable[[Any], None]] = {}
         self.malformed = 0
+
+    def _authenticate(self, keys: Keys) -> ThreadAuthenticator:
+        # CURVE alone lets in whoever knows the server's public key; this asks for the client's too
+        authenticator = ThreadAuthenticator(self._context)
+        authenticator.start()
+        authenticator.configure_curve_callback("*", _OnlyOurs(keys))
+        return authenticator
 
     def _wake_pair(self) -> tuple[int, int]:
         read, write = os.pipe()
@@ -71,19 +120,19 @@ class Server:
         with suppress(BlockingIOError):
             os.write(self._waker, b"\0")
 
-    def subscribe(self, endpoint: str, handle: Callable[[Any], None]) -> None:
+    def subscribe(self, endpoint: Endpoint, handle: Callable[[Any], None]) -> None:
         """Hear what another daemon publishes; it may come and go."""
         socket = _socket(self._context, zmq.SUB)
         socket.setsockopt(zmq.SUBSCRIBE, b"")
-        socket.connect(endpoint)
+        _connect(socket, endpoint)
         self._subscribers[socket] = handle
 
-    def asker(self, endpoint: str, handle: Callable[[Any], None]) -> Callable[[Any], None]:
+    def asker(self, endpoint: Endpoint, handle: Callable[[Any], None]) -> Callable[[Any], None]:
         """A function that sends to another daemon; answers arrive at `handle` while polling."""
         socket = _socket(self._context, zmq.DEALER)
         # without a peer nothing may queue: a request that waits for a dead daemon would arrive stale
         socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.connect(endpoint)
+        _connect(socket, endpoint)
         self._asking[socket] = handle
 
         def send(message: Any) -> None:
@@ -146,8 +195,10 @@ class Server:
             self._publisher.send(encode(message), zmq.NOBLOCK)
 
     def close(self) -> None:
-        """Close every socket; what was not yet sent is dropped."""
-        self._context.destroy(linger=0)
+        """Close every socket; who reads gets what was sent, within a fifth of a second."""
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.destroy(linger=LAST_WORDS_MS)
         os.close(self._waker)
         os.close(self._waked)
 
@@ -155,15 +206,15 @@ class Server:
 class Connection:
     """A client's side: one daemon, a deadline on everything."""
 
-    def __init__(self, endpoint: str, what: str, start_hint: str = "start it with `honcho start`") -> None:
+    def __init__(self, endpoint: Endpoint, what: str, start_hint: str = "start it with `honcho start`") -> None:
         self._context = zmq.Context.instance()
         self._socket = _socket(self._context, zmq.DEALER)
-        self._socket.connect(endpoint)
+        _connect(self._socket, endpoint)
         self._what, self._hint = what, start_hint
 
     def send(self, message: Any) -> None:
-        """Send; never blocks."""
-        with suppress(zmq.Again):
+        """Send; never blocks, and says nothing to a connection that was closed meanwhile."""
+        with suppress(zmq.ZMQError):
             self._socket.send(encode(message), zmq.NOBLOCK)
 
     def receive(self, timeout_s: float) -> Any:
@@ -188,14 +239,14 @@ class Connection:
         self._socket.close(linger=0)
 
 
-def gather(questions: dict[str, tuple[str, Any]], timeout_s: float) -> dict[str, Any]:
+def gather(questions: dict[str, tuple[Endpoint, Any]], timeout_s: float) -> dict[str, Any]:
     """Ask several endpoints at once: {name: (endpoint, message)} -> {name: answer}, without those that stayed silent."""
     context = zmq.Context.instance()
     poller = zmq.Poller()
     sockets: dict[zmq.Socket, str] = {}
     for name, (endpoint, message) in questions.items():
         socket = _socket(context, zmq.DEALER)
-        socket.connect(endpoint)
+        _connect(socket, endpoint)
         socket.send(encode(message))
         poller.register(socket, zmq.POLLIN)
         sockets[socket] = name

@@ -11,11 +11,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from specl.shared.access import Addresses
 from specl.shared.bus import Connection, gather
 from specl.shared.config import Settings, load
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
 from specl.shared.paths import Paths, find_paths
-from specl.shared.process import holder_of
+from specl.shared.process import holder_of, is_locked
 from specl.shared.wire import (
     Alive,
     Ask,
@@ -34,7 +35,7 @@ from specl.shared.wire import (
 
 FIRST_ANSWER_S = 1.5  # a living daemon answers at once, whatever it is doing
 HEARTBEAT_S = 1.0
-SILENCE_S = 60.0
+SILENCE_S = 20.0  # a daemon that is there answers a heartbeat at once; one that died is back well before
 COMMAND_S = 60.0
 
 Messages = Sequence[dict[str, Any]]
@@ -52,6 +53,7 @@ class Client:
     def __init__(self, paths: Paths | None = None, settings: Settings | None = None) -> None:
         self.paths = paths or find_paths()
         self.settings = settings or load()
+        self.addresses = Addresses(self.paths, self.settings.bus)
         self.last: Done | None = None
         self._connections: dict[str, Connection] = {}
 
@@ -69,8 +71,12 @@ class Client:
 
     def _to(self, role: str) -> Connection:
         if role not in self._connections:
-            self._connections[role] = Connection(self.paths.socket(role), role)
+            self._connections[role] = Connection(self.addresses.answer(role), role)
         return self._connections[role]
+
+    def _may_live(self, role: str) -> bool:
+        """False where the role's lock says that no process holds it; elsewhere than here only silence can tell."""
+        return not (self.paths.run / f"{role}.lock").exists() or is_locked(self.paths.run, role)
 
     # ------------------------------------------------------------------------------------------------ asking
     def request(self, prompt: str | Messages, **wish: Any) -> Ask:
@@ -128,7 +134,7 @@ class Client:
                 try:
                     message = connection.receive(FIRST_ANSWER_S if first else HEARTBEAT_S)
                 except DaemonUnreachable:
-                    if first or time.monotonic() - waiting_since > SILENCE_S:
+                    if first or time.monotonic() - waiting_since > SILENCE_S or not self._may_live("inference"):
                         raise
                     connection.send(GetStatus())
                     message = None
@@ -159,7 +165,7 @@ class Client:
     def status(self, timeout_s: float = 0.4) -> dict[str, Any]:
         """Each daemon's own view by role; roles that do not answer are left out."""
         roles = ("inference", "collector", "trainer")
-        answers = gather({role: (self.paths.socket(role), GetStatus()) for role in roles}, timeout_s)
+        answers = gather({role: (self.addresses.answer(role), GetStatus()) for role in roles}, timeout_s)
         found = {}
         for role, answer in answers.items():
             if isinstance(answer, Status):

@@ -4,12 +4,13 @@ Every key has a default, so a file names only what it changes. The sources' name
 """
 
 import os
+import re
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
@@ -118,16 +119,46 @@ class Serving(_Section):
     """The queue."""
 
     queue_limit: Annotated[int, Field(ge=1)] = 32
+    client_queue_limit: Annotated[int, Field(ge=1)] = Field(16, description="requests of one connection at once")
+    max_prompt_kb: Annotated[int, Field(ge=1, le=4096)] = Field(1024, description="text of one request")
     max_active: Annotated[int, Field(ge=1, le=32)] = Field(4, description="requests served round by round at once")
     client_timeout_s: Annotated[float, Field(gt=0)] = Field(10.0, description="a silent client's request is cancelled")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="BLAS threads of inference; 0: all cores")
 
 
 class Records(_Section):
-    """What is kept of a generation."""
+    """What is kept of a generation, and for how long."""
+
+    keep: Literal["content", "statistics"] = Field(
+        "content", description="statistics: no text, token or law is kept, so the draft cannot learn"
+    )
+    redact: list[str] = Field(
+        [], description="regular expressions; what they match is not kept, nor are the tokens of such a generation"
+    )
+    retention_days: Annotated[float, Field(ge=0)] = Field(0, description="0: for ever")
+    max_generations: Annotated[int, Field(ge=0)] = Field(0, description="the oldest go first; 0: any number")
+    max_store_mb: Annotated[int, Field(ge=0)] = Field(4096, description="the oldest go first; 0: any size")
 
     outbox_limit_mb: Annotated[int, Field(ge=1)] = 1024
     hidden_spool_mb: Annotated[int, Field(ge=0)] = Field(512, description="hidden states for a `head` draft; 0: none")
+
+    @field_validator("redact")
+    @classmethod
+    def _compile(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return patterns
+
+
+class Bus(_Section):
+    """How processes reach each other."""
+
+    transport: Literal["ipc", "tcp"] = "ipc"
+    host: str = Field("127.0.0.1", description="tcp: beyond loopback only with keys (`specl-ctl keys make`)")
+    port: Annotated[int, Field(ge=1, le=65530)] = Field(5570, description="tcp: the first of six in a row")
 
 
 class Logging(_Section):
@@ -145,6 +176,7 @@ class Settings(_Section):
     memory: Memory = Memory()
     serving: Serving = Serving()
     records: Records = Records()
+    bus: Bus = Bus()
     logging: Logging = Logging()
 
 

@@ -47,6 +47,10 @@ class StoreError(SpecLoraError):
     """The store cannot be opened, upgraded or written."""
 
 
+class StoreTooNew(StoreError, ConfigError):
+    """The store was written by a newer program; retrying cannot help."""
+
+
 class RequestRejected(SpecLoraError):
     """A request that the server will not run: empty, too long, bad sampling, queue full."""
 

@@ -17,7 +17,14 @@ class HiddenSpool:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit = folder, limit_bytes
-        self._size = sum(path.stat().st_size for path in folder.glob("*.npy"))
+        self._size = self._measure()
+
+    def _measure(self) -> int:
+        size = 0
+        for path in self.folder.glob("*.npy"):
+            with suppress(FileNotFoundError):  # a purge may be under way
+                size += path.stat().st_size
+        return size
 
     def write(self, id: str, states: np.ndarray) -> None:
         """Keep states [n, hidden] as fp16. Raises OSError where the disk refuses; nothing half written is left."""
@@ -38,11 +45,13 @@ class HiddenSpool:
     def _shrink(self) -> None:
         if self._size <= self.limit:
             return
-        for path in sorted(self.folder.glob("*.npy"), key=lambda p: p.stat().st_mtime):
-            self._size -= path.stat().st_size
-            path.unlink()
+        self._size = self._measure()  # others purge here too
+        for path in sorted(self.folder.glob("*.npy"), key=_age):
             if self._size <= 0.9 * self.limit:
                 return
+            with suppress(FileNotFoundError):
+                self._size -= path.stat().st_size
+                path.unlink()
 
     def read(self, id: str) -> np.ndarray | None:
         """The states of a generation, or None where they are not spooled (any more)."""
@@ -58,3 +67,9 @@ class HiddenSpool:
                 path = self.folder / f"{id}.npy"
                 self._size -= path.stat().st_size
                 path.unlink()
+
+
+def _age(path: Path) -> float:
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0

@@ -24,6 +24,14 @@ class _QuietStream(logging.StreamHandler):
             super().handleError(record)
 
 
+class _QuietFile(RotatingFileHandler):
+    """A disk that is full costs log lines, nothing else."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def _formatter(renderer: Any) -> structlog.stdlib.ProcessorFormatter:
     return structlog.stdlib.ProcessorFormatter(
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
@@ -37,9 +45,8 @@ def set_up(role: str, folder: Path | None, level: str = "info") -> None:
     terminal.setFormatter(_formatter(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24)))
     handlers: list[logging.Handler] = [terminal]
     if folder is not None:
-        path = folder / f"{role}.log"
-        path.touch(mode=0o600)
-        file = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES)
+        # opened with the first event, so that a full disk stops nobody from starting; 0600 by the daemons' umask
+        file = _QuietFile(folder / f"{role}.log", maxBytes=LOG_BYTES, backupCount=LOG_FILES, delay=True)
         file.setFormatter(_formatter(structlog.processors.JSONRenderer()))
         handlers.append(file)
     root = logging.getLogger()

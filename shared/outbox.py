@@ -1,12 +1,14 @@
 """What a producer has recorded and the collector has not yet committed. One SQLite file a producer; survives kill -9.
 
 The promise: a record is *accepted* when `append` returns, and stays here until its id comes back as done. Order is that
-of acceptance. Knows nothing of sockets and never opens a record's bytes, save to purge.
+of acceptance. A disk that refuses now is asked again with the next record, so nothing needs a restart. Knows nothing of
+sockets and never opens a record's bytes, save to purge.
 """
 
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from specl.shared.crash import crash_point
@@ -21,70 +23,92 @@ CREATE TABLE IF NOT EXISTS outbox (
 
 
 class Outbox:
-    """Open `path`, making it where it is missing. Safe to use from several threads of one process.
+    """The file at `path`, made where it is missing. Safe to use from several threads of one process.
 
-    Raises OutboxFull where the file cannot be opened (a full or read-only disk).
+    Making one never fails: where the file cannot be opened (a full or read-only disk), `trouble` says why and every use
+    tries again.
     """
 
     def __init__(self, path: Path, limit_bytes: int = 1024**3) -> None:
         self.path = path
         self.limit_bytes = limit_bytes
+        self.trouble = ""
         self._lock = threading.Lock()
+        self._opened: sqlite3.Connection | None = None
+        self._bytes = self._count = 0
+        with suppress(OutboxFull), self._use():
+            pass
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch(mode=0o600)
+        db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=5.0)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5.0)
             # FULL: `append` returns after the commit is on disk; secure_delete: a purged text leaves no free pages
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=ON", "secure_delete=ON"):
-                self._db.execute(f"PRAGMA {pragma}")
-            self._db.execute(_SCHEMA)
-            self._bytes, self._count = self._db.execute(
-                "SELECT coalesce(sum(length(body)), 0), count(*) FROM outbox"
-            ).fetchone()
-        except (sqlite3.Error, OSError) as error:
-            raise OutboxFull(f"the outbox {path} cannot be opened: {error}") from error
+                db.execute(f"PRAGMA {pragma}")
+            db.execute(_SCHEMA)
+            sums = "SELECT coalesce(sum(length(body)), 0), count(*) FROM outbox"
+            self._bytes, self._count = db.execute(sums).fetchone()
+        except sqlite3.Error:
+            db.close()
+            raise
+        return db
+
+    @contextmanager
+    def _use(self) -> Iterator[sqlite3.Connection]:
+        """The open file, for one thread at a time. Raises OutboxFull for whatever SQLite or the disk refuses."""
+        with self._lock:
+            try:
+                if self._opened is None:
+                    self._opened = self._open()
+                yield self._opened
+            except (sqlite3.Error, OSError) as error:
+                if self._opened is not None and self._opened.in_transaction:
+                    with suppress(sqlite3.Error):  # SQLite has rolled back by itself after some errors
+                        self._opened.execute("ROLLBACK")
+                self.trouble = f"the outbox {self.path}: {error}"
+                raise OutboxFull(self.trouble, "free some disk; recording goes on by itself") from error
+            self.trouble = ""
 
     def append(self, id: str, kind: str, body: bytes) -> None:
         """Accept a record. Raises OutboxFull, with nothing changed, at the size cap or where the disk refuses."""
-        with self._lock:
+        with self._use() as db:
             if self._bytes + len(body) > self.limit_bytes:
                 raise OutboxFull(f"the outbox holds {self._bytes >> 20} MiB; its limit is {self.limit_bytes >> 20} MiB")
             crash_point("outbox.before_commit")
             try:
-                self._db.execute("INSERT INTO outbox (id, kind, body) VALUES (?, ?, ?)", (id, kind, body))
+                db.execute("INSERT INTO outbox (id, kind, body) VALUES (?, ?, ?)", (id, kind, body))
             except sqlite3.IntegrityError:
                 return  # the same record twice is that record once
-            except sqlite3.Error as error:
-                raise OutboxFull(f"the outbox could not be written: {error}") from error
             self._bytes += len(body)
             self._count += 1
             crash_point("outbox.after_commit")
 
     def discard(self, ids: Iterable[str]) -> None:
-        """Let go of what the collector has committed."""
-        wanted = [(id,) for id in ids]
+        """Let go of what the collector has committed. Raises OutboxFull, with nothing changed, where the disk refuses."""
+        wanted = list(ids)
         if not wanted:
             return
-        with self._lock:
+        with self._use() as db:
             crash_point("outbox.before_delete")
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._db.executemany("DELETE FROM outbox WHERE id = ?", wanted)
-                self._bytes, self._count = self._db.execute(
-                    "SELECT coalesce(sum(length(body)), 0), count(*) FROM outbox"
-                ).fetchone()
-                self._db.execute("COMMIT")
-            except sqlite3.Error as error:
-                self._db.execute("ROLLBACK")
-                raise OutboxFull(f"the outbox could not be written: {error}") from error
+            db.execute("BEGIN IMMEDIATE")
+            gone = 0, 0
+            for id in wanted:
+                for (size,) in db.execute("DELETE FROM outbox WHERE id = ? RETURNING length(body)", (id,)).fetchall():
+                    gone = gone[0] + size, gone[1] + 1
+            db.execute("COMMIT")
+            self._bytes, self._count = self._bytes - gone[0], self._count - gone[1]
             crash_point("outbox.after_delete")
 
     def oldest(self, limit: int = FETCH_LIMIT, max_bytes: int = FETCH_BYTES) -> list[Row]:
-        """The oldest records, at most `limit` of them and `max_bytes` together (one always fits)."""
+        """The oldest records, at most `limit` of them and `max_bytes` together (one always fits). Raises OutboxFull
+        where the disk cannot be read.
+        """
         rows: list[Row] = []
         size = 0
-        with self._lock:
-            cursor = self._db.execute(
+        with self._use() as db:
+            cursor = db.execute(
                 "SELECT id, kind, body FROM outbox ORDER BY n LIMIT ?", (max(0, min(limit, FETCH_LIMIT)),)
             )
             for id, kind, body in cursor:
@@ -104,13 +128,22 @@ class Outbox:
         """Their size."""
         return self._bytes
 
+    def matching(self, wanted: Callable[[Row], bool]) -> list[str]:
+        """Ids of the records that `wanted` is true of."""
+        with self._use() as db:
+            rows = db.execute("SELECT id, kind, body FROM outbox ORDER BY n")
+            return [row.id for row in (Row(*values) for values in rows) if wanted(row)]
+
     def purge(self, ids: Iterable[str]) -> None:
         """Forget these records, accepted or not: a user's wish stands above the promise."""
         self.discard(ids)
-        with self._lock:
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with self._use() as db:
+            (busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise sqlite3.OperationalError("another program reads it; the write-ahead log could not be emptied")
 
     def close(self) -> None:
         """Close the file; nothing is lost by not calling this."""
         with self._lock:
-            self._db.close()
+            if self._opened is not None:
+                self._opened.close()

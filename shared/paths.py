@@ -4,14 +4,16 @@ The run directory is `SPECL_VAR`; else `var/` of the checkout this package runs 
 else `~/.local/share/speclora`. Two instances with different run directories never meet.
 """
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from specl.shared.errors import ConfigError
+from specl.shared.errors import ConfigError, SpecLoraError
 
 # sockaddr_un.sun_path less its NUL: 108 on Linux, 104 on macOS
 SOCKET_PATH_LIMIT = 103
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 ROLES = ("inference", "collector", "trainer")
 
 
@@ -57,6 +59,11 @@ class Paths:
         """Calibrated costs, by models and machine."""
         return self.root / "costs"
 
+    @property
+    def keys(self) -> Path:
+        """CURVE keys, where they were made."""
+        return self.root / "keys"
+
     def outbox(self, producer: str) -> Path:
         """The outbox of one producer (`inference`, `trainer`)."""
         return self.root / "outbox" / f"{producer}.db"
@@ -72,18 +79,20 @@ class Paths:
         return f"ipc://{path}"
 
     def create(self) -> "Paths":
-        """Make the folders, private to this user. Raises ConfigError where that is not allowed."""
+        """Make the folders, private to this user. Raises ConfigError where that is not allowed, SpecLoraError where the
+        disk refuses: a full one may have room again.
+        """
         folders = (self.run, self.logs, self.adapters, self.hidden, self.training, self.costs, self.root / "outbox")
         try:
             for folder in (self.root, *folders):
                 folder.mkdir(parents=True, exist_ok=True)
             for folder in folders:
                 folder.chmod(0o700)
-            probe = self.run / f".write-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            if not os.access(self.run, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
-            raise ConfigError(
+            kind = SpecLoraError if error.errno in DISK_REFUSES else ConfigError
+            raise kind(
                 f"the run directory {self.root} is not writable: {error.strerror}", "set SPECL_VAR to a folder of yours"
             ) from error
         return self

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -41,13 +42,16 @@ class Lock:
                 f"another {role} daemon (pid {holder or 'unknown'}) already serves {run.parent}",
                 "stop it, or give this one its own folder with SPECL_VAR",
             ) from None
-        self._file.truncate(0)
-        self._file.write(json.dumps({"pid": os.getpid(), "started": time.time()}))
-        self._file.flush()
+        # the pid is a hint: on a full disk the lock holds without it
+        with suppress(OSError):
+            self._file.truncate(0)
+            self._file.write(json.dumps({"pid": os.getpid(), "started": time.time()}))
+            self._file.flush()
 
     def release(self) -> None:
         """Give the lock up before the process ends."""
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 def holder_of(run: Path, role: str) -> int | None:
@@ -71,11 +75,15 @@ def is_locked(run: Path, role: str) -> bool:
 
 
 class StopFlag:
-    """Set by SIGTERM and SIGINT, or when the parent is gone: an orphan would keep the sockets."""
+    """Set by SIGTERM and SIGINT, or when `parent` is no longer the parent or `ancestor` is gone: an orphan would keep the
+    sockets.
+    """
 
-    def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, on_stop: Callable[[], None] = lambda: None, parent: int | None = None, ancestor: int | None = None
+    ) -> None:
         self._stopped = False
-        self._parent = os.getppid()
+        self._parent, self._ancestor = parent, ancestor
         self._on_stop = on_stop
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
@@ -85,9 +93,46 @@ class StopFlag:
         self._on_stop()
 
     def __bool__(self) -> bool:
-        if os.environ.get("SPECL_DIE_WITH_PARENT") and os.getppid() != self._parent:
+        if self._parent is not None and os.getppid() != self._parent:
+            self._stopped = True
+        if self._ancestor is not None and not _lives(self._ancestor):
             self._stopped = True
         return self._stopped
+
+
+def keeper() -> int | None:
+    """The process that this one was started to die with (`SPECL_DIE_WITH_PARENT` has its pid), or None.
+
+    It says who that was, because a parent may be gone before its child looks for the first time.
+    """
+    named = os.environ.get("SPECL_DIE_WITH_PARENT", "")
+    return int(named) if named.isdigit() else None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def honcho() -> int | None:
+    """The pid of the honcho that started this process, or None. Between the two stands one of honcho's own children, which
+    outlives it, so the parent alone does not tell.
+    """
+    if "HONCHO_PROCESS_NAME" not in os.environ:
+        return None
+    parent = os.getppid()
+    try:
+        with open(f"/proc/{parent}/stat") as file:
+            pid = int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        found = subprocess.run(["ps", "-o", "ppid=", "-p", str(parent)], capture_output=True, text=True)
+        pid = int(found.stdout.strip() or 0)
+    return pid if pid > 1 else None
 
 
 def keep(role: str) -> int:
@@ -95,10 +140,11 @@ def keep(role: str) -> int:
 
     A settings error ends the keeper too, so that honcho stops all with that one clear message.
     """
-    flag = StopFlag()
+    # honcho, killed with -9, tells nobody: its keepers must notice
+    flag = StopFlag(parent=keeper() or os.getppid(), ancestor=honcho())
     failures = 0
     logger = log.get("keeper")
-    environment = os.environ | {"SPECL_DIE_WITH_PARENT": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"SPECL_DIE_WITH_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     while not flag:
         started = time.monotonic()
         child = subprocess.Popen([sys.executable, "-m", f"specl.daemons.{role}"], env=environment)

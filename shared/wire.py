@@ -22,6 +22,7 @@ from specl.shared.errors import WireError
 
 VERSION = 1
 MAX_FRAME = 16 * 1024 * 1024
+MAX_RECORD = MAX_FRAME - 65_536  # a record must fit into the batch that carries it
 MAX_ITEMS = 262_144
 MAX_TEXT = 4 * 1024 * 1024
 MAX_DEPTH = 12
@@ -384,8 +385,9 @@ def encode(value: Any) -> bytes:
         data = msgpack.packb([VERSION, kind_of(value), _plain(value)], use_bin_type=True)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise WireError(f"{kind_of(value)} cannot be encoded: {error}") from error
-    if len(data) > MAX_FRAME:
-        raise WireError(f"{kind_of(value)} has {len(data)} bytes; the limit is {MAX_FRAME}")
+    limit = MAX_RECORD if isinstance(value, RECORDS) else MAX_FRAME
+    if len(data) > limit:
+        raise WireError(f"{kind_of(value)} has {len(data)} bytes; the limit is {limit}")
     return data
 
 
@@ -456,6 +458,8 @@ def _build(cls: type, body: Any, where: str) -> Any:
 
 def _check(hint: Any, value: Any, where: str) -> Any:
     """`value` if it is what `hint` declares; integers stand for floats."""
+    if (hint is str or hint is bytes or hint is bool) and type(value) is hint:
+        return value
     if isinstance(hint, types.UnionType):
         if value is None and type(None) in hint.__args__:
             return None
@@ -477,6 +481,8 @@ def _check(hint: Any, value: Any, where: str) -> Any:
         raise WireError(f"{where}: not {hint.__name__}")
     if hint is float and not math.isfinite(value):
         raise WireError(f"{where}: not finite")
+    if hint is int and not -(2**63) <= value < 2**63:  # msgpack knows larger ones, SQLite does not
+        raise WireError(f"{where}: out of range")
     return value
 
 

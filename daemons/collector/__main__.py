@@ -12,12 +12,8 @@ from specl.shared.store import Store
 
 
 def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> None:
-    """Open the store and collect until stopped."""
-    store = Store(paths.store)
-    try:
-        Collector(paths, settings, server, store).run(stop)
-    finally:
-        store.close()
+    """Collect until stopped."""
+    Collector(paths, settings, server, lambda: Store(paths.store)).run(stop)
 
 
 if __name__ == "__main__":

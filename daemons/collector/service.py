@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from specl.shared import log
+from specl.shared.access import Addresses
 from specl.shared.bus import Server
 from specl.shared.config import Settings
 from specl.shared.crash import crash_point
-from specl.shared.errors import StoreError
+from specl.shared.errors import StoreError, StoreTooNew
+from specl.shared.hidden import HiddenSpool
 from specl.shared.paths import Paths
 from specl.shared.process import StopFlag
 from specl.shared.store import Store
@@ -21,8 +23,10 @@ from specl.shared.wire import FETCH_LIMIT, Batch, Fetch, GetStatus, Import, Purg
 PRODUCERS = ("inference", "trainer")
 TICK_S = 1.0
 ANSWER_S = 2.0  # after this a fetch is asked again
-BACK_OFF_S = (1, 2, 4, 8, 16, 32)
+BACK_OFF_S = (1, 2, 4, 8)  # of a store that refuses: trying costs little
 SUMMARY_S = 1.0
+TIDY_S = 300.0
+TIDY_ROWS = 500  # removed at once: some tens of milliseconds
 _log = log.get("collector")
 
 
@@ -42,31 +46,81 @@ class Line:
 class Collector:
     """The daemon's whole state; `run` is its loop."""
 
-    def __init__(self, paths: Paths, settings: Settings, server: Server, store: Store) -> None:
-        self.paths, self.settings, self.server, self.store = paths, settings, server, store
+    def __init__(self, paths: Paths, settings: Settings, server: Server, open_store: Callable[[], Store]) -> None:
+        self.paths, self.settings, self.server, self._open_store = paths, settings, server, open_store
+        self._store: Store | None = None
+        self._tidy_at = 0.0
         self.started = time.monotonic()
         self.stored = 0
-        self.trouble = ""
+        self.trouble = self._unreadable = ""
         self._failures = 0
         self._summary: dict[str, Any] = {}
         self._summary_at = 0.0
-        store.set_threshold(settings.speculative.acceptance_threshold)
-        self.lines = [self._line(name) for name in PRODUCERS]
+        addresses = Addresses(paths, settings.bus)
+        self.lines = [self._line(name, addresses) for name in PRODUCERS]
 
-    def _line(self, name: str) -> Line:
+    @property
+    def store(self) -> Store:
+        """The store, opened when first needed and again after it could not be. Raises StoreError."""
+        if self._store is None:
+            store = self._open_store()
+            store.set_threshold(self.settings.speculative.acceptance_threshold)
+            self._store = store
+        return self._store
+
+    def _line(self, name: str, addresses: Addresses) -> Line:
         line = Line(name, lambda message: None)
-        line.send = self.server.asker(self.paths.socket(name), lambda message: self._arrived(line, message))
-        self.server.subscribe(self.paths.socket(f"{name}-pub"), lambda message: self._hint(line, message))
+        line.send = self.server.asker(addresses.answer(name), lambda message: self._arrived(line, message))
+        self.server.subscribe(addresses.publish(name), lambda message: self._hint(line, message))
         return line
 
     def run(self, stop: StopFlag) -> None:
-        """Serve until stopped."""
-        while not stop:
-            now = time.monotonic()
-            for line in self.lines:
-                self._ask(line, now)
-            due = min(self._due(line) for line in self.lines)
-            self.server.poll(min(TICK_S, max(0.0, due - time.monotonic())), self._request)
+        """Serve until stopped. Raises StoreTooNew; every other trouble with the store is waited out."""
+        try:
+            self._look()
+            while not stop:
+                self._turn()
+        finally:
+            if self._store is not None:
+                self._store.close()
+
+    def _look(self) -> None:
+        """Open the store now, so that whoever may not use it hears so at once."""
+        try:
+            self._summary = asdict(self.store.summary())
+        except StoreTooNew:
+            raise
+        except StoreError as error:
+            self._refused(error, 0)
+
+    def _turn(self) -> None:
+        """Ask who is due, then take what arrives."""
+        now = time.monotonic()
+        if now >= self._tidy_at:
+            self._tidy_at = now + TIDY_S
+            self._tidy()
+        for line in self.lines:
+            self._ask(line, now)
+        due = min(self._due(line) for line in self.lines)
+        self.server.poll(min(TICK_S, max(0.0, due - time.monotonic())), self._request)
+
+    def _tidy(self) -> None:
+        """Let go of what is older, or more, than the settings keep. A little at a time: producers are waiting."""
+        records = self.settings.records
+        try:
+            old = self.store.expired(records.retention_days, records.max_generations, records.max_store_mb, time.time())
+            if not old:
+                return
+            part = old[:TIDY_ROWS]
+            self.store.purge(part)
+        except StoreError as error:
+            _log.warning("retention.postponed", reason=str(error))
+            return
+        HiddenSpool(self.paths.hidden, records.hidden_spool_mb << 20).purge(part)
+        self._summary_at = 0.0
+        if len(part) < len(old):
+            self._tidy_at = 0.0
+        _log.info("retention.removed", generations=len(part), left=len(old) - len(part))
 
     def _due(self, line: Line) -> float:
         return line.asked_at + ANSWER_S if line.asked_at is not None else line.next_at
@@ -96,11 +150,7 @@ class Collector:
         try:
             line.done = self.store.add_rows(message.rows)
         except StoreError as error:
-            pause = BACK_OFF_S[min(self._failures, len(BACK_OFF_S) - 1)]
-            self._failures += 1
-            self.trouble = str(error)
-            line.next_at = now + pause
-            _log.error("store.refused", error=str(error), rows=len(message.rows), again_in_s=pause)
+            line.next_at = now + self._refused(error, len(message.rows))
             return
         if self._failures:
             _log.info("store.recovered", after_failures=self._failures)
@@ -109,6 +159,14 @@ class Collector:
         self._summary_at = 0.0
         line.next_at = 0.0  # acknowledge at once, and see what else there is
         _log.debug("records.stored", producer=line.name, rows=len(message.rows), left=message.left)
+
+    def _refused(self, error: StoreError, rows: int) -> int:
+        """Say so, and for how many seconds to leave the store alone."""
+        pause = BACK_OFF_S[min(self._failures, len(BACK_OFF_S) - 1)]
+        self._failures += 1
+        self.trouble = str(error)
+        _log.error("store.refused", error=str(error), rows=rows, again_in_s=pause)
+        return pause
 
     def _request(self, peer: bytes, message: Any) -> None:
         if isinstance(message, GetStatus):
@@ -121,6 +179,8 @@ class Collector:
                 self.server.send(peer, Reply(True, f"{len(done)} records stored"))
             except StoreError as error:
                 self.server.send(peer, Reply(False, str(error)))
+        elif not isinstance(message, Reply):
+            self.server.send(peer, Reply(False, "the collector does not know this request"))
 
     def _purge(self, message: Purge) -> Reply:
         try:
@@ -136,14 +196,15 @@ class Collector:
         now = time.monotonic()
         if now - self._summary_at > SUMMARY_S:
             try:
-                self._summary, self._summary_at = asdict(self.store.summary()), now
+                self._summary, self._summary_at, self._unreadable = asdict(self.store.summary()), now, ""
             except StoreError as error:
-                self.trouble = str(error)
+                self._unreadable = str(error)
+        trouble = self.trouble or self._unreadable
         return {
-            "state": "ready" if not self.trouble else "failed",
+            "state": "ready" if not trouble else "failed",
             "uptime_s": round(now - self.started, 1),
             "stored": self.stored,
-            "trouble": self.trouble,
+            "trouble": trouble,
             "malformed": self.server.malformed,
             "producers": {
                 line.name: {"heard_s_ago": round(now - line.heard_at, 1) if line.heard_at else None, "left": line.left}

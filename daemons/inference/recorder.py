@@ -1,4 +1,4 @@
-"""Puts finished records into the outbox, on a thread of its own: neither a token nor another request ever waits for a disk.
+"""Owns the outbox and the spool, on a thread of its own: neither a token nor another request ever waits for a disk.
 
 `recorded: true` is said only after the outbox has committed. Where it cannot, the answer stands all the same and says why.
 """
@@ -16,58 +16,80 @@ from specl.shared.crash import crash_point
 from specl.shared.errors import OutboxFull, WireError
 from specl.shared.hidden import HiddenSpool
 from specl.shared.outbox import Outbox
-from specl.shared.wire import Done, Record, encode, kind_of
+from specl.shared.privacy import Discretion
+from specl.shared.wire import Batch, Done, Fetch, Generation, Purge, Record, Reply, encode, kind_of
 
 _log = log.get("recorder")
 _STOP = object()
+Emit = Callable[[bytes | None, Any], None]
 
 
 class Recorder(threading.Thread):
-    """`announce(id)` is called after each commit, `answer(peer, done)` when a request's last message may go out."""
+    """`announce(id)` is called after each commit, `answer(peer, message)` when a message may go out."""
 
     def __init__(
-        self, outbox: Outbox, spool: HiddenSpool, announce: Callable[[str], None], answer: Callable[[bytes, Any], None]
+        self, outbox: Outbox, spool: HiddenSpool, discretion: Discretion, announce: Callable[[str], None], answer: Emit
     ) -> None:
         super().__init__(name="recorder", daemon=True)
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._outbox, self._spool, self._announce, self._answer = outbox, spool, announce, answer
+        self._outbox, self._spool, self._discretion = outbox, spool, discretion
+        self._announce, self._answer = announce, answer
         self.refused = 0
-        self.last_refusal = ""
+        self.trouble = outbox.trouble
+        self.failure: BaseException | None = None  # set when the thread cannot go on
 
+    # ------------------------------------------------------------------------------------- called from other threads
     def finish(self, peer: bytes, done: Done, record: Record | None, states: np.ndarray | None) -> None:
         """Record, then answer. Without a record the answer goes out as it is."""
-        self._queue.put((peer, done, record, states))
+        self._queue.put(lambda: self._finish(peer, done, record, states))
 
     def fact(self, record: Record) -> None:
         """Record something that nobody waits for."""
-        self._queue.put((b"", None, record, None))
+        self._queue.put(lambda: self._record(record, None))
+
+    def fetch(self, peer: bytes, fetch: Fetch) -> None:
+        """Let go of what is done and answer with the oldest records."""
+        self._queue.put(lambda: self._answer(peer, self._batch(fetch)))
+
+    def purge(self, peer: bytes, wish: Purge, matching: Callable[[Any], bool]) -> None:
+        """Forget records and states, then answer with the ids that were here."""
+        self._queue.put(lambda: self._answer(peer, self._purge(wish, matching)))
 
     def stop(self) -> None:
         """Commit what is queued, then end."""
         self._queue.put(_STOP)
-        self.join(timeout=2.0)
+        self.join(timeout=1.5)
 
+    # ------------------------------------------------------------------------------------------------ the thread
     def run(self) -> None:
         """The thread's body."""
-        while (item := self._queue.get()) is not _STOP:
-            peer, done, record, states = item
-            note = self._record(record, states) if record is not None else None
-            if done is None:
-                continue
-            crash_point("record.before_done")
-            if record is not None:
-                done = replace(done, recorded=not note, record_note=note or "")
-            self._answer(peer, done)
+        try:
+            while (action := self._queue.get()) is not _STOP:
+                action()
+        except BaseException as error:
+            self.failure = error
+
+    def _finish(self, peer: bytes, done: Done, record: Record | None, states: np.ndarray | None) -> None:
+        if record is not None:
+            note = self._record(record, states)
+            done = replace(done, recorded=not note, record_note=note)
+        crash_point("record.before_done")
+        self._answer(peer, done)
 
     def _record(self, record: Record, states: np.ndarray | None) -> str:
         """Why it was not recorded; empty where it was."""
+        if isinstance(record, Generation):
+            kept = self._discretion.apply(record)
+            record, states = kept, states if kept is record else None
         try:
             self._outbox.append(record.id, kind_of(record), encode(record))
         except (OutboxFull, WireError) as error:
             self.refused += 1
-            self.last_refusal = str(error)
-            _log.error("record.refused", reason=str(error), refused=self.refused)
+            self.trouble = str(error)
+            if self.refused & (self.refused - 1) == 0:  # 1st, 2nd, 4th, 8th ...
+                _log.error("record.refused", reason=str(error), refused=self.refused)
             return str(error)
+        self.trouble = ""
         self._announce(record.id)
         if states is not None:
             try:
@@ -75,3 +97,24 @@ class Recorder(threading.Thread):
             except OSError as error:
                 _log.warning("hidden.not_spooled", reason=str(error))
         return ""
+
+    def _batch(self, fetch: Fetch) -> Batch:
+        try:
+            self._outbox.discard(fetch.done)
+            rows = self._outbox.oldest(fetch.limit)
+        except OutboxFull as error:
+            # nothing is lost: they stay, and are offered again once the disk lets go of them. Not at once, or the same
+            # rows would go round and round
+            self.trouble = str(error)
+            _log.error("outbox.trouble", reason=str(error))
+            return Batch([], self._outbox.pending)
+        return Batch(rows, self._outbox.pending - len(rows))
+
+    def _purge(self, wish: Purge, matching: Callable[[Any], bool]) -> Reply:
+        try:
+            ids = list({*wish.ids, *self._outbox.matching(matching)})
+            self._outbox.purge(ids)
+            self._spool.purge(ids)
+        except (OutboxFull, OSError) as error:
+            return Reply(False, str(error))
+        return Reply(True, "outbox, hidden states and prefix cache forgot them", {"ids": ids})

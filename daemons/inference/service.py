@@ -12,20 +12,20 @@ from specl.daemons.inference.answer import Job
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.worker import Worker
 from specl.shared import log
+from specl.shared.access import Addresses
 from specl.shared.bus import Server
 from specl.shared.config import Settings
-from specl.shared.errors import OutboxFull
 from specl.shared.hidden import HiddenSpool
 from specl.shared.models import blas
 from specl.shared.outbox import Outbox
 from specl.shared.paths import Paths
+from specl.shared.privacy import Discretion, is_meant
 from specl.shared.process import StopFlag
 from specl.shared.wire import (
     Activity,
     AdapterReady,
     Alive,
     Ask,
-    Batch,
     Cancel,
     Done,
     Failed,
@@ -40,6 +40,7 @@ from specl.shared.wire import (
 )
 
 TICK_S = 0.5
+LOST = "the inference daemon does not know this request (any more): it was restarted, or gave the request up"
 _log = log.get("inference")
 
 
@@ -52,7 +53,7 @@ class Client:
 
 
 class Inference:
-    """The daemon's loop; `run` returns when stopped, raises what killed the MLX thread."""
+    """The daemon's loop; `run` returns when stopped, raises what killed one of its threads."""
 
     def __init__(self, paths: Paths, settings: Settings, server: Server) -> None:
         self.paths, self.settings, self.server = paths, settings, server
@@ -62,9 +63,15 @@ class Inference:
         self.started = time.monotonic()
         self._out: deque[tuple[bytes | None, Any]] = deque()
         self._busy = False
-        self.recorder = Recorder(self.outbox, self.spool, lambda id: self._emit(None, RecordReady(id)), self._emit)
+        self.recorder = Recorder(
+            self.outbox,
+            self.spool,
+            Discretion(settings.records),
+            lambda id: self._emit(None, RecordReady(id)),
+            self._emit,
+        )
         self.worker = Worker(paths, settings, self.recorder, self._emit, server.wake)
-        server.subscribe(paths.socket("trainer-pub"), self._published)
+        server.subscribe(Addresses(paths, settings.bus).publish("trainer"), self._published)
 
     def _emit(self, peer: bytes | None, message: Any) -> None:
         """From any thread: send to a client, or publish where there is no peer."""
@@ -80,8 +87,8 @@ class Inference:
             self.server.poll(TICK_S, self._request)
             self._flush()
             self._tell_activity()
-            if self.worker.failure is not None:
-                raise self.worker.failure
+            if failure := self.worker.failure or self.recorder.failure:
+                raise failure
             if time.monotonic() >= next_check:
                 next_check = time.monotonic() + TICK_S
                 self._drop_silent_clients()
@@ -124,19 +131,22 @@ class Inference:
     # ------------------------------------------------------------------------------------------------ messages
     def _published(self, message: Any) -> None:
         if isinstance(message, AdapterReady) and self.worker.engine is not None:
-            self.worker.look_at_current()
+            self.worker.announced(message)
 
     def _request(self, peer: bytes, message: Any) -> None:
         match message:
             case Ask():
                 self._ask(peer, message)
             case Alive():
-                if (client := self.clients.get(message.request_id)) and client.peer == peer:
+                client = self.clients.get(message.request_id)
+                if client is None:  # it waits for a process that is gone
+                    self.server.send(peer, Failed(message.request_id, "lost", LOST, "ask again"))
+                elif client.peer == peer:
                     client.heard = time.monotonic()
             case Cancel():
                 self.worker.cancel(message.request_id, "cancelled by the client", peer)
             case Fetch():
-                self.server.send(peer, self._fetch(message))
+                self.recorder.fetch(peer, message)
             case GetStatus():
                 self.server.send(peer, Status("inference", self._status()))
             case SetAdapter():
@@ -145,7 +155,7 @@ class Inference:
                 else:
                     self.worker.set_adapter(peer, message)
             case Purge():
-                self.server.send(peer, self._purge(message))
+                self._purge(peer, message)
             case _:
                 self.server.send(peer, Reply(False, "inference does not know this request"))
 
@@ -159,8 +169,16 @@ class Inference:
             refusal = f"num_draft_tokens must lie between 0 and 16, not {ask.num_draft_tokens}"
         elif ask.request_id in self.clients:
             refusal = "a request with this id is running"
+        elif (size := text_size(ask)) > self.settings.serving.max_prompt_kb << 10:
+            refusal = f"the prompt has {size >> 10} KB; serving.max_prompt_kb is {self.settings.serving.max_prompt_kb}"
+        mine = sum(client.peer == peer for client in self.clients.values())
         if refusal:
             self.server.send(peer, Failed(ask.request_id, "rejected", refusal))
+        elif mine >= self.settings.serving.client_queue_limit:
+            self.server.send(
+                peer,
+                Failed(ask.request_id, "busy", f"{mine} requests of this client wait already", "try again in a moment"),
+            )
         elif len(self.clients) >= self.settings.serving.queue_limit:
             self.server.send(
                 peer,
@@ -172,21 +190,17 @@ class Inference:
                 self.server.send(peer, Queued(ask.request_id, len(self.clients) - 1))
             self.worker.submit(Job(peer, ask, time.monotonic()))
 
-    def _fetch(self, fetch: Fetch) -> Batch:
-        try:
-            self.outbox.discard(fetch.done)
-        except OutboxFull as error:  # they stay, and are offered again: the store knows them already
-            _log.error("outbox.trouble", reason=str(error))
-        rows = self.outbox.oldest(fetch.limit)
-        return Batch(rows, self.outbox.pending - len(rows))
+    def _purge(self, peer: bytes, wish: Purge) -> None:
+        """Forget generations here: prefix cache, outbox and spool, then answer. The store is the collector's."""
 
-    def _purge(self, message: Purge) -> Reply:
-        """Forget generations here: outbox, spool and caches. The store is the collector's."""
-        self.outbox.purge(message.ids)
-        self.spool.purge(message.ids)
-        if self.worker.engine is not None:
-            self.worker.call(self.worker.engine.prefixes.purge)
-        return Reply(True, "outbox, spool and prefix cache forgot them")
+        def forget() -> None:
+            self.recorder.purge(peer, wish, lambda row: is_meant(wish, row))
+
+        engine = self.worker.engine
+        if engine is None:
+            forget()
+            return
+        self.worker.call(lambda: (engine.prefixes.purge(), forget()))
 
     def _status(self) -> dict[str, Any]:
         worker, engine = self.worker, self.worker.engine
@@ -201,7 +215,7 @@ class Inference:
             "outbox": {
                 "pending": self.outbox.pending,
                 "refused": self.recorder.refused,
-                "trouble": self.recorder.last_refusal,
+                "trouble": self.recorder.trouble,
             },
             "served": worker.served,
             "rolling_acceptance": round(sum(item[1] for item in recent) / drafted, 4) if drafted else None,
@@ -219,3 +233,17 @@ class Inference:
             "blas": {"bound": blas.BOUND.name, "fast": blas.BOUND.fast},
             "malformed": self.server.malformed,
         }
+
+
+def text_size(ask: Ask) -> int:
+    """Characters of a request's text, whatever it is nested in."""
+    size, pending = len(ask.prompt) + sum(len(stop) for stop in ask.stop), list(ask.messages)
+    while pending:
+        item: Any = pending.pop()
+        if isinstance(item, str):
+            size += len(item)
+        elif isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            pending += item
+    return size

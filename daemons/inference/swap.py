@@ -6,6 +6,7 @@ keeps serving. Only a user's command moves CURRENT from here.
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from specl.shared import log
@@ -17,6 +18,7 @@ from specl.shared.errors import AdapterRejected
 from specl.shared.paths import Paths
 from specl.shared.wire import Reply
 
+REMEMBERED = 32  # refusals that `status` shows
 _log = log.get("adapter")
 Activated = Callable[[str, str, str, str, dict[str, Any]], None]
 
@@ -30,9 +32,23 @@ class AdapterSwap:
         self.previous = ""
         self.rejected: dict[str, str] = {}
 
+    def hear(self, id: str, path: str) -> None:
+        """An announcement: refused where it points anywhere but into the adapters folder, else a reason to look."""
+        try:
+            self.adapters.confine(Path(path))
+        except AdapterRejected as error:
+            self._refuse(id, str(error))
+            return
+        self.follow_current()
+
     def follow_current(self) -> None:
         """Draft with what CURRENT names, if that is not what drafts already."""
-        wanted = self.adapters.current()
+        try:
+            wanted = self.adapters.named()
+        except AdapterRejected as error:
+            self._refuse("CURRENT", str(error))
+            return
+        self.rejected.pop("CURRENT", None)
         if wanted != self.engine.adapter_id and wanted not in self.rejected:
             self._use(wanted, "announced")
 
@@ -47,9 +63,7 @@ class AdapterSwap:
             crash_point("swap.before_activate")
             self.engine.use_adapter(adapter)
         except AdapterRejected as error:
-            self.rejected[id] = str(error)
-            _log.error("adapter.rejected", adapter=id, reason=str(error))
-            self._activated("rejected", id, before, str(error), {})
+            self._refuse(id, str(error))
             return str(error)
         pause_ms = round(1000 * (time.perf_counter() - start), 1)
         self.previous = before
@@ -64,6 +78,16 @@ class AdapterSwap:
         event = "activated" if id else "unloaded"
         self._activated(event, id, before, reason, {"form": self.engine.adapter_form, "pause_ms": pause_ms})
         return ""
+
+    def _refuse(self, id: str, reason: str) -> None:
+        """Say once why `id` does not draft; what drafts goes on."""
+        if self.rejected.get(id) == reason:
+            return
+        while len(self.rejected) >= REMEMBERED:
+            self.rejected.pop(next(iter(self.rejected)))
+        self.rejected[id] = reason
+        _log.error("adapter.rejected", adapter=id, reason=reason)
+        self._activated("rejected", id, self.engine.adapter_id, reason, {})
 
     def by_hand(self, wish: str) -> Reply:
         """A user's choice: an id, an alias, `previous`, or empty for none. CURRENT moves only if the adapter is usable."""

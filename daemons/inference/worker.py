@@ -25,7 +25,7 @@ from specl.shared.errors import RequestRejected, SpecLoraError
 from specl.shared.models import blas
 from specl.shared.models.pair import load_pair
 from specl.shared.paths import Paths
-from specl.shared.wire import Activation, Delta, Failed, Queued, SetAdapter
+from specl.shared.wire import Activation, AdapterReady, Ask, Delta, Failed, Queued, SetAdapter
 
 IDLE_TICK_S = 5.0  # how often CURRENT is looked at when nobody announces anything
 _log = log.get("worker")
@@ -67,9 +67,9 @@ class Worker(threading.Thread):
         """Change the adapter by hand and answer."""
         self.call(lambda: self.emit(peer, self.swap.by_hand(wish.adapter)))
 
-    def look_at_current(self) -> None:
+    def announced(self, news: AdapterReady) -> None:
         """CURRENT may have moved."""
-        self.call(lambda: self.swap.follow_current())
+        self.call(lambda: self.swap.hear(news.id, news.path))
 
     def stop(self) -> None:
         """End after the present round; running answers are cancelled."""
@@ -78,7 +78,7 @@ class Worker(threading.Thread):
             self._stopping = True
 
         self.call(end)
-        self.join(timeout=3.0)
+        self.join(timeout=1.5)
 
     @property
     def busy(self) -> bool:
@@ -202,7 +202,7 @@ class Worker(threading.Thread):
             max_tokens=ask.max_tokens,
             num_draft_tokens=fixed,
             ngram=settings.speculative.ngram if ask.ngram is None else ask.ngram,
-            capture_k=settings.training.loss.top_k_logits if ask.mode == "detailed" and ask.record else 0,
+            capture_k=settings.training.loss.top_k_logits if self._detailed(ask) else 0,
         )
         try:
             job.session = self.engine.session(job.prompt, options)
@@ -213,6 +213,10 @@ class Worker(threading.Thread):
         job.adapter_id = self.engine.adapter_id
         self.active.append(job)
         return True
+
+    def _detailed(self, ask: Ask) -> bool:
+        """Whether the laws and states of this answer are for keeping."""
+        return ask.mode == "detailed" and ask.record and self.settings.records.keep == "content"
 
     def _advance(self, job: Job) -> None:
         """One chunk of prompt, or one round."""
@@ -274,8 +278,9 @@ class Worker(threading.Thread):
         self.recent.append(
             (session.tally.drafted["model"], session.tally.accepted["model"], done.stats["tokens_per_second"])
         )
-        reserved = sum(other.reserved for other in self.active)
-        self.engine.retire(session, job.adapter_id, job.ask.conversation_id, reserved)
+        if job.ask.record:  # nothing at all outlives a request that is not to be kept
+            reserved = sum(other.reserved for other in self.active)
+            self.engine.retire(session, job.adapter_id, job.ask.conversation_id, reserved)
         frequency = self.settings.memory.cache_clear_frequency
         if frequency and self.served % frequency == 0:
             self.engine.clear_caches()

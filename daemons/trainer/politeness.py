@@ -14,6 +14,10 @@ DUTY = 0.25
 NAP_S = 0.1
 
 
+class Abandoned(Interrupted):
+    """The run under way must end, and leave nothing to go on with."""
+
+
 class Turnstile:
     """`pass_through` is called between two pieces of work. Time is an argument, so that tests need not wait."""
 
@@ -25,6 +29,7 @@ class Turnstile:
         self._quiet_since = clock() - idle_s
         self._worked_at = clock()
         self._stop = threading.Event()
+        self._abandon = threading.Event()
 
     def heard(self, busy: bool) -> None:
         """Inference became busy or idle."""
@@ -35,6 +40,14 @@ class Turnstile:
     def stop(self) -> None:
         """Whoever passes from now on is told to stop."""
         self._stop.set()
+
+    def abandon(self) -> None:
+        """Whoever passes next ends its run for good."""
+        self._abandon.set()
+
+    def abandoned(self) -> None:
+        """The run has ended, one way or another: the next one may pass."""
+        self._abandon.clear()
 
     @property
     def quiet(self) -> bool:
@@ -48,6 +61,8 @@ class Turnstile:
         while True:
             if self._stop.is_set():
                 raise Interrupted("the trainer is stopping")
+            if self._abandon.is_set():
+                raise Abandoned("what it learned from is to be forgotten")
             waited = self._clock() - start
             starved = start + waited - self._quiet_since > DEFER_S and not self.quiet
             if self.quiet or (starved and waited >= piece * (1 - DUTY) / DUTY):

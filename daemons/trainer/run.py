@@ -4,12 +4,11 @@ Runs on the trainer's MLX thread in small pieces; between any two it may be told
 run go on where it was. Every outcome becomes a `TrainingRun` record with its numbers, published or not.
 """
 
-import json
 import shutil
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +193,7 @@ class TrainingJob:
     # ------------------------------------------------------------------------------------------------ the end of it
     def _judge(self, learner: Learner, shape: LoraShape, before: Agreement, after: Agreement) -> Outcome:
         """Publish if held-out agreement rose."""
+        self._pause()  # the last chance to be told that the material is to be forgotten
         for adapter_id, score in ((self.parent_id, before), ("candidate", after)):
             self.records.append(self._evaluation(adapter_id, score))
         figures = (
@@ -205,20 +205,7 @@ class TrainingJob:
         self.records[-1] = self._evaluation(id, after)
         manifest = self._write(id, learner, shape, before, after)
         path = self.adapters.folder / id
-        sha = json.loads((path / "manifest.json").read_text())["files"]["adapters.safetensors"]
-        self.records.append(
-            Adapter(
-                id,
-                manifest.created_at,
-                "lora",
-                self.parent_id,
-                self.run_id,
-                str(path),
-                sha,
-                manifest.base_fingerprint,
-                json.loads((path / "manifest.json").read_text()),
-            )
-        )
+        self.records.append(adapter_record(self.adapters, self.adapters.manifest(manifest.id)))
         outcome = self._outcome("promoted", figures, id)
         outcome.path = path
         return outcome
@@ -299,6 +286,21 @@ class TrainingJob:
             settings=training.model_dump(mode="json"),
         )
         return Outcome(verdict, reason, adapter_id, None, [*self.records, run])
+
+
+def adapter_record(adapters: Adapters, manifest: Manifest) -> Adapter:
+    """What the store keeps of a published adapter."""
+    return Adapter(
+        manifest.id,
+        manifest.created_at,
+        manifest.kind,
+        manifest.parent_id,
+        manifest.training_run_id,
+        str(adapters.folder / manifest.id),
+        manifest.files.get("adapters.safetensors", ""),
+        manifest.base_fingerprint,
+        asdict(manifest),
+    )
 
 
 def _pieces(group: list[Example]) -> list[list[Example]]:

@@ -5,28 +5,31 @@ The loop thread owns the sockets and the outbox; the MLX thread owns the models,
 
 import gc
 import queue
+import shutil
 import threading
 import time
 import uuid
 from typing import Any
 
 from specl.daemons.trainer.data import Gatherer
-from specl.daemons.trainer.politeness import Turnstile
-from specl.daemons.trainer.run import Live, Outcome, TrainingJob
+from specl.daemons.trainer.politeness import Abandoned, Turnstile
+from specl.daemons.trainer.run import Live, Outcome, TrainingJob, adapter_record
 from specl.shared import log
+from specl.shared.access import Addresses
 from specl.shared.adapters import Adapters
 from specl.shared.bus import Server
 from specl.shared.config import Settings
 from specl.shared.crash import crash_point
 from specl.shared.engine.adapter_files import load_adapter
 from specl.shared.engine.engine import Engine
-from specl.shared.errors import Interrupted, OutboxFull, SpecLoraError, StoreError
+from specl.shared.errors import AdapterRejected, Interrupted, OutboxFull, SpecLoraError, StoreError
 from specl.shared.hidden import HiddenSpool
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.models import blas
 from specl.shared.models.pair import load_pair
 from specl.shared.outbox import Outbox
 from specl.shared.paths import Paths
+from specl.shared.privacy import is_meant
 from specl.shared.process import StopFlag
 from specl.shared.store import Store
 from specl.shared.wire import (
@@ -69,12 +72,13 @@ class Trainer:
         self._running = threading.Event()
         self._not_before = self._no_score_before = 0.0
         self._engine: Engine | None = None
-        server.subscribe(paths.socket("inference-pub"), self._published)
+        server.subscribe(Addresses(paths, settings.bus).publish("inference"), self._published)
 
     # ------------------------------------------------------------------------------------------------ loop thread
     def run(self, stop: StopFlag) -> None:
         """Serve until stopped."""
         self.adapters.sweep()
+        self._tell_of_adapters()
         thread = threading.Thread(target=self._mlx_thread, name="mlx", daemon=True)
         thread.start()
         next_look = 0.0
@@ -89,6 +93,14 @@ class Trainer:
         self._work.put("stop")
         thread.join(timeout=3.0)
         self.outbox.close()
+
+    def _tell_of_adapters(self) -> None:
+        """Record adapters again: a trainer that was killed right after publishing had no time to, and twice is once."""
+        for id in self.adapters.ids():
+            try:
+                self._append(adapter_record(self.adapters, self.adapters.manifest(id)))
+            except AdapterRejected as error:
+                _log.warning("adapter.unreadable", adapter=id, reason=str(error))
 
     def _published(self, message: Any) -> None:
         if isinstance(message, Activity):
@@ -124,12 +136,13 @@ class Trainer:
             case Train():
                 self.server.send(peer, self._train(message))
             case Purge():
-                self.outbox.purge(message.ids)
-                self.server.send(peer, Reply(True, "the trainer's outbox and checkpoint forgot them"))
+                self.server.send(peer, self._purge(message))
             case _:
                 self.server.send(peer, Reply(False, "the trainer does not know this request"))
 
     def _train(self, message: Train) -> Reply:
+        if self.settings.records.keep == "statistics":
+            return Reply(False, "records.keep is statistics: no text is kept, so there is nothing to learn from")
         if self._running.is_set():
             return Reply(False, f"a run is under way ({self.live.state}, step {self.live.step})")
         if not message.now and self.pending < self.settings.training.min_failure_cases:
@@ -143,10 +156,26 @@ class Trainer:
     def _fetch(self, fetch: Fetch) -> Batch:
         try:
             self.outbox.discard(fetch.done)
-        except OutboxFull as error:
-            self.trouble = str(error)
-        rows = self.outbox.oldest(fetch.limit)
+            rows = self.outbox.oldest(fetch.limit)
+        except OutboxFull:  # `status` says it; they are offered again once the disk lets go of them
+            return Batch([], self.outbox.pending)
         return Batch(rows, self.outbox.pending - len(rows))
+
+    def _purge(self, wish: Purge) -> Reply:
+        """Forget generations: what was found out about them, the run that learns from them and its checkpoint."""
+        try:
+            ids = self.outbox.matching(lambda row: is_meant(wish, row))
+            self.outbox.purge(ids)
+        except OutboxFull as error:
+            return Reply(False, str(error))
+        abandoned = ""
+        if wish.ids:
+            if self._running.is_set():
+                self.turnstile.abandon()
+                abandoned = "; the run under way is abandoned"
+            else:
+                shutil.rmtree(self.paths.training / "checkpoint", ignore_errors=True)
+        return Reply(True, f"the trainer's outbox and checkpoint forgot them{abandoned}", {"ids": ids})
 
     def _status(self) -> dict[str, Any]:
         return {
@@ -162,7 +191,7 @@ class Trainer:
             "trigger": self.settings.training.min_failure_cases,
             "enabled": self.settings.training.enabled,
             "outbox": {"pending": self.outbox.pending},
-            "trouble": self.trouble,
+            "trouble": self.trouble or self.outbox.trouble,
             "malformed": self.server.malformed,
         }
 
@@ -173,6 +202,9 @@ class Trainer:
             try:
                 self._score() if job == "score" else self._one_run(job)
                 self.trouble = ""
+            except Abandoned:
+                shutil.rmtree(self.paths.training / "checkpoint", ignore_errors=True)
+                _log.info("training.abandoned")
             except Interrupted:
                 _log.info("training.interrupted")
             except SpecLoraError as error:
@@ -185,6 +217,7 @@ class Trainer:
                 _log.exception("training.failed")
             finally:
                 self.live.state = "idle"
+                self.turnstile.abandoned()
                 self._running.clear()
 
     def _loaded(self) -> Engine:

@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -273,6 +274,7 @@ def load_or_calibrate(folder: Path, key: str, subject: Measurable, most: int, dr
         pass
     costs = calibrate(subject, most, drafts)
     scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(asdict(costs), indent=1))
-    scratch.rename(path)
+    with suppress(OSError):  # a full disk: measured again next time
+        scratch.write_text(json.dumps(asdict(costs), indent=1))
+        scratch.rename(path)
     return costs

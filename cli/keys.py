@@ -1,0 +1,31 @@
+"""`specl-ctl keys`: CURVE keys, so that daemons may be reached from other machines, and by nobody else."""
+
+import click
+
+from specl.shared.access import read_keys, write_keys
+from specl.shared.errors import SpecLoraError
+from specl.shared.paths import find_paths
+
+
+@click.group()
+def keys() -> None:
+    """Keys that let clients on other machines in."""
+
+
+@keys.command()
+@click.option("--force", is_flag=True, help="Replace the keys that are there; clients with the old ones are shut out.")
+def make(force: bool) -> None:
+    """Make keys for this run directory (0600). Every socket asks for them from the daemons' next start on."""
+    from specl.shared.bus import new_keys
+
+    paths = find_paths().create()
+    if not force and read_keys(paths.keys) is not None:
+        raise SpecLoraError(f"there are keys in {paths.keys} already", "--force replaces them")
+    try:
+        write_keys(paths.keys, new_keys())
+    except OSError as error:
+        raise SpecLoraError(f"the keys could not be written: {error}") from error
+    click.echo(f"made {paths.keys}; restart the daemons")
+    click.echo(
+        f"a client elsewhere needs {paths.keys / 'client.json'} in its own keys folder, and the same `bus` settings"
+    )

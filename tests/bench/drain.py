@@ -1,0 +1,73 @@
+"""How fast a backlog drains: real collector and inference, real files, synchronous=FULL. `python tests/bench/drain.py --help`.
+
+Large: generations of 200 tokens with the target's top-32, about 50 KB each. Small: 1.5 KB of text and no laws. One process
+on each side, one exchange in flight, as always.
+"""
+
+import argparse
+import json
+import sys
+import time
+import uuid
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "fault"))
+
+from fault_house import House, Zygote, fill, process_figures
+
+from specl.shared.outbox import Outbox
+
+
+def drain(zygote: Zygote, megabytes: float, tokens: int) -> dict[str, float]:
+    """Fill an outbox with `megabytes` of records, start the daemons, and wait until it is empty."""
+    house = House(zygote)
+    try:
+        outbox = Outbox(house.paths.outbox("inference"), limit_bytes=1 << 40)
+        size, ids = 0, []
+        while size < megabytes * 1e6:
+            part = [uuid.uuid4().hex for _ in range(200)]
+            size += fill(outbox, part, size=tokens, text="words" if tokens else "x" * 1500)
+            ids += part
+        outbox.close()
+        inference = house.start("inference")
+        house.ready("inference", 120)
+        before, _ = process_figures(inference.pid)
+        began = time.monotonic()
+        collector = house.start("collector")
+        peak = before
+        while house.status("inference").get("outbox", {}).get("pending", 1):
+            peak = max(peak, process_figures(inference.pid)[0])
+            time.sleep(0.25)
+        seconds = time.monotonic() - began
+        house.acked = ids
+        house.settle(60)
+        house.check()
+        return {
+            "records": len(ids), "KB_each": size / len(ids) / 1000, "MB": size / 1e6, "seconds": seconds,
+            "records_per_s": len(ids) / seconds, "MB_per_s": size / 1e6 / seconds,
+            "inference_grew_MiB": peak - before, "collector_MiB": process_figures(collector.pid)[0], "lost": 0,
+        }  # fmt: skip
+    finally:
+        house.close()
+
+
+def main() -> None:
+    """Measure and print one JSON line a size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--large-mb", type=float, default=1074, help="backlog of large records; 0: skip (default 1 GiB)"
+    )
+    parser.add_argument("--small-mb", type=float, default=200, help="backlog of small records; 0: skip")
+    wanted = parser.parse_args()
+    zygote = Zygote()
+    try:
+        for megabytes, tokens in ((wanted.small_mb, 0), (wanted.large_mb, 200)):
+            if megabytes:
+                found = drain(zygote, megabytes, tokens)
+                print(json.dumps({name: round(value, 2) for name, value in found.items()}), flush=True)
+    finally:
+        zygote.close()
+
+
+if __name__ == "__main__":
+    main()

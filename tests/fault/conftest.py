@@ -1,0 +1,46 @@
+import pytest
+from fault_house import House, Zygote
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    starter = Zygote()
+    yield starter
+    starter.close()
+
+
+@pytest.fixture
+def house(zygote):
+    made = House(zygote)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def figures(record_property, capsys):
+    """Print a line of measured figures, whatever pytest captures."""
+
+    def say(**values):
+        text = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        for name, value in values.items():
+            record_property(name, value)
+        with capsys.disabled():
+            print(f"\n    {text}", flush=True)
+
+    return say
+
+
+@pytest.fixture
+def proxied():
+    """`proxied(house, drop, double)`: see fault_proxy."""
+    from fault_proxy import LossyProxy
+
+    made = []
+
+    def make(house, **faults):
+        made.append(LossyProxy(house, **faults))
+        return made[-1]
+
+    yield make
+    for proxy in made:
+        proxy.close()

@@ -1,0 +1,290 @@
+"""One run directory with real daemons in it, for tests that break things: start, kill, ask, settle, and the invariant.
+
+The oracle is Jepsen's: `acked` holds every generation id whose answer said `recorded: true`. After settling each of them is in the
+store exactly once, nothing is in quarantine, the outbox is empty and both files pass SQLite's own check.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from specl.shared import config
+from specl.shared.client import Client
+from specl.shared.errors import SpecLoraError
+from specl.shared.outbox import Outbox
+from specl.shared.paths import Paths
+from specl.shared.wire import Done, Generation, TopK, encode
+
+HERE = Path(__file__).parent
+SETTINGS = """\
+speculative: {num_draft_tokens: 2, temperature: 0.0, max_tokens: 8}
+training: {enabled: false, idle_seconds: 0.2}
+serving: {threads: 1}
+"""
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """The first true value of `condition`; fails the test after `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while True:
+        if value := condition():
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {timeout_s} s: {what}")
+        time.sleep(0.02)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which `share` of them lie."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+
+
+def process_figures(pid: int) -> tuple[float, int]:
+    """Resident MiB and open files of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{pid}/fd"))
+
+
+class Zygote:
+    """The forking starter; see fault_zygote."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {
+            "PYTHONPATH": str(HERE), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "fault_zygote.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        )  # fmt: skip
+        self._lock = threading.Lock()
+
+    def call(self, **wish: Any) -> Any:
+        with self._lock:
+            self._process.stdin.write(json.dumps(wish) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=10)
+
+
+class Daemon:
+    """One running daemon."""
+
+    def __init__(self, zygote: Zygote, role: str, environment: dict[str, str], output: Path) -> None:
+        self.zygote, self.role, self.started = zygote, role, time.monotonic()
+        self.pid: int = zygote.call(start=role, environment=environment, output=str(output))
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        return self.zygote.call(poll=self.pid)
+
+    def signal(self, number: int) -> None:
+        if self.code is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """kill -9, and wait for the end."""
+        self.signal(signal.SIGKILL)
+        wait_until(lambda: self.code is not None, 5, f"{self.role} dies")
+
+    def stop(self) -> float:
+        """SIGTERM; seconds until it ended."""
+        start = time.monotonic()
+        self.signal(signal.SIGTERM)
+        wait_until(lambda: self.code is not None, 10, f"{self.role} stops")
+        return time.monotonic() - start
+
+
+class House:
+    """A run directory and what runs in it."""
+
+    def __init__(self, zygote: Zygote, settings: str = SETTINGS) -> None:
+        self.zygote = zygote
+        self.folder = Path(tempfile.mkdtemp(prefix="sf-"))
+        self.outputs = Path(tempfile.mkdtemp(prefix="so-"))
+        self.paths = Paths(self.folder, self.folder / "models").create()
+        self.file = self.folder / "settings.yaml"
+        self.set(settings)
+        self.daemons: list[Daemon] = []
+        self.acked: list[str] = []
+        self.latencies: list[float] = []
+        self.refusals: Counter[str] = Counter()
+
+    def set(self, settings: str) -> None:
+        """Write the settings that daemons started from now on read."""
+        self.file.write_text(settings)
+        self.settings = config.parse(settings, self.file)
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {
+            "SPECL_VAR": str(self.folder),
+            "SPECL_CONFIG": str(self.file),
+            "SPECL_MODELS": str(self.paths.models),
+        } | more
+
+    def start(self, role: str, **environment: str) -> Daemon:
+        daemon = Daemon(self.zygote, role, self.environment(**environment), self.outputs / f"{role}.out")
+        self.daemons.append(daemon)
+        return daemon
+
+    def output(self, role: str) -> str:
+        path = self.outputs / f"{role}.out"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def client(self) -> Client:
+        return Client(self.paths, self.settings)
+
+    def status(self, role: str) -> dict[str, Any]:
+        """One daemon's own view; empty while it does not answer."""
+        with self.client() as client:
+            return client.status(0.5).get(role, {})
+
+    def ready(self, role: str, timeout_s: float = 20) -> dict[str, Any]:
+        """Wait until `role` answers (and inference has its models)."""
+
+        def there() -> dict[str, Any] | None:
+            body = self.status(role)
+            return body if body and body["state"] != "starting" else None
+
+        try:
+            return wait_until(there, timeout_s, f"{role} is ready")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.output(role)[-3000:]}") from None
+
+    def ask(self, prompt: str = "hello", client: Client | None = None, **wish: Any) -> Done:
+        """One answer, noted in the oracle."""
+        own = client or self.client()
+        start = time.monotonic()
+        try:
+            done = own.ask(prompt, **wish)
+        finally:
+            if client is None:
+                own.close()
+        self.latencies.append(time.monotonic() - start)
+        if done.recorded:
+            self.acked.append(done.generation_id)
+        return done
+
+    def load(self, stop: threading.Event, rate: float, workers: int = 2, **wish: Any) -> list[threading.Thread]:
+        """Ask `rate` times a second from `workers` threads until `stop`; refusals are counted by kind."""
+
+        def work(number: int) -> None:
+            client, count = self.client(), 0
+            while not stop.is_set():
+                began, count = time.monotonic(), count + 1
+                try:
+                    self.ask(f"worker {number} asks {count}", client, **wish)
+                except SpecLoraError as error:
+                    self.refusals[type(error).__name__] += 1
+                    client.close()
+                    client = self.client()
+                stop.wait(max(0.0, workers / rate - (time.monotonic() - began)))
+            client.close()
+
+        threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(workers)]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    # ------------------------------------------------------------------------------------------------ the invariant
+    def stored(self, table: str = "generations") -> list[str]:
+        """Ids in a table of the store, by sqlite3 alone."""
+        if not self.paths.store.exists():
+            return []
+        with sqlite3.connect(f"file:{self.paths.store}?mode=ro", uri=True, timeout=5) as db:
+            try:
+                return [row[0] for row in db.execute(f"SELECT id FROM {table}")]
+            except sqlite3.OperationalError:
+                return []
+
+    def waiting(self, producer: str = "inference") -> list[str]:
+        """Ids in an outbox."""
+        path = self.paths.outbox(producer)
+        if not path.exists():
+            return []
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5) as db:
+            try:
+                return [row[0] for row in db.execute("SELECT id FROM outbox")]
+            except sqlite3.OperationalError:
+                return []
+
+    def settle(self, timeout_s: float = 20) -> float:
+        """Start what is not running, wait until both outboxes are empty; seconds that took."""
+        start = time.monotonic()
+        for role in ("inference", "collector"):
+            if not any(d.role == role and d.code is None for d in self.daemons):
+                self.start(role)
+        wait_until(
+            lambda: not self.waiting("inference") and set(self.acked) <= set(self.stored()),
+            timeout_s,
+            f"the outbox empties ({len(self.waiting())} wait)\n{self.output('collector')[-2000:]}",
+        )
+        return time.monotonic() - start
+
+    def check(self, quarantined: int = 0) -> None:
+        """The invariant I."""
+        stored = self.stored()
+        lost = set(self.acked) - set(stored)
+        assert not lost, f"{len(lost)} accepted records are not in the store"
+        assert len(stored) == len(set(stored)), "a record is in the store twice"
+        assert len(self.stored("quarantine")) == quarantined
+        assert not self.waiting("inference")
+        for path in (self.paths.store, self.paths.outbox("inference")):
+            with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5) as db:
+                assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",), path
+
+    def close(self) -> None:
+        for daemon in self.daemons:
+            daemon.signal(signal.SIGCONT)
+            daemon.signal(signal.SIGTERM)
+        for daemon in self.daemons:
+            try:
+                wait_until(lambda d=daemon: d.code is not None, 6, "stops")
+            except AssertionError:
+                daemon.kill()
+        for folder in (self.folder, self.outputs):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def generation(id: str, text: str = "some words", size: int = 0, created_at: float | None = None) -> Generation:
+    """A record as inference makes them; `size` output tokens carry a top-32 (about 50 KB at 200)."""
+    top = TopK(32, b"\1" * (size * 128), b"\0" * (size * 64), b"\0" * (size * 2), b"\0" * (size * 2)) if size else None
+    return Generation(
+        id=id, conversation_id=id, created_at=created_at or time.time(), mode="detailed",
+        messages=[{"role": "user", "content": text}], prompt=f"<user>{text}", prompt_tokens=b"\1\0\0\0" * 8,
+        output=f"answer to {text}", output_tokens=b"\2\0\0\0" * max(size, 8), finish_reason="length",
+        sampling={"temperature": 0.0}, drafted=20, accepted=10, model_drafted=20, model_accepted=5, rounds=8,
+        acceptance_rate=0.25, tokens_per_second=10.0, ttft_ms=5.0, target_model="t", draft_model="d",
+        target_fingerprint="fake-target", draft_fingerprint="fake-draft", adapter_id="", sources=bytes(max(size, 8)),
+        stats={"tokens": 8}, disagreements=[], top_k=top,
+    )  # fmt: skip
+
+
+def fill(outbox: Outbox, ids: list[str], size: int = 0, text: str = "some words") -> int:
+    """Put records straight into an outbox in large transactions; bytes put. The accepted way costs a sync each."""
+    total = 0
+    db = sqlite3.connect(outbox.path)
+    rows = []
+    for id in ids:
+        body = encode(generation(id, text, size))
+        total += len(body)
+        rows.append((id, "Generation", body))
+    with db:
+        db.executemany("INSERT INTO outbox (id, kind, body) VALUES (?, ?, ?)", rows)
+    db.close()
+    return total

@@ -1,0 +1,148 @@
+"""Who may connect: private folders and files, keys wherever TCP leaves this machine, and nobody with another key."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import zmq
+from fault_house import HERE, SETTINGS, wait_until
+from fault_proxy import _free_ports
+
+from specl.shared.access import Addresses, is_loopback, read_keys, write_keys
+from specl.shared.bus import new_keys
+from specl.shared.config import Bus
+from specl.shared.errors import ConfigError, DaemonUnreachable
+from specl.shared.paths import ROLES
+from specl.shared.wire import GetStatus, encode
+
+
+def test_everything_a_daemon_makes_is_private(house):
+    for role in ROLES:
+        house.start(role)
+    for role in ROLES:
+        house.ready(role)
+    house.ask("hello")
+    house.settle()
+    exposed = [
+        str(path.relative_to(house.folder))
+        for path in house.folder.rglob("*")
+        if path.stat().st_mode & 0o077 and path != house.file
+    ]
+    assert exposed == []
+    made = {path.name for path in house.folder.rglob("*")}
+    assert {"store.db-wal", "inference.db", "inference.sock", "inference.log"} <= made
+
+
+@pytest.mark.parametrize("host, inside", [("127.0.0.1", True), ("::1", True), ("localhost", True), ("127.9.9.9", True),
+                                          ("0.0.0.0", False), ("192.168.1.5", False), ("::", False), ("*", False), ("example.org", False)])  # fmt: skip
+def test_tcp_beyond_loopback_needs_keys(house, host, inside):
+    assert is_loopback(host) == inside
+    bus = Bus(transport="tcp", host=host)
+    if inside:
+        Addresses(house.paths, bus)
+        return
+    with pytest.raises(ConfigError, match="beyond loopback"):
+        Addresses(house.paths, bus)
+    write_keys(house.paths.keys, new_keys())
+    assert Addresses(house.paths, bus).answer("inference").keys is not None
+
+
+def test_a_daemon_refuses_to_listen_to_the_world_without_keys(house):
+    house.set(SETTINGS + "bus: {transport: tcp, host: 0.0.0.0}\n")
+    daemon = house.start("collector")
+    wait_until(lambda: daemon.code is not None, 10, "it ends")
+    assert daemon.code == 78 and "specl-ctl keys make" in house.output("collector")
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_with_keys_only_their_holders_are_answered(house, transport):
+    if transport == "tcp":
+        house.set(SETTINGS + f"bus: {{transport: tcp, host: 0.0.0.0, port: {_free_ports(6)}}}\n")
+    made = subprocess.run(
+        [sys.executable, "-c", "from specl.cli.main import main; main()", "keys", "make"],
+        env=house.environment() | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (house.paths.keys, *house.paths.keys.iterdir()))
+    for role in ROLES:
+        house.start(role)
+    for role in ROLES:
+        house.ready(role)
+    assert house.ask("hello").recorded
+    house.settle()
+    house.check()
+    right = Addresses(house.paths, house.settings.bus).answer("inference")
+    address = right.address.replace("0.0.0.0", "127.0.0.1")
+    other = new_keys()
+    strangers = {
+        "no key": {},
+        "a client key of its own": {
+            "server": right.keys.server_public,
+            "own": (other.client_public, other.client_secret),
+        },
+        "another server's key": {
+            "server": other.server_public,
+            "own": (right.keys.client_public, right.keys.client_secret),
+        },
+        "the right keys": {
+            "server": right.keys.server_public,
+            "own": (right.keys.client_public, right.keys.client_secret),
+        },
+    }
+    answered = {name: _answered(address, **keys) for name, keys in strangers.items()}
+    assert [name for name, yes in answered.items() if yes] == ["the right keys"]
+    write_keys(house.paths.keys, new_keys())
+    with pytest.raises(DaemonUnreachable), house.client() as client:
+        client.ask("with the wrong key")
+
+
+def _answered(address, server=None, own=None):
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    if server:
+        socket.curve_serverkey = server.encode()
+        socket.curve_publickey, socket.curve_secretkey = (key.encode() for key in own)
+    socket.connect(address)
+    socket.send(encode(GetStatus()), zmq.NOBLOCK)
+    found = bool(socket.poll(800))
+    context.destroy(linger=0)
+    return found
+
+
+def test_keys_are_refused_when_others_may_read_them_and_not_replaced_by_accident(house):
+    write_keys(house.paths.keys, new_keys())
+    before = read_keys(house.paths.keys)
+    again = subprocess.run(
+        [sys.executable, "-c", "from specl.cli.main import main; main()", "keys", "make"],
+        env=house.environment() | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert again.returncode == 1 and "--force" in again.stderr
+    assert read_keys(house.paths.keys) == before
+    (house.paths.keys / "server.json").chmod(0o644)
+    with pytest.raises(ConfigError, match="others may read"):
+        read_keys(house.paths.keys)
+
+
+def test_no_pickle_no_eval_no_shell_in_the_product():
+    """Names of what turns data into code; `mx.load` and `np.load` read only what their formats hold."""
+    words = re.compile(
+        r"\b(import (?:pickle|marshal|shelve)\b|eval\(|exec\(|os\.system|shell=True|allow_pickle=True|yaml\.load\()"
+    )
+    found = []
+    for part in ("shared", "daemons", "cli"):
+        for path in (HERE.parent.parent / part).rglob("*.py"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                code = line.split("#")[0].replace("mx.eval(", "").replace("allow_pickle=False", "")
+                if words.search(code):
+                    found.append(f"{path.name}:{number}: {line.strip()}")
+    assert found == []
+
+
+def test_a_link_in_the_place_of_a_socket_is_refused(house):
+    (house.paths.run / "collector.sock").write_text("not a socket")
+    daemon = house.start("collector")
+    wait_until(lambda: daemon.code is not None, 10, "it ends")
+    assert daemon.code == 78 and "in the way of a socket" in house.output("collector")
+    time.sleep(0.1)

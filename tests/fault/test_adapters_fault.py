@@ -1,0 +1,252 @@
+"""Adapters under faults (F12 to F14): CURRENT always names a whole one, a bad one is refused with its reason while the old one
+serves, and whoever was not there learns of the newest.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+import pytest
+import zmq
+from fault_fake import make_adapter, publish_adapter
+from fault_house import HERE, SETTINGS, wait_until
+from test_delivery import PUBLISH_POINTS
+
+from specl.shared.adapters import Adapters
+from specl.shared.wire import AdapterReady, SetAdapter, encode
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=slow)])
+def test_f12_a_trainer_killed_at_any_step_of_publishing_leaves_a_whole_adapter(house, figures, times):
+    adapters = Adapters(house.paths.adapters)
+    publish_adapter(house.paths.adapters, "000001")
+    inference = house.start("inference")
+    house.ready("inference")
+    kills = 0
+    for point in PUBLISH_POINTS * times:
+        id = adapters.next_id()
+        environment = os.environ | {"SPECL_CRASH_AT": point, "PYTHONPATH": str(HERE)}
+        code = subprocess.run(
+            [sys.executable, str(HERE / "fault_fake.py"), str(house.paths.adapters), id], env=environment
+        ).returncode
+        assert code == 137, point
+        kills += 1
+        current = adapters.current()
+        assert current in adapters.ids()
+        adapters.verify(adapters.folder / current, "fake-draft", "characters")
+        adapters.sweep()
+        assert not list(adapters.folder.glob(".new-*"))
+    wait_until(
+        lambda: house.status("inference")["adapter"]["active"] == adapters.current(), 15, "inference has the newest"
+    )
+    assert not house.status("inference")["adapter"]["rejected"] and inference.code is None
+    figures(F12_kills=kills, points=len(PUBLISH_POINTS), current_always_whole="yes")
+
+
+def ready_for_training(house):
+    """Enough recorded answers that a run has what to learn from and to judge on."""
+    house.set(SETTINGS.replace("enabled: false", "enabled: false, heldout_share: 0.4, num_epochs: 2, max_minutes: 0.3"))
+    house.start("inference")
+    house.start("collector")
+    house.ready("inference")
+    with house.client() as client:
+        for n in range(36):
+            house.ask(f"question {n} of {uuid.uuid4().hex[:6]}", client, temperature=0.8, max_tokens=12)
+    house.settle()
+
+
+@pytest.mark.parametrize("point", ["training.after_checkpoint", "adapter.before_publish"])
+def test_f12_the_trainer_itself_dies_and_goes_on(house, point):
+    ready_for_training(house)
+    trainer = house.start("trainer", SPECL_CRASH_AT=point, SPECL_TEST_CHECKPOINT_S="0", SPECL_TEST_RISING="1")
+    house.ready("trainer")
+    with house.client() as client:
+        assert client.train(now=True).ok
+    wait_until(lambda: trainer.code is not None, 60, "it dies at the point")
+    assert trainer.code == 137
+    trainer = house.start("trainer", SPECL_TEST_CHECKPOINT_S="0")
+    house.ready("trainer")
+    adapters = Adapters(house.paths.adapters)
+    if point == "adapter.before_publish":  # it stands, though nobody was told
+        assert adapters.current() == "000001"
+        wait_until(lambda: house.status("inference")["adapter"]["active"] == "000001", 15, "the slow tick finds it")
+        wait_until(lambda: house.stored("adapters") == ["000001"], 15, "its record is in the store")
+        return
+    with house.client() as client:
+        assert client.train(now=True).ok
+    wait_until(lambda: _verdict(house), 60, "the run goes on from its checkpoint and ends")
+    assert "training.resumed" in house.output("trainer")
+
+
+def _verdict(house):
+    return house.stored("training_runs")
+
+
+def test_f12_a_published_adapter_without_its_record_gets_it_at_the_next_start(house):
+    publish_adapter(house.paths.adapters, "000001")
+    house.start("collector")
+    house.start("trainer")
+    wait_until(lambda: house.stored("adapters") == ["000001"], 15, "the trainer tells of it")
+
+
+BAD = {
+    "a link": "a link, not a folder",
+    "a linked file": "not a regular file",
+    "npz": "does not belong in an adapter",
+    "pickle": "does not belong in an adapter",
+    "sha": "sha256",
+    "shape": "has shape",
+    "base": "trained on draft",
+    "nan": "not finite",
+    "giant header": "not a whole safetensors file",
+    "truncated": "truncated",
+    "zero": "changes nothing",
+    "missing": "is missing",
+    "manifest": "manifest",
+}
+
+
+def spoil(house, kind, id):
+    """Publish an adapter and break it in one way."""
+    folder = house.paths.adapters
+    more = {"shape": {"cut": 1}, "base": {"base": "another"}, "nan": {"nan": True}, "zero": {"scale": 0.0}}.get(
+        kind, {}
+    )
+    scratch, manifest = make_adapter(folder, id, **more)
+    path = Adapters(folder).publish(scratch, manifest, make_current=False)
+    weights = path / "adapters.safetensors"
+    match kind:
+        case "a link":
+            path.rename(folder / "elsewhere")
+            path.symlink_to(folder / "elsewhere")
+        case "a linked file":
+            weights.rename(house.folder / "outside.safetensors")
+            weights.symlink_to(house.folder / "outside.safetensors")
+        case "npz":
+            (path / "adapters.npz").write_bytes(b"PK")
+        case "pickle":
+            (path / "adapters.pkl").write_bytes(b"\x80\x04.")
+        case "sha":
+            config = path / "adapter_config.json"
+            config.write_text(config.read_text() + " ")
+        case "giant header":
+            weights.write_bytes((10 << 30).to_bytes(8, "little") + b"{}")
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "missing":
+            (path / "adapter_config.json").unlink()
+        case "manifest":
+            (path / "manifest.json").write_text("{}")
+    Adapters(folder).set_current(id)
+
+
+def test_f13_bad_adapters_are_each_refused_with_their_reason(house, figures):
+    publish_adapter(house.paths.adapters, "000001")
+    house.start("collector")
+    house.start("inference")
+    assert house.ready("inference")["adapter"]["active"] == "000001"
+    before = house.ask("hello").text
+    for number, (kind, reason) in enumerate(BAD.items(), 2):
+        id = f"{number:06d}"
+        spoil(house, kind, id)
+        said = _refusal(house, id)
+        assert reason in said, (kind, said)
+        body = house.status("inference")["adapter"]
+        assert body["active"] == "000001"
+        assert house.ask("hello").text == before
+    for name, text in (("outside", "../../../etc"), ("long", "0" * 70), ("bytes", "\x00\xff")):
+        (house.paths.adapters / "CURRENT").write_text(text)
+        assert "not an adapter id" in _refusal(house, "CURRENT"), name
+        assert house.status("inference")["adapter"]["active"] == "000001"
+    house.settle()
+    figures(F13_kinds=len(BAD) + 3, refused=len(BAD) + 3, greedy_text_unchanged="yes")
+    assert len(house.stored("activations")) >= len(BAD)
+
+
+def _refusal(house, id):
+    """Why inference refused; asking by hand saves waiting for the slow tick."""
+    with house.client() as client:
+        if id == "CURRENT":
+            wait_until(
+                lambda: id in client.status().get("inference", {}).get("adapter", {}).get("rejected", {}),
+                12,
+                "it is refused",
+            )
+            return client.status()["inference"]["adapter"]["rejected"][id]
+        reply = client.command("inference", SetAdapter(id))
+        listed = client.status(1.0)["inference"]["adapter"]["rejected"]
+    assert not reply.ok
+    return listed.get(id, reply.message)
+
+
+def test_f13_an_announced_path_outside_is_refused(house):
+    publish_adapter(house.paths.adapters, "000001")
+    publisher = zmq.Context.instance().socket(zmq.XPUB)
+    publisher.setsockopt(zmq.LINGER, 0)
+    publisher.bind(house.paths.socket("trainer-pub"))
+    house.start("inference")
+    house.ready("inference")
+    assert publisher.poll(5000)
+    for path in ("/etc", str(house.paths.adapters / ".." / "000002"), "https://example.org/000002"):
+        publisher.send(encode(AdapterReady("000002", path)))
+        said = wait_until(lambda: house.status("inference")["adapter"]["rejected"].get("000002"), 5, "it is refused")
+        assert "lies outside" in said or "not an adapter id" in said
+    assert house.status("inference")["adapter"]["active"] == "000001"
+    publisher.close()
+
+
+def test_f13_random_weights_cost_speed_and_no_word(house):
+    house.start("inference")
+    house.ready("inference")
+    plain = house.ask("say something", max_tokens=24, num_draft_tokens=0).text
+    publish_adapter(house.paths.adapters, "000001", scale=3.0)
+    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000001", 12, "it is active")
+    answer = house.ask("say something", max_tokens=24, num_draft_tokens=3)
+    assert answer.text == plain and answer.adapter_id == "000001"
+
+
+def test_f14_a_late_joiner_and_a_burst_end_with_the_newest(house, figures):
+    publish_adapter(house.paths.adapters, "000001")  # nobody is there to hear of it
+    house.start("inference")
+    assert house.ready("inference")["adapter"]["active"] == "000001"
+    prepared = [make_adapter(house.paths.adapters, f"{n:06d}") for n in (2, 3, 4)]
+    publisher = zmq.Context.instance().socket(zmq.XPUB)
+    publisher.setsockopt(zmq.LINGER, 0)
+    publisher.bind(house.paths.socket("trainer-pub"))
+    publisher.poll(5000)
+    stop, active = threading.Event(), []
+
+    def watch():
+        with house.client() as client:
+            while not stop.is_set():
+                if body := client.status().get("inference"):
+                    active.append(body["adapter"]["active"])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.monotonic()
+    for scratch, manifest in prepared:
+        path = Adapters(house.paths.adapters).publish(scratch, manifest)
+        publisher.send(encode(AdapterReady(manifest.id, str(path))))
+    burst = time.monotonic() - start
+    wait_until(lambda: active and active[-1] == "000004", 10, "the newest is active")
+    seconds = time.monotonic() - start
+    stop.set()
+    watcher.join()
+    publisher.close()
+    assert active == sorted(active), "never an older one after a newer"
+    publish_adapter(house.paths.adapters, "000005")  # no publication at all
+    start = time.monotonic()
+    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000005", 10, "the slow tick finds it")
+    figures(F14_burst_ms=1000 * burst, newest_after_s=seconds, without_publication_s=time.monotonic() - start)
+
+
+def test_the_manifest_and_nothing_else_is_json(tmp_path):
+    path = publish_adapter(tmp_path, "000001")
+    assert json.loads((path / "manifest.json").read_text())["id"] == "000001"

@@ -1,0 +1,183 @@
+"""Full disks (F7, F8): answers go on, new records are refused and counted, accepted ones stay, nothing needs a restart.
+
+Each room stands on a small file system of its own (tmpfs; needs root) that a ballast file fills to the last byte.
+"""
+
+import os
+import subprocess
+import time
+
+import pytest
+from fault_fake import make_adapter, publish_adapter
+from fault_house import SETTINGS, wait_until
+
+from specl.shared.adapters import Adapters
+
+
+class SmallDisk:
+    """A tmpfs at `path`."""
+
+    def __init__(self, path, megabytes):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=700", "none", str(path)], capture_output=True
+        )
+        if done.returncode:
+            pytest.skip("mounting a tmpfs needs root")
+
+    def fill(self):
+        with open(self.path / "ballast", "ab", buffering=0) as file:
+            for size in (65536, 4096, 1):
+                try:
+                    while True:
+                        file.write(b"\0" * size)
+                except OSError:
+                    continue
+
+    def free(self):
+        (self.path / "ballast").unlink()
+
+    def close(self):
+        subprocess.run(["umount", "-l", str(self.path)], capture_output=True)
+
+
+@pytest.fixture
+def disk():
+    made = []
+
+    def make(path, megabytes=8):
+        made.append(SmallDisk(path, megabytes))
+        return made[-1]
+
+    yield make
+    for one in reversed(made):
+        one.close()
+
+
+def test_f7_a_full_store_acknowledges_nothing_and_recovers(house, figures, disk):
+    store = disk(house.folder)  # before anything else lies there
+    house.paths.create()
+    house.set(SETTINGS)
+    outbox = disk(house.folder / "outbox")
+    house.start("inference")
+    house.start("collector")
+    house.ready("inference")
+    house.ready("collector")
+    for n in range(5):
+        house.ask(f"before {n}")
+    house.settle()
+    store.fill()
+    before = len(house.stored())
+    for n in range(30):
+        done = house.ask(f"while it is full {n} " + "x" * 100)
+        assert done.recorded and done.tokens
+    trouble = wait_until(lambda: house.status("collector").get("trouble"), 15, "status says that the store is full")
+    kept = len(house.waiting())
+    store.free()
+    start = time.monotonic()
+    house.settle(timeout_s=45)
+    house.check()
+    wait_until(lambda: not house.status("collector")["trouble"], 5, "status is calm again")
+    figures(F7_accepted=len(house.acked), waited_in_outbox=kept, lost=0, recovered_s=time.monotonic() - start)
+    assert "full" in trouble
+    assert kept + len(house.stored()) >= before and kept > 0
+    assert outbox
+
+
+def test_f7_a_collector_that_starts_on_a_full_disk_waits_for_room(house, disk):
+    store = disk(house.folder)
+    house.paths.create()
+    house.set(SETTINGS)
+    disk(house.folder / "outbox")
+    house.start("inference")
+    house.ready("inference")
+    house.ask("first")
+    store.fill()
+    collector = house.start("collector")
+    wait_until(lambda: house.status("collector").get("trouble"), 10, "it answers, and says what is wrong")
+    store.free()
+    house.settle(timeout_s=45)
+    house.check()
+    assert collector.code is None
+
+
+def test_f8_a_full_outbox_refuses_new_records_and_answers_go_on(house, figures, disk):
+    outbox = disk(house.folder / "outbox", megabytes=4)
+    house.start("inference")
+    house.ready("inference")
+    for n in range(3):
+        assert house.ask(f"before {n}").recorded
+    outbox.fill()
+    refused = []
+    for n in range(25):
+        done = house.ask(f"while it is full {n} " + "x" * 100)
+        assert done.tokens == 8 and done.text
+        if not done.recorded:
+            refused.append(done.record_note)
+    said = house.status("inference")["outbox"]
+    assert len(refused) > 0 and said["refused"] == len(refused)
+    assert "full" in said["trouble"] and "full" in refused[0]
+    # a collector that comes now must not turn in circles over records that cannot be let go of
+    house.start("collector")
+    wait_until(lambda: set(house.acked) <= set(house.stored()), 10, "what was accepted is stored")
+    outbox.free()
+    start = time.monotonic()
+    wait_until(lambda: house.ask("afterwards").recorded, 10, "records are accepted again")
+    recovered = time.monotonic() - start
+    house.settle()
+    house.check()
+    wait_until(lambda: not house.status("inference")["outbox"]["trouble"], 5, "status is calm again")
+    figures(
+        F8_answers=len(house.latencies), refused=len(refused), accepted=len(house.acked), lost=0, recovered_s=recovered
+    )
+
+
+def test_f8_an_outbox_that_cannot_be_opened_at_start_stops_no_answer(house, disk):
+    outbox = disk(house.folder / "outbox", megabytes=1)
+    outbox.fill()
+    house.start("inference")
+    house.ready("inference")
+    done = house.ask("nowhere to write")
+    assert done.tokens == 8 and not done.recorded and done.record_note
+    assert house.status("inference")["outbox"]["trouble"]
+    outbox.free()
+    wait_until(lambda: house.ask("room again").recorded, 10, "records are accepted again")
+    house.settle()
+    house.check()
+
+
+def test_a_daemon_starts_with_every_disk_full(house, disk):
+    everything = disk(house.folder)
+    house.paths.create()
+    house.set(SETTINGS)
+    everything.fill()
+    house.daemons.clear()
+    inference = house.start("inference")
+    body = house.ready("inference")
+    assert body["outbox"]["trouble"]
+    assert house.ask("hello").tokens == 8
+    everything.free()
+    wait_until(lambda: house.ask("room again").recorded, 10, "records are accepted again")
+    house.settle()
+    house.check()
+    assert inference.code is None
+
+
+def test_a_full_adapters_folder_leaves_the_old_adapter_serving(house, disk):
+    adapters = disk(house.paths.adapters, megabytes=2)
+    publish_adapter(house.paths.adapters, "000001")
+    house.start("inference")
+    assert house.ready("inference")["adapter"]["active"] == "000001"
+    scratch, manifest = make_adapter(house.paths.adapters, "000002")
+    adapters.fill()
+    with pytest.raises(OSError):
+        Adapters(house.paths.adapters).publish(scratch, manifest)
+        raise OSError("there was room for the manifest in the last page after all")
+    assert Adapters(house.paths.adapters).current() in ("000001", "000002")
+    assert house.ask("hello").tokens == 8
+    adapters.free()
+    Adapters(house.paths.adapters).sweep()
+    publish_adapter(house.paths.adapters, "000003")
+    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000003", 15, "the next one is active")
+    assert os.listdir(house.paths.adapters).count("CURRENT") == 1

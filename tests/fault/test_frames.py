@@ -1,0 +1,233 @@
+"""Hostile frames on every socket (F10): nothing ends, nothing grows, everything is counted, the next good request is answered."""
+
+import os
+import random
+import time
+from typing import Any
+
+import msgpack
+import pytest
+import zmq
+from fault_house import SETTINGS, process_figures, wait_until
+
+from specl.shared.paths import ROLES
+from specl.shared.wire import (
+    Ask,
+    Batch,
+    Fetch,
+    GetStatus,
+    Purge,
+    RecordReady,
+    Reply,
+    Row,
+    Sampling,
+    Status,
+    decode,
+    encode,
+)
+
+slow = pytest.mark.slow
+GOOD = [
+    encode(GetStatus()),
+    encode(Fetch(["a"], 3)),
+    encode(Ask("r", [{"role": "user", "content": "x"}], "", 4, Sampling(), "detailed")),
+    encode(Purge([], None, "")),
+    encode(Batch([Row("a", "Generation", b"x")], 0)),
+    encode(RecordReady("a")),
+    encode(Status("x", {"state": "y"})),
+    encode(Reply(True, "yes")),
+]
+
+
+def nested(depth: int) -> bytes:
+    return b"\x91" * depth + b"\xc0"
+
+
+def hostile(rng: random.Random) -> bytes:
+    """A frame that no decoder should like."""
+    good = rng.choice(GOOD)
+    body: Any = {"request_id": "x"}
+    return rng.choice(
+        [
+            lambda: rng.randbytes(rng.randrange(0, 400)),
+            lambda: good[: rng.randrange(len(good))],
+            lambda: good + b"\0",
+            lambda: nested(1000),
+            lambda: nested(100_000),
+            lambda: msgpack.packb([1, "Cancel", {}])[:-1] + nested(900),
+            lambda: b"\xdd\xff\xff\xff\xff" + b"\xc0" * 10,  # an array of four thousand million
+            lambda: b"\xc6\xff\xff\xff\xff" + b"x" * 10,
+            lambda: b"\xdf\xff\xff\xff\xff",
+            lambda: b"\x93\x01\xa6Cancel\x82\xaarequest_id\xa1x\xaarequest_id\xa1y",  # a key twice
+            lambda: msgpack.packb([1, "Ask", body | {"max_tokens": float("nan")}]),
+            lambda: msgpack.packb([99, "Cancel", body]),
+            lambda: msgpack.packb([True, "Cancel", body]),
+            lambda: msgpack.packb([1, "Nothing", body]),
+            lambda: msgpack.packb([1, "Cancel", body | {"more": 1}]),
+            lambda: msgpack.packb([1, "Cancel", {"request_id": 5}]),
+            lambda: msgpack.packb([1, "Fetch", {"done": [], "limit": 2**63}]),
+            lambda: msgpack.packb([1, "Fetch", {"done": ["x", 1], "limit": 1}]),
+            lambda: msgpack.packb(msgpack.ExtType(5, b"x")),
+            lambda: msgpack.packb([1, "Reply", {"ok": True, "message": "", "details": {"a": msgpack.ExtType(1, b"")}}]),
+        ]
+    )()
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=slow)])
+def test_f10_hostile_requests_are_counted_and_dropped(house, figures, context, role, count):
+    daemon = house.start(role)
+    house.ready(role)
+    for _ in range(20):
+        house.status(role)
+    before, _ = process_figures(daemon.pid)
+    socket = context.socket(zmq.DEALER)
+    socket.connect(house.paths.socket(role))
+    rng, sent = random.Random(1), 0
+    for n in range(count):
+        frame = hostile(rng)
+        socket.send_multipart([frame, b"", frame] if n % 97 == 0 else [frame])
+        sent += 1
+        if n % 50 == 0:
+            time.sleep(0.005)
+    body = wait_until(lambda: (b := house.status(role)) and b["malformed"] == sent and b, 60, f"{sent} are counted")
+    after, _ = process_figures(daemon.pid)
+    oversized = context.socket(zmq.DEALER)
+    oversized.connect(house.paths.socket(role))
+    oversized.send(b"x" * (20 << 20))  # cut off by libzmq, with its connection
+    time.sleep(0.5)
+    assert house.status(role)["state"] in ("ready", "starting", "busy")
+    if role == "inference":
+        assert house.ask("a good one").tokens == 8
+    largest, _ = process_figures(daemon.pid)
+    figures(F10_socket=role, frames=sent, counted=body["malformed"], grew_MiB=max(after, largest) - before)
+    assert daemon.code is None
+    assert after - before < 32 and largest - before < 32
+
+
+@pytest.mark.parametrize(
+    "role, source", [("inference", "trainer"), ("collector", "inference"), ("trainer", "inference")]
+)
+def test_f10_hostile_publications_and_answers(house, figures, context, role, source):
+    """The other sockets connect outwards: whoever stands at the other end sends rubbish."""
+    publisher, answerer = context.socket(zmq.XPUB), context.socket(zmq.ROUTER)
+    publisher.bind(house.paths.socket(f"{source}-pub"))
+    answerer.bind(house.paths.socket(source))
+    daemon = house.start(role)
+    house.ready(role)
+    assert publisher.poll(5000), "it subscribes"
+    before, _ = process_figures(daemon.pid)
+    rng, published, answered = random.Random(2), 300, 0
+    for n in range(published):
+        publisher.send(hostile(rng))
+        if n % 50 == 0:
+            time.sleep(0.01)
+    while answerer.poll(1200 if role == "collector" and not answered else 0):
+        peer, data = answerer.recv_multipart()
+        if isinstance(decode(data), Fetch):
+            for _ in range(50):
+                answerer.send_multipart([peer, hostile(rng)])
+                answered += 1
+    sent = published + answered
+    body = wait_until(lambda: (b := house.status(role)) and b["malformed"] >= sent and b, 10, f"{sent} are counted")
+    after, _ = process_figures(daemon.pid)
+    figures(
+        F10_outward=role, publications=published, answers=answered, counted=body["malformed"], grew_MiB=after - before
+    )
+    assert daemon.code is None and after - before < 32
+
+
+@pytest.fixture
+def context():
+    made = zmq.Context()
+    yield made
+    made.destroy(linger=0)
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(180, marks=slow)])
+def test_f10_a_coverage_guided_fuzzer_finds_no_way_past_the_decoder(figures, seconds):
+    """Keeps every input that reached a new line of wire.py and changes those further; only WireError may come out."""
+    import sys
+
+    from specl.shared import wire
+    from specl.shared.errors import WireError
+
+    rng = random.Random(int(os.environ.get("SPECL_TEST_SEED", "3")))
+    corpus, seen, tried, accepted = [*GOOD, b"", nested(20)], set(), 0, 0
+    edges: set[tuple[int, int]] = set()
+    last = [0]
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename != wire.__file__:
+            return None
+        if event == "line":
+            edges.add((last[0], frame.f_lineno))
+            last[0] = frame.f_lineno
+        return trace
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        data = mutate(rng, corpus)
+        edges.clear()
+        sys.settrace(trace)
+        try:
+            value = decode(data)
+            sys.settrace(None)
+            accepted += 1
+            decode(encode(value))
+        except WireError:
+            pass
+        finally:
+            sys.settrace(None)
+        tried += 1
+        if not edges <= seen:
+            seen |= edges
+            corpus.append(data)
+    figures(F10_fuzzed=tried, corpus=len(corpus), edges=len(seen), accepted=accepted, escaped=0)
+    assert len(seen) > 60
+
+
+def mutate(rng: random.Random, corpus: list[bytes]) -> bytes:
+    data = bytearray(rng.choice(corpus))
+    for _ in range(rng.randrange(1, 5)):
+        place = rng.randrange(len(data) + 1)
+        match rng.randrange(5):
+            case 0 if data:
+                data[place % len(data)] = rng.randrange(256)
+            case 1:
+                data[place:place] = rng.randbytes(rng.randrange(1, 6))
+            case 2:
+                del data[place : place + rng.randrange(1, 6)]
+            case 3:
+                other = rng.choice(corpus)
+                data[place:] = other[rng.randrange(len(other) + 1) :]
+            case _ if data:
+                data[place % len(data)] ^= 1 << rng.randrange(8)
+    return bytes(data[:4096])
+
+
+def test_a_client_has_its_limits(house, context):
+    house.set(SETTINGS.replace("serving: {", "serving: {client_queue_limit: 2, max_prompt_kb: 4, "))
+    house.start("inference", SPECL_TEST_TOKEN_MS="20")
+    house.ready("inference")
+    socket = context.socket(zmq.DEALER)
+    socket.connect(house.paths.socket("inference"))
+    for n in range(5):
+        socket.send(encode(Ask(f"r{n}", [{"role": "user", "content": "x"}], "", 8, Sampling(), "detailed")))
+    refused = {}
+    while len(refused) < 3 and socket.poll(3000):
+        message = decode(socket.recv())
+        if type(message).__name__ == "Failed":
+            refused[message.request_id] = message
+    assert sorted(refused) == ["r2", "r3", "r4"] and all(f.code == "busy" for f in refused.values())
+    assert house.ask("another client").tokens == 8
+    socket.send(
+        encode(
+            Ask(
+                "long", [{"role": "user", "content": [{"type": "text", "text": "y" * 5000}]}], "", 8, Sampling(), "fast"
+            )
+        )
+    )
+    while (message := decode(socket.recv())) and getattr(message, "request_id", "") != "long":
+        pass
+    assert message.code == "rejected" and "max_prompt_kb" in message.message

@@ -1,0 +1,75 @@
+"""The store's schema moves forward in one transaction with a copy kept, or not at all; a newer one is refused."""
+
+import sqlite3
+
+import pytest
+from fault_house import generation, wait_until
+
+import specl.shared.store as store_module
+from specl.shared.errors import StoreError, StoreTooNew
+from specl.shared.store import Store
+from specl.shared.wire import Row, encode
+
+
+@pytest.fixture
+def older(tmp_path, monkeypatch):
+    """A store of schema 1 with a row that is still in its write-ahead log, and a program that knows schema 2."""
+    path = tmp_path / "store.db"
+    store = Store(path)
+    store.add_rows([Row("a", "Generation", encode(generation("a")))])
+
+    def _m002(connection):
+        connection.exec_driver_sql("ALTER TABLE generations ADD COLUMN mood TEXT")
+
+    monkeypatch.setattr(store_module, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, _m002))
+    yield path
+    store.close()
+
+
+def version(path):
+    with sqlite3.connect(path) as db:
+        return db.execute("PRAGMA user_version").fetchone()[0]
+
+
+def test_an_older_store_is_copied_and_upgraded(older):
+    store = Store(older)
+    (backup,) = store.backups()
+    assert version(older) == 2 and version(backup) == 1
+    assert backup.stat().st_mode & 0o077 == 0
+    with sqlite3.connect(older) as db:
+        assert db.execute("SELECT id, mood FROM generations").fetchall() == [("a", None)]
+    with sqlite3.connect(backup) as db:
+        assert db.execute("SELECT id FROM generations").fetchall() == [("a",)]
+    store.close()
+    assert len(Store(older).backups()) == 1
+
+
+def test_an_upgrade_that_fails_changes_nothing(older, monkeypatch):
+    def broken(connection):
+        connection.exec_driver_sql("ALTER TABLE generations ADD COLUMN mood TEXT")
+        connection.exec_driver_sql("SELECT nonsense")
+
+    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS[:1], broken))
+    with pytest.raises(StoreError):
+        Store(older)
+    assert version(older) == 1
+    with sqlite3.connect(older) as db:
+        assert "mood" not in [row[1] for row in db.execute("PRAGMA table_info(generations)")]
+
+
+def test_an_older_store_is_not_upgraded_by_a_reader(older):
+    with pytest.raises(StoreError, match="older schema 1"):
+        Store(older, read_only=True)
+
+
+def test_a_newer_store_is_refused_by_name_and_not_retried(house):
+    Store(house.paths.store).close()
+    with sqlite3.connect(house.paths.store) as db:
+        db.execute("PRAGMA user_version = 99")
+    collector = house.start("collector")
+    wait_until(lambda: collector.code is not None, 10, "it ends")
+    assert collector.code == 78
+    assert "schema 99" in house.output("collector") and "upgrade speclora" in house.output("collector")
+    with pytest.raises(StoreTooNew):
+        Store(house.paths.store, read_only=True)

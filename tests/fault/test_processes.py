@@ -1,0 +1,170 @@
+"""Processes (F9, F15): one of each, back after a crash, gone with their parents, in whatever order they start."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from fault_house import HERE, SETTINGS, wait_until
+
+from specl.shared.paths import ROLES
+from specl.shared.process import holder_of, is_locked
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_f9_a_second_daemon_is_refused_and_names_the_first(house, role):
+    first = house.start(role)
+    house.ready(role)
+    start = time.monotonic()
+    second = house.start(role)
+    wait_until(lambda: second.code is not None, 3, "the second ends")
+    assert time.monotonic() - start < 1.5
+    assert second.code == 78
+    assert f"pid {first.pid}" in house.output(role)
+    assert house.status(role)["pid"] == first.pid
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(ROLES)))
+def test_f15_any_start_order_works(house, order):
+    for role in order:
+        house.start(role)
+        time.sleep(0.3)
+    for role in ROLES:
+        house.ready(role)
+    assert house.ask("hello").recorded
+    house.settle()
+    house.check()
+
+
+def test_f15_stale_sockets_and_locks_are_no_obstacle(house):
+    for _ in range(2):
+        daemons = [house.start(role) for role in ROLES]
+        for role in ROLES:
+            house.ready(role)
+        assert house.ask("hello").recorded
+        house.settle()
+        for daemon in daemons:
+            daemon.kill()
+        assert list(house.paths.run.glob("*.sock"))  # what kill -9 leaves behind
+    house.settle()
+    house.check()
+
+
+def test_f15_daemons_stop_within_five_seconds_in_the_middle_of_work(house, figures):
+    daemons = [house.start(role, SPECL_TEST_TOKEN_MS="30") for role in ROLES]
+    for role in ROLES:
+        house.ready(role)
+    with house.client() as client:
+        pieces = client.stream("a long answer", max_tokens=400)
+        next(pieces)
+        seconds = [daemon.stop() for daemon in daemons]
+    figures(F15_stop_s=max(seconds))
+    assert max(seconds) < 4
+    assert [daemon.code for daemon in daemons] == [0, 0, 0]
+
+
+class Tree:
+    """`honcho start` as a user runs it, with the fake models put in by a sitecustomize on the path."""
+
+    def __init__(self, house, site):
+        (site / "sitecustomize.py").write_text(
+            "import sys\n"
+            "if 'specl.daemons.inference' in sys.argv or any('daemons.inference' in a or 'daemons.trainer' in a for a in sys.orig_argv):\n"
+            "    import fault_fake\n    fault_fake.install()\n"
+        )
+        (site / "Procfile").write_text((HERE.parent.parent / "Procfile").read_text().replace("python", sys.executable))
+        environment = os.environ | house.environment() | {"PYTHONPATH": f"{site}:{HERE}", "OPENBLAS_NUM_THREADS": "1"}
+        self.house = house
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "honcho", "-f", str(site / "Procfile"), "start"],
+            env=environment, cwd=site, stdout=open(house.outputs / "honcho.out", "wb"), stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def pids(self):
+        return {role: holder_of(self.house.paths.run, role) for role in ROLES}
+
+    def keeper(self, role):
+        """The pid of the respawner above a daemon."""
+        with open(f"/proc/{holder_of(self.house.paths.run, role)}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+
+    def ready(self):
+        for role in ROLES:
+            self.house.ready(role, 60)
+
+    def all_gone(self):
+        return not any(is_locked(self.house.paths.run, role) for role in ROLES)
+
+
+@pytest.fixture
+def tree(house, tmp_path):
+    made = []
+
+    def start():
+        made.append(Tree(house, tmp_path))
+        return made[-1]
+
+    yield start
+    for one in made:
+        if one.process.poll() is None:
+            one.process.terminate()
+            try:
+                one.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                one.process.kill()
+
+
+def test_f15_a_dead_daemon_comes_back_and_the_tree_stops_cleanly(house, figures, tree):
+    running = tree()
+    running.ready()
+    before = running.pids()
+    start = time.monotonic()
+    os.kill(before["collector"], signal.SIGKILL)
+    os.kill(before["inference"], signal.SIGKILL)
+    wait_until(
+        lambda: house.status("collector").get("pid") not in (None, before["collector"]), 20, "the collector is back"
+    )
+    collector_s = time.monotonic() - start
+    wait_until(lambda: house.status("inference").get("pid") not in (None, before["inference"]), 30, "inference is back")
+    inference_s = time.monotonic() - start
+    house.ready("inference")
+    assert house.ask("hello").recorded
+    start = time.monotonic()
+    running.process.send_signal(signal.SIGTERM)
+    running.process.wait(timeout=10)
+    stop_s = time.monotonic() - start
+    figures(F15_collector_back_s=collector_s, inference_back_s=inference_s, honcho_stop_s=stop_s)
+    assert running.all_gone()
+    assert stop_s < 5
+
+
+def test_f15_no_orphan_survives_honcho_or_a_keeper(house, figures, tree):
+    running = tree()
+    running.ready()
+    start = time.monotonic()
+    running.process.kill()
+    running.process.wait()
+    wait_until(running.all_gone, 10, "every daemon is gone")
+    gone_s = time.monotonic() - start
+    again = tree()
+    again.ready()
+    start = time.monotonic()
+    os.kill(again.keeper("trainer"), signal.SIGKILL)
+    again.process.wait(timeout=10)  # honcho ends all when one ends
+    wait_until(again.all_gone, 5, "every daemon is gone")
+    figures(F15_orphans_gone_s=gone_s, after_keeper_s=time.monotonic() - start)
+    assert gone_s < 4  # keepers look every 0.2 s; daemons stop within their grace of 3.5 s
+
+
+def test_f15_a_settings_error_is_said_once_and_not_retried(house, tree):
+    house.file.write_text(SETTINGS + "nonsense: 1\n")
+    running = tree()
+    running.process.wait(timeout=30)
+    said = (house.outputs / "honcho.out").read_text()
+    assert "unknown setting `nonsense`" in said
+    assert said.count("inference: ") <= 1 and "again_in_s" not in said
+    assert running.all_gone()

@@ -1,0 +1,229 @@
+"""Privacy: a purge leaves no byte of the text under var/, whatever runs; what is not to be kept is kept nowhere."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fault_fake import make_adapter
+from fault_house import SETTINGS, fill, generation, wait_until
+
+from specl.shared.adapters import Adapters
+from specl.shared.config import Records, parse
+from specl.shared.errors import ConfigError
+from specl.shared.outbox import Outbox
+from specl.shared.privacy import Discretion
+from specl.shared.store import Store
+from specl.shared.wire import Row, encode
+
+SECRET = "the purple heron of Aldersgate hums at noon"
+
+
+def specl(house, *arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, "-c", "from specl.cli.main import main; main()", *arguments],
+        env=house.environment() | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def files_with(house, text):
+    """Independent of the product's own search: plain bytes, every file."""
+    needles = {text.encode(), np.array([ord(c) for c in text], "<u4").tobytes()}
+    return [
+        str(path.relative_to(house.folder))
+        for path in house.folder.rglob("*")
+        if path.is_file() and any(needle in path.read_bytes() for needle in needles)
+    ]
+
+
+def spool_and_checkpoint(house, id):
+    """What hidden states and an unfinished training run of a generation leave."""
+    np.save(house.paths.hidden / f"{id}.npy", np.ones((4, 8), np.float16))
+    checkpoint = house.paths.training / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text(json.dumps({"ids": [id]}))
+
+
+def adapter_from(house, id, generations, parent=""):
+    scratch, manifest = make_adapter(house.paths.adapters, id)
+    Adapters(house.paths.adapters).publish(
+        scratch, replace(manifest, parent_id=parent, training={"generations": generations})
+    )
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_purge_by_pattern_leaves_no_byte_behind(house, figures, running):
+    daemons = [house.start(role) for role in ("inference", "collector", "trainer")]
+    for daemon in daemons:
+        house.ready(daemon.role)
+    house.ask("something harmless that stays here")
+    secret = house.ask(f"{SECRET}, they say")
+    house.settle()
+    wait_until(lambda: len(house.stored()) == 2, 5, "both are stored")
+    spool_and_checkpoint(house, secret.generation_id)
+    with sqlite3.connect(house.paths.store) as db:
+        db.execute("VACUUM INTO ?", (str(house.folder / "store.db.backup-0-1"),))
+    (house.paths.logs / "old.log").write_text(f'{{"event": "kept"}}\n{{"event": "{SECRET}"}}\n')
+    if not running:
+        for daemon in daemons:
+            daemon.stop()
+    outbox = Outbox(house.paths.outbox("inference"))
+    if not running:  # one that has not been delivered yet
+        fill(outbox, ["undelivered"], text=SECRET)
+    outbox.close()
+    assert len(files_with(house, SECRET)) >= 3
+    start = time.monotonic()
+    said = specl(house, "store", "purge", "--pattern", "PURPLE heron", "--yes")
+    seconds = time.monotonic() - start
+    assert "finds nothing" in said
+    assert files_with(house, SECRET) == []
+    assert files_with(house, "harmless")
+    assert not (house.paths.hidden / f"{secret.generation_id}.npy").exists()
+    assert not (house.paths.training / "checkpoint").exists()
+    assert (house.paths.logs / "old.log").read_text() == '{"event": "kept"}\n'
+    assert not (house.folder / "store.db.backup-0-1").exists()
+    assert len(house.stored()) == 1
+    figures(purge_s=seconds, daemons="running" if running else "down")
+
+
+def test_a_purge_finds_records_on_their_way(house):
+    house.start("inference")
+    house.ready("inference")
+    house.start("collector")
+    for n in range(10):
+        house.ask(f"{SECRET} {n}")
+    specl(house, "store", "purge", "--pattern", SECRET, "--yes")
+    time.sleep(2.5)  # two of the collector's ticks
+    assert files_with(house, SECRET) == []
+    assert not house.stored() and not house.waiting()
+
+
+def test_purges_by_id_age_and_all(house):
+    store = Store(house.paths.store)
+    now = time.time()
+    ages = {"old": 10, "new": 0.1}
+    store.add_rows(
+        [
+            Row(id, "Generation", encode(generation(id, f"words of {id}", created_at=now - 86400 * age)))
+            for id, age in ages.items()
+        ]
+    )
+    store.add_rows([Row("poison", "Generation", b"\xc1" + SECRET.encode())])
+    store.close()
+    specl(house, "store", "purge", "--before", "3d", "--yes")
+    assert house.stored() == ["new"]
+    specl(house, "store", "purge", "--pattern", SECRET, "--yes")
+    assert house.stored("quarantine") == []
+    specl(house, "store", "purge", "--id", "nobody", "--yes", code=1)
+    specl(house, "store", "purge", "--id", "ne", "--yes")
+    assert house.stored() == []
+    specl(house, "store", "purge", "--yes", code=2)
+    specl(house, "store", "purge", "--all", "--yes")
+
+
+def test_a_purge_names_adapters_that_learned_and_drops_them_if_wanted(house):
+    store = Store(house.paths.store)
+    store.add_rows([Row(id, "Generation", encode(generation(id, f"{SECRET} {id}"))) for id in ("a", "b")])
+    store.close()
+    adapter_from(house, "000001", ["x"])
+    adapter_from(house, "000002", ["a"], parent="000001")
+    adapter_from(house, "000003", ["y"], parent="000002")
+    house.start("inference")
+    assert house.ready("inference")["adapter"]["active"] == "000003"
+    said = specl(house, "store", "purge", "--id", "a", "--yes")
+    assert "000002, 000003" in said
+    Store(house.paths.store).add_rows([Row("a", "Generation", encode(generation("a", SECRET)))])
+    said = specl(house, "store", "purge", "--id", "a", "--yes", "--drop-adapters")
+    adapters = Adapters(house.paths.adapters)
+    assert adapters.ids() == ["000001"] and adapters.current() == "000001"
+    assert house.status("inference")["adapter"]["active"] == "000001"
+    assert adapters.next_id() == "000004", "an id is never used twice"
+
+
+def test_no_record_leaves_nothing_anywhere(house):
+    house.start("inference")
+    house.start("collector")
+    house.ready("inference")
+    with house.client() as client:
+        done = house.ask(f"{SECRET}, off the record", client, record=False)
+        assert not done.recorded and done.tokens == 8
+        again = house.ask(f"{SECRET}, off the record", client, record=False)
+        assert again.stats["reused_prompt_tokens"] == 0, "the prefix cache kept it"
+    house.ask("on the record")
+    house.settle()
+    assert files_with(house, SECRET) == []
+    assert SECRET not in house.output("inference")
+    assert len(house.stored()) == 1
+
+
+def test_statistics_keep_figures_and_no_text(house):
+    house.set(SETTINGS + "records: {keep: statistics}\n")
+    for role in ("inference", "collector", "trainer"):
+        house.start(role)
+    house.ready("inference")
+    assert house.ask(SECRET).recorded
+    house.settle()
+    assert files_with(house, SECRET) == []
+    with sqlite3.connect(house.paths.store) as db:
+        row = db.execute(
+            "SELECT output_count, prompt, output, messages, length(prompt_tokens), top_ids, drafted FROM generations"
+        ).fetchone()
+        assert row[0] == 8 and row[1:6] == ("", "", "[]", 0, None) and row[6] > 0
+        assert db.execute("SELECT count(*) FROM disagreements").fetchone() == (0,)
+        db.execute("SELECT * FROM failures").fetchall()
+    house.ready("trainer")
+    with house.client() as client:
+        reply = client.train(now=True)
+    assert not reply.ok and "statistics" in reply.message
+    assert house.ready("collector")["summary"]["generations"] == 1
+
+
+def test_redaction_blots_text_and_drops_tokens(house):
+    house.set(SETTINGS + "records: {redact: ['purple \\w+', '\\d{6}']}\n")
+    house.start("inference")
+    house.start("collector")
+    house.ready("inference")
+    house.ask(SECRET)
+    house.ask("nothing to hide")
+    house.settle()
+    assert files_with(house, "purple heron") == []
+    with sqlite3.connect(house.paths.store) as db:
+        rows = dict(db.execute("SELECT prompt LIKE '%Aldersgate%', length(prompt_tokens) FROM generations").fetchall())
+    assert rows[1] == 0 and rows[0] > 0
+
+
+def test_redaction_reaches_nested_content_and_keeps_what_is_clean():
+    keep = Discretion(Records(redact=["secret"]))
+    record = generation("x", "plain")
+    assert keep.apply(record) is record
+    nested = replace(record, messages=[{"role": "user", "content": [{"type": "text", "text": "a secret"}]}])
+    assert keep.apply(nested).messages[0]["content"][0]["text"] == "a [redacted]"
+    assert keep.apply(nested).output_tokens == b"" and keep.apply(nested).top_k is None
+    with pytest.raises(ConfigError, match="regular expression"):
+        parse("records: {redact: ['(']}", "x.yaml")
+
+
+@pytest.mark.parametrize(
+    "limits, left", [("retention_days: 5", 4), ("max_generations: 3", 3), ("max_store_mb: 1", None)]
+)
+def test_the_collector_lets_go_of_what_is_too_old_too_many_or_too_large(house, limits, left):
+    house.set(SETTINGS + f"records: {{{limits}}}\n")
+    store = Store(house.paths.store)
+    now = time.time()
+    rows = [generation(str(n), f"{n} " + "y" * 300_000, created_at=now - 86400 * n) for n in range(8)]
+    store.add_rows([Row(row.id, "Generation", encode(row)) for row in rows])
+    store.close()
+    np.save(house.paths.hidden / "7.npy", np.ones((4, 8), np.float16))
+    house.start("collector")
+    house.ready("collector")
+    wait_until(lambda: len(house.stored()) < 8, 10, "the oldest are gone")
+    kept = sorted(int(id) for id in house.stored())
+    assert kept == list(range(len(kept))), "the oldest go first"
+    assert left is None or len(kept) in (left, left + 1)
+    assert not (house.paths.hidden / "7.npy").exists()
