@@ -83,7 +83,7 @@ class Box:
 
     def start(self):
         """`honcho start` in the repository, ready to answer."""
-        log = open(self.var / "honcho.out", "ab")  # noqa: SIM115
+        log = open(self.var / "honcho.out", "ab")
         process = subprocess.Popen(
             [str(BIN / "honcho"), "start"],
             cwd=REPOSITORY,
