@@ -28,7 +28,7 @@ from specl.shared.models.load import load
 END = "<|im_end|>"
 FROZEN = {
     "general": "391e9ee52cc8",
-    "code": "ec76097951ec",
+    "code": "f74ff1b1f36a",
     "structured": "21c75e341450",
     "copy": "9e29ca0b5494",
     "adversarial": "f101eb90dd4c",
