@@ -133,8 +133,7 @@ class Session:
         state = self.state
         end = min(len(state.text) - 1, state.cached + PREFILL_ROWS)
         if end > state.cached:
-            rows = self.target.states(mx.array([state.text[state.cached : end]]), state.cache)[0]
-            mx.eval(rows)
+            rows = self.target.read(state.text[state.cached : end], state.cache)
             state.cached = end
             self._take_states(rows)
         done = state.cached >= len(state.text) - 1

@@ -86,7 +86,7 @@ class Engine:
 
     def session(self, prompt: Sequence[int], options: Options) -> Session:
         """Start a request. Raises RequestRejected for a prompt that is empty or leaves no room in the context."""
-        prompt = list(prompt)
+        prompt = [int(token) for token in prompt]
         if not prompt:
             raise RequestRejected("the prompt is empty")
         if options.max_tokens < 1:

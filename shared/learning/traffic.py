@@ -14,7 +14,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from specl.shared.engine.law import log_sum_exp, top_indices
 from specl.shared.errors import ModelError
 from specl.shared.learning.examples import Example
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.load import FEW_ROWS, LanguageModel
 
 SHRINK_AT = 0.75  # filter the batch once this share of its rows still runs
 CAPTURE_ROWS = 128  # logits rows at once: 512 x 151,936 fp32 would be 311 MB
@@ -167,11 +167,11 @@ def recapture(
 
     One forward over the whole text; the head runs on output rows only, in chunks.
     """
-    states = target.states(mx.array(tokens[None, :-1].astype(np.int64)))[0]
-    mx.eval(states)
+    states = target.read(tokens[:-1].tolist(), target.new_cache())
     ids, logprobs = [], []
-    for start in range(prompt_length - 1, len(tokens) - 1 if with_law else 0, CAPTURE_ROWS):
-        logits = np.array(target.logits(states[start : start + CAPTURE_ROWS]).astype(mx.float32), copy=False)
+    rows = FEW_ROWS if target.few_rows_native else CAPTURE_ROWS
+    for start in range(prompt_length - 1, len(tokens) - 1 if with_law else 0, rows):
+        logits = np.array(target.logits(states[start : start + rows]).astype(mx.float32), copy=False)
         for row, total in zip(logits, log_sum_exp(logits), strict=True):
             best = top_indices(row, k)
             ids.append(best.astype(np.uint32))

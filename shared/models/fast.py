@@ -10,6 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+ONE_CALL = "layers as one call"
+
 
 def blocks_of(model: nn.Module) -> dict[str, Any]:
     """The affine blocks of every quantised layer, by path, before the model is made dense."""
@@ -36,7 +38,7 @@ def speed_up(model: nn.Module, blocks: Mapping[str, Any] | None = None, fuse: bo
     if not result.active:
         return result.reason
     formats = ", ".join(f"{count} {name}" for name, count in sorted(result.formats.items()))
-    return f"native {instruction_set()}: {formats}" + (", layers as one call" if result.fused else "")
+    return f"native {instruction_set()}: {formats}" + (f", {ONE_CALL}" if result.fused else "")
 
 
 def on_cpu() -> bool:

@@ -7,7 +7,7 @@ Precision: dense fp32 on CPU, where MLX's half and quantised kernels are scalar 
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
 from specl.shared.errors import ModelError
 from specl.shared.models import builtin
-from specl.shared.models.fast import blocks_of, on_cpu, speed_up
+from specl.shared.models.fast import ONE_CALL, blocks_of, on_cpu, speed_up
 
 SAMPLE = 64 * 1024  # bytes read at each of the 32 places that a weights file is fingerprinted by
+FEW_ROWS, DENSE_ROWS = 16, 512
 _REWINDABLE = (KVCache, QuantizedKVCache)
 
 Say = Callable[[str], None]
@@ -68,6 +69,22 @@ class LanguageModel:
     def states(self, ids: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Last hidden states after the final norm, [batch, length, hidden], for ids [batch, length]."""
         return self.model.model(ids, cache)
+
+    def read(self, ids: Sequence[int], cache: list[Any]) -> mx.array:
+        """Feed a text of any length after `cache`: its states [length, hidden], evaluated. Where few rows are native, many
+        are read sixteen at a time, which is 2.5 times faster than dense rows at once (measured, SmolLM2, 2 cores).
+        """
+        step = FEW_ROWS if self.few_rows_native else DENSE_ROWS
+        pieces = []
+        for start in range(0, len(ids), step):
+            pieces.append(self.states(mx.array([list(ids[start : start + step])]), cache)[0])
+            mx.eval(pieces[-1])
+        return mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+
+    @property
+    def few_rows_native(self) -> bool:
+        """Whether up to sixteen rows go through all layers in one native call."""
+        return ONE_CALL in self.speed
 
     def logits(self, states: mx.array) -> mx.array:
         """Next-token logits [..., vocabulary] from `states`."""

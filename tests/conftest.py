@@ -1,0 +1,55 @@
+"""No test touches a user's run directory; a tiny random Llama stands in where truth does not need a real model."""
+
+import pytest
+
+from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
+
+
+@pytest.fixture(autouse=True)
+def _own_run_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECL_VAR", str(tmp_path / "var"))
+    monkeypatch.delenv("SPECL_CONFIG", raising=False)
+    monkeypatch.delenv("SPECL_CRASH_AT", raising=False)
+
+
+def tiny_model(seed=0, family="llama", vocabulary=97, layers=2, sharp=3.0):
+    """A random model of a few thousand weights as a LanguageModel; its head is scaled so that laws are not flat."""
+    import importlib
+
+    import mlx.core as mx
+
+    from specl.shared.models.load import LanguageModel
+
+    module = importlib.import_module(f"mlx_lm.models.{family}")
+    shape = {
+        "model_type": family, "hidden_size": 64, "num_hidden_layers": layers, "intermediate_size": 96, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": vocabulary, "rope_theta": 10000.0,
+        "max_position_embeddings": 256, "tie_word_embeddings": False,
+    }  # fmt: skip
+    mx.random.seed(seed)
+    model = module.Model(module.ModelArgs.from_dict(shape))
+    model.lm_head.weight = model.lm_head.weight * sharp
+    mx.eval(model.parameters())
+
+    class NoTokenizer:
+        def __init__(self):
+            self.eos_token_ids = {3}
+
+        def decode(self, tokens, **more):
+            return "".join(chr(97 + token % 26) for token in tokens)
+
+    return LanguageModel("tiny", None, model, NoTokenizer(), shape, f"tiny-{seed}-{family}", "tiny-tokens")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The factory `tiny_model`, cached."""
+    made = {}
+
+    def make(**wish):
+        key = tuple(sorted(wish.items()))
+        if key not in made:
+            made[key] = tiny_model(**wish)
+        return made[key]
+
+    return make

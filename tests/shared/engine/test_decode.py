@@ -1,0 +1,210 @@
+"""The round loop: the target's own words whatever drafts, caches in step after every round, the sampled law exact."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from specl.shared import config
+from specl.shared.engine import acceptance
+from specl.shared.engine.costs import Costs
+from specl.shared.engine.decode import Options
+from specl.shared.engine.engine import Engine
+from specl.shared.engine.law import Law, distribution
+from specl.shared.errors import RequestRejected
+from specl.shared.models.head import new_head
+
+PROMPT = [5, 17, 40, 8, 17, 40, 8, 22]
+CHEAP = Costs({1: 1.0, 16: 1.1}, {1: 0.01, 8: 0.08})
+
+
+def plain_greedy(target, prompt, count):
+    """One full forward a token, no cache: the slow oracle."""
+    text = list(prompt)
+    for _ in range(count):
+        logits = target.model(mx.array([text]))[0, -1]
+        text.append(int(mx.argmax(logits).item()))
+        if text[-1] in target.stop_tokens:
+            break
+    return text[len(prompt) :]
+
+
+def run(engine, options, prompt=PROMPT, costs=CHEAP):
+    engine.costs = costs
+    session = engine.session(prompt, options)
+    while not session.prefill():
+        pass
+    while session.finish_reason is None:
+        session.round()
+        session.check_in_step()
+    return session
+
+
+def drafts(tiny, family):
+    target = tiny(family=family)
+    return {
+        "none": None,
+        "itself": target,
+        "another": tiny(seed=5, family=family, layers=1),
+        "head": new_head(target, np.arange(0, 97, 2)),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["none", "itself", "another", "head"])
+def test_greedy_output_is_the_targets_own_whatever_drafts(tiny, family, kind):
+    target = tiny(family=family)
+    expected = plain_greedy(target, PROMPT, 40)
+    for k, ngram in itertools.product((0, 1, 2, 4, 7, None), (False, True)):
+        engine = Engine(target, drafts(tiny, family)[kind], config.Settings())
+        session = run(engine, Options(max_tokens=40, num_draft_tokens=k, ngram=ngram, capture_k=8))
+        assert session.output == expected, (k, ngram)
+
+
+def test_a_draft_that_is_the_target_is_always_accepted(tiny):
+    session = run(Engine(tiny(), tiny(), config.Settings()), Options(max_tokens=24, num_draft_tokens=4, ngram=False))
+    assert session.tally.accepted["model"] == session.tally.drafted["model"] > 0
+
+
+def test_the_length_limit_is_exact_and_an_end_token_inside_a_draft_ends_the_answer(tiny):
+    target = tiny()
+    for limit in range(1, 9):
+        session = run(
+            Engine(target, target, config.Settings()), Options(max_tokens=limit, num_draft_tokens=4, ngram=False)
+        )
+        assert len(session.output) <= limit
+    stopped = tiny(seed=11)
+    stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[5:6])
+    session = run(Engine(stopped, stopped, config.Settings()), Options(max_tokens=30, num_draft_tokens=7, ngram=False))
+    assert session.finish_reason == "stop" and session.output[-1] in stopped.stop_tokens
+    assert session.output == plain_greedy(stopped, PROMPT, 30)
+    stopped.tokenizer.eos_token_ids = {3}
+
+
+def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
+    target, law = tiny(), Law(temperature=0.9, top_p=0.9, seed=12)
+    texts = set()
+    for draft, k, ngram in itertools.product(drafts(tiny, "llama").values(), (0, 1, 4, None), (False, True)):
+        session = run(
+            Engine(target, draft, config.Settings()), Options(law=law, max_tokens=24, num_draft_tokens=k, ngram=ngram)
+        )
+        texts.add(tuple(session.output))
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("kind", ["itself", "head"])
+def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
+    target = tiny()
+    engine = Engine(target, drafts(tiny, "llama")[kind], config.Settings())
+    prompt = np.random.default_rng(0).integers(4, 97, 40).tolist()
+    for turn in range(3):
+        options = Options(max_tokens=12, num_draft_tokens=3, ngram=False)
+        session = run(engine, options, prompt)
+        assert session.output == plain_greedy(target, prompt, 12)
+        assert (session.tally.reused_tokens > 30) == (turn > 0)
+        if kind == "head":
+            states = session.all_states()
+            whole = target.states(mx.array([session.state.text[:-1]]))[0]
+            assert np.abs(states - np.array(whole)).max() < 5e-3, "spooled states are those of the whole text"
+        engine.retire(session, "", "someone")
+        prompt = [*session.state.text, 9, 10, 11]
+
+
+def test_a_cut_answer_leaves_caches_and_text_in_step(tiny):
+    engine = Engine(tiny(), tiny(), config.Settings())
+    session = run(engine, Options(max_tokens=20, num_draft_tokens=4, ngram=False, capture_k=4))
+    session.cut(7, "stop")
+    session.check_in_step()
+    assert len(session.output) == 7 == len(session.capture.ids)
+
+
+def test_capture_has_one_row_an_output_token_and_only_true_disagreements(tiny):
+    target = tiny()
+    session = run(
+        Engine(target, tiny(seed=5, layers=1), config.Settings()),
+        Options(max_tokens=30, num_draft_tokens=4, ngram=False, capture_k=16),
+    )
+    capture = session.capture
+    assert len(capture.ids) == len(capture.tail) == len(session.output)
+    assert [int(row[0]) for row in capture.ids] == session.output, "greedy: the target's best is what was emitted"
+    assert capture.rejected
+    for item in capture.rejected:
+        assert session.output[item.position] == item.target_token != item.draft_token
+    whole = np.array(target.model(mx.array([session.state.text]))[0])
+    row = whole[len(PROMPT) - 1 + 3].astype(np.float64)
+    exact = row - np.log(np.exp(row - row.max()).sum()) - row.max()
+    assert np.allclose(capture.logprobs[3], exact[capture.ids[3].astype(int)], atol=1e-4)
+
+
+def test_bad_requests_are_refused(tiny):
+    engine = Engine(tiny(), None, config.Settings())
+    for prompt, options in (
+        ([], Options()),
+        ([1] * 256, Options()),
+        (PROMPT, Options(max_tokens=0)),
+        (PROMPT, Options(law=Law(temperature=-1))),
+    ):
+        with pytest.raises(RequestRejected):
+            engine.session(prompt, options)
+
+
+# ------------------------------------------------------------------------------------------------ the sampled law
+def exact_law(target, prompt, law, length):
+    """Probability of every sequence, by enumeration."""
+    found = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for sequence, p in found.items():
+            row = np.array(target.model(mx.array([[*prompt, *sequence]]))[0, -1])
+            d = distribution(row, law)
+            for token, q in zip(d.ids.tolist(), d.p.tolist(), strict=True):
+                longer[(*sequence, token)] = p * q
+        found = longer
+    return found
+
+
+def chi_square_p(observed, expected, draws):
+    """Upper tail of Pearson's statistic, cells with under five expected taken together (Wilson-Hilferty)."""
+    big = {key: p for key, p in expected.items() if p * draws >= 5}
+    rest = 1 - sum(big.values())
+    cells = [(observed.get(key, 0), p * draws) for key, p in big.items()]
+    if rest * draws > 1e-6:
+        cells.append((draws - sum(count for count, _ in cells), rest * draws))
+    statistic = sum((o - e) ** 2 / e for o, e in cells)
+    k = len(cells) - 1
+    z = ((statistic / k) ** (1 / 3) - (1 - 2 / (9 * k))) / np.sqrt(2 / (9 * k))
+    from math import erfc
+
+    return 0.5 * erfc(z / np.sqrt(2))
+
+
+def sampled(tiny, law, draws, k=2):
+    target, draft = tiny(vocabulary=8, sharp=2.0), tiny(seed=7, vocabulary=8, sharp=2.0)
+    target.tokenizer.eos_token_ids = set()
+    engine = Engine(target, draft, config.Settings())
+    observed = {}
+    for i in range(draws):
+        session = run(
+            engine,
+            Options(law=law, max_tokens=3, num_draft_tokens=(k if i % 3 else None), ngram=i % 2 == 0),
+            [1, 2, 1, 2],
+        )
+        key = tuple(session.output)
+        observed[key] = observed.get(key, 0) + 1
+    return observed, exact_law(target, [1, 2, 1, 2], law, 3)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_sampled_sequences_follow_the_targets_law(tiny, temperature):
+    law = Law(temperature=temperature, top_p=0.8)
+    observed, expected = sampled(tiny, law, 2500)
+    assert set(observed) <= set(expected)
+    assert chi_square_p(observed, expected, 2500) > 0.001
+
+
+def test_a_broken_rule_fails_the_same_test(tiny, monkeypatch):
+    monkeypatch.setattr(acceptance, "residual", lambda target_p, draft_p: target_p)
+    law = Law(temperature=1.3)
+    observed, expected = sampled(tiny, law, 2500)
+    assert chi_square_p(observed, expected, 2500) < 0.001
