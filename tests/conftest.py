@@ -6,10 +6,13 @@ from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx l
 
 
 @pytest.fixture(autouse=True)
-def _own_run_directory(monkeypatch, tmp_path):
-    monkeypatch.setenv("SPECL_VAR", str(tmp_path / "var"))
-    monkeypatch.delenv("SPECL_CONFIG", raising=False)
-    monkeypatch.delenv("SPECL_CRASH_AT", raising=False)
+def _own_run_directory(tmp_path):
+    # a context of its own: asking for `monkeypatch` here would make every test's patches outlive its other fixtures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECL_VAR", str(tmp_path / "var"))
+        patch.delenv("SPECL_CONFIG", raising=False)
+        patch.delenv("SPECL_CRASH_AT", raising=False)
+        yield
 
 
 def tiny_model(seed=0, family="llama", vocabulary=97, layers=2, sharp=3.0):

@@ -5,6 +5,7 @@ The tests of this file build on each other, in order, on one set of daemons.
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -224,11 +225,11 @@ def test_a_zero_or_foreign_adapter_put_in_by_hand_is_refused(system):
         assert reason in refused[0]
         assert system.status()["adapter"]["active"] == "000001"
     Adapters(system.var / "adapters").set_current("000001")
+    for id in ("000002", "000003"):
+        shutil.rmtree(system.var / "adapters" / id)
 
 
 def _copy_adapter(source, target, spoil):
-    import shutil
-
     shutil.copytree(source, target)
     manifest = json.loads((target / "manifest.json").read_text()) | {"id": target.name}
     (target / "manifest.json").write_text(json.dumps(spoil(target, manifest)))

@@ -3,7 +3,6 @@
 #include <mlx/version.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -34,23 +33,29 @@ std::pair<size_t, size_t> sides(const mx::array& a) {
   return {(size_t)a.shape(0), (size_t)a.shape(1)};
 }
 
-std::shared_ptr<Matrix> pack_float(const mx::array& dense, const std::string& format) {
+// What Python holds. Operations take the pointer inside: nanobind's own shared_ptr caster would tie them to the Python
+// object, whose release needs the interpreter's lock on whatever thread MLX drops the operation, while the thread that
+// waits for the result may hold it.
+struct Weight {
+  std::shared_ptr<Matrix> matrix;
+};
+
+Weight pack_float(const mx::array& dense, const std::string& format) {
   if (format != "f32" && format != "bf16") throw std::invalid_argument("format is f32 or bf16");
   const auto [n, k] = sides(dense);
   auto owner = std::make_shared<mx::array>(settled(dense, mx::float32, "the weight"));
   const float* rows = owner->data<float>();
-  return Matrix::from_float(format == "f32" ? kF32 : kBf16, rows, n, k, std::move(owner));
+  return {Matrix::from_float(format == "f32" ? kF32 : kBf16, rows, n, k, std::move(owner))};
 }
 
-std::shared_ptr<Matrix> pack_affine(const mx::array& values, const mx::array& scales, const mx::array& offsets, int bits,
-                                    int group) {
+Weight pack_affine(const mx::array& values, const mx::array& scales, const mx::array& offsets, int bits, int group) {
   const auto [n, k] = sides(values);
   if (bits != 4 && bits != 8) throw std::invalid_argument("4 or 8 bits");
   if (group < 1 || k % (size_t)group != 0) throw std::invalid_argument("inputs are not a whole number of groups");
   const auto v = settled(values, mx::uint8, "values");
   const auto s = settled(scales, mx::float32, "scales"), o = settled(offsets, mx::float32, "offsets");
   if (s.size() != n * k / (size_t)group || o.size() != s.size()) throw std::invalid_argument("scales do not fit");
-  return Matrix::from_affine(bits, (size_t)group, v.data<uint8_t>(), s.data<float>(), o.data<float>(), n, k);
+  return {Matrix::from_affine(bits, (size_t)group, v.data<uint8_t>(), s.data<float>(), o.data<float>(), n, k)};
 }
 
 mx::array empty(mx::Shape shape, mx::Dtype dtype) {
@@ -116,14 +121,17 @@ NB_MODULE(_native, m) {
   m.def("set_threads", &set_threads, "n"_a);
   m.def("threads", &threads);
 
-  nb::class_<Matrix>(m, "Matrix")
-      .def_prop_ro("format", [](const Matrix& w) { return std::string(kShapes[w.view().format].name); })
-      .def_prop_ro("shape", [](const Matrix& w) { return nb::make_tuple(w.view().n, w.view().k); })
-      .def_prop_ro("nbytes", &Matrix::bytes)
-      .def("unpack", &unpack);
+  nb::class_<Weight>(m, "Matrix")
+      .def_prop_ro("format", [](const Weight& w) { return std::string(kShapes[w.matrix->view().format].name); })
+      .def_prop_ro("shape", [](const Weight& w) { return nb::make_tuple(w.matrix->view().n, w.matrix->view().k); })
+      .def_prop_ro("nbytes", [](const Weight& w) { return w.matrix->bytes(); })
+      .def("unpack", [](const Weight& w) { return unpack(*w.matrix); });
   m.def("pack_float", &pack_float, "dense"_a, "format"_a);
   m.def("pack_affine", &pack_affine, "values"_a, "scales"_a, "offsets"_a, "bits"_a, "group"_a);
-  m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a = nb::none(), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "linear",
+      [](const mx::array& x, const Weight& w, const std::optional<mx::array>& bias) { return linear(x, w.matrix, bias); },
+      "x"_a, "weight"_a, "bias"_a = nb::none(), nb::call_guard<nb::gil_scoped_release>());
   m.def("row_stats", &stats, "logits"_a, "k"_a);
   m.def("is_tracer", [](const mx::array& a) { return a.is_tracer(); });
   m.def("array_id", [](const mx::array& a) { return a.id(); });
@@ -136,7 +144,15 @@ NB_MODULE(_native, m) {
            },
            nb::kw_only(), "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "intermediate"_a, "eps"_a, "norm"_a,
            "embedding"_a, "cache_type"_a)
-      .def("append", &Decoder::append, "weights"_a, "biases"_a, "input_norm"_a, "post_norm"_a)
+      .def(
+          "append",
+          [](Decoder& self, const std::vector<const Weight*>& weights, const std::vector<std::optional<mx::array>>& biases,
+             const mx::array& input_norm, const mx::array& post_norm) {
+            std::vector<std::shared_ptr<Matrix>> matrices;
+            for (const auto* w : weights) matrices.push_back(w->matrix);
+            self.append(matrices, biases, input_norm, post_norm);
+          },
+          "weights"_a, "biases"_a, "input_norm"_a, "post_norm"_a)
       .def("guard", &Decoder::guard, "parent"_a, "key"_a, "expected"_a)
       .def("set_positions", &Decoder::set_positions, "cos"_a, "sin"_a)
       .def("intact", &Decoder::intact, "model"_a)
