@@ -2,6 +2,7 @@
 
 `install` puts it where the daemons load their models; everything else in those processes is the real thing. Read from the
 environment at load: SPECL_TEST_TOKEN_MS slows every forward pass, SPECL_TEST_CHECKPOINT_S sets how often training saves,
+SPECL_TEST_LOOK_S how often CURRENT is looked at,
 SPECL_TEST_RISING makes every score better than the last.
 """
 
@@ -81,6 +82,7 @@ def install() -> None:
 
     worker.load_pair = service.load_pair = fake_pair
     run.CHECKPOINT_S = float(os.environ.get("SPECL_TEST_CHECKPOINT_S", run.CHECKPOINT_S))
+    worker.IDLE_TICK_S = float(os.environ.get("SPECL_TEST_LOOK_S", worker.IDLE_TICK_S))
     if os.environ.get("SPECL_TEST_RISING"):
         run.agreement = _rising(run.agreement)
 

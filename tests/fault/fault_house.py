@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from specl.shared import config
+from specl.shared.access import Addresses
+from specl.shared.bus import gather
 from specl.shared.client import Client
 from specl.shared.errors import SpecLoraError
 from specl.shared.outbox import Outbox
 from specl.shared.paths import Paths
-from specl.shared.wire import Done, Generation, TopK, encode
+from specl.shared.process import holder_of
+from specl.shared.wire import Done, Generation, GetStatus, Status, TopK, encode
 
 HERE = Path(__file__).parent
 SETTINGS = """\
@@ -151,8 +154,9 @@ class House:
 
     def status(self, role: str) -> dict[str, Any]:
         """One daemon's own view; empty while it does not answer."""
-        with self.client() as client:
-            return client.status(0.5).get(role, {})
+        endpoint = Addresses(self.paths, self.settings.bus).answer(role)
+        answer = gather({role: (endpoint, GetStatus())}, 0.5).get(role)
+        return answer.body | {"pid": holder_of(self.paths.run, role)} if isinstance(answer, Status) else {}
 
     def ready(self, role: str, timeout_s: float = 20) -> dict[str, Any]:
         """Wait until `role` answers (and inference has its models)."""

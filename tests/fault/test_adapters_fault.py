@@ -149,7 +149,7 @@ def spoil(house, kind, id):
 def test_f13_bad_adapters_are_each_refused_with_their_reason(house, figures):
     publish_adapter(house.paths.adapters, "000001")
     house.start("collector")
-    house.start("inference")
+    house.start("inference", SPECL_TEST_LOOK_S="0.5")
     assert house.ready("inference")["adapter"]["active"] == "000001"
     before = house.ask("hello").text
     for number, (kind, reason) in enumerate(BAD.items(), 2):
@@ -173,14 +173,18 @@ def _refusal(house, id):
     """Why inference refused; asking by hand saves waiting for the slow tick."""
     with house.client() as client:
         if id == "CURRENT":
+<<<<<<< HEAD
             wait_until(
                 lambda: id in client.status().get("inference", {}).get("adapter", {}).get("rejected", {}),
                 12,
                 "it is refused",
             )
             return client.status()["inference"]["adapter"]["rejected"][id]
+=======
+            return wait_until(lambda: house.status("inference")["adapter"]["rejected"].get(id), 12, "it is refused")
+>>>>>>> fault
         reply = client.command("inference", SetAdapter(id))
-        listed = client.status(1.0)["inference"]["adapter"]["rejected"]
+        listed = house.status("inference")["adapter"]["rejected"]
     assert not reply.ok
     return listed.get(id, reply.message)
 
@@ -223,10 +227,9 @@ def test_f14_a_late_joiner_and_a_burst_end_with_the_newest(house, figures):
     stop, active = threading.Event(), []
 
     def watch():
-        with house.client() as client:
-            while not stop.is_set():
-                if body := client.status().get("inference"):
-                    active.append(body["adapter"]["active"])
+        while not stop.is_set():
+            if body := house.status("inference"):
+                active.append(body["adapter"]["active"])
 
     watcher = threading.Thread(target=watch)
     watcher.start()
