@@ -150,12 +150,8 @@ class Forgetting:
 
     def _tell(self, role: str, wish: Purge) -> Reply:
         """Through the daemon; where it is down, with its lock and the same code."""
-<<<<<<< HEAD
-        reply = self.client.command(role, wish) if is_locked(self.paths.run, role) else self._in_its_place(role, wish)
-=======
         there = is_locked(self.paths.run, role)
         reply = self.client.command(role, wish) if there else self._in_its_place(role, wish)
->>>>>>> fault
         if not reply.ok:
             raise SpecLoraError(f"{role}: {reply.message}", "nothing else was touched; purge again once that is solved")
         return reply

@@ -173,16 +173,7 @@ def _refusal(house, id):
     """Why inference refused; asking by hand saves waiting for the slow tick."""
     with house.client() as client:
         if id == "CURRENT":
-<<<<<<< HEAD
-            wait_until(
-                lambda: id in client.status().get("inference", {}).get("adapter", {}).get("rejected", {}),
-                12,
-                "it is refused",
-            )
-            return client.status()["inference"]["adapter"]["rejected"][id]
-=======
             return wait_until(lambda: house.status("inference")["adapter"]["rejected"].get(id), 12, "it is refused")
->>>>>>> fault
         reply = client.command("inference", SetAdapter(id))
         listed = house.status("inference")["adapter"]["rejected"]
     assert not reply.ok
