@@ -38,6 +38,18 @@ def _blas() -> Iterator[Finding]:
     import mlx.core as mx
 
     yield OK, "device", str(mx.default_device())
+    yield from _native()
+
+
+def _native() -> Iterator[Finding]:
+    """The C++ kernels; on a GPU and on macOS nothing is missing without them."""
+    from specl.shared import native
+    from specl.shared.models.fast import on_cpu
+
+    if native.available():
+        yield OK, "kernels", f"native {native.instruction_set()}, {native.threads()} threads"
+    elif on_cpu():
+        yield WARN, "kernels", native.reason()
 
 
 def _folders() -> Iterator[Finding]:
