@@ -71,6 +71,7 @@ class Trainer:
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._running = threading.Event()
         self._not_before = self._no_score_before = 0.0
+        self._job = ""
         self._engine: Engine | None = None
         server.subscribe(Addresses(paths, settings.bus).publish("inference"), self._published)
 
@@ -120,9 +121,10 @@ class Trainer:
             return
         finally:
             store.close()
-        if self._running.is_set() or not self._work.empty() or not self.settings.training.enabled:
+        if self._running.is_set() or not self._work.empty():
             return
-        if self.pending >= self.settings.training.min_failure_cases and time.monotonic() >= self._not_before:
+        enough = self.settings.training.enabled and self.pending >= self.settings.training.min_failure_cases
+        if enough and time.monotonic() >= self._not_before:
             self._work.put(f"{self.pending} failures")
         elif unscored and self.turnstile.quiet and time.monotonic() >= self._no_score_before:
             self._work.put("score")
@@ -143,7 +145,7 @@ class Trainer:
     def _train(self, message: Train) -> Reply:
         if self.settings.records.keep == "statistics":
             return Reply(False, "records.keep is statistics: no text is kept, so there is nothing to learn from")
-        if self._running.is_set():
+        if self._running.is_set() and self._job != "score":
             return Reply(False, f"a run is under way ({self.live.state}, step {self.live.step})")
         if not message.now and self.pending < self.settings.training.min_failure_cases:
             return Reply(
@@ -198,6 +200,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ MLX thread
     def _mlx_thread(self) -> None:
         while (job := self._work.get()) != "stop":
+            self._job = job
             self._running.set()
             try:
                 self._score() if job == "score" else self._one_run(job)
