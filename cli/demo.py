@@ -4,7 +4,6 @@ Everything printed was measured in this run. The unseen prompts share no record 
 without recording, and n-gram drafting is off, so that what changes is the adapter alone.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,10 +47,10 @@ class Measured:
 
 
 def _demo_settings() -> config.Settings:
-    """The settings in force, with a short training run on all cores (nobody waits meanwhile)."""
+    """The settings in force, with a short training run that starts when told to."""
     settings = config.load()
     training = settings.training.model_copy(
-        update={"enabled": False, "max_minutes": TRAIN_MINUTES, "threads": os.cpu_count() or 1, "idle_seconds": 0.2}
+        update={"enabled": False, "max_minutes": TRAIN_MINUTES, "idle_seconds": 0.2}
     )
     return settings.model_copy(update={"training": training})
 

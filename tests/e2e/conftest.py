@@ -28,7 +28,7 @@ training:
   num_epochs: 40
   max_minutes: 0.6
   heldout_share: 0.3
-  threads: 2
+  threads: 1
   idle_seconds: 0.1
 serving: {client_timeout_s: 3}
 """
