@@ -25,7 +25,8 @@ PROBE_EVERY = 24  # parked rounds before the first probe; one that fails doubles
 PROBE_AT_LEAST, PROBE_AT_MOST = 4, 384  # a probe costs one to three steps: the draft reads all it has missed
 EXPLORE_EVERY = 16  # refusals by confidence before one is drafted all the same, so that a bad start is unlearned
 BUCKETS = 10  # of confidence
-ENTER_GAIN = 1.03  # drafting must promise this much over plain before it starts again
+ENTER_GAIN = 1.1  # drafting must promise this much over plain before it starts again
+STAY_GAIN = 1.05  # and this much to go on: a round that drafts costs some per cent more than its measured parts
 MEMORY = 48.0  # tested tokens a depth remembers
 PRIOR = 4.0  # and what the prior counts for
 
@@ -192,7 +193,7 @@ class KChooser:
             return min(4, self.most)
         best, self._rate = self.costs.best_k(self.estimate, self.most)
         plain = self.costs.rate(0, self.estimate)
-        if best and (not self.parked_rounds or self._rate >= ENTER_GAIN * plain):
+        if best and self._rate >= (ENTER_GAIN if self.parked_rounds else STAY_GAIN) * plain:
             self.parked_rounds, self.parked_reason = 0, ""
             return best
         self.parked_rounds += 1
@@ -231,13 +232,19 @@ class Measurable(Protocol):
         ...
 
 
-def _least_seconds(runs: Mapping[int, Callable[[], None]], repeats: int) -> dict[int, float]:
-    """Seconds of each, all in turn `repeats` times (more within a second); the least: what disturbs a run only adds to it."""
+def _least_seconds(
+    runs: Mapping[int, Callable[[], None]], repeats: int, before: Callable[[], None] = lambda: None
+) -> dict[int, float]:
+    """Seconds of each, all in turn `repeats` times (more within a second); the least: what disturbs a run only adds to it.
+
+    `before` runs, untimed, ahead of each: a draft finds the processor's caches full of the target, as in a round.
+    """
     least = dict.fromkeys(runs, float("inf"))
     begun, turn = time.perf_counter(), 0
     while turn < repeats or (turn < 4 * repeats and time.perf_counter() - begun < 1.0):
         turn += 1
         for place, run in runs.items():
+            before()
             start = time.perf_counter()
             run()
             least[place] = min(least[place], time.perf_counter() - start)
@@ -253,7 +260,8 @@ def calibrate(subject: Measurable, most: int, drafts: bool, repeats: int = 3) ->
     verify = _least_seconds({rows: partial(subject.verify_once, rows) for rows in widths}, repeats)
     if drafts:
         subject.draft_once(2)
-    return Costs(verify, _least_seconds({k: partial(subject.draft_once, k) for k in depths}, repeats))
+    drafted = {k: partial(subject.draft_once, k) for k in depths}
+    return Costs(verify, _least_seconds(drafted, repeats, before=partial(subject.verify_once, 2)))
 
 
 def cache_key(*names: str) -> str:

@@ -30,11 +30,16 @@ def blocks_of(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def speed_up(model: nn.Module, blocks: Mapping[str, Any] | None = None, fuse: bool = True) -> str:
-    """Let `model` answer few rows natively; a word on what it got, or why nothing. Safe to call again after a change."""
+def speed_up(
+    model: nn.Module, blocks: Mapping[str, Any] | None = None, fuse: bool = True, weights: str = "auto"
+) -> str:
+    """Let `model` answer few rows natively; a word on what it got, or why nothing. Safe to call again after a change.
+
+    `weights` "auto" rounds nothing; "bf16" rounds, which only a draft may: its guesses are checked.
+    """
     from specl.shared.native import accelerate, instruction_set
 
-    result = accelerate(model, exact=blocks or {}, fuse=fuse)
+    result = accelerate(model, weights, exact=blocks or {}, fuse=fuse)
     if not result.active:
         return result.reason
     formats = ", ".join(f"{count} {name}" for name, count in sorted(result.formats.items()))

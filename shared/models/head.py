@@ -215,7 +215,7 @@ class HeadDraft:
 
     def speed_up(self) -> str:
         """Let few rows be computed natively where that is possible; call again after the layers changed."""
-        return speed_up(self.head, fuse=False) if on_cpu() else "as loaded"
+        return speed_up(self.head, fuse=False, weights="bf16") if on_cpu() else "as loaded"
 
     def logits(self, outputs: mx.array) -> mx.array:
         """Scores of the hot tokens [..., hot]."""
