@@ -15,6 +15,16 @@ from specl.shared.process import EX_CONFIG, Lock, StopFlag, keeper
 Main = Callable[[Paths, config.Settings, Server, StopFlag], None]
 
 
+def leave(code: int) -> None:
+    """End the process at once. A model that is still loading on a thread of its own would hold up an ordinary exit, and
+    Ctrl-C promises four seconds; what must last is on disk by now.
+    """
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 def run_daemon(role: str, main: Main) -> int:
     """Run `main` as the only `role` on this run directory. A user's mistake is one line on stderr and exit code 78."""
     os.umask(0o077)  # whatever is made from here on, by whichever library, is this user's alone

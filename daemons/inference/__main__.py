@@ -1,9 +1,7 @@
 """`python -m specl.daemons.inference`."""
 
-import sys
-
 from specl.daemons.inference.service import Inference
-from specl.daemons.run import run_daemon
+from specl.daemons.run import leave, run_daemon
 from specl.shared.bus import Server
 from specl.shared.config import Settings
 from specl.shared.paths import Paths
@@ -16,4 +14,4 @@ def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(run_daemon("inference", main))
+    leave(run_daemon("inference", main))

@@ -1,9 +1,8 @@
 """`python -m specl.daemons.trainer`: at the lowest priority there is."""
 
 import os
-import sys
 
-from specl.daemons.run import run_daemon
+from specl.daemons.run import leave, run_daemon
 from specl.daemons.trainer.service import Trainer
 from specl.shared.bus import Server
 from specl.shared.config import Settings
@@ -18,4 +17,4 @@ def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> No
 
 if __name__ == "__main__":
     os.nice(19)
-    sys.exit(run_daemon("trainer", main))
+    leave(run_daemon("trainer", main))

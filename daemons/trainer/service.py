@@ -92,7 +92,7 @@ class Trainer:
                 self._look()
         self.turnstile.stop()
         self._work.put("stop")
-        thread.join(timeout=3.0)
+        thread.join(timeout=1.5)
         self.outbox.close()
 
     def _tell_of_adapters(self) -> None:

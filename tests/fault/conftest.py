@@ -44,3 +44,10 @@ def proxied():
     yield make
     for proxy in made:
         proxy.close()
+
+
+def pytest_collection_modifyitems(items):
+    """Faults take minutes and a machine of their own: the slow tier."""
+    for item in items:
+        if "tests/fault" in str(item.path):
+            item.add_marker(pytest.mark.slow)
