@@ -133,14 +133,15 @@ class Engine:
         if self._pristine is None:
             return
         self._pristine.restore()
-        self.adapter_id, self.adapter_form = "", "none"
+        form = "none"
         if isinstance(self.draft, HeadDraft):
             hot = adapter.hot if adapter is not None and adapter.hot is not None else self._pristine_hot
             if hot is not self.draft.hot:
                 self.draft.set_hot(hot)
         if adapter is not None:
-            self.adapter_form = fuse(self.draft_module, adapter.shape, adapter.weights)
-            self.adapter_id = adapter.id
+            form = fuse(self.draft_module, adapter.shape, adapter.weights)
+        # together and last: `status` reads them from another thread
+        self.adapter_id, self.adapter_form = adapter.id if adapter is not None else "", form
         if isinstance(self.draft, HeadDraft):
             self.draft.speed_up()
         elif on_cpu():
