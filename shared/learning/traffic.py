@@ -78,7 +78,11 @@ def answer(
     rng: np.random.Generator,
     tick: Callable[[int], None] = lambda tokens: None,
 ) -> list[Example]:
-    """Answer all prompts in one batch; `tick` hears how many tokens were made. Raises ModelError for caches that do not batch."""
+    """Answer all prompts; `tick` hears how many tokens were made. One after the other where a few rows are native, which is
+    faster than a dense batch, else as one batch. Raises ModelError for caches that do not batch.
+    """
+    if target.few_rows_native:
+        return [_answer_one(target, prompt, max_tokens, k, with_states, rng, tick) for prompt in prompts]
     if any(type(layer) is not KVCache for layer in target.new_cache()):
         raise ModelError(f"{target.name} cannot be run in batches: its cache is not a plain one")
     longest = max(len(prompt.tokens) for prompt in prompts)
@@ -114,6 +118,28 @@ def answer(
                 if not row.done:
                     row.states.append(state)
     return [row.example(with_states) for row in rows]
+
+
+def _answer_one(
+    target: LanguageModel,
+    prompt: Prompt,
+    max_tokens: int,
+    k: int,
+    with_states: bool,
+    rng: np.random.Generator,
+    tick: Callable[[int], None],
+) -> Example:
+    cache, row = target.new_cache(), _Row(prompt)
+    states = target.read(prompt.tokens, cache)
+    while True:
+        if with_states:
+            row.states.append(np.array(states.astype(mx.float16)))
+        logits = np.array(target.logits(states[-1:]).astype(mx.float32), copy=False)[0]
+        token = row.take(logits, k, rng)
+        tick(1)
+        if token in target.stop_tokens or len(row.output) >= max_tokens:
+            return row.example(with_states)
+        states = target.states(mx.array([[token]]), cache)[0]
 
 
 def save_shard(path: Path, examples: Sequence[Example]) -> None:
