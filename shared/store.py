@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
@@ -313,11 +314,8 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         mode = "ro" if read_only else "rwc"
-        self._engine = sa.create_engine(
-            f"sqlite:///file:{path}?mode={mode}&uri=true",
-            connect_args={"timeout": 5.0},
-            poolclass=sa.pool.SingletonThreadPool,
-        )
+        url = sa.URL.create("sqlite", database=f"file:{quote(str(path))}", query={"mode": mode, "uri": "true"})
+        self._engine = sa.create_engine(url, connect_args={"timeout": 5.0}, poolclass=sa.pool.SingletonThreadPool)
         sa.event.listen(self._engine, "connect", _on_connect if not read_only else _on_connect_read_only)
         sa.event.listen(
             self._engine,

@@ -388,6 +388,7 @@ def encode(value: Any) -> bytes:
     limit = MAX_RECORD if isinstance(value, RECORDS) else MAX_FRAME
     if len(data) > limit:
         raise WireError(f"{kind_of(value)} has {len(data)} bytes; the limit is {limit}")
+    decode(data)  # an accepted record that its reader refuses would end in quarantine
     return data
 
 
@@ -412,7 +413,7 @@ def decode(data: bytes) -> Any:
     if not (isinstance(outer, list) and len(outer) == 3):
         raise WireError(f"not a message: {describe(data)}")
     version, kind, body = outer
-    if version != VERSION or isinstance(version, bool):
+    if type(version) is not int or version != VERSION:
         raise WireError(f"message version unknown; this program speaks {VERSION}, {describe(data)}")
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
@@ -490,7 +491,9 @@ def _json(value: Any, where: str, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise WireError(f"{where}: nested too deep")
     if isinstance(value, dict):
-        return {str(key): _json(item, where, depth + 1) for key, item in value.items()}
+        if not all(isinstance(key, str) for key in value):
+            raise WireError(f"{where}: a key that is not text")
+        return {key: _json(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
         return [_json(item, where, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):

@@ -3,7 +3,6 @@
 from typing import Any
 
 HOLD = "\ufffd"  # what decoders write for an incomplete character
-PATIENCE = 8  # a character has at most 4 bytes; after this many tokens a replacement character is the text
 
 
 class TextStream:
@@ -16,7 +15,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(s for s in stop if s)
         self._tokens: list[int] = []
-        self._context = self._read = 0
+        self._context = self._read = self._ahead = 0
         self._held = ""
         self.text = ""
         self.stopped = False
@@ -24,11 +23,14 @@ class TextStream:
     def _new_text(self, final: bool) -> str:
         before = self._tokenizer.decode(self._tokens[self._context : self._read])
         after = self._tokenizer.decode(self._tokens[self._context :])
-        unsure = after.endswith(HOLD) and len(self._tokens) - self._read < PATIENCE
-        if len(after) <= len(before) or (unsure and not final):
-            return ""
-        self._context, self._read = self._read, len(self._tokens)
-        return after[len(before) :]
+        # only the last replacement character can still become another one
+        incomplete = after.endswith(HOLD) and not final
+        new = after[len(before) + self._ahead : len(after) - incomplete]
+        if incomplete:
+            self._ahead += len(new)
+        elif new:
+            self._context, self._read, self._ahead = self._read, len(self._tokens), 0
+        return new
 
     def add(self, token: int) -> str:
         """Text that is certain after one more token; nothing once a stop string was met."""

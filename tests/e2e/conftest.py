@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,3 +140,18 @@ def system():
     if made.process.poll() is None:
         stop(made.process)
     shutil.rmtree(made.var, ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure shows what the daemons said last, and what they made of the records."""
+    report = yield
+    system = item.funcargs.get("system")
+    if report.failed and system is not None:
+        with suppress(OSError):
+            report.sections.append(("daemons", (system.var / "honcho.out").read_text()[-6000:]))
+        with suppress(sqlite3.Error), closing(sqlite3.connect(system.var / "store.db")) as db:
+            report.sections.append(
+                ("quarantine", str(db.execute("SELECT id, kind, reason FROM quarantine").fetchall()))
+            )
+    return report

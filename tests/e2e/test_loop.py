@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import time
+from contextlib import closing
 
 from specl.shared.prompts import reserved
 from tests.e2e.conftest import stop, wait_until
@@ -292,11 +293,13 @@ def test_a_killed_daemon_is_back_and_lost_nothing(system):
     answer = system.ask("Name a planet.", "--max-tokens", "6")
     assert answer["recorded"]
     wait_until(lambda: system.status()["collector"]["pid"] not in (None, pid), 20, "the collector is back")
-    with sqlite3.connect(system.var / "store.db") as db:
-        found = wait_until(
-            lambda: db.execute("SELECT count(*) FROM generations WHERE id = ?", (answer["id"],)).fetchone()[0]
-        )
-        assert found == 1
+    query = "SELECT count(*) FROM generations WHERE id = ?"
+
+    def stored():
+        with closing(sqlite3.connect(system.var / "store.db")) as db:
+            return db.execute(query, (answer["id"],)).fetchone()[0]
+
+    assert wait_until(stored, what="the record stored") == 1
 
 
 def test_purge_forgets_everywhere(system):

@@ -1,0 +1,113 @@
+"""The acceptance rules alone, exactly: the law that comes out is summed up, not sampled."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specl.shared.engine.acceptance import Verdict, coupled, greedy, rejection, residual
+from specl.shared.engine.law import Distribution, point_mass, position_noise
+
+SIZE = 12
+
+
+@st.composite
+def distributions(draw):
+    """Sparse laws over SIZE tokens; filters leave some tokens out."""
+    ids = sorted(draw(st.sets(st.integers(0, SIZE - 1), min_size=1)))
+    weights = np.array(draw(st.lists(st.floats(1e-3, 1.0), min_size=len(ids), max_size=len(ids))))
+    return Distribution(np.array(ids), weights / weights.sum())
+
+
+def dense(law):
+    full = np.zeros(SIZE)
+    full[law.ids] = law.p
+    return full
+
+
+@given(distributions(), distributions())
+def test_the_residual_is_the_normed_positive_part_of_the_difference(target_p, draft_p):
+    left = np.maximum(dense(target_p) - dense(draft_p), 0)
+    made = dense(residual(target_p, draft_p))
+    assert made.sum() == pytest.approx(1)
+    if left.sum() > 1e-12:
+        assert np.allclose(made, left / left.sum())
+        assert not made[dense(draft_p) >= dense(target_p)].any()
+
+
+@given(distributions())
+def test_where_nothing_is_left_the_residual_is_the_target_itself(law):
+    assert np.allclose(dense(residual(law, law)), dense(law))
+
+
+@given(distributions(), distributions())
+def test_one_draft_accepted_or_replaced_has_the_targets_law_exactly(target_p, draft_p):
+    """P(out) = sum over drafts x of q(x) * (P(accept x) [out = x] + P(reject x) * residual(out)), P(accept) measured."""
+    p, q = dense(target_p), dense(draft_p)
+    out = np.zeros(SIZE)
+    left = dense(residual(target_p, draft_p))
+    for token in draft_p.ids:
+        accept = min(1.0, p[token] / q[token])
+        # the rule itself, probed on both sides of the boundary that this says
+        for uniform, stands in ((accept * 0.999, True), (accept * 1.001 + 1e-12, False)):
+            if 0 <= uniform < 1 and not (stands and accept == 0):
+                verdict = rejection(lambda i: target_p, [int(token)], [draft_p], lambda u=uniform: u)
+                assert verdict.accepted == stands
+        out[token] += q[token] * accept
+        out += q[token] * (1 - accept) * left
+    assert np.allclose(out, p, atol=1e-9)
+
+
+@given(distributions(), st.integers(0, SIZE - 1))
+def test_a_point_mass_is_accepted_with_its_target_probability(target_p, token):
+    accept = target_p.of(token)
+    left = dense(residual(target_p, point_mass(token)))
+    out = (1 - accept) * left
+    out[token] += accept
+    assert np.allclose(out, dense(target_p), atol=1e-9)
+
+
+@given(distributions(), st.floats(0, 1, exclude_max=True))
+def test_a_draw_is_the_quantile(law, uniform):
+    token = law.draw(uniform)
+    place = law.ids.tolist().index(token)
+    below = law.p[:place].sum()
+    assert below - 1e-9 <= uniform <= below + law.p[place] + 1e-9
+
+
+@given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), min_size=7, max_size=7))
+def test_greedy_accepts_the_common_beginning_and_adds_one(drafts, argmax):
+    verdict = greedy(argmax, drafts)
+    common = 0
+    while common < len(drafts) and drafts[common] == argmax[common]:
+        common += 1
+    assert verdict == Verdict(common, argmax[common])
+
+
+def test_no_row_after_the_first_rejection_is_ever_looked_at():
+    asked = []
+
+    def target(i):
+        asked.append(i)
+        return point_mass(5)
+
+    assert rejection(target, [5, 1, 5, 5], [point_mass(t) for t in (5, 1, 5, 5)], lambda: 0.5) == Verdict(1, 5)
+    assert asked == [0, 1]
+    asked.clear()
+    assert coupled(target, [5, 1, 5, 5], lambda i: np.zeros(SIZE)) == Verdict(1, 5)
+    assert asked == [0, 1]
+
+
+@given(distributions(), st.lists(st.integers(0, SIZE - 1), max_size=4), st.integers(0, 1000))
+def test_coupled_tokens_do_not_depend_on_the_drafts(target_p, drafts, seed):
+    def noise(i):
+        return position_noise(seed, i, SIZE)
+
+    verdict = coupled(lambda i: target_p, drafts, noise)
+    emitted = [*drafts[: verdict.accepted], verdict.token]
+    assert emitted == [target_p.argmax_with(noise(i)) for i in range(len(emitted))]
+
+
+def test_drafts_without_their_laws_are_a_mistake_of_the_caller():
+    with pytest.raises(ValueError, match="shorter"):
+        rejection(lambda i: point_mass(1), [1, 1], [point_mass(1)], lambda: 0.1)
