@@ -5,7 +5,8 @@ laws they were drawn from (`propose`). It catches up with what it was told in on
 that rounds without drafting cost it nothing. It does not know what was accepted, only what the text now is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +41,24 @@ NOTHING = Draft([], [], [], "none")
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """One row of draft logits, the place of the largest, and their log-sum-exp."""
+
+    logits: np.ndarray
+    best: int
+    total: float
+
+    @classmethod
+    def of(cls, logits: np.ndarray) -> "Scores":
+        """Read off a row."""
+        return cls(logits, int(logits.argmax()), float(log_sum_exp(logits)))
+
+    def probability(self, place: int) -> float:
+        """What the row gives one of its columns at temperature 1."""
+        return math.exp(float(self.logits[place]) - self.total)
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """How a drafter draws: the request's law, its uniform source, and the noise of output positions when seeded.
 
@@ -51,39 +70,31 @@ class Draw:
     noise: Noise | None
     stopper: Stopper | None = None
 
-    def grow(self, k: int, rows: Iterator[np.ndarray], ids: np.ndarray | None, take: Callable[[int], None]) -> "Draft":
-        """Draw up to k tokens, each from the next row; `take` hears of every token that another row is wanted after."""
+    def grow(self, k: int, row: Scores, ids: np.ndarray | None, after: Callable[[int], Scores]) -> "Draft":
+        """Draw up to k tokens, the first from `row`, each other from the row `after` the one before it."""
         tokens, laws, confidences = [], [], []
         for step in range(k):
-            logits = next(rows)
-            if self.stopper is not None and not self.stopper.include(top_probability(logits)):
+            if self.stopper is not None and not self.stopper.include(row.probability(row.best)):
                 break
-            token, law, confidence = self.pick(logits, ids, step)
+            token, law, confidence = self.pick(row, ids, step)
             tokens.append(token)
             laws.append(law)
             confidences.append(confidence)
             if step + 1 == k or (self.stopper is not None and not self.stopper.more()):
                 break
-            take(token)
+            row = after(token)
         return Draft(tokens, laws, confidences, "model")
 
-    def pick(self, logits: np.ndarray, ids: np.ndarray | None, step: int) -> tuple[int, Distribution, float]:
-        """A token from one row of draft logits, its law and its confidence; `ids` names the columns of a subset."""
+    def pick(self, row: Scores, ids: np.ndarray | None, step: int) -> tuple[int, Distribution, float]:
+        """A token from one row, its law and its confidence; `ids` names the columns of a subset."""
         if self.law.greedy:
-            place = int(logits.argmax())
-            confidence = float(np.exp(logits[place] - log_sum_exp(logits)))
-            token = int(ids[place]) if ids is not None else place
-            return token, point_mass(token), confidence
-        law = distribution(logits, self.law)
+            token = int(ids[row.best]) if ids is not None else row.best
+            return token, point_mass(token), row.probability(row.best)
+        law = distribution(row.logits, self.law)
         named = law if ids is None else Distribution(ids[law.ids], law.p)
         token = named.argmax_with(self.noise(step)) if self.noise is not None else named.draw(self.uniform())
         place = token if ids is None else int(np.searchsorted(ids, token))
-        return token, named, float(np.exp(logits[place] - log_sum_exp(logits)))
-
-
-def top_probability(logits: np.ndarray) -> float:
-    """The largest probability of a row at temperature 1."""
-    return float(np.exp(logits.max() - log_sum_exp(logits)))
+        return token, named, row.probability(place)
 
 
 class Drafter(Protocol):
@@ -119,7 +130,8 @@ class HeadDrafter:
         self._tokens: list[int] = []
         self._states: list[mx.array] = []
         self._started = False
-        self._last: mx.array | None = None
+        self._last: mx.array | None = None  # output [1, hidden] of the last true entry, and its scores
+        self._row: Scores | None = None
 
     @property
     def length(self) -> int:
@@ -152,13 +164,11 @@ class HeadDrafter:
 
     def _catch_up(self) -> None:
         states = mx.concatenate(self._states) if len(self._states) > 1 else self._states[0]
-        for start in range(0, len(self._tokens), CATCH_UP):
-            ids = mx.array([self._tokens[start : start + CATCH_UP]])
-            part = states[None, start : start + CATCH_UP]
-            out = self.draft.head(part, self.draft.target.embed(ids), self.cache)
-            self._last = out[:, -1:]
-            if start + CATCH_UP < len(self._tokens):  # the last part is evaluated with the first draft's logits
-                mx.eval(self._last, self.cache.state)
+        ids = self._tokens
+        for start in range(0, len(ids), self.draft.rows_at_once):
+            part = slice(start, start + self.draft.rows_at_once)
+            self._last, *scores = self.draft.step(states[part], ids[part], self.cache)
+            self._row = Scores(*scores)
         self._tokens, self._states = [], []
 
     def propose(self, k: int, draw: Draw) -> Draft:
@@ -169,15 +179,12 @@ class HeadDrafter:
             self._catch_up()
         state, entered = self._last, self.cache.offset
 
-        def rows() -> Iterator[np.ndarray]:
-            while True:
-                yield np.array(self.draft.logits(state[0, -1]).astype(mx.float32), copy=False)
-
-        def take(token: int) -> None:
+        def after(token: int) -> Scores:
             nonlocal state
-            state = self.draft.head(state, self.draft.target.embed(mx.array([[token]])), self.cache)
+            state, *scores = self.draft.step(state, [token], self.cache)
+            return Scores(*scores)
 
-        draft = draw.grow(k, rows(), self.draft.hot, take)
+        draft = draw.grow(k, self._row, self.draft.hot, after)
         self.cache.trim(self.cache.offset - entered)
         return draft
 
@@ -218,28 +225,19 @@ class ModelDrafter:
         del old[shared:]
         return shared
 
-    def _feed(self, tokens: list[int]) -> np.ndarray:
+    def _feed(self, tokens: list[int]) -> Scores:
         for start in range(0, len(tokens), CATCH_UP):
             states = self.model.states(mx.array([tokens[start : start + CATCH_UP]]), self.cache)
             mx.eval(states)
         self._in_cache.extend(tokens)
-        return np.array(self.model.logits(states[:, -1])[0].astype(mx.float32), copy=False)
+        return Scores.of(np.array(self.model.logits(states[:, -1])[0].astype(mx.float32), copy=False))
 
     def propose(self, k: int, draw: Draw) -> Draft:
         """See Drafter."""
         if k <= 0 or not self._text:
             return NOTHING
-        logits = self._feed(self._text[self._sync() :])
-
-        def rows() -> Iterator[np.ndarray]:
-            while True:
-                yield logits
-
-        def take(token: int) -> None:
-            nonlocal logits
-            logits = self._feed([token])
-
-        return draw.grow(k, rows(), None, take)
+        row = self._feed(self._text[self._sync() :])
+        return draw.grow(k, row, None, lambda token: self._feed([token]))
 
 
 class NgramDrafter:

@@ -11,12 +11,14 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from specl.shared.engine.capture import largest
 from specl.shared.engine.law import log_sum_exp, top_indices
 from specl.shared.errors import ModelError
 from specl.shared.learning.examples import Example
 from specl.shared.models.load import FEW_ROWS, LanguageModel
 
 SHRINK_AT = 0.75  # filter the batch once this share of its rows still runs
+LANES = 8
 CAPTURE_ROWS = 128  # logits rows at once: 512 x 151,936 fp32 would be 311 MB
 
 
@@ -42,8 +44,12 @@ class _Row:
 
     def take(self, logits: np.ndarray, k: int, rng: np.random.Generator) -> int:
         ids = top_indices(logits, k)
+        return self.keep(logits, ids, logits[ids] - log_sum_exp(logits), rng)
+
+    def keep(self, logits: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, rng: np.random.Generator) -> int:
+        """The next token; its row's largest `ids` and their log-probabilities are kept."""
         self.ids.append(ids.astype(np.uint32))
-        self.logprobs.append((logits[ids] - log_sum_exp(logits)).astype(np.float16))
+        self.logprobs.append(logprobs.astype(np.float16))
         if self.prompt.temperature == 0:
             token = int(ids[0])
         else:
@@ -78,11 +84,11 @@ def answer(
     rng: np.random.Generator,
     tick: Callable[[int], None] = lambda tokens: None,
 ) -> list[Example]:
-    """Answer all prompts; `tick` hears how many tokens were made. One after the other where a few rows are native, which is
+    """Answer all prompts; `tick` hears how many tokens were made. A few side by side where few rows are native, which is
     faster than a dense batch, else as one batch. Raises ModelError for caches that do not batch.
     """
     if target.few_rows_native:
-        return [_answer_one(target, prompt, max_tokens, k, with_states, rng, tick) for prompt in prompts]
+        return _answer_lanes(target, prompts, max_tokens, k, with_states, rng, tick)
     if any(type(layer) is not KVCache for layer in target.new_cache()):
         raise ModelError(f"{target.name} cannot be run in batches: its cache is not a plain one")
     longest = max(len(prompt.tokens) for prompt in prompts)
@@ -120,26 +126,42 @@ def answer(
     return [row.example(with_states) for row in rows]
 
 
-def _answer_one(
+def _answer_lanes(
     target: LanguageModel,
-    prompt: Prompt,
+    prompts: Sequence[Prompt],
     max_tokens: int,
     k: int,
     with_states: bool,
     rng: np.random.Generator,
     tick: Callable[[int], None],
-) -> Example:
-    cache, row = target.new_cache(), _Row(prompt)
-    states = target.read(prompt.tokens, cache)
-    while True:
+) -> list[Example]:
+    """Answers side by side, each with its own cache; whoever is done makes room for the next prompt."""
+    waiting = [_Row(prompt) for prompt in prompts]
+    rows, lanes = list(waiting), []
+    waiting.reverse()
+    while waiting or lanes:
+        while waiting and len(lanes) < LANES:
+            row, cache = waiting.pop(), target.new_cache()
+            states = target.read(row.prompt.tokens, cache)
+            if with_states:
+                row.states.append(np.array(states.astype(mx.float16)))
+            lanes.append((row, cache, states[-1:]))
+        logits = np.array(target.logits(mx.concatenate([last for _, _, last in lanes])).astype(mx.float32), copy=False)
+        best, values, totals = largest(logits, k)
+        for i, (row, _, _) in enumerate(lanes):
+            token = row.keep(logits[i], best[i], values[i] - totals[i], rng)
+            row.done = token in target.stop_tokens or len(row.output) >= max_tokens
+        tick(len(lanes))
+        running = [(row, cache) for row, cache, _ in lanes if not row.done]
+        if not running:
+            lanes = []
+            continue
+        states = target.step_lanes([row.output[-1] for row, _ in running], [cache for _, cache in running])
         if with_states:
-            row.states.append(np.array(states.astype(mx.float16)))
-        logits = np.array(target.logits(states[-1:]).astype(mx.float32), copy=False)[0]
-        token = row.take(logits, k, rng)
-        tick(1)
-        if token in target.stop_tokens or len(row.output) >= max_tokens:
-            return row.example(with_states)
-        states = target.states(mx.array([[token]]), cache)[0]
+            for (row, _), state in zip(running, np.array(states.astype(mx.float16)), strict=True):
+                row.states.append(state[None])
+        lanes = [(row, cache, states[i : i + 1]) for i, (row, cache) in enumerate(running)]
+    return [row.example(with_states) for row in rows]
 
 
 def save_shard(path: Path, examples: Sequence[Example]) -> None:

@@ -46,6 +46,18 @@ def speed_up(
     return f"native {instruction_set()}: {formats}" + (f", {ONE_CALL}" if result.fused else "")
 
 
+def draft_stack(head: nn.Module, embedding: mx.array) -> Any:
+    """A head draft as one native call, or None where that is not possible; `embedding` is its target's, dense fp32."""
+    from specl.shared.native import available, drafting
+
+    if not available() or embedding.dtype != mx.float32 or drafting.unfit(head):
+        return None
+    try:
+        return drafting.DraftStack(head, embedding)
+    except ValueError:  # sizes that it has no layout for
+        return None
+
+
 def on_cpu() -> bool:
     """Whether MLX computes on the CPU here."""
     return mx.default_device().type == mx.DeviceType.cpu

@@ -20,8 +20,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from specl.shared.errors import ModelError
-from specl.shared.models.fast import on_cpu, speed_up
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.fast import draft_stack, on_cpu, speed_up
+from specl.shared.models.load import DENSE_ROWS, FEW_ROWS, LanguageModel
 
 MODEL_TYPE = "speclora_head"
 
@@ -191,6 +191,7 @@ class HeadDraft:
     fingerprint: str
     dtype: mx.Dtype = mx.float32
     output: nn.Linear = field(init=False)
+    _stack: Any = field(init=False, default=None)  # the head as one native call, where that is possible
 
     def __post_init__(self) -> None:
         self._bind(self.hot)
@@ -215,7 +216,30 @@ class HeadDraft:
 
     def speed_up(self) -> str:
         """Let few rows be computed natively where that is possible; call again after the layers changed."""
-        return speed_up(self.head, fuse=False, weights="bf16") if on_cpu() else "as loaded"
+        if not on_cpu():
+            return "as loaded"
+        speed = speed_up(self.head, fuse=False, weights="bf16")
+        self._stack = draft_stack(self.head, self.target.model.model.embed_tokens.weight)
+        return speed
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that `step` takes best when there are many."""
+        return FEW_ROWS if self._stack is not None else DENSE_ROWS
+
+    def step(self, states: mx.array, ids: list[int], cache: Any) -> tuple[mx.array, np.ndarray, int, float]:
+        """Feed `ids` with `states` [n, hidden] after `cache`: the last output [1, hidden], its scores [hot] of the hot tokens,
+        the place of the best of them, and their log-sum-exp.
+        """
+        if self._stack is not None and len(ids) <= FEW_ROWS:
+            done = self._stack.step(states, ids, cache, self.output)
+            if done is not None:
+                last, scores, best, total = done
+                return last, np.array(scores, copy=False), best, total
+        out = self.head(states[None], self.target.embed(mx.array([ids])), cache)[0, -1:]
+        scores = np.array(self.logits(out[0]).astype(mx.float32), copy=False)
+        best = int(scores.argmax())
+        return out, scores, best, float(scores[best] + np.log(np.exp(scores - scores[best]).sum()))
 
     def logits(self, outputs: mx.array) -> mx.array:
         """Scores of the hot tokens [..., hot]."""

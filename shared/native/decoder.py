@@ -130,15 +130,27 @@ class Stack:
         for name in arrays:
             self._guard(at, name, owner[key][name])
 
+    def step_lanes(self, inner: nn.Module, ids: list[list[int]], caches: list[list[Any]]) -> mx.array | None:
+        """The same for several sequences at once, at most sixteen ids together: [rows, hidden], in order."""
+        out = self._decoder.step_lanes(inner, ids, caches)
+        if isinstance(out, int):
+            self._grow(out)
+            out = self._decoder.step_lanes(inner, ids, caches)
+        return out
+
     def _grow(self, positions: int) -> None:
-        """Rotations by the model's own rope: of a vector of ones and zeros it makes the cosines and the sines."""
-        size = FIRST_POSITIONS
-        while size < positions:
-            size *= 2
-        half = self._dim // 2
-        probe = mx.concatenate([mx.ones((1, 1, size, half)), mx.zeros((1, 1, size, half))], axis=-1)
-        turned = self._rope(probe)[0, 0]
-        self._decoder.set_positions(turned[:, :half], turned[:, half:])
+        self._decoder.set_positions(*rotations(self._rope, self._dim, positions))
+
+
+def rotations(rope: nn.Module, dim: int, positions: int) -> tuple[mx.array, mx.array]:
+    """Cosines and sines [at least `positions`, dim / 2] by the model's own rope: what it makes of ones and zeros."""
+    size = FIRST_POSITIONS
+    while size < positions:
+        size *= 2
+    half = dim // 2
+    probe = mx.concatenate([mx.ones((1, 1, size, half)), mx.zeros((1, 1, size, half))], axis=-1)
+    turned = rope(probe)[0, 0]
+    return turned[:, :half], turned[:, half:]
 
 
 def _fused_call(self: nn.Module, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> Any:

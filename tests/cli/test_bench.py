@@ -1,7 +1,6 @@
 """The bench on a tiny random model: everything but the speed is real."""
 
 import json
-import sys
 
 import mlx.core as mx
 import numpy as np
@@ -61,15 +60,6 @@ def write_model(folder, seed, layers=2):
     (folder / "config.json").write_text(json.dumps(shape))
     write_tokenizer(folder)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ordinary_products():
-    """mlx-lm's loop holds the GIL while it waits, and a layer of the native kernels lets go of its matrix under the GIL."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(sys.modules["specl.shared.native.accelerate"], "available", lambda: False)
-    yield
-    patch.undo()
 
 
 @pytest.fixture(scope="module")

@@ -26,3 +26,17 @@ def best_instruction_set():
 def pytest_generate_tests(metafunc):
     if "isa" in metafunc.fixturenames:
         metafunc.parametrize("isa", native.instruction_sets() if native.available() else ["none"])
+
+
+@pytest.fixture
+def language_model():
+    """A factory of tiny random targets as the loader gives them."""
+    from specl.shared.models.load import LanguageModel
+    from tests.native.test_model import SIZES, tiny
+
+    def make(**changes):
+        model = tiny(**changes)
+        native.accelerate(model)
+        return LanguageModel("tiny", None, model, None, SIZES | changes, "tiny", "tiny-tokens")
+
+    return make

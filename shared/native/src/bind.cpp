@@ -156,5 +156,16 @@ NB_MODULE(_native, m) {
       .def("guard", &Decoder::guard, "parent"_a, "key"_a, "expected"_a)
       .def("set_positions", &Decoder::set_positions, "cos"_a, "sin"_a)
       .def("intact", &Decoder::intact, "model"_a)
-      .def("step", &Decoder::step, "model"_a, "ids"_a, "cache"_a);
+      .def("step", &Decoder::step, "model"_a, "ids"_a, "cache"_a)
+      .def("step_lanes", &Decoder::step_lanes, "model"_a, "ids"_a, "caches"_a)
+      .def("enter_through",
+           [](Decoder& self, const mx::array& embedding_norm, const mx::array& state_norm, const Weight& fc) {
+             self.enter_through(embedding_norm, state_norm, fc.matrix);
+           },
+           "embedding_norm"_a, "state_norm"_a, "fc"_a)
+      .def(
+          "draft",
+          [](Decoder& self, nb::handle model, mx::array& states, const std::vector<int64_t>& ids, nb::handle cache,
+             const Weight& scorer) { return self.draft(model, states, ids, cache, scorer.matrix); },
+          "model"_a, "states"_a, "ids"_a, "cache"_a, "scorer"_a);
 }

@@ -27,10 +27,6 @@ mx::array settled(mx::array a) {
 
 bool plain(const mx::array& a) { return a.flags().row_contiguous && a.data_size() == a.size(); }
 
-struct Fetched {
-  nb::object cache, keys, values;  // keys and values may be None
-};
-
 // A buffer that this call may write to: [1, heads, capacity, dim] with room for `need` positions, holding the first
 // `have`. It is the cache's own when nothing else refers to it, otherwise a copy takes its place.
 struct Buffer {
@@ -94,6 +90,10 @@ void Decoder::append(const std::vector<std::shared_ptr<Matrix>>& weights,
   stack_.append(std::move(layer));
 }
 
+void Decoder::enter_through(mx::array embedding_norm, mx::array state_norm, std::shared_ptr<Matrix> fc) {
+  stack_.enter_through({keep(settled(embedding_norm)), keep(settled(state_norm)), {std::move(fc), nullptr}});
+}
+
 void Decoder::guard(int parent, nb::object key, nb::object expected) {
   std::uintptr_t id = 0;
   if (nb::isinstance<mx::array>(expected)) {
@@ -129,81 +129,193 @@ bool Decoder::intact(nb::handle model) const {
   return true;
 }
 
-nb::object Decoder::step(nb::handle model, mx::array& ids, nb::handle cache) {
-  const auto& s = stack_.shape();
+// Whether `cache` is a list of plain caches in step with each other.
+bool Decoder::look(nb::handle cache, Borrowed& lane) const {
   const size_t layers = stack_.layers();
-  if (ids.is_tracer() || ids.ndim() != 2 || ids.shape(0) != 1 || ids.shape(1) < 1 || (size_t)ids.shape(1) > kMaxWidth ||
-      (ids.dtype() != mx::int32 && ids.dtype() != mx::uint32 && ids.dtype() != mx::int64) || !PyList_Check(cache.ptr()) ||
-      (size_t)PyList_GET_SIZE(cache.ptr()) != layers || !intact(model)) {
-    return nb::none();
-  }
-  const size_t width = (size_t)ids.shape(1);
-  std::vector<Fetched> fetched(layers);
-  std::vector<mx::array> pending;
-  size_t offset = 0;
+  if (!PyList_Check(cache.ptr()) || (size_t)PyList_GET_SIZE(cache.ptr()) != layers) return false;
+  lane.layers.resize(layers);
   for (size_t l = 0; l < layers; ++l) {
-    Fetched& f = fetched[l];
+    Fetched& f = lane.layers[l];
     f.cache = nb::borrow(PyList_GET_ITEM(cache.ptr(), (Py_ssize_t)l));
-    if ((PyObject*)Py_TYPE(f.cache.ptr()) != cache_type_.ptr()) return nb::none();
+    if ((PyObject*)Py_TYPE(f.cache.ptr()) != cache_type_.ptr()) return false;
     const size_t here = nb::cast<size_t>(f.cache.attr("offset"));
-    if (l == 0) offset = here;
+    if (l == 0) lane.offset = here;
     f.keys = f.cache.attr("keys");
     f.values = f.cache.attr("values");
-    if (here != offset || f.keys.is_none() != f.values.is_none() || (f.keys.is_none() && here > 0)) return nb::none();
+    if (here != lane.offset || f.keys.is_none() != f.values.is_none() || (f.keys.is_none() && here > 0)) return false;
     for (nb::handle h : {nb::handle(f.keys), nb::handle(f.values)}) {
-      if (h.is_none()) continue;
-      if (!nb::isinstance<mx::array>(h)) return nb::none();
-      auto* a = nb::inst_ptr<mx::array>(h);
-      if (!a->is_available()) pending.push_back(*a);
+      if (!h.is_none() && !nb::isinstance<mx::array>(h)) return false;
     }
   }
-  if ((size_t)cos_.shape(0) < offset + width) return nb::int_(offset + width);
-  if (!ids.is_available()) pending.push_back(ids);
+  return true;
+}
+
+// Makes the caches' buffers writable for the lane's rows. Every buffer is evaluated and fits by now.
+bool Decoder::open(Borrowed& lane, std::vector<mx::array>& held) const {
+  const auto& s = stack_.shape();
+  for (Fetched& f : lane.layers) {
+    Buffer k = writable(f.keys, s.kv_heads, s.head_dim, lane.offset, lane.offset + lane.width);
+    Buffer v = writable(f.values, s.kv_heads, s.head_dim, lane.offset, lane.offset + lane.width);
+    if (k.array.shape(2) != v.array.shape(2)) return false;
+    if (k.replaced) f.cache.attr("keys") = nb::cast(k.array);
+    if (v.replaced) f.cache.attr("values") = nb::cast(v.array);
+    lane.views.push_back({k.array.data<float>(), v.array.data<float>(), (size_t)k.array.shape(2)});
+    held.push_back(std::move(k.array));
+    held.push_back(std::move(v.array));
+  }
+  return true;
+}
+
+Decoder::Ready Decoder::prepare(nb::handle model, const std::vector<std::vector<int64_t>>& ids,
+                                const std::vector<nb::handle>& caches) const {
+  const auto& s = stack_.shape();
+  Ready ready;
+  ready.refusal = nb::none();
+  if (ids.empty() || ids.size() != caches.size() || !intact(model)) return ready;
+  size_t longest = 0;
+  std::vector<mx::array> pending;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    Borrowed& lane = ready.lanes.emplace_back();
+    if (ids[i].empty() || !look(caches[i], lane)) return ready;
+    for (size_t j = 0; j < i; ++j) {
+      if (lane.layers[0].cache.ptr() == ready.lanes[j].layers[0].cache.ptr()) return ready;  // one sequence twice
+    }
+    lane.width = ids[i].size();
+    ready.width += lane.width;
+    longest = std::max(longest, lane.offset + lane.width);
+    for (const Fetched& f : lane.layers) {
+      for (nb::handle h : {nb::handle(f.keys), nb::handle(f.values)}) {
+        if (!h.is_none() && !nb::inst_ptr<mx::array>(h)->is_available()) pending.push_back(*nb::inst_ptr<mx::array>(h));
+      }
+    }
+  }
+  if (ready.width > kMaxWidth) return ready;
+  if ((size_t)cos_.shape(0) < longest) {
+    ready.refusal = nb::int_(longest);
+    return ready;
+  }
   if (!pending.empty()) {
     nb::gil_scoped_release release;
     mx::eval(pending);
     for (auto& a : pending) a.wait();
   }
   pending.clear();
-  for (const Fetched& f : fetched) {
-    if (f.keys.is_none()) continue;
-    for (nb::handle h : {nb::handle(f.keys), nb::handle(f.values)}) {
-      if (!fits(*nb::inst_ptr<mx::array>(h), s.kv_heads, s.head_dim, offset)) return nb::none();
+  for (const Borrowed& lane : ready.lanes) {
+    for (const Fetched& f : lane.layers) {
+      for (nb::handle h : {nb::handle(f.keys), nb::handle(f.values)}) {
+        if (!h.is_none() && !fits(*nb::inst_ptr<mx::array>(h), s.kv_heads, s.head_dim, lane.offset)) return ready;
+      }
     }
   }
-  mx::array rows(mx::allocator::malloc(width * s.hidden * sizeof(float)), {(int)width, (int)s.hidden}, mx::float32);
-  const size_t vocabulary = (size_t)embedding_.shape(0);
-  for (size_t m = 0; m < width; ++m) {
-    const int64_t at = (int64_t)m * ids.strides(1);
-    // int32 and uint32 read alike below 2^31; a negative id is out of range here
-    const size_t id = ids.dtype() == mx::int64 ? (size_t)ids.data<int64_t>()[at] : (size_t)ids.data<uint32_t>()[at];
-    if (id >= vocabulary) return nb::none();
-    std::memcpy(rows.data<float>() + m * s.hidden, embedding_.data<float>() + id * s.hidden, s.hidden * sizeof(float));
+  mx::array rows(mx::allocator::malloc(ready.width * s.hidden * sizeof(float)), {(int)ready.width, (int)s.hidden}, mx::float32);
+  float* row = rows.data<float>();
+  for (const auto& lane : ids) {
+    for (const int64_t id : lane) {
+      if (id < 0 || id >= embedding_.shape(0)) return ready;
+      std::memcpy(row, embedding_.data<float>() + id * (int64_t)s.hidden, s.hidden * sizeof(float));
+      row += s.hidden;
+    }
   }
-  std::vector<CacheView> views;
-  std::vector<mx::array> held;  // keeps the buffers through the step; taken after they were found unshared
-  views.reserve(layers);
-  held.reserve(2 * layers);
-  for (Fetched& f : fetched) {
-    Buffer k = writable(f.keys, s.kv_heads, s.head_dim, offset, offset + width);
-    Buffer v = writable(f.values, s.kv_heads, s.head_dim, offset, offset + width);
-    if (k.array.shape(2) != v.array.shape(2)) return nb::none();
-    if (k.replaced) f.cache.attr("keys") = nb::cast(k.array);
-    if (v.replaced) f.cache.attr("values") = nb::cast(v.array);
-    views.push_back({k.array.data<float>(), v.array.data<float>(), (size_t)k.array.shape(2)});
-    held.push_back(std::move(k.array));
-    held.push_back(std::move(v.array));
+  for (Borrowed& lane : ready.lanes) {
+    if (!open(lane, ready.held)) return ready;
   }
-  mx::array out(mx::allocator::malloc(width * s.hidden * sizeof(float)), {1, (int)width, (int)s.hidden}, mx::float32);
-  const size_t half = s.head_dim / 2;
+  ready.rows = std::move(rows);
+  return ready;
+}
+
+void Decoder::run(Ready& ready, Step step) {
+  std::vector<Lane> lanes;
+  size_t first = 0;
+  for (const Borrowed& lane : ready.lanes) {
+    lanes.push_back({first, lane.width, lane.offset, lane.views.data()});
+    first += lane.width;
+  }
+  step.rows = ready.rows->data<float>();
+  step.width = ready.width;
+  step.lanes = lanes.data();
+  step.lane_count = lanes.size();
+  step.cos = cos_.data<float>();
+  step.sin = sin_.data<float>();
   {
     nb::gil_scoped_release release;
-    stack_.step(kernels(), rows.data<float>(), width, offset, views.data(), cos_.data<float>() + offset * half,
-                sin_.data<float>() + offset * half, out.data<float>());
+    stack_.step(kernels(), step);
   }
-  const nb::int_ after(offset + width);
-  for (Fetched& f : fetched) f.cache.attr("offset") = after;
+  for (Borrowed& lane : ready.lanes) {
+    const nb::int_ after(lane.offset + lane.width);
+    for (Fetched& f : lane.layers) f.cache.attr("offset") = after;
+  }
+}
+
+nb::object Decoder::step(nb::handle model, mx::array& ids, nb::handle cache) {
+  if (ids.is_tracer() || ids.ndim() != 2 || ids.shape(0) != 1 || ids.shape(1) < 1 || (size_t)ids.shape(1) > kMaxWidth ||
+      (ids.dtype() != mx::int32 && ids.dtype() != mx::uint32 && ids.dtype() != mx::int64)) {
+    return nb::none();
+  }
+  if (!ids.is_available()) {
+    nb::gil_scoped_release release;
+    ids.eval();
+    ids.wait();
+  }
+  std::vector<int64_t> tokens;
+  for (int m = 0; m < ids.shape(1); ++m) {
+    const int64_t at = (int64_t)m * ids.strides(1);
+    // a negative int32 is out of range as it is as uint32
+    tokens.push_back(ids.dtype() == mx::int64 ? ids.data<int64_t>()[at] : (int64_t)ids.data<uint32_t>()[at]);
+  }
+  Ready ready = prepare(model, {tokens}, {cache});
+  if (!ready.rows) return ready.refusal;
+  const int hidden = (int)stack_.shape().hidden;
+  mx::array out(mx::allocator::malloc(tokens.size() * hidden * sizeof(float)), {1, (int)tokens.size(), hidden}, mx::float32);
+  Step wanted{};
+  wanted.out = out.data<float>();
+  run(ready, wanted);
   return nb::cast(std::move(out));
+}
+
+nb::object Decoder::step_lanes(nb::handle model, const std::vector<std::vector<int64_t>>& ids, nb::list caches) {
+  std::vector<nb::handle> handles;
+  for (nb::handle cache : caches) handles.push_back(cache);
+  Ready ready = prepare(model, ids, handles);
+  if (!ready.rows) return ready.refusal;
+  const int hidden = (int)stack_.shape().hidden;
+  mx::array out(mx::allocator::malloc(ready.width * hidden * sizeof(float)), {(int)ready.width, hidden}, mx::float32);
+  Step wanted{};
+  wanted.out = out.data<float>();
+  run(ready, wanted);
+  return nb::cast(std::move(out));
+}
+
+nb::object Decoder::draft(nb::handle model, mx::array& states, const std::vector<int64_t>& ids, nb::handle cache,
+                          const std::shared_ptr<Matrix>& scorer) {
+  const size_t hidden = stack_.shape().hidden;
+  if (!stack_.has_entrance() || states.is_tracer() || states.dtype() != mx::float32 || states.size() != ids.size() * hidden ||
+      scorer->view().k != hidden) {
+    return nb::none();
+  }
+  Ready ready = prepare(model, {ids}, {cache});
+  if (!ready.rows) return ready.refusal;
+  mx::array from = states;
+  if (!from.is_available() || !plain(from)) {
+    nb::gil_scoped_release release;
+    from = mx::contiguous(from);
+    from.eval();
+    from.wait();
+  }
+  const size_t n = scorer->view().n;
+  mx::array out(mx::allocator::malloc(ids.size() * hidden * sizeof(float)), {(int)ids.size(), (int)hidden}, mx::float32);
+  mx::array last(mx::allocator::malloc(hidden * sizeof(float)), {1, (int)hidden}, mx::float32);
+  mx::array scores(mx::allocator::malloc(n * sizeof(float)), {(int)n}, mx::float32);
+  Step wanted{};
+  wanted.states = from.data<float>();
+  wanted.out = out.data<float>();
+  wanted.scorer = scorer.get();
+  wanted.scores = scores.data<float>();
+  run(ready, wanted);
+  std::memcpy(last.data<float>(), out.data<float>() + (ids.size() - 1) * hidden, hidden * sizeof(float));
+  int32_t best;
+  float top;
+  const RowStats stats = kernels().row_stats(scores.data<float>(), n, 1, &best, &top);
+  return nb::make_tuple(std::move(last), std::move(scores), stats.argmax, stats.logsumexp);
 }
 
 }  // namespace specl

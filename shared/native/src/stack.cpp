@@ -45,16 +45,43 @@ void Stack::append(Layer layer) {
   layers_.push_back(std::move(layer));
 }
 
+void Stack::enter_through(Entrance entrance) {
+  check(entrance.fc, shape_.hidden, 2 * shape_.hidden, "fc");
+  entrance_ = std::move(entrance);
+}
+
+// Query rows of one head that are attended together: they belong to one lane.
+struct Group {
+  const Lane* lane;
+  size_t first, rows;
+};
+
 // One step's sizes and buffers. Shared by the crew; what belongs to one thread is indexed by its rank.
 struct Stack::Pass {
   const Kernels& kn;
   const StackShape& s;
-  size_t width, offset, threads;
+  const Step& step;
+  size_t width, threads;
   size_t ld_scores, group_rows;
   float *hidden, *queries, *attn, *act;  // shared; attn and act packed as products want them
   float *normed, *piece, *scores;        // one part a thread
   size_t normed_size, piece_size, scores_size;
-  const float *cos, *sin;
+  const Lane* lane_of[kMaxWidth];  // of each row
+  size_t position[kMaxWidth];
+  std::vector<Group> groups;
+
+  void seat(size_t repeat) {
+    for (size_t i = 0; i < step.lane_count; ++i) {
+      const Lane& lane = step.lanes[i];
+      for (size_t m = 0; m < lane.width; ++m) {
+        lane_of[lane.first + m] = &lane;
+        position[lane.first + m] = lane.offset + m;
+      }
+      for (size_t at = 0; at < lane.width * repeat; at += group_rows) {
+        groups.push_back({&lane, lane.first * repeat + at, std::min(group_rows, lane.width * repeat - at)});
+      }
+    }
+  }
 
   void norm(size_t rank, const float* weight) const {
     float* row = piece + rank * piece_size;
@@ -64,13 +91,37 @@ struct Stack::Pass {
     }
   }
 
+  // The two inputs of a head draft side by side, as its fc reads them.
+  void norm_inputs(size_t rank, const Entrance& entrance) const {
+    float* row = piece + rank * piece_size;
+    for (size_t m = 0; m < width; ++m) {
+      kn.rmsnorm(step.rows + m * s.hidden, entrance.embedding_norm, s.eps, s.hidden, row);
+      place(normed + rank * normed_size, m, 0, row, s.hidden);
+      kn.rmsnorm(step.states + m * s.hidden, entrance.state_norm, s.eps, s.hidden, row);
+      place(normed + rank * normed_size, m, s.hidden, row, s.hidden);
+    }
+  }
+
+  // Scores of the last row, for some tiles of the scorer.
+  void score(size_t rank, size_t first, size_t last) const {
+    const auto& w = step.scorer->view();
+    kn.rows[w.format](w, normed + rank * normed_size, 1, first, last, step.scores, w.n);
+  }
+
+  // The last row after the final norm, alone, as the scorer reads it.
+  void norm_last(size_t rank, const float* weight) const {
+    float *row = piece + rank * piece_size, *packed = normed + rank * normed_size;
+    kn.rmsnorm(hidden + (width - 1) * s.hidden, weight, s.eps, s.hidden, row);
+    for (size_t i = 0; i < s.hidden; i += 16) std::memcpy(packed + packed_at(1, 0, i), row + i, 16 * sizeof(float));
+  }
+
   // Row m, inputs k .. k+n-1 of a packed matrix of rows; k and n are multiples of sixteen.
   void place(float* packed, size_t m, size_t k, const float* from, size_t n) const {
     for (size_t i = 0; i < n; i += 16) std::memcpy(packed + packed_at(width, m, k + i), from + i, 16 * sizeof(float));
   }
 
   // One head's query, key or value rows, with bias and position, where attention will look for them.
-  void project_head(size_t rank, const Layer& layer, const CacheView& cache, size_t item) const {
+  void project_head(size_t rank, const Layer& layer, size_t index, size_t item) const {
     const size_t dim = s.head_dim, repeat = s.heads / s.kv_heads;
     const Projection* p;
     float* y;
@@ -82,7 +133,7 @@ struct Stack::Pass {
       kind = item < s.heads + s.kv_heads ? 1 : 2;
       p = kind == 1 ? &layer.k : &layer.v, ld = dim;
       head = item - s.heads - (kind == 2 ? s.kv_heads : 0);
-      y = (kind == 1 ? cache.keys : cache.values) + (head * cache.capacity + offset) * dim;
+      y = piece + rank * piece_size;
     }
     const auto& w = p->weight->view();
     // the product writes at output n of row m; a head's first output is head * dim
@@ -91,24 +142,30 @@ struct Stack::Pass {
     for (size_t m = 0; m < width; ++m) {
       float* row = y + m * ld;
       if (p->bias) kn.add(row, p->bias + head * dim, dim);
-      if (kind < 2) kn.rope(row, cos + m * (dim / 2), sin + m * (dim / 2), dim / 2);
+      const size_t at = position[m];
+      if (kind < 2) kn.rope(row, step.cos + at * (dim / 2), step.sin + at * (dim / 2), dim / 2);
+      if (kind == 0) continue;
+      const CacheView& cache = lane_of[m]->cache[index];
+      std::memcpy((kind == 1 ? cache.keys : cache.values) + (head * cache.capacity + at) * dim, row, dim * sizeof(float));
     }
   }
 
-  // Rows `first` .. of the queries that share one key-value head.
-  void attend(size_t rank, const CacheView& cache, size_t item, size_t items_per_head, float scale) const {
-    const size_t dim = s.head_dim, repeat = s.heads / s.kv_heads, all = repeat * width;
-    const size_t head = item / items_per_head, first = item % items_per_head * group_rows;
-    const size_t rows = std::min(group_rows, all - first);
-    float* q = queries + (head * all + first) * dim;
-    for (size_t i = 0; i < rows * dim; ++i) q[i] *= scale;
+  // One group of query rows of one key-value head.
+  void attend(size_t rank, size_t index, size_t item, float scale) const {
+    const size_t dim = s.head_dim, repeat = s.heads / s.kv_heads, head = item / groups.size();
+    const Group& group = groups[item % groups.size()];
+    const CacheView& cache = group.lane->cache[index];
+    float* q = queries + (head * repeat * width + group.first) * dim;
+    for (size_t i = 0; i < group.rows * dim; ++i) q[i] *= scale;
     size_t length[kMaxWidth];
-    for (size_t r = 0; r < rows; ++r) length[r] = offset + (first + r) / repeat + 1;
+    for (size_t r = 0; r < group.rows; ++r) length[r] = position[(group.first + r) / repeat] + 1;
     float* out = piece + rank * piece_size;
     const size_t at = head * cache.capacity * dim;
-    kn.attend({q, dim, cache.keys + at, cache.values + at, length, rows, dim, scores + rank * scores_size, ld_scores, out});
-    for (size_t r = 0; r < rows; ++r) {
-      place(attn, (first + r) / repeat, (head * repeat + (first + r) % repeat) * dim, out + r * dim, dim);
+    kn.attend({q, dim, cache.keys + at, cache.values + at, length, group.rows, dim, scores + rank * scores_size, ld_scores,
+               out});
+    for (size_t r = 0; r < group.rows; ++r) {
+      const size_t row = group.first + r;
+      place(attn, row / repeat, (head * repeat + row % repeat) * dim, out + r * dim, dim);
     }
   }
 
@@ -140,24 +197,34 @@ struct Stack::Pass {
   }
 };
 
-void Stack::step(const Kernels& kernels, const float* hidden, size_t width, size_t offset, const CacheView* cache,
-                 const float* cos, const float* sin, float* out) {
+void Stack::step(const Kernels& kernels, const Step& step) {
   const auto& s = shape_;
+  const size_t width = step.width;
   if (width == 0 || width > kMaxWidth) throw std::invalid_argument("a step takes 1 to 16 rows");
+  if (has_entrance() != (step.states != nullptr)) throw std::invalid_argument("states go with an entrance");
   const auto pool = shared_pool();
   const size_t repeat = s.heads / s.kv_heads, threads = pool->size();
-  Pass p{kernels, s, width, offset, threads};
-  p.ld_scores = (offset + width + 15) / 16 * 16;
+  size_t longest = 0, widest = 0;
+  for (size_t i = 0; i < step.lane_count; ++i) {
+    longest = std::max(longest, step.lanes[i].offset + step.lanes[i].width);
+    widest = std::max(widest, step.lanes[i].width);
+  }
+  Pass p{kernels, s, step, width, threads};
+  p.ld_scores = (longest + 15) / 16 * 16;
   // Rows that share keys go together where there are enough of them to keep every thread busy.
-  p.group_rows = s.heads * width < 6 * threads && offset < 256 ? 1 : std::min<size_t>(repeat * width, 4);
-  p.normed_size = width * padded(s.hidden);
+  p.group_rows = s.heads * width < 6 * threads && longest < 256 ? 1 : std::min<size_t>(repeat * widest, 4);
+  p.seat(repeat);
+  p.normed_size = width * padded((has_entrance() ? 2 : 1) * s.hidden);
   p.scores_size = p.group_rows * p.ld_scores;
-  // a thread's small buffer serves a normed row, a product's piece (gate and up: two) or attention's rows in turn
-  p.piece_size = std::max(padded(s.hidden), p.group_rows * s.head_dim);
+  // a thread's small buffer serves a normed row, a product's piece (gate and up: two), a head's keys or attention's rows
+  p.piece_size = std::max(padded(s.hidden), std::max(p.group_rows, width) * s.head_dim);
   for (const auto& l : layers_) {
     for (const auto* w : {&l.o, &l.down, &l.up}) {
       p.piece_size = std::max(p.piece_size, 2 * width * kTileRows * piece_tiles(*w->weight, threads));
     }
+  }
+  if (has_entrance()) {
+    p.piece_size = std::max(p.piece_size, width * kTileRows * piece_tiles(*entrance_.fc.weight, threads));
   }
   p.piece_size = padded(p.piece_size);
   const size_t hidden_size = padded(width * s.hidden), queries_size = padded(width * s.heads * s.head_dim);
@@ -172,41 +239,52 @@ void Stack::step(const Kernels& kernels, const float* hidden, size_t width, size
   p.normed = take(threads * p.normed_size);
   p.piece = take(threads * p.piece_size);
   p.scores = take(threads * p.scores_size);
-  p.cos = cos;
-  p.sin = sin;
-  std::memcpy(p.hidden, hidden, width * s.hidden * sizeof(float));
+  // with an entrance the residual stream starts at zero and the fc is added to it
+  if (!has_entrance()) std::memcpy(p.hidden, step.rows, width * s.hidden * sizeof(float));
 
   const float scale = 1.0f / std::sqrt((float)s.head_dim);
-  const size_t items_per_head = (repeat * width + p.group_rows - 1) / p.group_rows;
-  pool->run(5 * layers_.size(), [&](Crew& crew) {
+  pool->run(5 * layers_.size() + 2, [&](Crew& crew) {
     const size_t rank = crew.rank();
-    size_t normed_by = 0;  // which norm this thread's buffer holds: 1 + twice the layer, or one more
+    size_t normed_by = 0;  // what this thread's buffer holds: 1 + twice the layer, or one more
+    // Each thread norms for itself, once it has a piece: only then is `hidden` sure to stand still.
+    const auto once = [&](size_t which, auto&& norm) {
+      if (normed_by != which) norm();
+      normed_by = which;
+    };
     const auto tiles = [&](const Matrix& w, auto&& f) {
       const size_t size = piece_tiles(w, threads), count = w.tiles();
       crew.phase((count + size - 1) / size, [&](size_t i) { f(i * size, std::min(count, (i + 1) * size)); });
     };
+    const size_t entering = 2 * layers_.size() + 1, scoring = entering + 1;
+    if (has_entrance()) {
+      tiles(*entrance_.fc.weight, [&](size_t a, size_t b) {
+        once(entering, [&] { p.norm_inputs(rank, entrance_); });
+        p.add_product(rank, entrance_.fc, p.normed + rank * p.normed_size, a, b);
+      });
+    }
     for (size_t l = 0; l < layers_.size(); ++l) {
       const Layer& layer = layers_[l];
-      // Each thread norms for itself, once it has a piece: only then is `hidden` sure to stand still.
-      const auto norm = [&](size_t which, const float* weight) {
-        if (normed_by != which) p.norm(rank, weight);
-        normed_by = which;
-      };
       crew.phase(s.heads + 2 * s.kv_heads, [&](size_t i) {
-        norm(2 * l + 1, layer.input_norm);
-        p.project_head(rank, layer, cache[l], i);
+        once(2 * l + 1, [&] { p.norm(rank, layer.input_norm); });
+        p.project_head(rank, layer, l, i);
       });
-      crew.phase(s.kv_heads * items_per_head, [&](size_t i) { p.attend(rank, cache[l], i, items_per_head, scale); });
+      crew.phase(s.kv_heads * p.groups.size(), [&](size_t i) { p.attend(rank, l, i, scale); });
       tiles(*layer.o.weight, [&](size_t a, size_t b) { p.add_product(rank, layer.o, p.attn, a, b); });
       tiles(*layer.gate.weight, [&](size_t a, size_t b) {
-        norm(2 * l + 2, layer.post_norm);
+        once(2 * l + 2, [&] { p.norm(rank, layer.post_norm); });
         p.gate_up(rank, layer, a, b);
       });
       tiles(*layer.down.weight, [&](size_t a, size_t b) { p.add_product(rank, layer.down, p.act, a, b); });
     }
+    if (step.scorer) {
+      tiles(*step.scorer, [&](size_t a, size_t b) {
+        once(scoring, [&] { p.norm_last(rank, final_norm_); });
+        p.score(rank, a, b);
+      });
+    }
   });
   for (size_t m = 0; m < width; ++m) {
-    kernels.rmsnorm(p.hidden + m * s.hidden, final_norm_, s.eps, s.hidden, out + m * s.hidden);
+    kernels.rmsnorm(p.hidden + m * s.hidden, final_norm_, s.eps, s.hidden, step.out + m * s.hidden);
   }
 }
 
