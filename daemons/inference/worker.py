@@ -1,7 +1,7 @@
 """The one MLX thread: loads the models, serves requests round by round, swaps adapters between rounds.
 
 It touches no socket and no database: requests come in through a queue, everything it has to say goes out through `emit`
-and the recorder. Requests are served in turn, one round each, so that none starves.
+and the recorder. Every turn has one round of each request, so that none starves; where that is cheaper, in one step.
 """
 
 import queue
@@ -17,7 +17,7 @@ from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.swap import AdapterSwap
 from specl.shared import log
 from specl.shared.config import Settings
-from specl.shared.engine.decode import Options
+from specl.shared.engine.decode import Options, rounds_together
 from specl.shared.engine.engine import Engine
 from specl.shared.engine.law import Law
 from specl.shared.engine.text import TextStream
@@ -124,9 +124,17 @@ class Worker(threading.Thread):
         self._run_inbox(block=not self.busy)
         self._admit()
         for job in list(self.active):
-            if job in self.active:
-                self._advance(job)
+            if self._expired(job):
+                self._finish(job, "deadline")
+            elif not job.prefilled:
+                job.prefilled = job.session.prefill()
                 self._run_inbox(block=False)
+        # those who were cancelled meanwhile are no longer here; who just read its prompt starts with the others
+        jobs = [job for job in self.active if job.prefilled]
+        before = [len(job.session.output) for job in jobs]
+        rounds_together([job.session for job in jobs])
+        for job, length in zip(jobs, before, strict=True):
+            self._tell(job, length)
 
     def _run_inbox(self, block: bool) -> None:
         try:
@@ -218,18 +226,14 @@ class Worker(threading.Thread):
         """Whether the laws and states of this answer are for keeping."""
         return ask.mode == "detailed" and ask.record and self.settings.records.keep == "content"
 
-    def _advance(self, job: Job) -> None:
-        """One chunk of prompt, or one round."""
+    def _expired(self, job: Job) -> bool:
         deadline = job.ask.deadline_s
-        if deadline is not None and time.monotonic() - job.arrived > deadline:
-            self._finish(job, "deadline")
-            return
-        if not job.prefilled:
-            job.prefilled = job.session.prefill()
-            return
+        return deadline is not None and time.monotonic() - job.arrived > deadline
+
+    def _tell(self, job: Job, before: int) -> None:
+        """Send on what a round has added to the first `before` tokens."""
         session = job.session
-        before = len(session.output)
-        emitted = session.round()
+        emitted = session.output[before:]
         if job.first_token_at is None:
             job.first_token_at = time.monotonic()
         job.adapter_id = self.engine.adapter_id

@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,15 +33,23 @@ PRIOR = 4.0  # and what the prior counts for
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """verify[w]: seconds of a target step of w rows; draft[k]: seconds of k drafted tokens; ngram: seconds of a look-up."""
+    """verify[w]: seconds of a target step of w rows; draft[k]: seconds of k drafted tokens; ngram: seconds of a look-up.
+
+    `others` counts rows of other requests in the same step: they pay for the step, and get a token each out of it.
+    """
 
     verify: dict[int, float]
     draft: dict[int, float]
     ngram: float = 2e-4
+    others: int = 0
+
+    def beside(self, others: int) -> "Costs":
+        """The same machine as seen by a request whose steps hold so many rows of others."""
+        return self if others == self.others else replace(self, others=others)
 
     def verify_s(self, rows: int) -> float:
         """Interpolated between measured widths; beyond the widest, along the last slope."""
-        return _interpolate(self.verify, rows)
+        return _interpolate(self.verify, rows + self.others)
 
     def next_row_s(self, rows: int) -> float:
         """What one more row costs a target step of `rows` rows; never below 0, whatever noise was measured."""
@@ -58,7 +66,7 @@ class Costs:
     def rate(self, k: int, acceptance: "AcceptanceEstimate", draft_s: float | None = None) -> float:
         """Expected tokens a second when drafting k."""
         cost = self.verify_s(k + 1) + (self.draft_s(k) if draft_s is None else draft_s)
-        return acceptance.expected_tokens(k) / cost
+        return (self.others + acceptance.expected_tokens(k)) / cost
 
     def best_k(self, acceptance: "AcceptanceEstimate", most: int, draft_s: float | None = None) -> tuple[int, float]:
         """The k in 0..most with the highest expected rate, and that rate."""
@@ -184,6 +192,11 @@ class KChooser:
         self.parked_reason = ""
         self._refusals = 0
         self._rate = 0.0
+
+    def beside(self, others: int) -> None:
+        """The next step holds so many rows of other requests."""
+        if self.costs is not None:
+            self.costs = self.costs.beside(others)
 
     def choose(self) -> int:
         """How many tokens the model drafter should guess now."""

@@ -20,7 +20,7 @@ from specl.shared.engine.capture import Capture, RejectedDraft
 from specl.shared.engine.costs import AcceptanceEstimate, KChooser, Stopper
 from specl.shared.engine.drafters import NOTHING, Draft, Drafter, Draw, NgramDrafter
 from specl.shared.engine.law import Law, distribution, position_noise
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.load import FEW_ROWS, LanguageModel
 
 PREFILL_ROWS = 512
 SOURCES = {"target": 0, "model": 1, "ngram": 2}
@@ -168,21 +168,32 @@ class Session:
         drafter.extend(tokens, mx.concatenate(pieces) if pieces else mx.zeros((0, width)))
 
     # ------------------------------------------------------------------------------------------------ rounds
+    @property
+    def rows_at_least(self) -> int:
+        """Rows that this session's next step has whatever is chosen: its last token, and a fixed number of drafts."""
+        return 1 + (self.chooser.fixed or 0)
+
     def round(self) -> list[int]:
         """Emit at least one token; sets `finish_reason` (stop, length) when the answer is complete."""
         start = time.perf_counter()
-        room = self._limit - len(self.output) - 1
-        draft = self._propose(room)
-        rows, logits = self._verify(draft.tokens)
-        verdict = self._judge(draft, logits)
-        emitted = [*draft.tokens[: verdict.accepted], verdict.token]
-        emitted = self._until_stop(emitted)
-        self._settle(draft, verdict, emitted, rows, logits)
+        draft = self._propose(0)
+        emitted = self._conclude(draft, *self._verify(draft.tokens))
         self.tally.decode_s += time.perf_counter() - start
         return emitted
 
-    def _propose(self, room: int) -> Draft:
-        """The draft with the larger expected rate, at most `room` tokens long."""
+    def _conclude(self, draft: Draft, rows: mx.array, logits: np.ndarray) -> list[int]:
+        """What stands of the draft, and the target's own token after it."""
+        verdict = self._judge(draft, logits)
+        emitted = self._until_stop([*draft.tokens[: verdict.accepted], verdict.token])
+        self._settle(draft, verdict, emitted, rows, logits)
+        return emitted
+
+    def _propose(self, others: int) -> Draft:
+        """The draft with the larger expected rate, where the step holds so many rows of `others`."""
+        room = self._limit - len(self.output) - 1
+        if others:
+            room = min(room, FEW_ROWS - 1 - others)
+        self.chooser.beside(others)
         drafter, self._stopper = self.state.drafter, None
         k = min(self.chooser.choose(), room) if drafter is not None else 0
         k_ngram = self._ngram_depth(k, room)
@@ -216,8 +227,12 @@ class Session:
         states = self.target.states(ids, self.state.cache)
         logits = self.target.logits(states)[0].astype(mx.float32)
         mx.eval(states, logits)
-        self.state.cached += 1 + len(drafts)
+        self._took(1 + len(drafts))
         return states[0], np.array(logits, copy=False)
+
+    def _took(self, rows: int) -> None:
+        """A step has fed the last token and its drafts, `rows` in all."""
+        self.state.cached += rows
 
     def _judge(self, draft: Draft, logits: np.ndarray) -> Verdict:
         law = self.options.law
@@ -324,3 +339,43 @@ class Session:
             raise RuntimeError(f"drafter knows {state.drafter.length} of {len(state.text)} tokens")
         if state.text[self.prompt_length :] != self.output:
             raise RuntimeError("text and output differ")
+
+
+def rounds_together(sessions: Sequence[Session]) -> None:
+    """One round of each. Where few rows are native, as few steps as hold them all: the weights are read once for everybody
+    in a step, and rows do not change each other's results. What each emitted is the end of its `output`.
+    """
+    if len(sessions) < 2 or not sessions[0].target.few_rows_native:
+        for session in sessions:
+            session.round()
+        return
+    group: list[Session] = []
+    for session in sessions:
+        if group and sum(other.rows_at_least for other in [*group, session]) > FEW_ROWS:
+            _step_of_many(group)
+            group = []
+        group.append(session)
+    _step_of_many(group)
+
+
+def _step_of_many(sessions: Sequence[Session]) -> None:
+    """Every session has the rows it must have; drafts share what is left of the step, first come first served."""
+    start = time.perf_counter()
+    drafts: list[Draft] = []
+    for place, session in enumerate(sessions):
+        taken = sum(1 + len(draft.tokens) for draft in drafts)
+        drafts.append(session._propose(taken + sum(other.rows_at_least for other in sessions[place + 1 :])))
+    ids = [[session.state.text[-1], *draft.tokens] for session, draft in zip(sessions, drafts, strict=True)]
+    target = sessions[0].target
+    states = target.step_lanes(ids, [session.state.cache for session in sessions])
+    logits = target.logits(states).astype(mx.float32)
+    mx.eval(states, logits)
+    host, at = np.array(logits, copy=False), 0
+    for session, draft, part in zip(sessions, drafts, ids, strict=True):
+        rows = slice(at, at + len(part))
+        at += len(part)
+        session._took(len(part))
+        session._conclude(draft, states[rows], host[rows])
+    elapsed = time.perf_counter() - start
+    for session in sessions:
+        session.tally.decode_s += elapsed

@@ -156,7 +156,7 @@ def _answer_lanes(
         if not running:
             lanes = []
             continue
-        states = target.step_lanes([row.output[-1] for row, _ in running], [cache for _, cache in running])
+        states = target.step_lanes([row.output[-1:] for row, _ in running], [cache for _, cache in running])
         if with_states:
             for (row, _), state in zip(running, np.array(states.astype(mx.float16)), strict=True):
                 row.states.append(state[None])

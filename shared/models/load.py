@@ -81,18 +81,18 @@ class LanguageModel:
             mx.eval(pieces[-1])
         return mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
-    def step_lanes(self, tokens: Sequence[int], caches: Sequence[list[Any]]) -> mx.array:
-        """One more token for each of several sequences, at most FEW_ROWS, each with its own cache: states [n, hidden].
+    def step_lanes(self, ids: Sequence[Sequence[int]], caches: Sequence[list[Any]]) -> mx.array:
+        """Feed several sequences, each after its own cache: states [rows, hidden] in order, at most FEW_ROWS together.
 
-        Where layers are one native call, weights are read once for all of them: eight tokens cost little more than two.
+        Where layers are one native call, weights are read once for all of them: eight rows cost little more than two.
         """
         if self.few_rows_native:
             inner = self.model.model
-            states = inner._stack.step_lanes(inner, [[token] for token in tokens], list(caches))
+            states = inner._stack.step_lanes(inner, [list(part) for part in ids], list(caches))
             if states is not None:
                 return states
         return mx.concatenate(
-            [self.states(mx.array([[token]]), cache)[0] for token, cache in zip(tokens, caches, strict=True)]
+            [self.states(mx.array([list(part)]), cache)[0] for part, cache in zip(ids, caches, strict=True)]
         )
 
     @property

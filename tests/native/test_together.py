@@ -1,0 +1,104 @@
+"""Several requests in one step: each says what it would have said alone, whatever the others draft."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from specl.shared import config
+from specl.shared.engine import decode
+from specl.shared.engine.costs import Costs
+from specl.shared.engine.decode import Options, rounds_together
+from specl.shared.engine.engine import Engine
+from specl.shared.engine.law import Law
+from specl.shared.models.head import new_head
+
+CHEAP = Costs({1: 1.0, 16: 1.1}, {1: 0.01, 8: 0.08})
+PROMPTS = [[5, 17, 40, 8, 17, 40, 8, 22], [9], list(range(20, 60)), [5, 5, 5, 5], [7, 8, 9] * 6]
+
+
+class _Tokenizer:
+    eos_token_ids = {3}  # noqa: RUF012
+
+
+@pytest.fixture
+def engine(language_model):
+    target = language_model(max_position_embeddings=128)
+    target.tokenizer = _Tokenizer()
+    draft = new_head(target, np.arange(0, 311, 2))
+    draft.speed_up()
+    made = Engine(target, draft, config.Settings())
+    made.costs = CHEAP
+    return made
+
+
+def start(engine, options):
+    sessions = []
+    for prompt, option in zip(itertools.cycle(PROMPTS), options, strict=False):
+        session = engine.session(prompt, option)
+        while not session.prefill():
+            pass
+        sessions.append(session)
+    return sessions
+
+
+def alone(session):
+    while session.finish_reason is None:
+        session.round()
+    return session.output
+
+
+def together(sessions):
+    while running := [session for session in sessions if session.finish_reason is None]:
+        rounds_together(running)
+        for session in running:
+            session.check_in_step()
+    return [session.output for session in sessions]
+
+
+MIXED = [
+    Options(max_tokens=30, num_draft_tokens=k, ngram=ngram, law=law, capture_k=capture)
+    for k, ngram, law, capture in [
+        (None, True, Law(), 0),
+        (0, False, Law(), 4),
+        (2, False, Law(0.8, seed=4), 4),
+        (4, False, Law(), 0),
+        (None, False, Law(1.2, top_p=0.9, seed=1), 0),
+        (0, True, Law(0.7, seed=9), 0),
+        (1, False, Law(), 8),
+    ]
+]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 7, 20])
+def test_each_says_what_it_says_alone(engine, count):
+    options = list(itertools.islice(itertools.cycle(MIXED), count))
+    wanted = [alone(session) for session in start(engine, options)]
+    assert together(start(engine, options)) == wanted
+
+
+def test_a_fixed_number_of_drafts_is_exact_beside_others(engine):
+    sessions = start(engine, [Options(max_tokens=20, num_draft_tokens=4, ngram=False)] * 6)
+    together(sessions)
+    for session in sessions:
+        shorter = sum(n for k, n in session.tally.k_histogram.items() if k != 4)
+        assert session.tally.k_histogram[4] and shorter <= 5, (
+            "only the end may be shorter, and the start of a one-token prompt"
+        )
+
+
+def test_one_step_serves_all_of_them(engine, monkeypatch):
+    sizes = []
+    step = decode._step_of_many
+    monkeypatch.setattr(decode, "_step_of_many", lambda sessions: (sizes.append(len(sessions)), step(sessions)))
+    together(start(engine, [Options(max_tokens=5, num_draft_tokens=0, ngram=False)] * 4))
+    assert set(sizes) == {4} or max(sizes) == 4
+
+
+def test_rows_of_others_make_drafting_less_worth():
+    steep = Costs({1: 1.0, 2: 1.0, 3: 2.0, 16: 15.0}, {1: 0.1})
+    from specl.shared.engine.costs import AcceptanceEstimate
+
+    hopeful = AcceptanceEstimate(prior=0.9)
+    assert steep.best_k(hopeful, 1)[0] == 1
+    assert steep.beside(2).best_k(hopeful, 1)[0] == 0
