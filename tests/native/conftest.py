@@ -31,12 +31,14 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def language_model():
     """A factory of tiny random targets as the loader gives them."""
+    from specl.shared.models.fast import ONE_CALL
     from specl.shared.models.load import LanguageModel
     from tests.native.test_model import SIZES, tiny
 
     def make(**changes):
         model = tiny(**changes)
-        native.accelerate(model)
-        return LanguageModel("tiny", None, model, None, SIZES | changes, "tiny", "tiny-tokens")
+        assert native.accelerate(model).fused
+        shape = SIZES | changes
+        return LanguageModel("tiny", None, model, None, shape, "tiny", "tiny-tokens", {}, f"native, {ONE_CALL}")
 
     return make
