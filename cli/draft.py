@@ -92,6 +92,13 @@ def _prompts(file: str | None) -> tuple[list[Any], str]:
 @click.option("--time", "limit", default="1h", show_default=True, help="Stop after this long with what there is.")
 @click.option("--hot", type=click.IntRange(64), default=6144, show_default=True, help="Size of the hot vocabulary.")
 @click.option("--epochs", type=click.IntRange(1), default=6, show_default=True)
+@click.option(
+    "--depths",
+    type=click.IntRange(1, 8),
+    default=2,
+    show_default=True,
+    help="Its own steps it learns to follow; a third costs half as much time again.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--out", type=click.Path(file_okay=False), help="Where the draft goes (default: var/models/drafts/NAME-head)."
@@ -104,6 +111,7 @@ def build(
     limit: str,
     hot: int,
     epochs: int,
+    depths: int,
     seed: int,
     out: str | None,
     work: str | None,
@@ -126,12 +134,14 @@ def build(
     folder.parent.mkdir(parents=True, exist_ok=True)
     training, digest = _prompts(file)
     about = {
-        "command": f"specl-ctl draft build --target {short} --tokens {tokens} --time {limit} --hot {hot} --epochs {epochs} --seed {seed}",
+        "command": f"specl-ctl draft build --target {short} --tokens {tokens} --time {limit} --hot {hot} --epochs {epochs} --depths {depths} --seed {seed}",
         "prompts_sha256": digest,
         "prompt_kinds": sorted({prompt.kind for prompt in training}),
         "heldout_sha256": prompts.sha256("heldout"),
     }
-    build_settings = BuildSettings(tokens=tokens, seconds=seconds, hot_size=hot, epochs=epochs, seed=seed)
+    build_settings = BuildSettings(
+        tokens=tokens, seconds=seconds, hot_size=hot, epochs=epochs, depths=depths, seed=seed
+    )
     workshop = Path(work) if work else folder.with_name(f".{folder.name}.work")
     made, score, manifest = build_head(
         loaded, training, prompts.load("heldout"), workshop, folder, build_settings, about, _Teller()

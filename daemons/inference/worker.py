@@ -284,7 +284,7 @@ class Worker(threading.Thread):
         )
         if job.ask.record:  # nothing at all outlives a request that is not to be kept
             reserved = sum(other.reserved for other in self.active)
-            self.engine.retire(session, job.adapter_id, job.ask.conversation_id, reserved)
+            self.engine.retire(session, job.adapter_id, job.prompt_text + job.text.text, reserved)
         frequency = self.settings.memory.cache_clear_frequency
         if frequency and self.served % frequency == 0:
             self.engine.clear_caches()

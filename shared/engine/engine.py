@@ -18,7 +18,8 @@ from specl.shared.engine.costs import AcceptanceEstimate, Costs, KChooser, cache
 from specl.shared.engine.decode import NGRAM_DEPTH, Options, Session, State
 from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, Draw, HeadDrafter, ModelDrafter
 from specl.shared.engine.law import Law
-from specl.shared.engine.prefix import PrefixCache
+from specl.shared.engine.prefix import Entry, PrefixCache
+from specl.shared.engine.text import HOLD
 from specl.shared.errors import RequestRejected
 from specl.shared.models.fast import on_cpu, speed_up
 from specl.shared.models.head import HeadDraft
@@ -78,7 +79,8 @@ class Engine:
             text = self.target.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # Jinja templates raise whatever their authors chose
             raise RequestRejected(f"the chat template refuses these messages: {error}") from error
-        return text, self.encode(text)
+        special = [token for token in self.target.tokenizer.all_special_tokens if token]
+        return text, self.prefixes.splice(text, self.encode, special)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text as it stands."""
@@ -113,11 +115,19 @@ class Engine:
             return HeadDrafter(self.draft)
         return ModelDrafter(self.draft) if self.draft is not None else None
 
-    def retire(self, session: Session, adapter_id: str, owner: str, reserved: int = 0) -> None:
-        """Keep a finished session's caches for the next turn."""
+    def retire(self, session: Session, adapter_id: str, rendered: str = "", reserved: int = 0) -> None:
+        """Keep a finished session's caches for the next turn. `rendered` is the text of its prompt and answer: a later prompt
+        that begins with it gets the same tokens, however its text would be cut anew.
+        """
         state = session.state
-        if state.cached == len(state.text) - 1:
-            self.prefixes.put(state, adapter_id, owner, reserved)
+        if state.cached != len(state.text) - 1:
+            return
+        entry = Entry(state, adapter_id)
+        ended = state.text[-1] in self.target.stop_tokens
+        # a stop string cuts the text, not the tokens; broken bytes are no text that could come again
+        if (ended or session.finish_reason == "length") and HOLD not in rendered:
+            entry.rendered, entry.said = rendered, len(state.text) - ended
+        self.prefixes.put(entry, reserved)
 
     def generate(self, prompt: Sequence[int], options: Options) -> Iterator[list[int]]:
         """Tokens round by round, for programs that serve one request at a time."""

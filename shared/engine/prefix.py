@@ -1,26 +1,34 @@
 """Caches that outlive their request, so that the next turn does not pay for the last one again. Least recently used go first.
 
-An entry is handed out by moving, never by copying: while a request runs on it, it is nobody else's. The drafter's cache
-travels with the target's, but only to a request with the same adapter; the target's fits whatever drafts.
+An entry is handed out by moving: while a request runs on it, it is nobody else's. Only a small part of a long one is copied
+out, so that a shared beginning (a system prompt) does not cost another conversation its caches. The drafter's cache travels
+with the target's, but only to a request with the same adapter; the target's fits whatever drafts.
+
+A chat's next turn is text again, and its tokens may differ from those that were generated. So an entry knows the text that
+it stands for, and `splice` gives the same ids back for the same text.
 """
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mlx_lm.models.cache import trim_prompt_cache
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, trim_prompt_cache
 
 from specl.shared.engine.decode import State
 
 WORTH = 16  # shared tokens below which an entry is left alone
+COPY_BELOW = 0.5  # share of an entry below which its beginning is copied
 
 
 @dataclass(slots=True)
 class Entry:
-    """A finished request's state."""
+    """A finished request's state; `rendered` is the text of its first `said` tokens, or empty where that is not known."""
 
     state: State
     adapter_id: str
-    owner: str
+    rendered: str = ""
+    said: int = 0
     used: float = field(default_factory=time.monotonic)
 
 
@@ -47,6 +55,9 @@ class PrefixCache:
         keep = min(_shared(best.state.text, prompt), len(prompt)) - 1
         if keep < WORTH:
             return None
+        if keep < COPY_BELOW * len(best.state.text) and all(type(layer) is KVCache for layer in best.state.cache):
+            best.used = time.monotonic()
+            return _beginning(best.state, keep)
         self._entries.remove(best)
         state = best.state
         keep = min(keep, state.cached)
@@ -61,12 +72,25 @@ class PrefixCache:
                 state.drafter = None
         return state
 
-    def put(self, state: State, adapter_id: str, owner: str, reserved: int = 0) -> None:
+    def put(self, entry: Entry, reserved: int = 0) -> None:
         """Keep a finished request's state if it fits beside `reserved` tokens of running ones."""
-        if len(state.text) + reserved > self.budget:
-            return
-        self._entries.append(Entry(state, adapter_id, owner))
-        self.shrink(reserved)
+        if len(entry.state.text) + reserved <= self.budget:
+            self._entries.append(entry)
+            self.shrink(reserved)
+
+    def splice(self, text: str, encode: Callable[[str], list[int]], special: Sequence[str]) -> list[int]:
+        """Tokens of `text`: those of the longest entry it begins with, then the encoding of the rest.
+
+        Only where the rest begins with a special token, which no token reaches across: the ids then say the same text.
+        """
+        best: Entry | None = None
+        for entry in self._entries:
+            size = len(entry.rendered)
+            if size > (len(best.rendered) if best else 0) and text.startswith(entry.rendered):
+                best = entry if text.startswith(tuple(special), size) else best
+        if best is None:
+            return encode(text)
+        return [*best.state.text[: best.said], *encode(text[len(best.rendered) :])]
 
     def shrink(self, reserved: int) -> None:
         """Drop the least recently used until everything fits beside `reserved` tokens."""
@@ -77,6 +101,19 @@ class PrefixCache:
     def purge(self) -> None:
         """Forget every text. The purge hook of this room."""
         self._entries.clear()
+
+
+def _beginning(state: State, keep: int) -> State:
+    """A state of one's own with the first `keep` tokens; a drafter is made anew, from the states."""
+    cache = []
+    for layer in state.cache:
+        copy = KVCache()
+        copy.keys, copy.values = (mx.contiguous(part[..., :keep, :]) for part in (layer.keys, layer.values))
+        copy.offset = keep
+        cache.append(copy)
+    states = None if state.states is None else [mx.contiguous(mx.concatenate(state.states)[:keep])]
+    mx.eval([layer.keys for layer in cache], [layer.values for layer in cache], states or [])
+    return State(state.text[:keep], cache, None, states, keep)
 
 
 def _shared(a: list[int], b: list[int]) -> int:

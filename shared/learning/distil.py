@@ -45,7 +45,7 @@ class BuildSettings:
     batch_size: int = 8
     learning_rate: float = 1e-3
     loss: LossSettings = field(default_factory=lambda: LossSettings("acceptance"))
-    depths: int = 3
+    depths: int = 2
     seed: int = 0
 
 

@@ -107,7 +107,7 @@ def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
             states = session.all_states()
             whole = target.states(mx.array([session.state.text[:-1]]))[0]
             assert np.abs(states - np.array(whole)).max() < 5e-3, "spooled states are those of the whole text"
-        engine.retire(session, "", "someone")
+        engine.retire(session, "")
         prompt = [*session.state.text, 9, 10, 11]
 
 

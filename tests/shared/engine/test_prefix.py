@@ -1,0 +1,116 @@
+"""Caches for the next turn: the same tokens for the same text, nobody's caches taken for a common beginning, a budget."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import AutoTokenizer
+
+from specl.shared import config
+from specl.shared.engine.decode import Options
+from specl.shared.engine.engine import Engine
+from specl.shared.engine.prefix import Entry, PrefixCache
+from specl.shared.models.head import new_head
+from tests.conftest import tiny_model
+from tests.fakes import END, write_tokenizer
+
+ASK = [{"role": "user", "content": "What then?"}]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    target = tiny_model(vocabulary=300)
+    target.tokenizer = TokenizerWrapper(AutoTokenizer.from_pretrained(folder), eos_token_ids=[END])
+    return Engine(target, new_head(target, np.arange(0, 300, 2)), config.Settings())
+
+
+def say(engine, prompt, ids, output):
+    """A finished request whose answer was these tokens."""
+    session = engine.session(ids, Options(max_tokens=100, num_draft_tokens=0))
+    while not session.prefill():
+        pass
+    state = session.state
+    state.text.extend(output)
+    rows = engine.target.states(mx.array([state.text[state.cached : -1]]), state.cache)[0]
+    state.cached = len(state.text) - 1
+    session._take_states(rows)
+    session.output.extend(output)
+    session.finish_reason = "stop" if output[-1] == END else "length"
+    return session
+
+
+@pytest.mark.parametrize(
+    "answer", [" therefore", "  two spaces", "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{GRINNING FACE}"]
+)
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_next_turn_has_the_tokens_that_were_generated(engine, answer, ended):
+    engine.prefixes.purge()
+    tokenizer = engine.target.tokenizer
+    text, ids = engine.encode_chat(ASK)
+    # one token a byte: not how the tokenizer would cut it
+    output = [i for c in answer for i in tokenizer.encode(c, add_special_tokens=False)] + [END] * ended
+    session = say(engine, text, ids, output)
+    engine.retire(session, "", text + answer)
+    messages = [*ASK, {"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
+    rendered, again = engine.encode_chat(messages)
+    fed = [*ids, *output[: len(output) - ended]]
+    assert again[: len(fed)] == fed
+    assert tokenizer.decode(again) == rendered
+    state = engine.prefixes.take(again, "")
+    assert state is not None and state.cached >= len(fed) - 1
+
+
+def test_a_text_that_only_resembles_is_encoded_as_it_stands(engine):
+    engine.prefixes.purge()
+    text, ids = engine.encode_chat(ASK)
+    output = engine.encode("the") + [END]
+    engine.retire(say(engine, text, ids, output), "", text + "the")
+    messages = [*ASK, {"role": "assistant", "content": "there"}, {"role": "user", "content": "And?"}]
+    rendered, again = engine.encode_chat(messages)
+    assert again == engine.encode(rendered)
+
+
+def test_broken_bytes_and_cut_texts_are_not_spliced(engine):
+    engine.prefixes.purge()
+    text, ids = engine.encode_chat(ASK)
+    session = say(engine, text, ids, [*engine.encode("so"), END])
+    engine.retire(session, "", text + "so\N{REPLACEMENT CHARACTER}")
+    cut = say(engine, text, ids, engine.encode("so it"))
+    cut.finish_reason = "stop"
+    engine.retire(cut, "", text + "so")
+    assert not any(entry.rendered for entry in engine.prefixes._entries)
+
+
+def test_a_common_beginning_is_copied_and_the_long_text_keeps_its_caches(engine):
+    engine.prefixes.purge()
+    text = list(range(4, 104))
+    engine.retire(say(engine, "", text[:60], text[60:]), "")
+    state = engine.prefixes.take([*text[:30], 200, 201], "")
+    assert state.cached == 29 and state.text == text[:29]
+    assert engine.prefixes.tokens == 100, "the long one is still there"
+    fresh = engine.target.new_cache()
+    mx.eval(engine.target.states(mx.array([text[:29]]), fresh))
+    for copy, layer in zip(state.cache, fresh, strict=True):
+        assert mx.allclose(copy.keys[..., :29, :], layer.keys[..., :29, :], atol=1e-5).item()
+    engine.prefixes.put(Entry(state, ""))
+    session = engine.session([*text, 5], Options(max_tokens=8, num_draft_tokens=2))
+    assert session.tally.reused_tokens == 99
+    while not session.prefill():
+        pass
+    while session.finish_reason is None:
+        session.round()
+        session.check_in_step()
+
+
+def test_the_least_recently_used_goes_first_and_nothing_exceeds_the_budget(engine):
+    cache = PrefixCache(budget=100)
+    states = [say(engine, "", list(range(i, i + 30)), [7] * 10).state for i in (4, 40, 80)]
+    for state in states:
+        cache.put(Entry(state, ""))
+        assert cache.tokens <= 100
+    assert cache.take([*range(4, 34), 7, 7], "") is None
+    assert cache.take([*range(80, 110), 7, 7], "") is not None
+    cache.shrink(90)
+    assert cache.tokens == 0
