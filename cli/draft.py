@@ -134,7 +134,8 @@ def build(
     folder.parent.mkdir(parents=True, exist_ok=True)
     training, digest = _prompts(file)
     about = {
-        "command": f"specl-ctl draft build --target {short} --tokens {tokens} --time {limit} --hot {hot} --epochs {epochs} --depths {depths} --seed {seed}",
+        "command": f"specl-ctl draft build --target {short} --tokens {tokens} --time {limit} --hot {hot}"
+        f" --epochs {epochs} --depths {depths} --seed {seed}",
         "prompts_sha256": digest,
         "prompt_kinds": sorted({prompt.kind for prompt in training}),
         "heldout_sha256": prompts.sha256("heldout"),

@@ -9,13 +9,14 @@ Sources: Leviathan et al. 2023 (arXiv 2211.17192); the sync rules that mlx-lm's 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import trim_prompt_cache
 
-from specl.shared.engine.acceptance import Verdict, coupled, greedy, rejection
+from specl.shared.engine.acceptance import Verdict, block, coupled, greedy, rejection
 from specl.shared.engine.capture import Capture, RejectedDraft
 from specl.shared.engine.costs import AcceptanceEstimate, KChooser, Stopper
 from specl.shared.engine.drafters import NOTHING, Draft, Drafter, Draw, NgramDrafter
@@ -244,7 +245,8 @@ class Session:
 
         if self._draw.noise is not None:
             return coupled(row, draft.tokens, self._draw.noise)
-        return rejection(row, draft.tokens, draft.laws, self._draw.uniform)
+        rule = block if draft.drafter == "model" and len(draft.tokens) > 1 else rejection
+        return rule(cache(row), draft.tokens, draft.laws, self._draw.uniform)
 
     def _until_stop(self, emitted: list[int]) -> list[int]:
         """Cut after an end-of-answer token or at the length limit, and say so."""

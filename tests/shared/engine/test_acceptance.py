@@ -1,11 +1,13 @@
 """The acceptance rules alone, exactly: the law that comes out is summed up, not sampled."""
 
+import itertools
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from specl.shared.engine.acceptance import Verdict, coupled, greedy, rejection, residual
+from specl.shared.engine.acceptance import Verdict, block, coupled, greedy, rejection, residual, run_chance, run_weights
 from specl.shared.engine.law import Distribution, point_mass, position_noise
 
 SIZE = 12
@@ -56,6 +58,70 @@ def test_one_draft_accepted_or_replaced_has_the_targets_law_exactly(target_p, dr
         out[token] += q[token] * accept
         out += q[token] * (1 - accept) * left
     assert np.allclose(out, p, atol=1e-9)
+
+
+SMALL = 3
+
+
+@st.composite
+def trees(draw):
+    """Laws over three tokens after every text of up to three: the target's and a draft's, and where the draft stops."""
+    paths = [path for length in range(4) for path in itertools.product(range(SMALL), repeat=length)]
+
+    def law():
+        weights = np.array(draw(st.lists(st.sampled_from([0.0, 0.01, 0.2, 1.0]), min_size=SMALL, max_size=SMALL)))
+        weights = weights if weights.sum() else np.ones(SMALL)
+        ids = np.flatnonzero(weights)
+        return Distribution(ids, weights[ids] / weights.sum())
+
+    stops = draw(st.sets(st.sampled_from(paths[1:])))
+    return {path: law() for path in paths}, {path: law() for path in paths}, stops
+
+
+def drafted(draft, stops, path=(), chance=1.0):
+    """Every text that may be drafted, and how likely it is."""
+    if path and (len(path) == 3 or path in stops):
+        yield path, chance
+        return
+    for token, q in zip(draft[path].ids.tolist(), draft[path].p.tolist(), strict=True):
+        yield from drafted(draft, stops, (*path, token), chance * q)
+
+
+@settings(deadline=None, max_examples=60)
+@given(trees())
+def test_runs_that_stand_together_have_the_targets_law_exactly(tree):
+    """The law of the first two tokens, summed over every draft, every run that may stand and every token after it; where the
+    rule gave only one, the target goes on.
+    """
+    target, draft, stops = tree
+    out = np.zeros((SMALL, SMALL))
+    for path, chance in drafted(draft, stops):
+        laws = [draft[path[:i]] for i in range(len(path))]
+        weights = run_weights(lambda i, path=path: target[path[:i]], path, laws)
+        for i in range(len(path), -1, -1):
+            here, next_law = target[path[:i]], laws[i] if i < len(path) else None
+            stop = run_chance(weights[i], here, next_law) if i else 1.0
+            follows = here if next_law is None else residual(here, next_law, weights[i])
+            for token, p in zip(follows.ids.tolist(), follows.p.tolist(), strict=True):
+                text = (*path[:i], token)
+                if len(text) >= 2:
+                    out[text[0], text[1]] += chance * stop * p
+                else:
+                    out[text[0], target[text].ids] += chance * stop * p * target[text].p
+            chance *= 1 - stop
+    wanted = np.zeros((SMALL, SMALL))
+    for token, p in zip(target[()].ids.tolist(), target[()].p.tolist(), strict=True):
+        wanted[token, target[(token,)].ids] = p * target[(token,)].p
+    assert np.allclose(out, wanted, atol=1e-9)
+
+
+@given(distributions(), distributions(), st.integers(0, 99))
+def test_a_run_of_one_is_judged_as_alone(target_p, draft_p, seed):
+    rng = np.random.default_rng(seed)
+    token, uniforms = int(rng.choice(draft_p.ids, p=draft_p.p)), rng.random(2)
+    assume(abs(uniforms[0] * draft_p.of(token) - target_p.of(token)) > 1e-12)
+    verdicts = [rule(lambda i: target_p, [token], [draft_p], iter(uniforms).__next__) for rule in (block, rejection)]
+    assert verdicts[0] == verdicts[1]
 
 
 @given(distributions(), st.integers(0, SIZE - 1))

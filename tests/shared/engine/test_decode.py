@@ -204,7 +204,7 @@ def test_sampled_sequences_follow_the_targets_law(tiny, temperature):
 
 
 def test_a_broken_rule_fails_the_same_test(tiny, monkeypatch):
-    monkeypatch.setattr(acceptance, "residual", lambda target_p, draft_p: target_p)
+    monkeypatch.setattr(acceptance, "residual", lambda target_p, draft_p, weight=1.0: target_p)
     law = Law(temperature=1.3)
     observed, expected = sampled(tiny, law, 2500)
     assert chi_square_p(observed, expected, 2500) < 0.001
