@@ -18,6 +18,7 @@ import numpy as np
 
 from specl.shared.adapters import Adapters
 from specl.shared.client import Client
+from specl.shared.engine.past import PastAnswers
 from specl.shared.errors import DaemonUnreachable, SpecLoraError
 from specl.shared.hidden import HiddenSpool
 from specl.shared.outbox import Outbox
@@ -183,6 +184,7 @@ class Forgetting:
         forgotten = [*wish.ids, *ids]
         if role == "inference":
             HiddenSpool(self.paths.hidden, 0).purge(forgotten)
+            PastAnswers(self.paths.answers).purge()
         elif forgotten:
             shutil.rmtree(self.paths.training / "checkpoint", ignore_errors=True)
         return Reply(True, "", {"ids": ids})

@@ -6,6 +6,7 @@ with Client() as client:
     print(client.last.stats["acceptance_rate"])
 """
 
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -81,7 +82,7 @@ class Client:
     # ------------------------------------------------------------------------------------------------ asking
     def request(self, prompt: str | Messages, **wish: Any) -> Ask:
         """The request that `stream` and `ask` send: settings' defaults, changed by `wish` (system, max_tokens,
-        temperature, top_p, top_k, min_p, seed, mode, stop, conversation_id, record, num_draft_tokens, ngram, deadline_s).
+        temperature, top_p, top_k, min_p, seed, mode, stop, conversation_id, record, num_draft_tokens, ngram, deadline_s, client).
         """
         defaults = self.settings.speculative
         sampling = {
@@ -102,6 +103,7 @@ class Client:
             max_tokens=int(wish.pop("max_tokens", defaults.max_tokens)),
             sampling=Sampling(**sampling, seed=seed),
             mode=wish.pop("mode", defaults.mode),
+            client=wish.pop("client", f"user {os.getuid()}"),
             **wish,
         )
 

@@ -45,6 +45,11 @@ class Paths:
         return self.root / "adapters"
 
     @property
+    def answers(self) -> Path:
+        """What the n-gram drafter remembers of past answers."""
+        return self.root / "answers"
+
+    @property
     def hidden(self) -> Path:
         """Spooled hidden states, by generation id."""
         return self.root / "hidden"

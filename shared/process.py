@@ -22,6 +22,7 @@ EX_CONFIG = 78  # sysexits.h: a settings error; retrying cannot help
 STOP_GRACE_S = 3.5  # honcho kills after 5 s; all must be gone before
 BACKOFF_S = (1, 2, 4, 8, 16, 32)
 HEALTHY_AFTER_S = 60.0
+PATIENCE_S = 0.3
 
 
 class Lock:
@@ -33,9 +34,7 @@ class Lock:
     def __init__(self, run: Path, role: str) -> None:
         path = run / f"{role}.lock"
         self._file: IO[str] = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open on purpose
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not self._acquire():
             holder = holder_of(run, role)
             self._file.close()
             raise AlreadyRunning(
@@ -47,6 +46,18 @@ class Lock:
             self._file.truncate(0)
             self._file.write(json.dumps({"pid": os.getpid(), "started": time.time()}))
             self._file.flush()
+
+    def _acquire(self) -> bool:
+        """Try for a moment: whoever asks whether the lock is held (`is_locked`) holds it while it asks."""
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except OSError:
+                if time.monotonic() > end:
+                    return False
+            time.sleep(0.02)
 
     def release(self) -> None:
         """Give the lock up before the process ends."""

@@ -180,7 +180,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Generate. `messages` go through the chat template; `prompt` alone is sent as it is (no template)."""
+    """Generate. `messages` go through the chat template; `prompt` alone is sent as it is (no template).
+    `client` says whose past answers may draft this one; nobody's where it is empty.
+    """
 
     request_id: str
     messages: list[Json]
@@ -194,6 +196,7 @@ class Ask:
     num_draft_tokens: int | None = None
     ngram: bool | None = None
     deadline_s: float | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)

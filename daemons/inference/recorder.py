@@ -13,6 +13,7 @@ import numpy as np
 
 from specl.shared import log
 from specl.shared.crash import crash_point
+from specl.shared.engine.past import PastAnswers
 from specl.shared.errors import OutboxFull, WireError
 from specl.shared.hidden import HiddenSpool
 from specl.shared.outbox import Outbox
@@ -47,13 +48,25 @@ class Recorder(threading.Thread):
         """Record something that nobody waits for."""
         self._queue.put(lambda: self._record(record, None))
 
+    def remember(self, past: PastAnswers, owner: str) -> None:
+        """Write down what the n-gram drafter knows of an owner. The texts are taken now: this thread may come late."""
+        texts = past.texts(owner)
+
+        def save() -> None:
+            try:
+                past.save(owner, texts)
+            except OSError as error:
+                _log.warning("answers.not_kept", reason=str(error))
+
+        self._queue.put(save)
+
     def fetch(self, peer: bytes, fetch: Fetch) -> None:
         """Let go of what is done and answer with the oldest records."""
         self._queue.put(lambda: self._answer(peer, self._batch(fetch)))
 
-    def purge(self, peer: bytes, wish: Purge, matching: Callable[[Any], bool]) -> None:
-        """Forget records and states, then answer with the ids that were here."""
-        self._queue.put(lambda: self._answer(peer, self._purge(wish, matching)))
+    def purge(self, peer: bytes, wish: Purge, matching: Callable[[Any], bool], past: PastAnswers) -> None:
+        """Forget records, states and past answers, then answer with the ids that were here."""
+        self._queue.put(lambda: self._answer(peer, self._purge(wish, matching, past)))
 
     def stop(self) -> None:
         """Commit what is queued, then end."""
@@ -110,11 +123,12 @@ class Recorder(threading.Thread):
             return Batch([], self._outbox.pending)
         return Batch(rows, self._outbox.pending - len(rows))
 
-    def _purge(self, wish: Purge, matching: Callable[[Any], bool]) -> Reply:
+    def _purge(self, wish: Purge, matching: Callable[[Any], bool], past: PastAnswers) -> Reply:
         try:
+            past.purge()  # behind what was queued to be written
             ids = list({*wish.ids, *self._outbox.matching(matching)})
             self._outbox.purge(ids)
             self._spool.purge(ids)
         except (OutboxFull, OSError) as error:
             return Reply(False, str(error))
-        return Reply(True, "outbox, hidden states and prefix cache forgot them", {"ids": ids})
+        return Reply(True, "outbox, hidden states, past answers and prefix cache forgot them", {"ids": ids})

@@ -15,6 +15,7 @@ from specl.shared import log
 from specl.shared.access import Addresses
 from specl.shared.bus import Server
 from specl.shared.config import Settings
+from specl.shared.engine.past import PastAnswers
 from specl.shared.hidden import HiddenSpool
 from specl.shared.models import blas
 from specl.shared.outbox import Outbox
@@ -191,16 +192,20 @@ class Inference:
             self.worker.submit(Job(peer, ask, time.monotonic()))
 
     def _purge(self, peer: bytes, wish: Purge) -> None:
-        """Forget generations here: prefix cache, outbox and spool, then answer. The store is the collector's."""
+        """Forget generations here: prefix cache, past answers, outbox and spool, then answer. The store is the collector's."""
+        engine = self.worker.engine
+        past = engine.past if engine is not None else PastAnswers(self.paths.answers)
 
         def forget() -> None:
-            self.recorder.purge(peer, wish, lambda row: is_meant(wish, row))
+            if engine is not None:
+                engine.prefixes.purge()
+            past.forget()
+            self.recorder.purge(peer, wish, lambda row: is_meant(wish, row), past)
 
-        engine = self.worker.engine
         if engine is None:
             forget()
-            return
-        self.worker.call(lambda: (engine.prefixes.purge(), forget()))
+        else:
+            self.worker.call(forget)
 
     def _status(self) -> dict[str, Any]:
         worker, engine = self.worker, self.worker.engine

@@ -20,6 +20,7 @@ from specl.shared.config import Settings
 from specl.shared.engine.decode import Options, rounds_together
 from specl.shared.engine.engine import Engine
 from specl.shared.engine.law import Law
+from specl.shared.engine.past import PastAnswers
 from specl.shared.engine.text import TextStream
 from specl.shared.errors import RequestRejected, SpecLoraError
 from specl.shared.models import blas
@@ -106,6 +107,7 @@ class Worker(threading.Thread):
             _log.warning("blas.slow", bound=blas.BOUND.name, note=blas.BOUND.note, remedy=blas.REMEDY)
         engine = load_pair(self.settings, self.paths.models, lambda message: _log.info("models.loading", what=message))
         engine.calibrate(self.paths.costs)
+        engine.past = PastAnswers(self.paths.answers, engine.target.tokenizer_fingerprint)
         self.swap = AdapterSwap(self.paths, engine, self._activated)
         self.swap.follow_current()
         self.engine = engine
@@ -210,6 +212,7 @@ class Worker(threading.Thread):
             max_tokens=ask.max_tokens,
             num_draft_tokens=fixed,
             ngram=settings.speculative.ngram if ask.ngram is None else ask.ngram,
+            owner=ask.client if ask.record else "",
             capture_k=settings.training.loss.top_k_logits if self._detailed(ask) else 0,
         )
         try:
@@ -284,6 +287,9 @@ class Worker(threading.Thread):
         )
         if job.ask.record:  # nothing at all outlives a request that is not to be kept
             reserved = sum(other.reserved for other in self.active)
+            if job.ask.client:
+                self.engine.past.add(job.ask.client, session.output)
+                self.recorder.remember(self.engine.past, job.ask.client)
             self.engine.retire(session, job.adapter_id, job.prompt_text + job.text.text, reserved)
         frequency = self.settings.memory.cache_clear_frequency
         if frequency and self.served % frequency == 0:

@@ -21,6 +21,7 @@ from specl.shared.engine.capture import Capture, RejectedDraft
 from specl.shared.engine.costs import AcceptanceEstimate, KChooser, Stopper
 from specl.shared.engine.drafters import NOTHING, Draft, Drafter, Draw, NgramDrafter
 from specl.shared.engine.law import Law, distribution, position_noise
+from specl.shared.engine.past import OwnAnswers
 from specl.shared.models.load import FEW_ROWS, LanguageModel
 
 PREFILL_ROWS = 512
@@ -30,13 +31,16 @@ NGRAM_DEPTH = 15  # 16 rows: a long copy is worth a wide check, and the costs sa
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What one request wants. `num_draft_tokens` None lets costs decide; `capture_k` 0 keeps aggregates only."""
+    """What one request wants. `num_draft_tokens` None lets costs decide; `capture_k` 0 keeps aggregates only;
+    `owner` is whose past answers may draft this one.
+    """
 
     law: Law = field(default_factory=Law)
     max_tokens: int = 512
     num_draft_tokens: int | None = None
     ngram: bool = True
     capture_k: int = 0
+    owner: str = ""
 
 
 @dataclass(slots=True)
@@ -102,6 +106,7 @@ class Session:
         options: Options,
         chooser: KChooser,
         ngram_estimate: AcceptanceEstimate,
+        past: OwnAnswers | None = None,
     ) -> None:
         self.target, self.state, self.options = target, state, options
         self.chooser, self.ngram_estimate = chooser, ngram_estimate
@@ -112,7 +117,7 @@ class Session:
         self.tally = Tally(reused_tokens=state.cached)
         self.capture = Capture(options.capture_k) if options.capture_k else None
         self._limit = min(options.max_tokens, target.context_length - len(prompt))
-        self._ngram = NgramDrafter() if options.ngram else None
+        self._ngram = NgramDrafter(past) if options.ngram else None
         rng = np.random.default_rng()
         seed = options.law.seed
         noise = None
@@ -211,7 +216,7 @@ class Session:
         """How many tokens the n-gram drafter should guess instead; 0 leaves the round to the model drafter."""
         if self._ngram is None or room < 1:
             return 0
-        _, self._match = self._ngram.match()
+        self._match = self._ngram.match().length
         costs = self.chooser.costs
         if self._match < self._ngram.MIN:
             return 0

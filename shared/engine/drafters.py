@@ -16,6 +16,7 @@ from mlx_lm.models.cache import KVCache, trim_prompt_cache
 
 from specl.shared.engine.costs import Stopper
 from specl.shared.engine.law import Distribution, Law, distribution, log_sum_exp, point_mass
+from specl.shared.engine.past import OwnAnswers
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
 
@@ -240,20 +241,33 @@ class ModelDrafter:
         return draw.grow(k, row, None, lambda token: self._feed([token]))
 
 
-class NgramDrafter:
-    """Repeats of the running text: what followed the last time the same few tokens stood here. Point masses.
+@dataclass(frozen=True, slots=True)
+class Match:
+    """`text[place:]` follows what stands at the end of the running text; the last `length` tokens before are the same."""
 
-    After prompt-lookup decoding (Saxena 2023) with the longest match first.
+    text: list[int]
+    place: int
+    length: int
+
+
+NO_MATCH = Match([], 0, 0)
+
+
+class NgramDrafter:
+    """Repeats of the running text or of the client's past answers: what followed where the same few tokens stood. Point masses.
+
+    After prompt-lookup decoding (Saxena 2023) with the longest match first; the running text wins among equals.
     """
 
     name = "ngram"
     reads_states = False
     MIN, MAX = 2, 17
 
-    def __init__(self) -> None:
+    def __init__(self, past: OwnAnswers | None = None) -> None:
         self._text: list[int] = []
         self._places: dict[tuple[int, ...], list[int]] = {}
         self._indexed = 0
+        self._past = past
 
     @property
     def length(self) -> int:
@@ -276,12 +290,12 @@ class NgramDrafter:
             self._places.setdefault(tuple(self._text[end - self.MIN : end]), []).append(end)
         self._indexed = max(self._indexed, len(self._text))
 
-    def match(self) -> tuple[int, int]:
-        """(end of the best earlier match, its length in tokens); length 0 where there is none. Latest wins among equals."""
+    def match(self) -> Match:
+        """The best one; of length 0 where there is none. Latest wins among equals."""
         self._index()
         text, best, place = self._text, 0, 0
         if len(text) < self.MIN:
-            return 0, 0
+            return NO_MATCH
         for end in reversed(self._places.get(tuple(text[-self.MIN :]), [])[-64:]):
             length = self.MIN
             while length < self.MAX and length < end and text[end - length - 1] == text[-length - 1]:
@@ -290,12 +304,16 @@ class NgramDrafter:
                 best, place = length, end
             if best == self.MAX:
                 break
-        return place, best
+        if self._past is not None and best < self.MAX:
+            past = Match(*self._past.match(text, self.MAX))
+            if past.length > best:
+                return past
+        return Match(text, place, best) if best else NO_MATCH
 
     def propose(self, k: int, draw: Draw) -> Draft:
         """See Drafter."""
-        place, length = self.match()
-        tokens = self._text[place : place + k] if length else []
+        found = self.match()
+        tokens = found.text[found.place : found.place + k]
         if not tokens:
             return NOTHING
         return Draft(tokens, [point_mass(token) for token in tokens], [1.0] * len(tokens), self.name)

@@ -18,6 +18,7 @@ from specl.shared.engine.costs import AcceptanceEstimate, Costs, KChooser, cache
 from specl.shared.engine.decode import NGRAM_DEPTH, Options, Session, State
 from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, Draw, HeadDrafter, ModelDrafter
 from specl.shared.engine.law import Law
+from specl.shared.engine.past import PastAnswers
 from specl.shared.engine.prefix import Entry, PrefixCache
 from specl.shared.engine.text import HOLD
 from specl.shared.errors import RequestRejected
@@ -52,6 +53,7 @@ class Engine:
         self.estimate = AcceptanceEstimate()
         self.ngram_estimate = AcceptanceEstimate(prior=NGRAM_PRIOR)
         self.prefixes = PrefixCache(settings.memory.max_kv_cache_tokens)
+        self.past = PastAnswers(limit=0)
         self._pristine = Pristine(self.draft_module) if draft is not None else None
         self._pristine_hot = draft.hot if isinstance(draft, HeadDraft) else None
 
@@ -108,7 +110,8 @@ class Engine:
         most = self.settings.speculative.max_draft_tokens
         fixed = options.num_draft_tokens
         chooser = KChooser(self.costs, most, fixed, self.estimate)
-        return Session(self.target, state, prompt, options, chooser, self.ngram_estimate)
+        past = self.past.of(options.owner)
+        return Session(self.target, state, prompt, options, chooser, self.ngram_estimate, past)
 
     def _new_drafter(self) -> Drafter | None:
         if isinstance(self.draft, HeadDraft):

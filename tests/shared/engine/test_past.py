@@ -1,0 +1,106 @@
+"""Past answers draft for their own client and for nobody else, survive a restart, stay bounded, and can be forgotten."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specl.shared import config
+from specl.shared.engine.decode import Options
+from specl.shared.engine.drafters import Draw, NgramDrafter
+from specl.shared.engine.engine import Engine
+from specl.shared.engine.law import Law
+from specl.shared.engine.past import MATCH, OwnAnswers, PastAnswers
+
+PROMPT = [5, 17, 40, 8, 22]
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=20), max_size=6), st.lists(st.integers(0, 3), max_size=12))
+def test_a_match_is_the_longest_there_is(texts, running):
+    own = OwnAnswers(10_000)
+    for text in texts:
+        own.add(text)
+    found, place, length = own.match(running, 9)
+    longest = 0
+    for text in own.texts:
+        for end in range(MATCH, len(text)):
+            same = 0
+            while same < min(end, len(running), 9) and text[end - same - 1] == running[-same - 1]:
+                same += 1
+            longest = max(longest, same)
+    assert length == (longest if longest >= MATCH else 0)
+    if length:
+        assert found[place - length : place] == running[-length:] and place < len(found)
+
+
+def test_no_memory_outgrows_its_limit_and_the_newest_stay():
+    own = OwnAnswers(100)
+    for i in range(50):
+        own.add([i] * 5 + list(range(i, i + 12)))
+        assert own.tokens <= 100
+    assert own.match([49] * 5, 9)[2] == 5
+    assert own.match([0] * 5, 9)[2] == 0
+    own.add(range(10_000))
+    assert own.tokens <= 100
+
+
+def test_one_owners_text_is_never_anothers(tmp_path):
+    past = PastAnswers(tmp_path)
+    past.add("a", [1, 2, 3, 4, 5])
+    assert past.of("a").match([1, 2, 3], 9)[2] == 3
+    assert past.of("b").match([1, 2, 3], 9)[2] == 0
+    assert past.of("") is None
+    past.save("a", past.texts("a"))
+    again = PastAnswers(tmp_path)
+    assert again.of("b").texts == [] and again.of("a").texts == [[1, 2, 3, 4, 5]]
+    assert PastAnswers(tmp_path, tokenizer="another").of("a").texts == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x01", b"\xff" * 64, (3).to_bytes(4, "little") * 3])
+def test_a_damaged_file_is_an_empty_memory(tmp_path, damage):
+    past = PastAnswers(tmp_path)
+    past.save("a", [[1, 2, 3, 4]])
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage)
+    assert PastAnswers(tmp_path).of("a").texts == []
+
+
+def test_forgetting_leaves_nothing_in_memory_or_on_disk(tmp_path):
+    past = PastAnswers(tmp_path, owners=3)
+    for owner in "abcdef":
+        past.add(owner, [1, 2, 3, 4])
+        past.save(owner, past.texts(owner))
+    assert len(list(tmp_path.iterdir())) == 3
+    past.forget()
+    past.purge()
+    assert not list(tmp_path.iterdir()) and past.of("a").texts == []
+
+
+def test_the_longer_of_running_text_and_past_answer_is_drafted():
+    own = OwnAnswers(1000)
+    own.add([9, 1, 2, 3, 4, 50, 51, 52])
+    drafter = NgramDrafter(own)
+    drafter.extend([3, 4, 60, 61, 1, 2, 3, 4], None)
+    assert drafter.propose(3, Draw(Law(), lambda: 0.5, None)).tokens == [50, 51, 52]
+    drafter.extend([60], None)
+    assert drafter.propose(1, Draw(Law(), lambda: 0.5, None)).tokens == [61]
+
+
+def test_the_same_question_again_is_drafted_from_the_last_answer(tiny):
+    engine = Engine(tiny(), None, config.Settings())
+    engine.past = PastAnswers()
+
+    def answer(owner):
+        engine.prefixes.purge()
+        session = engine.session(PROMPT, Options(max_tokens=40, owner=owner))
+        while not session.prefill():
+            pass
+        while session.finish_reason is None:
+            session.round()
+            session.check_in_step()
+        engine.past.add(owner, session.output)
+        return session
+
+    first, again, stranger = answer("a"), answer("a"), answer("b")
+    assert first.output == again.output == stranger.output
+    assert again.tally.rounds < first.tally.rounds
+    assert stranger.tally.rounds == first.tally.rounds
