@@ -7,6 +7,7 @@ that was never trained.
 import json
 import math
 from pathlib import Path
+from tokenize import TokenError
 from typing import Annotated, Literal
 
 import mlx.core as mx
@@ -108,7 +109,7 @@ def _read_hot(path: Path) -> np.ndarray:
     try:
         # mapped: a header that promises more than the file holds is found out before memory is asked for
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError, SyntaxError) as error:
+    except (OSError, ValueError, TypeError, EOFError, OverflowError, RecursionError, SyntaxError, TokenError) as error:
         raise AdapterRejected(f"{where} cannot be read: {error}") from error
     if not isinstance(mapped, np.ndarray):
         raise AdapterRejected(f"{where} is an archive, not one array")
