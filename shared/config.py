@@ -114,6 +114,10 @@ class Memory(_Section):
     gradient_checkpointing: bool = False
     cache_clear_frequency: Annotated[int, Field(ge=0)] = Field(50, description="generations; 0: never")
     max_kv_cache_tokens: Annotated[int, Field(ge=64)] = Field(8192, description="all requests together")
+    limit_gb: Literal["auto", "none"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="models that need more by estimate are not loaded; auto: nine tenths of the machine; none: no limit",
+    )
 
 
 class Serving(_Section):

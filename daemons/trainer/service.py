@@ -227,7 +227,7 @@ class Trainer:
         if self._engine is None:
             self.live.state = "loading"
             blas.set_threads(self.settings.training.threads)
-            self._engine = load_pair(self.settings, self.paths.models)
+            self._engine = load_pair(self.settings, self.paths.models, training=True)
             if self._engine.draft is None:
                 self._engine = None
                 raise SpecLoraError("there is no draft model to train", "set models.draft.name")

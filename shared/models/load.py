@@ -200,9 +200,14 @@ def _dense_fp32(model: nn.Module) -> nn.Module:
     return model
 
 
-def load(name: str, models: Path, precision: str = "auto", say: Say = _quiet) -> LanguageModel:
-    """Load by name. Raises ModelError for a missing model, an unsupported architecture or a missing tokenizer."""
-    path = resolve(name, models, say)
+def load(
+    name: str, models: Path, precision: str = "auto", say: Say = _quiet, path: Path | None = None
+) -> LanguageModel:
+    """Load by name, from `path` where it has been resolved already.
+
+    Raises ModelError for a missing model, an unsupported architecture or a missing tokenizer.
+    """
+    path = path or resolve(name, models, say)
     try:
         model, config = load_model(path, lazy=True)
     except (FileNotFoundError, ValueError, KeyError, json.JSONDecodeError, RuntimeError) as error:
