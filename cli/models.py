@@ -68,7 +68,8 @@ def list_(as_object: bool, others: bool) -> None:
         click.echo(json.dumps(found))
         return
     for role, item in found.items():
-        click.echo(f"{role:<8}{item['name'] or 'none':<28}{item['path'] or 'not here yet: `specl-ctl models fetch`'}")
+        where = item["path"] or ("not here yet: `specl-ctl models fetch`" if item["name"] else "")
+        click.echo(f"{role:<8}{item['name'] or 'none':<28}{where}".rstrip())
 
 
 def _list_found(as_object: bool) -> None:

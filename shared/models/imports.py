@@ -50,15 +50,23 @@ def import_gguf(gguf: Path, models: Path, name: str, quantize: Quantize, say: Sa
     return _converted(gguf, final, models, quantize, say)
 
 
-def in_place(gguf: Path, models: Path, say: Say) -> Path:
-    """The converted folder of a GGUF file that lies elsewhere, made on first use and again when the file has changed."""
+def place_of(gguf: Path, models: Path) -> Path:
+    """Where the conversion of a GGUF file that lies elsewhere is, or will be; another place once the file has changed.
+
+    Raises ModelError where the file cannot be read.
+    """
     try:
         real = gguf.resolve(strict=True)
         info = real.stat()
     except OSError as error:
         raise ModelError(f"{gguf} cannot be read: {error.strerror}") from error
     seen = hashlib.sha256(f"{real}:{info.st_size}:{info.st_mtime_ns}".encode()).hexdigest()[:12]
-    final = models / IN_PLACE / f"{suggested_name(gguf.name)}-{seen}"
+    return models / IN_PLACE / f"{suggested_name(gguf.name)}-{seen}"
+
+
+def in_place(gguf: Path, models: Path, say: Say) -> Path:
+    """The converted folder of a GGUF file that lies elsewhere, made on first use. Raises ModelError."""
+    final = place_of(gguf, models)
     if (final / "config.json").is_file():
         return final
     return _converted(gguf, final, models, "keep", say)

@@ -22,7 +22,7 @@ from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 from specl.shared.errors import ModelError
 from specl.shared.models import builtin, found
 from specl.shared.models.fast import ONE_CALL, blocks_of, on_cpu, speed_up
-from specl.shared.models.imports import in_place, is_gguf
+from specl.shared.models.imports import in_place, is_gguf, place_of
 
 SAMPLE = 64 * 1024  # bytes read at each of the 32 places that a weights file is fingerprinted by
 FEW_ROWS, DENSE_ROWS = 16, 512
@@ -121,15 +121,18 @@ class LanguageModel:
 
 
 def located(name: str, models: Path) -> Path | None:
-    """What `name` stands for on this machine without any work: a model's folder, or a GGUF file. None where it is
-    neither. Raises ModelError for a name of Ollama's or LM Studio's that is not there.
+    """What `name` stands for on this machine without any work: a model's folder, or a GGUF file that was not converted
+    yet. None where it is neither. Raises ModelError for a name of Ollama's or LM Studio's that is not there.
     """
     path = Path(name).expanduser()
     if "/" not in name and (models / name / "config.json").is_file():
         return models / name
     if name.startswith(found.PREFIXES):
-        return found.find(name, found.search_here()).path
-    return path if path.is_dir() or is_gguf(path) else None
+        path = found.find(name, found.search_here()).path
+    if is_gguf(path):
+        converted = place_of(path, models)
+        return converted if (converted / "config.json").is_file() else path
+    return path if path.is_dir() else None
 
 
 def resolve(name: str, models: Path, say: Say = _quiet) -> Path:

@@ -89,9 +89,12 @@ class Estimate:
         parts = []
         for name, items in (("serving", self.serving), ("training", self.training)):
             if items:
-                listed = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in items.items())
-                parts.append(f"{name} {sum(items.values()) / 1e9:.1f} GB ({listed})")
+                parts.append(f"{name} {sum(items.values()) / 1e9:.1f} GB ({_listed(items)})")
         return " and ".join(parts)
+
+
+def _listed(items: dict[str, float]) -> str:
+    return ", ".join(f"{what} {size / 1e9:.1f}" for what, size in items.items())
 
 
 def estimate(target: ModelSize, draft: ModelSize | None, settings: Settings, machine: Machine) -> Estimate:
@@ -189,8 +192,9 @@ def check(found: Estimate, settings: Settings, machine: Machine, training: bool)
     if needed <= allowed:
         return
     what = "training while serving" if training else f"serving {settings.models.target.name}"
+    detail = found.describe() if training else _listed(found.serving)
     raise ModelError(
-        f"{what} needs about {needed / 1e9:.1f} GB: {found.describe() if training else Estimate(found.serving).describe()}; "
+        f"{what} needs about {needed / 1e9:.1f} GB ({detail}); "
         f"{allowed / 1e9:.1f} GB may be taken of this machine's {machine.memory / 1e9:.1f} GB",
         "take a smaller or more quantised model, lower memory.max_kv_cache_tokens, or set memory.limit_gb",
     )

@@ -116,7 +116,7 @@ def test_a_model_of_ollamas_is_served_by_its_name(home, tmp_path):
     assert located("ollama:tiny", tmp_path / "models") == blob
     model = load("ollama:tiny", tmp_path / "models")
     assert model.config["model_type"] == "qwen2" and model.path.parent == tmp_path / "models" / "converted"
-    assert load(str(blob), tmp_path / "models").path == model.path
+    assert load(str(blob), tmp_path / "models").path == model.path == located("ollama:tiny", tmp_path / "models")
 
 
 def test_a_name_that_is_not_there_is_one_sentence(home):
