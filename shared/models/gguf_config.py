@@ -67,7 +67,7 @@ def model_config(header: Header) -> dict[str, Any]:
         "rms_norm_eps": round(header.own("attention.layer_norm_rms_epsilon"), 12),
         "rope_theta": header.own("rope.freq_base", 10000.0),
         "max_position_embeddings": header.own("context_length"),
-        "vocab_size": len(header.key("tokenizer.ggml.tokens")),
+        "vocab_size": _vocabulary(header),
         "eos_token_id": header.key("tokenizer.ggml.eos_token_id"),
         "bos_token_id": header.key("tokenizer.ggml.bos_token_id", None),
     }
@@ -81,6 +81,12 @@ def model_config(header: Header) -> dict[str, Any]:
     if scaling := _rope_scaling(header, config["rope_theta"], size):
         config["rope_scaling"] = scaling
     return config
+
+
+def _vocabulary(header: Header) -> int:
+    """Rows of the embedding, which may be padded beyond the tokens."""
+    rows = [int(tensor.shape[1]) for tensor in header.reader.tensors if tensor.name == "token_embd.weight"]
+    return rows[0] if rows else len(header.key("tokenizer.ggml.tokens"))
 
 
 def _rope_scaling(header: Header, theta: float, size: int) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 from gguf import ReaderTensor
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from specl.shared.errors import ModelError
@@ -101,10 +102,13 @@ class _Shards:
 
     def _write(self, name: str) -> None:
         path, metadata = str(self.folder / name), {"format": "mlx"}
-        if any(part.dtype == "bfloat16" for part in self._held.values()):  # unknown to numpy
-            mx.save_safetensors(path, {key: part.array for key, part in self._held.items()}, metadata)
-        else:
-            save_file({key: part.data for key, part in self._held.items()}, path, metadata)
+        try:
+            if any(part.dtype == "bfloat16" for part in self._held.values()):  # unknown to numpy
+                mx.save_safetensors(path, {key: part.array for key, part in self._held.items()}, metadata)
+            else:
+                save_file({key: part.data for key, part in self._held.items()}, path, metadata)
+        except (SafetensorError, RuntimeError) as error:  # what these writers make of a full disk
+            raise OSError(f"{name}: {error}") from error
         self.written += 1
         self._held = {}
 
@@ -114,7 +118,8 @@ class _Shards:
 
 
 def convert(gguf: Path, folder: Path, quantize: Quantize = "keep", exact: bool = False) -> None:
-    """Write an mlx-lm model directory, tokenizer and chat template included. Raises ModelError for what it cannot read.
+    """Write an mlx-lm model directory, tokenizer and chat template included. Raises ModelError for what it cannot read,
+    OSError where the disk refuses.
 
     `quantize`: `keep` takes the file's blocks as they are, `4` and `8` quantise anew, `none` makes everything dense.
     `exact` also keeps norms in fp32 (the built-in model, by whose bytes its drafts know it).

@@ -275,6 +275,35 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatc
         import_gguf(tmp_path / "m.gguf", tmp_path / "models", "m", "keep", quiet)
 
 
+def test_a_disk_that_fills_up_on_the_way_leaves_nothing(tmp_path):
+    import resource
+    import signal
+
+    tiny_gguf.write(tmp_path / "m.gguf", kind=Kind.F16)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, old[1]))
+        with pytest.raises(ModelError, match="cannot write the model under"):
+            import_gguf(tmp_path / "m.gguf", tmp_path / "models", "m", "keep", quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16])
+def test_an_embedding_padded_beyond_the_tokens_is_taken_whole(tmp_path, kind):
+    def pad(name, value):
+        wide = name in ("token_embd.weight", "output.weight")
+        return np.concatenate([value, value[:7]]) if wide else value
+
+    tiny_gguf.write(tmp_path / "m.gguf", "qwen2", kind, change=pad)
+    convert(tmp_path / "m.gguf", tmp_path / "model")
+    found = dense_weights(tmp_path / "model")["lm_head.weight"]
+    assert (found[-7:] == found[:7]).all()
+
+
 def test_the_size_that_is_asked_for_is_the_size_that_it_takes(tmp_path):
     for kind, quantize in (
         (Kind.F16, "keep"),
