@@ -104,6 +104,28 @@ def test_weights_can_be_quantised_anew_or_made_dense(tmp_path, quantize, bound, 
         assert config["quantization"]["model.embed_tokens"] == {"group_size": 64, "bits": int(quantize)}
 
 
+def test_the_built_in_models_conversion_stays_byte_for_byte_what_its_drafts_were_made_for(tmp_path):
+    """A shipped head knows its target by config.json and the weights' bytes: order, spelling and types may not change."""
+    truth = tiny_gguf.write(tmp_path / "m.gguf", "llama", Kind.Q4_1, tied=True, head_kind=Kind.Q8_0)
+    convert(tmp_path / "m.gguf", tmp_path / "model", exact=True)
+    text = (tmp_path / "model" / "config.json").read_text()
+    rows = len(truth["model.embed_tokens.weight"])
+    expected = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "num_hidden_layers": 2,
+        "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0, "max_position_embeddings": 256, "vocab_size": rows, "eos_token_id": rows - 1, "bos_token_id": rows - 3,
+        "quantization": {"group_size": 32, "bits": 4, "model.embed_tokens": {"group_size": 32, "bits": 8}},
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    assert text == json.dumps(expected, indent=2)
+    found = mx.load(str(tmp_path / "model" / "model.safetensors"))
+    kinds = {name.rsplit(".", 1)[-1] if "norm" not in name else "norm": value.dtype for name, value in found.items()}
+    assert kinds == {"weight": mx.uint32, "scales": mx.float16, "biases": mx.float16, "norm": mx.float32}
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
 def test_a_large_model_goes_into_several_files(tmp_path, monkeypatch):
     from specl.shared.models import gguf_file
 
