@@ -36,6 +36,16 @@ def _date(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M")
 
 
+def _number(value: Any, digits: int = 4) -> str:
+    """A figure out of a manifest, which may hold anything there."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{value:.{digits}f}" if usable else "-"
+
+
+def _figure(figures: dict[str, Any], name: str) -> str:
+    return _number(figures.get(name))
+
+
 @adapters.command("list")
 @click.option("--json", "as_object", is_flag=True, help="A JSON list of manifests.")
 def list_(as_object: bool) -> None:
@@ -63,9 +73,9 @@ def list_(as_object: bool) -> None:
             id,
             _date(manifest.created_at),
             manifest.parent_id or "none",
-            f"{metrics.get('heldout_before', 0):.4f}",
-            f"{metrics.get('heldout_after', 0):.4f}",
-            str(len(manifest.training.get("generations", []))),
+            _figure(metrics, "heldout_before"),
+            _figure(metrics, "heldout_after"),
+            str(len(manifest.generations)),
             f"{manifest.change_norm:.3f}",
             marks,
         )
@@ -91,7 +101,8 @@ def show(name: str, as_object: bool) -> None:
 
 def _facts(manifest: Manifest, path: str, current: bool) -> list[tuple[str, Any]]:
     metrics, training = manifest.metrics, manifest.training
-    depth = ", ".join(f"{value:.3f}" for value in metrics.get("heldout_after_by_depth", []))
+    by_depth = metrics.get("heldout_after_by_depth")
+    depth = ", ".join(_number(value, 3) for value in by_depth) if isinstance(by_depth, list) else "-"
     return [
         ("adapter", manifest.id + (" (current)" if current else "")),
         ("made (UTC)", _date(manifest.created_at)),
@@ -100,16 +111,16 @@ def _facts(manifest: Manifest, path: str, current: bool) -> list[tuple[str, Any]
         ("parent", manifest.parent_id or "none"),
         ("LoRA", f"rank {manifest.rank}, alpha {manifest.alpha:g}, on {', '.join(manifest.modules)}"),
         ("weight change, norm", f"{manifest.change_norm:.4f}"),
-        ("held-out agreement", f"{metrics.get('heldout_before', 0):.4f} -> {metrics.get('heldout_after', 0):.4f}"),
+        ("held-out agreement", f"{_figure(metrics, 'heldout_before')} -> {_figure(metrics, 'heldout_after')}"),
         (
             "",
             f"{metrics.get('heldout_generations', 0)} generations, {metrics.get('heldout_positions', 0)} positions; by depth {depth}",
         ),
         (
             "trained on",
-            f"{len(training.get('generations', []))} generations, {training.get('tokens', 0)} tokens, {training.get('steps', 0)} steps",
+            f"{len(manifest.generations)} generations, {training.get('tokens', 0)} tokens, {training.get('steps', 0)} steps",
         ),
-        ("loss", f"{training.get('loss_first') or 0:.4f} -> {training.get('loss_last') or 0:.4f}"),
+        ("loss", f"{_figure(training, 'loss_first')} -> {_figure(training, 'loss_last')}"),
         ("training run", manifest.training_run_id),
     ]
 

@@ -81,6 +81,27 @@ def _settings() -> Iterator[Finding]:
             yield (OK if where else WARN), role, f"{name}: {where or 'not here yet, `specl-ctl models fetch`'}"
 
 
+def _memory() -> Iterator[Finding]:
+    """What the settings' models will take, where they are here."""
+    from specl.shared.models import memory
+    from specl.shared.models.load import located
+    from specl.shared.models.pair import draft_folder, estimate_pair
+
+    settings, folder = config.load(), find_paths().models
+    target, name = located(settings.models.target.name, folder), settings.models.draft.name
+    draft = (draft_folder(name, folder) or located(name, folder)) if name else None
+    if target is None or not target.is_dir() or (name and (draft is None or not draft.is_dir())):
+        yield OK, "memory", "told when the models are here: `specl-ctl models fetch`"
+        return
+    found, machine = estimate_pair(settings, target, draft)
+    allowed = memory.limit(settings, machine)
+    room = "any amount" if allowed == float("inf") else f"{allowed / 1e9:.1f} GB"
+    yield OK, "memory", f"estimated {found.describe()}; {room} may be taken of {machine.memory / 1e9:.1f} GB"
+    memory.check(found, settings, machine, training=False)
+    if found.total(training=True) > allowed:
+        yield WARN, "memory", "serving fits, training beside it does not: the draft will not learn here"
+
+
 def _costs() -> Iterator[Finding]:
     """The calibrated curve, where inference has measured one."""
     import json
@@ -96,7 +117,7 @@ def _costs() -> Iterator[Finding]:
 def doctor() -> None:
     """Check machine, BLAS, disk, locks, settings and models, and say what to do. Exit code 1 where something is broken."""
     worst = OK
-    for check in (_machine, _blas, _folders, _settings, _costs):
+    for check in (_machine, _blas, _folders, _settings, _memory, _costs):
         try:
             findings = list(check())
         except SpecLoraError as error:

@@ -19,7 +19,7 @@ COMMANDS = {
     "demo": ("demo", "demo", "The whole loop in one unattended command, in a scratch run directory."),
     "bench": ("bench", "bench", "Measure speed and equality against mlx-lm, interleaved in one run."),
     "draft": ("draft", "draft", "Build a draft model out of the target."),
-    "models": ("models", "models", "Which models are used, and where they lie."),
+    "models": ("models", "models", "Which models are used, where they lie; import GGUF files."),
     "keys": ("keys", "keys", "Keys that let clients on other machines in."),
     "doctor": ("doctor", "doctor", "Check this machine and say what to do."),
 }

@@ -1,8 +1,8 @@
-"""`specl-ctl models`: which models the settings name, and where they lie."""
+"""`specl-ctl models`: which models the settings name, where they lie, and how others are brought in."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,10 +10,13 @@ from specl.shared import config
 from specl.shared.errors import ModelError
 from specl.shared.paths import find_paths
 
+if TYPE_CHECKING:
+    from specl.shared.models.gguf_tensors import Quantize
+
 
 @click.group()
 def models() -> None:
-    """Which models are used, and where they lie."""
+    """Which models are used, where they lie; import GGUF files."""
 
 
 def _where(name: str | None, folder: Path, is_draft: bool) -> str | None:
@@ -31,8 +34,13 @@ def _where(name: str | None, folder: Path, is_draft: bool) -> str | None:
     if name == builtin.NAME:
         path = folder / name
         return str(path) if (path / "config.json").is_file() else None
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser())
+    from specl.shared.models.load import located
+
+    try:
+        if (path := located(name, folder)) is not None:
+            return str(path)
+    except ModelError:
+        return None
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
@@ -40,9 +48,17 @@ def _where(name: str | None, folder: Path, is_draft: bool) -> str | None:
 
 
 @models.command("list")
-@click.option("--json", "as_object", is_flag=True)
-def list_(as_object: bool) -> None:
-    """Target and draft of the settings, with their folders (empty: not fetched yet)."""
+@click.option("--json", "as_object", is_flag=True, help="One JSON object; with --found a list.")
+@click.option("--found", "others", is_flag=True, help="What Ollama and LM Studio have on this machine.")
+def list_(as_object: bool, others: bool) -> None:
+    """Target and draft of the settings, with their folders (empty: not fetched yet).
+
+    With --found: models that Ollama and LM Studio keep here. Each can be used by its name, as `models.target.name` or in
+    `specl-ctl models import NAME`.
+    """
+    if others:
+        _list_found(as_object)
+        return
     settings, folder = config.load(), find_paths().models
     found: dict[str, Any] = {
         role: {"name": model.name, "path": _where(model.name, folder, role == "draft")}
@@ -52,7 +68,65 @@ def list_(as_object: bool) -> None:
         click.echo(json.dumps(found))
         return
     for role, item in found.items():
-        click.echo(f"{role:<8}{item['name'] or 'none':<28}{item['path'] or 'not here yet: `specl-ctl models fetch`'}")
+        where = item["path"] or ("not here yet: `specl-ctl models fetch`" if item["name"] else "")
+        click.echo(f"{role:<8}{item['name'] or 'none':<28}{where}".rstrip())
+
+
+def _list_found(as_object: bool) -> None:
+    from specl.shared.models.found import search_here
+
+    items = search_here()
+    if as_object:
+        rows = [{"name": i.name, "path": str(i.path), "format": i.format, "bytes": i.size} for i in items]
+        click.echo(json.dumps(rows))
+        return
+    if not items:
+        click.echo("nothing of Ollama's or LM Studio's is here")
+    for item in items:
+        click.echo(f"{item.name:<48}{item.format:<6}{item.size / 1e9:>6.1f} GB  {item.path}")
+
+
+@models.command("import")
+@click.argument("file")
+@click.option(
+    "--quantize",
+    type=click.Choice(["keep", "4", "8", "none"]),
+    default="keep",
+    show_default=True,
+    help="keep: the file's own blocks; 4 or 8: quantise anew to so many bits; none: dense.",
+)
+@click.option("--name", help="What `models.target.name` will call it.  [default: from the file's name]")
+@click.option("--json", "as_object", is_flag=True, help="One JSON object: name, path.")
+def import_(file: str, quantize: "Quantize", name: str | None, as_object: bool) -> None:
+    """Make a model of a GGUF file (Llama and Qwen2 families), its tokenizer and chat template included.
+
+    FILE is a path, or a name that `specl-ctl models list --found` shows. Weights may be F32, F16, BF16, Q4_0, Q4_1, Q5_0,
+    Q5_1, Q8_0, Q4_K, Q5_K or Q6_K.
+
+    \b
+    specl-ctl models import ~/Downloads/qwen2.5-0.5b-instruct-q8_0.gguf --name qwen-small
+    specl-ctl models import ollama:llama3.2:1b
+    """
+    from specl.shared.models import found
+    from specl.shared.models.imports import import_gguf, suggested_name
+    from specl.shared.models.load import to_stderr
+
+    path = Path(file).expanduser()
+    if file.startswith(found.PREFIXES):
+        item = found.find(file, found.search_here())
+        if item.format == "mlx":
+            raise ModelError(f"{file} needs no import: it is an MLX model", f"set models.target.name to {file}")
+        path = item.path
+    elif not path.is_file():
+        raise ModelError(f"there is no file {path}", "give a GGUF file, or a name that `models list --found` shows")
+    name = name or suggested_name(file)
+    made = import_gguf(path, find_paths().models, name, quantize, to_stderr)
+    if as_object:
+        click.echo(json.dumps({"name": name, "path": str(made)}))
+    else:
+        click.echo(f"{name} is at {made}; use it with `models: {{target: {{name: {name}}}}}` in the settings file")
+    if not json.loads((made / "tokenizer_config.json").read_text()).get("chat_template"):
+        click.echo("the file has no chat template: only plain completions will work, not chats", err=True)
 
 
 @models.command()

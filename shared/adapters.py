@@ -1,4 +1,5 @@
-"""Adapter directories: write whole or not at all, verify, list, aliases, current. Knows files and manifests, no modules.
+"""Adapter directories: write whole or not at all, verify, list, aliases, current. Knows files and names, no modules; what
+a manifest and a weights file must look like is in `adapter_manifest.py`.
 
     var/adapters/000007/        adapters.safetensors and adapter_config.json as mlx-lm writes them,
                                 manifest.json, hot_vocab.npy where the hot vocabulary was refreshed
@@ -16,50 +17,31 @@ import shutil
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from specl.shared.adapter_manifest import Manifest, header_problem, parse_manifest
 from specl.shared.crash import crash_point
 from specl.shared.errors import AdapterRejected
 
 FILES = ("adapters.safetensors", "adapter_config.json", "manifest.json", "hot_vocab.npy")
 REQUIRED = FILES[:3]
 MAX_FILE = 2 * 1024**3
-MAX_HEADER = 16 * 1024 * 1024  # of a safetensors file
+MAX_MANIFEST = 64 * 1024**2
 KEEP_LAST = 5
 HIGHEST = "HIGHEST"  # the largest id that was ever dropped: ids are never used twice
 ID = re.compile(r"[0-9]{6}")
 ALIASES = ("latest", "best", "previous", "current")
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What manifest.json holds. `files` maps each other file to its sha256; `metrics` has held-out figures before and
-    after; `base_fingerprint` names the pristine draft, `tokenizer_fingerprint` its vocabulary.
-    """
-
-    id: str
-    kind: str
-    created_at: float
-    base_model: str
-    base_fingerprint: str
-    target_fingerprint: str
-    tokenizer_fingerprint: str
-    parent_id: str
-    training_run_id: str
-    rank: int
-    alpha: float
-    modules: list[str]
-    change_norm: float
-    metrics: dict[str, Any]
-    training: dict[str, Any]
-    files: dict[str, str] = field(default_factory=dict)
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_bounded(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(MAX_MANIFEST + 1)
 
 
 def _sync(path: Path) -> None:
@@ -153,7 +135,7 @@ class Adapters:
         wanted, found = set(generations), []
         for id in self.ids():
             with suppress(AdapterRejected):
-                if wanted & set(self.manifest(id).training.get("generations", [])):
+                if wanted & set(self.manifest(id).generations):
                     found.append(id)
         return self.descendants(found)
 
@@ -200,16 +182,22 @@ class Adapters:
     def manifest(self, id: str) -> Manifest:
         """An adapter's manifest. Raises AdapterRejected where it is missing or malformed."""
         try:
-            document = json.loads((self.folder / id / "manifest.json").read_text())
-            manifest = Manifest(**document)
-        except (OSError, ValueError, TypeError) as error:
+            document = _read_bounded(self.folder / id / "manifest.json")
+        except OSError as error:
             raise AdapterRejected(f"adapter {id}: its manifest cannot be read: {error}") from error
+        try:
+            manifest = parse_manifest(document)
+        except AdapterRejected as error:
+            raise AdapterRejected(f"adapter {id}: {error}") from error
         if manifest.id != id:
             raise AdapterRejected(f"adapter {id}: its manifest says it is {manifest.id}")
         return manifest
 
     def resolve(self, name: str) -> str:
-        """The id behind a name: an id, `latest`, `current` or `best` (highest held-out agreement). Empty where there is none."""
+        """The id behind a name: an id, `latest`, `current` or `best` (highest held-out agreement). Empty where there is none.
+
+        An adapter whose manifest is malformed or has no score is never the best.
+        """
         if name == "latest":
             return next(reversed(self.ids()), "")
         if name == "current":
@@ -218,7 +206,8 @@ class Adapters:
             scored = []
             for id in self.ids():
                 with suppress(AdapterRejected):
-                    scored.append((float(self.manifest(id).metrics.get("heldout_after", 0.0)), id))
+                    if (score := self.manifest(id).score) is not None:
+                        scored.append((score, id))
             return max(scored, default=(0.0, ""))[1]
         id = name.zfill(6) if name.isdigit() else name
         return id if id in self.ids() else ""
@@ -235,9 +224,12 @@ class Adapters:
             raise AdapterRejected(f"adapter {folder.name}: " + "; ".join(problems))
         manifest = self.manifest(folder.name)
         for name in FILES:
-            if name == "manifest.json" or (name not in REQUIRED and not (folder / name).exists()):
+            present = (folder / name).exists()
+            if name == "manifest.json" or (not present and name not in manifest.files):
                 continue
-            if manifest.files.get(name) != _sha256(folder / name):
+            if not present:
+                problems.append(f"{name} is missing, though the manifest names it")
+            elif manifest.files.get(name) != _sha256(folder / name):
                 problems.append(f"{name} is not the file that was published (sha256)")
         if manifest.base_fingerprint != base_fingerprint:
             problems.append(f"it was trained on draft {manifest.base_fingerprint}, this one is {base_fingerprint}")
@@ -272,22 +264,6 @@ class Adapters:
             elif info.st_size > MAX_FILE:
                 problems.append(f"{name} has {info.st_size} bytes")
         if not problems:
-            problems += _header_problems(folder / "adapters.safetensors")
+            problem = header_problem(folder / "adapters.safetensors")
+            problems += [problem] if problem else []
         return problems
-
-
-def _header_problems(path: Path) -> list[str]:
-    """A safetensors header must be as long as it says, and not longer than the file or the limit."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            return [f"{path.name} is not a whole safetensors file"]
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return [f"{path.name} is not a safetensors file"]
-    if not ends or max(ends) != size - 8 - length:
-        return [f"{path.name} is truncated"]
-    return []

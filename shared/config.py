@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.reader import ReaderError
 
 from specl.shared.errors import ConfigError
 
@@ -113,6 +114,10 @@ class Memory(_Section):
     gradient_checkpointing: bool = False
     cache_clear_frequency: Annotated[int, Field(ge=0)] = Field(50, description="generations; 0: never")
     max_kv_cache_tokens: Annotated[int, Field(ge=64)] = Field(8192, description="all requests together")
+    limit_gb: Literal["auto", "none"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="models that need more by estimate are not loaded; auto: nine tenths of the machine; none: no limit",
+    )
 
 
 class Serving(_Section):
@@ -214,12 +219,23 @@ def _line_of(tree: Any, path: tuple[str | int, ...]) -> int | None:
     return line
 
 
+def _keys(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The keys of the file among the parts of an error's `loc`. Below a section every part is one; below a value pydantic
+    also puts the names of the types that it tried (`int`, `constrained-int`, `list[str]`), and only an index is the file's.
+    """
+    path: list[str | int] = []
+    model: Any = Settings
+    for part in loc:
+        fields = getattr(model, "model_fields", None)
+        if fields is None and not isinstance(part, int):
+            continue
+        path.append(part)
+        model = getattr((fields or {}).get(part), "annotation", None)
+    return tuple(path)
+
+
 def _explain(file: Path, tree: Any, error: dict[str, Any]) -> str:
-    path = tuple(
-        part
-        for part in error["loc"]
-        if not (isinstance(part, str) and part.startswith(("literal[", "constrained", "int", "list[")))
-    )
+    path = _keys(error["loc"])
     line = _line_of(tree, path)
     where = f"{file}:{line}" if line else str(file)
     name = ".".join(str(part) for part in path) or "(the file)"
@@ -238,6 +254,13 @@ def parse(text: str, file: Path) -> Settings:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{file}:{line}: not YAML: {error.problem}") from error
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        code = error.character if isinstance(error.character, int) else ord(error.character)
+        raise ConfigError(f"{file}:{line}: not YAML: the character U+{code:04X} is not allowed") from error
+    except (YAMLError, ValueError, RecursionError) as error:  # ruamel lets what Python says of odd values through
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{file}: not YAML that can be read: {reason}") from error
     if tree is None:
         return Settings()
     if not isinstance(tree, dict):

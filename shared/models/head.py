@@ -313,7 +313,7 @@ def load_head(folder: Path, name: str, target: LanguageModel) -> HeadDraft:
         shape = HeadShape(**config)
         hot = np.load(folder / "hot_vocab.npy", allow_pickle=False).astype(np.int64)
         weights = mx.load(str(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError) as error:
         raise ModelError(
             f"the draft {name} is damaged: {error}", "build it again with `specl-ctl draft build`"
         ) from error

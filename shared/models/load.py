@@ -20,8 +20,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
 from specl.shared.errors import ModelError
-from specl.shared.models import builtin
+from specl.shared.models import builtin, found
 from specl.shared.models.fast import ONE_CALL, blocks_of, on_cpu, speed_up
+from specl.shared.models.imports import in_place, is_gguf, place_of
 
 SAMPLE = 64 * 1024  # bytes read at each of the 32 places that a weights file is fingerprinted by
 FEW_ROWS, DENSE_ROWS = 16, 512
@@ -133,20 +134,40 @@ class LanguageModel:
         return frozenset(self.tokenizer.eos_token_ids)
 
 
+def located(name: str, models: Path) -> Path | None:
+    """What `name` stands for on this machine without any work: a model's folder, or a GGUF file that was not converted
+    yet. None where it is neither. Raises ModelError for a name of Ollama's or LM Studio's that is not there.
+    """
+    path = Path(name).expanduser()
+    if "/" not in name and (models / name / "config.json").is_file():
+        return models / name
+    if name.startswith(found.PREFIXES):
+        path = found.find(name, found.search_here()).path
+    if is_gguf(path):
+        converted = place_of(path, models)
+        return converted if (converted / "config.json").is_file() else path
+    return path if path.is_dir() else None
+
+
 def resolve(name: str, models: Path, say: Say = _quiet) -> Path:
-    """The folder that `name` stands for; fetches the built-in model or a hub model where it is not here yet.
+    """The folder that `name` stands for; fetches the built-in model or a hub model where it is not here yet, and converts
+    a GGUF file when it is first used.
 
     Raises ModelError with one sentence that says what is wrong.
     """
     if name == builtin.NAME:
         return builtin.ensure(models, say)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = located(name, models)
+    if path is not None and not path.is_dir():
+        return in_place(path, models, say)
+    if path is not None:
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is not a model folder: it has no config.json")
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"there is no model {name!r}", f"name a folder, a hub model (owner/name) or `{builtin.NAME}`")
+        raise ModelError(
+            f"there is no model {name!r}", f"name a folder, a GGUF file, a hub model (owner/name) or `{builtin.NAME}`"
+        )
     from mlx_lm.utils import hf_repo_to_path
 
     say(f"looking for {name} on the hub")
@@ -196,9 +217,14 @@ def _dense_fp32(model: nn.Module) -> nn.Module:
     return model
 
 
-def load(name: str, models: Path, precision: str = "auto", say: Say = _quiet) -> LanguageModel:
-    """Load by name. Raises ModelError for a missing model, an unsupported architecture or a missing tokenizer."""
-    path = resolve(name, models, say)
+def load(
+    name: str, models: Path, precision: str = "auto", say: Say = _quiet, path: Path | None = None
+) -> LanguageModel:
+    """Load by name, from `path` where it has been resolved already.
+
+    Raises ModelError for a missing model, an unsupported architecture or a missing tokenizer.
+    """
+    path = path or resolve(name, models, say)
     try:
         model, config = load_model(path, lazy=True)
     except (FileNotFoundError, ValueError, KeyError, json.JSONDecodeError, RuntimeError) as error:

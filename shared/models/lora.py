@@ -4,11 +4,11 @@ y = W x + scale * (x A) B with scale = alpha / rank, A [in, rank], B [rank, out]
 never changed: a fused layer is a new layer beside it, and going back is exact. Knows modules, not adapter directories.
 """
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
@@ -93,33 +93,53 @@ def lora_weights(module: nn.Module) -> Weights:
 
 
 def problems(module: nn.Module, shape: LoraShape, weights: Weights) -> list[str]:
-    """Everything that keeps `weights` from being an adapter for `module`: names, shapes, values. Empty means usable."""
+    """Everything that keeps `weights` from being an adapter for `module`: names, kinds, shapes, values. Empty means usable."""
     layers, found, expected = linear_layers(module), [], set()
     for key in shape.keys:
+        expected |= {f"{key}.lora_a", f"{key}.lora_b"}
         if key not in layers:
             found.append(f"the draft has no linear layer {key}")
             continue
         out, inner = _dense_shape(layers[key])
-        for part, size in (("lora_a", (inner, shape.rank)), ("lora_b", (shape.rank, out))):
-            name = f"{key}.{part}"
-            expected.add(name)
-            if name not in weights:
-                found.append(f"{name} is missing")
-            elif tuple(weights[name].shape) != size:
-                found.append(f"{name} has shape {tuple(weights[name].shape)}, not {size}")
-            elif not mx.all(mx.isfinite(weights[name])).item():
-                found.append(f"{name} has values that are not finite")
+        sizes = {f"{key}.lora_a": (inner, shape.rank), f"{key}.lora_b": (shape.rank, out)}
+        wrong = [problem for name, size in sizes.items() if (problem := _tensor_problem(name, size, weights))]
+        # finite factors can still have a product that is not
+        if not wrong and not _all_finite(_change(key, shape, weights).astype(_compute_dtype(layers[key]))):
+            wrong = [f"{key}: its weight change overflows"]
+        found += wrong
     found += [f"{name} is not part of this adapter" for name in sorted(weights.keys() - expected)]
     return found
 
 
+def _tensor_problem(name: str, size: tuple[int, int], weights: Weights) -> str:
+    if name not in weights:
+        return f"{name} is missing"
+    if not mx.issubdtype(weights[name].dtype, mx.floating):
+        return f"{name} has values of type {str(weights[name].dtype).removeprefix('mlx.core.')}, not real numbers"
+    if tuple(weights[name].shape) != size:
+        return f"{name} has shape {tuple(weights[name].shape)}, not {size}"
+    return "" if _all_finite(weights[name]) else f"{name} has values that are not finite"
+
+
+def _all_finite(values: mx.array) -> bool:
+    return mx.all(mx.isfinite(values)).item()
+
+
+def _change(key: str, shape: LoraShape, weights: Weights) -> mx.array:
+    """scale * A B of one layer in fp32, [in, out]."""
+    a, b = (weights[f"{key}.{part}"].astype(mx.float32) for part in ("lora_a", "lora_b"))
+    return shape.scale * (a @ b)
+
+
 def change_norm(shape: LoraShape, weights: Weights) -> float:
     """Frobenius norm of all weight changes together: sqrt(sum ||scale * A B||^2)."""
-    total = 0.0
-    for key in shape.keys:
-        delta = weights[f"{key}.lora_a"].astype(mx.float32) @ weights[f"{key}.lora_b"].astype(mx.float32)
-        total += float(mx.sum(mx.square(delta * shape.scale)).item())
-    return float(np.sqrt(total))
+    return math.hypot(*(mx.linalg.norm(_change(key, shape, weights)).item() for key in shape.keys))
+
+
+def _compute_dtype(layer: nn.Module) -> mx.Dtype:
+    """What a layer's products are in: a quantised layer's scales say it."""
+    layer = layer.linear if isinstance(layer, LoRALinear) else layer
+    return layer.scales.dtype if isinstance(layer, nn.QuantizedLinear) else layer.weight.dtype
 
 
 def _dense_shape(layer: nn.Module) -> tuple[int, int]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from specl.shared.config import Settings
 from specl.shared.errors import ModelError
+from specl.shared.models import memory
 from specl.shared.models.head import HeadDraft, is_head, load_head
-from specl.shared.models.load import LanguageModel, check_pair, load
+from specl.shared.models.load import LanguageModel, check_pair, load, resolve
 
 if TYPE_CHECKING:
     from specl.shared.engine.engine import Engine
@@ -23,29 +24,64 @@ def draft_folder(name: str, models: Path) -> Path | None:
     return None
 
 
-def load_draft(
-    name: str | None, target: LanguageModel, models: Path, precision: str, say: Callable[[str], None]
-) -> HeadDraft | LanguageModel | None:
-    """The draft for `target`. Raises ModelError where it is missing, damaged, or speaks another vocabulary."""
+def resolve_draft(name: str | None, models: Path, say: Callable[[str], None]) -> Path | None:
+    """The folder of the draft `name`, head or language model; None for none. Raises ModelError where it is missing."""
     if name is None:
         return None
     folder = draft_folder(name, models)
     if folder is not None:
+        return folder
+    try:
+        return resolve(name, models, say)
+    except ModelError as error:
+        raise _about_draft(error) from error
+
+
+def _about_draft(error: ModelError) -> ModelError:
+    return ModelError(f"the draft: {error}", error.hint or "set models.draft.name, or null to decode without a draft")
+
+
+def load_draft(
+    name: str | None, target: LanguageModel, models: Path, precision: str, say: Callable[[str], None]
+) -> HeadDraft | LanguageModel | None:
+    """The draft for `target`. Raises ModelError where it is missing, damaged, or speaks another vocabulary."""
+    folder = resolve_draft(name, models, say)
+    if name is None or folder is None:
+        return None
+    if is_head(folder):
         return load_head(folder, name, target)
     try:
-        draft = load(name, models, precision, say)
+        draft = load(name, models, precision, say, folder)
     except ModelError as error:
-        raise ModelError(
-            f"the draft: {error}", error.hint or "set models.draft.name, or null to decode without a draft"
-        ) from error
+        raise _about_draft(error) from error
     check_pair(target, draft)
     return draft
 
 
-def load_pair(settings: Settings, models: Path, say: Callable[[str], None] = lambda message: None) -> "Engine":
-    """An engine with the settings' target and draft."""
+def estimate_pair(settings: Settings, target: Path, draft: Path | None) -> tuple[memory.Estimate, memory.Machine]:
+    """What the models in these folders will take on this machine."""
+    machine = memory.this_machine(settings.models.precision)
+    sizes = memory.size_of(target), memory.size_of(draft) if draft is not None else None
+    return memory.estimate(*sizes, settings, machine), machine
+
+
+def load_pair(
+    settings: Settings, models: Path, say: Callable[[str], None] = lambda message: None, training: bool = False
+) -> "Engine":
+    """An engine with the settings' target and draft; with `training`, for a process that trains beside the one that serves.
+
+    Raises ModelError, before anything is loaded, where memory cannot hold that.
+    """
     from specl.shared.engine.engine import Engine
 
-    target = load(settings.models.target.name, models, settings.models.precision, say)
-    draft = load_draft(settings.models.draft.name, target, models, settings.models.precision, say)
-    return Engine(target, draft, settings)
+    name, precision = settings.models.target.name, settings.models.precision
+    path = resolve(name, models, say)
+    draft = resolve_draft(settings.models.draft.name, models, say)
+    try:
+        found, machine = estimate_pair(settings, path, draft)
+    except ModelError as error:  # an unusual config: whether it can be served is for `load` to say
+        say(f"memory is not checked: {error}")
+    else:
+        memory.check(found, settings, machine, training)
+    target = load(name, models, precision, say, path)
+    return Engine(target, load_draft(settings.models.draft.name, target, models, precision, say), settings)

@@ -66,7 +66,7 @@ def fake_model(name: str, seed: int, near: Any = None) -> Any:
     return Slowed(name, Path("."), model, CharacterTokenizer(), config, f"fake-{name}", "characters", delay)
 
 
-def fake_pair(settings: Any, models: Path, say: Any = None) -> Any:
+def fake_pair(settings: Any, models: Path, say: Any = None, training: bool = False) -> Any:
     """What `load_pair` gives, without loading anything."""
     from specl.shared.engine.engine import Engine
 

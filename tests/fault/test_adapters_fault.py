@@ -109,6 +109,8 @@ BAD = {
     "zero": "changes nothing",
     "missing": "is missing",
     "manifest": "manifest",
+    "mistyped": "files: Input should be",
+    "nested": "recursion limit",
 }
 
 
@@ -143,6 +145,11 @@ def spoil(house, kind, id):
             (path / "adapter_config.json").unlink()
         case "manifest":
             (path / "manifest.json").write_text("{}")
+        case "mistyped":
+            document = json.loads((path / "manifest.json").read_text())
+            (path / "manifest.json").write_text(json.dumps(document | {"files": []}))
+        case "nested":
+            (path / "manifest.json").write_text("[" * 100_000)
     Adapters(folder).set_current(id)
 
 

@@ -1,0 +1,125 @@
+"""What Ollama and LM Studio keep is found by the names their users know, and used where it lies."""
+
+import hashlib
+import json
+
+import pytest
+import tiny_gguf
+from gguf import GGMLQuantizationType as Kind
+
+from specl.shared.errors import ModelError
+from specl.shared.models.found import find, search, search_here
+from specl.shared.models.load import load, located, resolve
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("OLLAMA_MODELS", raising=False)
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def ollama_pull(folder, name, data, media="application/vnd.ollama.image.model"):
+    """What `ollama pull` leaves: a blob by its digest, and a manifest that names it."""
+    digest = hashlib.sha256(data).hexdigest()
+    (folder / "blobs").mkdir(parents=True, exist_ok=True)
+    (folder / "blobs" / f"sha256-{digest}").write_bytes(data)
+    manifest = folder / "manifests" / name
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    layers = [
+        {"mediaType": "application/vnd.ollama.image.template", "digest": "sha256:00", "size": 1},
+        {"mediaType": media, "digest": f"sha256:{digest}", "size": len(data)},
+    ]
+    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
+    return folder / "blobs" / f"sha256-{digest}"
+
+
+def names(items):
+    return [item.name for item in items]
+
+
+def test_ollamas_models_are_found_under_the_names_that_ollama_says(home):
+    folder = home / ".ollama" / "models"
+    blob = ollama_pull(folder, "registry.ollama.ai/library/llama3.2/1b", b"GGUFa")
+    ollama_pull(folder, "registry.ollama.ai/library/qwen2.5/latest", b"GGUFbb")
+    ollama_pull(folder, "registry.ollama.ai/someone/fine/v2", b"GGUFc")
+    ollama_pull(folder, "hf.co/owner/repo/Q4_K_M", b"GGUFd")
+    found = search(home)
+    assert names(found) == [
+        "ollama:hf.co/owner/repo:Q4_K_M",
+        "ollama:llama3.2:1b",
+        "ollama:qwen2.5:latest",
+        "ollama:someone/fine:v2",
+    ]
+    assert find("ollama:llama3.2:1b", found).path == blob and find("ollama:llama3.2:1b", found).size == 5
+    assert find("ollama:qwen2.5", found).name == "ollama:qwen2.5:latest"
+
+
+def test_what_is_half_pulled_or_odd_is_left_out(home, tmp_path):
+    folder = home / ".ollama" / "models"
+    blob = ollama_pull(folder, "registry.ollama.ai/library/gone/1b", b"GGUFa")
+    blob.unlink()
+    ollama_pull(folder, "registry.ollama.ai/library/lora/1b", b"GGUFz", media="application/vnd.ollama.image.adapter")
+    (tmp_path / "secret").write_bytes(b"GGUF")
+    for number, text in enumerate(
+        ["", "[]", "7", '{"layers": 3}', '{"layers": [{"mediaType": 1}]}', "[" * 100_000]
+        + [
+            json.dumps({"layers": [{"mediaType": "application/vnd.ollama.image.model", "digest": d}]})
+            for d in ("../../../../secret", 5, None)
+        ]
+    ):
+        manifest = folder / "manifests" / "registry.ollama.ai" / "library" / "odd" / str(number)
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(text)
+    assert search(home) == []
+
+
+def test_another_models_folder_of_ollamas_is_taken_from_its_own_variable(home, tmp_path, monkeypatch):
+    ollama_pull(tmp_path / "big-disk", "registry.ollama.ai/library/llama3.2/1b", b"GGUFa")
+    assert search_here() == []
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "big-disk"))
+    assert names(search_here()) == ["ollama:llama3.2:1b"]
+
+
+def test_lm_studios_models_are_found_in_both_of_its_places(home):
+    new, old = home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"
+    for folder, path in (
+        (new, "pub/repo/a.gguf"),
+        (new, "pub/repo/mmproj-a.gguf"),
+        (old, "pub/older/b.gguf"),
+        (old, "pub/repo/a.gguf"),
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"GGUF")
+    mlx = new / "mlx-community" / "Qwen2.5-0.5B-Instruct-4bit"
+    mlx.mkdir(parents=True)
+    (mlx / "config.json").write_text("{}")
+    (mlx / "model.safetensors").write_bytes(bytes(100))
+    (new / "pub" / "empty").mkdir()
+    found = search(home)
+    assert names(found) == [
+        "lmstudio:mlx-community/Qwen2.5-0.5B-Instruct-4bit",
+        "lmstudio:pub/older/b.gguf",
+        "lmstudio:pub/repo/a.gguf",
+    ]
+    assert [item.format for item in found] == ["mlx", "gguf", "gguf"]
+    assert find("lmstudio:pub/repo/a.gguf", found).path == new / "pub" / "repo" / "a.gguf"
+    assert resolve("lmstudio:mlx-community/Qwen2.5-0.5B-Instruct-4bit", home / "m") == mlx
+
+
+def test_a_model_of_ollamas_is_served_by_its_name(home, tmp_path):
+    tiny_gguf.write(tmp_path / "m.gguf", "qwen2", Kind.Q8_0)
+    blob = ollama_pull(
+        home / ".ollama" / "models", "registry.ollama.ai/library/tiny/latest", (tmp_path / "m.gguf").read_bytes()
+    )
+    assert located("ollama:tiny", tmp_path / "models") == blob
+    model = load("ollama:tiny", tmp_path / "models")
+    assert model.config["model_type"] == "qwen2" and model.path.parent == tmp_path / "models" / "converted"
+    assert load(str(blob), tmp_path / "models").path == model.path == located("ollama:tiny", tmp_path / "models")
+
+
+def test_a_name_that_is_not_there_is_one_sentence(home):
+    with pytest.raises(ModelError, match="there is no model 'ollama:nothing:1b' here") as caught:
+        resolve("ollama:nothing:1b", home)
+    assert "models list --found" in caught.value.hint

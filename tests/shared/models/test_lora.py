@@ -1,0 +1,235 @@
+"""LoRA on layers: what attaches, fuses and detaches leaves the base as it was, bit for bit, dense or quantised."""
+
+import hashlib
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear
+
+from specl.shared.errors import AdapterRejected
+from specl.shared.models.lora import (
+    LoraShape,
+    Pristine,
+    attach,
+    change_norm,
+    choose_layers,
+    detach,
+    fuse,
+    linear_layers,
+    lora_weights,
+    problems,
+)
+
+BASES = ["fp32", "fp16", "bf16", "4-bit", "8-bit"]
+
+
+class Block(nn.Module):
+    """A layer with and one without a bias, and one that LoRA must leave alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64, bias=False)
+        self.norm = nn.RMSNorm(64)
+
+    def __call__(self, x):
+        return self.norm(x + self.down(nn.silu(self.up(x))))
+
+
+def block(base):
+    mx.random.seed(7)
+    module = Block()
+    if base.endswith("bit"):
+        nn.quantize(module, group_size=32, bits=int(base[0]))
+    else:
+        module.set_dtype({"fp32": mx.float32, "fp16": mx.float16, "bf16": mx.bfloat16}[base])
+    mx.eval(module.parameters())
+    return module
+
+
+def some_lora(module, rank=4, alpha=8.0, scale=0.2, keys=("up", "down")):
+    shape = LoraShape(rank, alpha, 0.0, keys)
+    rng, weights = np.random.default_rng(3), {}
+    for key, (inner, out) in {"up": (64, 96), "down": (96, 64)}.items():
+        if key in keys:
+            weights[f"{key}.lora_a"] = mx.array(rng.normal(0, scale, (inner, rank)).astype(np.float32))
+            weights[f"{key}.lora_b"] = mx.array(rng.normal(0, scale, (rank, out)).astype(np.float32))
+    return shape, weights
+
+
+def bits(module):
+    """A digest of every weight's bytes, by name."""
+    found = {}
+    for name, value in tree_flatten(module.parameters()):
+        found[name] = hashlib.sha256(np.array(value.view(mx.uint8))).hexdigest()
+    return found
+
+
+def inputs(module, rows=10):
+    dtype = module.norm.weight.dtype
+    return mx.random.normal((1, rows, 64), key=mx.random.key(1)).astype(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- there and back
+@pytest.mark.parametrize("base", BASES)
+def test_attaching_with_b_at_zero_changes_no_output_and_detaching_gives_the_very_same_layers(base):
+    module = block(base)
+    before, layers, out = bits(module), dict(linear_layers(module)), module(inputs(module))
+    attach(module, some_lora(module)[0])
+    assert isinstance(module.up, LoRALinear) and isinstance(module.down, LoRALinear)
+    assert mx.array_equal(module(inputs(module)), out).item()
+    detach(module)
+    assert module.up is layers["up"] and module.down is layers["down"]
+    assert bits(module) == before
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_base_is_bit_identical_after_any_number_of_adapters(base):
+    module = block(base)
+    pristine, before, out = Pristine(module), bits(module), module(inputs(module))
+    for round in range(5):
+        shape, weights = some_lora(module, rank=2 + round)
+        fuse(module, shape, weights)
+        assert not mx.array_equal(module(inputs(module)), out).item()
+        if round % 2:
+            attach(module, shape, weights)
+        pristine.restore()
+        assert bits(module) == before
+    assert mx.array_equal(module(inputs(module)), out).item()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_fused_is_unfused_within_the_base_types_tolerance(base):
+    module = block(base)
+    shape, weights = some_lora(module)
+    plain = module(inputs(module))
+    attach(module, shape, weights)
+    unfused = module(inputs(module))
+    detach(module)
+    pristine = Pristine(module)
+    form = fuse(module, shape, weights)
+    now = module(inputs(module))
+    pristine.restore()
+    assert form == ("unfused" if base.endswith("bit") else "fused")
+    tolerance = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 6e-2}.get(base, 0)
+    assert mx.max(mx.abs(now - unfused)).item() <= tolerance
+    assert mx.max(mx.abs(unfused - plain)).item() > 0.5
+
+
+def test_an_effect_that_the_base_type_would_round_away_stays_beside_it():
+    module = block("bf16")
+    module.up.weight = module.up.weight * 100
+    shape, weights = some_lora(module, scale=0.02, keys=("up",))
+    assert fuse(module, shape, weights) == "unfused"
+    assert isinstance(module.up, LoRALinear)
+
+
+def test_fusing_starts_from_the_pristine_base_and_not_from_the_adapter_before():
+    module = block("fp32")
+    pristine = Pristine(module)
+    shape, weights = some_lora(module)
+    fuse(module, shape, weights)
+    once = np.array(module.up.weight)
+    pristine.restore()
+    other_shape, other = some_lora(module, rank=7, scale=0.5)
+    fuse(module, other_shape, other)
+    pristine.restore()
+    fuse(module, shape, weights)
+    assert (np.array(module.up.weight) == once).all()
+
+
+def test_a_fused_weight_is_the_base_plus_scaled_a_b_and_keeps_its_bias():
+    module = block("fp32")
+    base, bias = np.array(module.up.weight), np.array(module.up.bias)
+    shape, weights = some_lora(module, alpha=12.0)
+    fuse(module, shape, weights)
+    expected = base + 3.0 * (np.array(weights["up.lora_a"]) @ np.array(weights["up.lora_b"])).T
+    assert np.allclose(np.array(module.up.weight), expected, atol=1e-6)
+    assert (np.array(module.up.bias) == bias).all() and "bias" not in module.down
+
+
+# ---------------------------------------------------------------------------------------------------- what trains
+@pytest.mark.parametrize("base", ["fp32", "4-bit"])
+def test_only_a_and_b_train(base):
+    module = block(base)
+    before = bits(module)
+    module.freeze()
+    attach(module, some_lora(module)[0])
+    names = {name for name, _ in tree_flatten(module.trainable_parameters())}
+    assert names == {f"{key}.lora_{part}" for key in ("up", "down") for part in "ab"} == set(lora_weights(module))
+    x = inputs(module)
+
+    def loss(parameters):
+        module.update(parameters)
+        return mx.sum(mx.square(module(x) - 1))
+
+    gradients = dict(tree_flatten(mx.grad(loss)(module.trainable_parameters())))
+    assert gradients.keys() == names
+    detach(module)
+    assert bits(module) == before
+
+
+def test_layers_are_chosen_by_last_part_or_whole_name():
+    module = nn.Module()
+    module.blocks = [block("fp32"), block("4-bit")]
+    assert choose_layers(module, "all") == ("blocks.0.down", "blocks.0.up", "blocks.1.down", "blocks.1.up")
+    assert choose_layers(module, ["up", "blocks.0.down"]) == ("blocks.0.down", "blocks.0.up", "blocks.1.up")
+    with pytest.raises(AdapterRejected, match=r"no linear layer 'q_proj'; it has down, up"):
+        choose_layers(module, ["up", "q_proj"])
+
+
+def test_an_attached_module_shows_the_same_layers_as_a_plain_one():
+    module = block("fp32")
+    names = set(linear_layers(module))
+    attach(module, some_lora(module)[0])
+    assert set(linear_layers(module)) == names == {"up", "down"}
+
+
+# ---------------------------------------------------------------------------------------------------- judging
+@pytest.mark.parametrize("base", BASES)
+def test_a_good_adapter_has_no_problems_on_any_base(base):
+    module = block(base)
+    shape, weights = some_lora(module)
+    assert problems(module, shape, weights) == []
+    attach(module, shape, weights)
+    assert problems(module, shape, weights) == []
+
+
+@pytest.mark.parametrize("base", ["fp32", "4-bit"])
+def test_shapes_are_those_of_the_dense_layer_behind_a_quantised_one(base):
+    module = block(base)
+    shape, weights = some_lora(module)
+    weights["up.lora_a"] = mx.zeros((8, 4))  # as many columns as a packed row has words
+    assert problems(module, shape, weights) == ["up.lora_a has shape (8, 4), not (64, 4)"]
+
+
+@pytest.mark.parametrize("kind", [mx.int32, mx.uint8, mx.bool_, mx.complex64])
+def test_numbers_that_are_not_real_are_a_problem(kind):
+    module = block("fp32")
+    shape, weights = some_lora(module)
+    weights["up.lora_b"] = weights["up.lora_b"].astype(kind)
+    (problem,) = problems(module, shape, weights)
+    assert problem.startswith("up.lora_b has values of type ") and problem.endswith("not real numbers")
+
+
+def test_a_product_too_large_for_the_base_type_is_a_problem():
+    shape, weights = some_lora(block("fp32"), scale=300.0)
+    assert problems(block("fp32"), shape, weights) == []
+    assert problems(block("bf16"), shape, weights) == []
+    found = ["up: its weight change overflows", "down: its weight change overflows"]
+    assert problems(block("fp16"), shape, weights) == found
+    weights = {name: value * 1e20 for name, value in weights.items()}
+    assert problems(block("fp32"), shape, weights) == found
+
+
+def test_the_change_norm_is_the_frobenius_norm_of_all_changes_together():
+    module = block("fp32")
+    shape, weights = some_lora(module)
+    changes = [2.0 * np.array(weights[f"{key}.lora_a"]) @ np.array(weights[f"{key}.lora_b"]) for key in shape.keys]
+    expected = np.sqrt(sum((change.astype(np.float64) ** 2).sum() for change in changes))
+    assert change_norm(shape, weights) == pytest.approx(expected, rel=1e-5)
+    zero = {name: value * (0 if name.endswith("b") else 1) for name, value in weights.items()}
+    assert change_norm(shape, zero) == 0

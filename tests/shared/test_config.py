@@ -1,0 +1,124 @@
+"""Settings: every mistake in a file is one sentence with its file, its line, its key and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from specl.shared import config
+from specl.shared.errors import ConfigError
+
+FILE = Path("settings.yaml")
+
+
+def said(text):
+    with pytest.raises(ConfigError) as caught:
+        config.parse(text, FILE)
+    return str(caught.value)
+
+
+def test_an_empty_file_is_all_defaults_and_a_key_changes_one_thing():
+    assert config.parse("", FILE) == config.parse("# nothing\n", FILE) == config.Settings()
+    changed = config.parse("speculative: {num_draft_tokens: 3}\n", FILE)
+    assert changed.speculative.num_draft_tokens == 3
+    assert changed.training == config.Settings().training
+
+
+ODD = ["int", "interval", "integer_steps", "constrained", "constrained_k", "constrained-int", "literal[x]", "list[str]"]
+
+
+@pytest.mark.parametrize("name", [*ODD, "str", "function-after", "model", "0", "a b", "é"])
+def test_an_unknown_key_is_reported_by_its_own_name_at_every_depth(name):
+    assert said(f'"{name}": 1\n').startswith(f"settings.yaml:1: unknown setting `{name}`")
+    assert said(f'training:\n  "{name}": 1\n').startswith(f"settings.yaml:2: unknown setting `training.{name}`")
+    deep = said(f'training:\n  lora:\n    rank: 4\n    "{name}": 1\n')
+    assert deep.startswith(f"settings.yaml:4: unknown setting `training.lora.{name}`")
+
+
+def test_an_unknown_key_comes_with_a_guess_or_with_what_is_known():
+    assert "did you mean `rank`?" in said("training: {lora: {rnak: 3}}\n")
+    assert "known here: level" in said("logging: {zzz: 3}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("speculative:\n  num_draft_tokens: often\n", 2, "speculative.num_draft_tokens"),
+        ("speculative:\n  num_draft_tokens: 99\n", 2, "speculative.num_draft_tokens"),
+        ("training:\n  lora:\n    target_modules: [q_proj, 5]\n", 3, "training.lora.target_modules.1"),
+        ("training:\n  lora:\n    target_modules: some\n", 3, "training.lora.target_modules"),
+        ("training:\n  batch_size: {int: 3}\n", 2, "training.batch_size"),
+        ("speculative:\n  num_draft_tokens: {constrained-int: 3}\n", 2, "speculative.num_draft_tokens"),
+        ("memory:\n  max_kv_cache_tokens: 3\n", 2, "memory.max_kv_cache_tokens"),
+        ("records:\n  redact: ['(']\n", 2, "records.redact"),
+        ("training: 5\n", 1, "training"),
+    ],
+)
+def test_a_wrong_value_names_its_key_and_line_and_no_type_of_pydantics(text, line, key):
+    sentences = said(text).splitlines()
+    assert any(sentence.startswith(f"settings.yaml:{line}: `{key}`: ") for sentence in sentences), sentences
+    named = {sentence.split("`")[1] for sentence in sentences}
+    assert all(key.startswith(name) for name in named), named  # one sentence for each kind of value that would do
+
+
+def test_a_key_that_is_not_text_is_a_sentence_too():
+    assert "settings.yaml" in said("1: 2\n")
+    assert "settings.yaml" in said("training: {null: 2}\n")
+
+
+def test_all_problems_are_told_at_once():
+    text = said("int_a: 1\ntraining:\n  constrained_b: 2\n  batch_size: many\n")
+    assert sorted(line.split(":")[1] for line in text.splitlines()) == ["1", "3", "4"]
+    assert "`int_a`" in text and "`training.constrained_b`" in text and "`training.batch_size`" in text
+
+
+@pytest.mark.parametrize("code", [0, 1, 7, 8, 0x0B, 0x1B, 0x7F, 0x80, 0x9F, 0xFFFE])
+def test_a_control_character_is_one_sentence_with_file_and_line(code):
+    text = said(f"training:\n  batch_size: 2\n  loss: {{type: c{chr(code)}e}}\n")
+    assert text == f"settings.yaml:3: not YAML: the character U+{code:04X} is not allowed"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [1\n",
+        "a: b: c\n",
+        "\ta: 1\n",
+        "a: 1\na: 2\n",
+        "logging: {level: 2026-99-99}\n",
+        "logging: {level: 0o9}\n",
+        "a: &x [*x]\n",
+        "a: *nowhere\n",
+        "[" * 5000,
+        "- 1\n",
+        "just words",
+        "--- 1\n--- 2\n",
+        "a: !!python/object/apply:os.system ['true']\n",
+        "logging: {level: !!binary '~~~'}\n",
+        "logging: !!omap {level: 3}\n",
+        "%YAML 9.9\n---\na: 1\n",
+        "training: {learning_rate: .nan}\n",
+    ],
+)
+def test_what_is_no_settings_file_is_an_error_of_the_users_and_never_a_traceback(text):
+    assert "settings.yaml" in said(text)
+
+
+def test_a_file_that_is_missing_or_not_text_is_one_sentence(tmp_path):
+    for path, data in ((tmp_path / "none.yaml", None), (tmp_path / "bytes.yaml", b"\xff\xfe\x00")):
+        if data is not None:
+            path.write_bytes(data)
+        with pytest.raises(ConfigError) as caught:
+            config.load(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ConfigError):
+        config.load(tmp_path)
+
+
+def test_every_documented_key_can_be_set_to_its_default():
+    rows = [line for line in config.document().splitlines() if line.startswith("| `")]
+    assert len(rows) > 50
+    for row in rows:
+        keys = row.split("`")[1].split(".")
+        value = config.Settings()
+        for key in keys:
+            value = getattr(value, key)
