@@ -1,6 +1,7 @@
-"""`specl-ctl store`: look into the failure store without SQL; export and purge."""
+"""`specl-ctl store`: look into the failure store without SQL; export, import and purge."""
 
 import json
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -8,14 +9,25 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from specl.cli.purge import purge
+from specl.cli.purge import moment, purge
+from specl.cli.show import show
+from specl.cli.store_files import export, import_
 from specl.shared.paths import find_paths
 from specl.shared.store import Store
+
+SORTS = {
+    "newest": "g.created_at DESC",
+    "oldest": "g.created_at",
+    "acceptance": "coalesce(g.acceptance_rate, g.agreement)",
+    "disagreements": "f.disagreements DESC",
+    "tokens": "g.output_count DESC",
+    "speed": "g.tokens_per_second",
+}
 
 
 @click.group()
 def store() -> None:
-    """Look into the failure store; export and purge. `sqlite3 var/store.db` reads it as well."""
+    """Look into the failure store; export, import and purge. `sqlite3 var/store.db` reads it as well."""
 
 
 def _open() -> Store:
@@ -27,12 +39,18 @@ def _print(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="ellipsis", no_wrap=column not in ("prompt", "output"))
     for row in rows:
-        table.add_row(*("-" if row[column] is None else str(row[column]).replace("\n", " ") for column in columns))
-    Console().print(table)
+        table.add_row(*("-" if row[column] is None else _one_line(row[column]) for column in columns))
+    Console(markup=False).print(table)
+
+
+def _one_line(value: Any) -> Any:
+    from rich.text import Text
+
+    return Text(" ".join(str(value).split()))  # Text: what models write is no markup
 
 
 @store.command()
-@click.option("--json", "as_object", is_flag=True)
+@click.option("--json", "as_object", is_flag=True, help="One JSON object.")
 def summary(as_object: bool) -> None:
     """Counts, acceptance by day and adapter, and the tokens that cost most."""
     opened = _open()
@@ -55,35 +73,60 @@ def summary(as_object: bool) -> None:
 
 
 @store.command()
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--json", "as_object", is_flag=True)
-def failures(limit: int, as_object: bool) -> None:
-    """Generations whose acceptance fell below the threshold, newest first."""
-    rows = _open().sql("SELECT * FROM failures LIMIT :limit", limit=limit)
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Rows of a page.")
+@click.option("--page", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--sort", type=click.Choice(list(SORTS)), default="newest", show_default=True)
+@click.option("--contains", help="Only where the prompt or the answer contains this text.")
+@click.option("--adapter", help="Only what this adapter drafted; `none` for the bare draft.")
+@click.option("--below", type=click.FloatRange(0, 1), help="Only below this acceptance.")
+@click.option("--since", help="Only newer than e.g. 90m, 12h or 30d, or than a date (2026-01-31).")
+@click.option("--json", "as_object", is_flag=True, help="A JSON list.")
+def failures(limit: int, page: int, sort: str, as_object: bool, **wish: Any) -> None:
+    """Generations whose acceptance fell below the threshold.
+
+    \b
+    specl-ctl store failures --sort acceptance --limit 5
+    specl-ctl store failures --contains SELECT --since 7d --page 2
+    """
+    where, values = _filter(**wish)
+    source = f"FROM failures f JOIN generations g ON g.id = f.id WHERE {where}"
+    opened = _open()
+    total = opened.sql(f"SELECT count(*) AS n {source}", **values)[0]["n"]
+    query = f"SELECT f.* {source} ORDER BY {SORTS[sort]}, g.n DESC LIMIT :limit OFFSET :start"
+    rows = opened.sql(query, limit=limit, start=(page - 1) * limit, **values)
     if as_object:
         click.echo(json.dumps(rows, ensure_ascii=False))
     elif rows:
         for row in rows:
             row["id"] = row["id"][:8]
-        _print(
-            rows,
-            ("created", "id", "acceptance", "agreement", "disagreements", "tokens", "adapter_id", "prompt", "output"),
-        )
+        columns = ("created", "id", "acceptance", "agreement", "disagreements", "tokens", "adapter_id")
+        _print(rows, (*columns, "prompt", "output"))
+        if total > len(rows):
+            click.echo(f"page {page} of {-(-total // limit)}, {total} failures; `--page {page + 1}` goes on", err=True)
     else:
-        click.echo("no failures are stored")
+        click.echo(f"page {page} is beyond the last of {total} failures" if total else "no such failures are stored")
 
 
-@store.command()
-@click.option(
-    "--jsonl", "as_jsonl", is_flag=True, required=True, help="One JSON object a line, in the documented shape."
-)
-@click.option(
-    "--out", type=click.File("w", encoding="utf-8", atomic=True), default="-", help="A file instead of stdout."
-)
-def export(as_jsonl: bool, out: Any) -> None:
-    """Every generation: id, prompt, target_output, acceptance_rate, timestamp, disagreements."""
-    for row in _open().export():
-        out.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _filter(contains: str | None, adapter: str | None, below: float | None, since: str | None) -> tuple[str, dict]:
+    """The options as a condition and its values."""
+    parts: list[str] = []
+    values: dict[str, Any] = {}
+    if contains:
+        parts.append("(instr(lower(g.messages), lower(:contains)) OR instr(lower(g.output), lower(:contains)))")
+        values["contains"] = contains
+    if adapter is not None:
+        parts.append("g.adapter_id = :adapter")
+        values["adapter"] = "" if adapter == "none" else adapter
+    if below is not None:
+        parts.append("coalesce(g.acceptance_rate, g.agreement) < :below")
+        values["below"] = below
+    if since:
+        parts.append("g.created_at >= :since")
+        values["since"] = moment(since, time.time())
+    return " AND ".join(parts) or "1", values
 
 
+store.add_command(show)
+store.add_command(export)
+store.add_command(import_)
 store.add_command(purge)

@@ -549,6 +549,7 @@ class Store:
         )
         runs = self._all(sa.select(training_runs).order_by(training_runs.c.n.desc()).limit(1))
         drafted = sum(row["model_drafted"] for row in recent)
+        speeds = [row["tokens_per_second"] for row in recent if row["tokens_per_second"] > 0]  # imported ones have none
         return Summary(
             generations=totals["n"],
             disagreements=self._count("disagreements"),
@@ -557,7 +558,7 @@ class Store:
             quarantined=self._count("quarantine"),
             lifetime_acceptance=_rate(totals["a"], totals["d"]),
             rolling_acceptance=_rate(sum(row["model_accepted"] for row in recent), drafted),
-            rolling_tokens_per_second=sum(r["tokens_per_second"] for r in recent) / len(recent) if recent else None,
+            rolling_tokens_per_second=sum(speeds) / len(speeds) if speeds else None,
             by_adapter={row["adapter_id"] or "none": _rate(row["a"], row["d"]) for row in by_adapter},
             last_verdict=_verdict(runs[0]) if runs else None,
         )
@@ -616,16 +617,21 @@ class Store:
         )
         return [StoredGeneration(row, []) for row in self._all(query)]
 
-    def export(self) -> Iterator[dict[str, Any]]:
-        """Every generation in the sources' JSONL shape, oldest first."""
+    def each(self) -> Iterator[StoredGeneration]:
+        """Every generation, oldest first, read in small pieces."""
         last = 0
         while rows := self._all(
             sa.select(generations).where(generations.c.n > last).order_by(generations.c.n).limit(200)
         ):
             lines = self._disagreements_of([row["id"] for row in rows])
             for row in rows:
-                yield _exported(row, lines.get(row["id"], []))
+                yield StoredGeneration(row, lines.get(row["id"], []))
             last = rows[-1]["n"]
+
+    def export(self) -> Iterator[dict[str, Any]]:
+        """Every generation in the sources' JSONL shape, oldest first."""
+        for row in self.each():
+            yield _exported(row.values, row.disagreements)
 
 
 def _exported(row: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:

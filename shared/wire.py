@@ -223,12 +223,15 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Text that is now certain, and the tokens it came from with their sources."""
+    """Text that is now certain, and the tokens it came from with their sources. `lengths` has the characters of `text` that
+    each token made certain; what is left over came with the end.
+    """
 
     request_id: str
     text: str
     tokens: list[int]
     sources: bytes
+    lengths: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,19 +240,22 @@ class Worker(threading.Thread):
         if job.first_token_at is None:
             job.first_token_at = time.monotonic()
         job.adapter_id = self.engine.adapter_id
-        text, stops = "", self.engine.target.stop_tokens
+        pieces: list[str] = []
+        stops = self.engine.target.stop_tokens
         for place, token in enumerate(emitted):
             if token in stops:
                 break
-            text += job.text.add(token)
+            pieces.append(job.text.add(token))
             if job.text.stopped:
                 session.cut(before + place + 1, "stop")
                 break
+        lengths = [len(piece) for piece in pieces]
         if session.finish_reason:
-            text += job.text.finish()
+            pieces.append(job.text.finish())
         kept = session.output[before:]
         if kept:
-            self.emit(job.peer, Delta(job.ask.request_id, text, kept, bytes(session.sources[before:])))
+            sources = bytes(session.sources[before:])
+            self.emit(job.peer, Delta(job.ask.request_id, "".join(pieces), kept, sources, lengths))
         if session.finish_reason:
             self._finish(job, "")
 
