@@ -12,10 +12,11 @@ from specl.shared.errors import SpecLoraError
 # command -> (module in specl.cli, attribute, one line for the list)
 COMMANDS = {
     "ask": ("ask", "ask", "Ask the model; the answer streams as it is generated."),
+    "chat": ("chat", "chat", "Talk with the model, turn by turn."),
     "status": ("status", "status", "Who runs, acceptance, failures, training, problems."),
     "train": ("train", "train", "Ask the trainer for a run."),
     "adapters": ("adapters", "adapters", "List, show, activate, roll back and unload adapters."),
-    "store": ("store", "store", "Look into the failure store; export and purge."),
+    "store": ("store", "store", "Look into the failure store; export, import and purge."),
     "demo": ("demo", "demo", "The whole loop in one unattended command, in a scratch run directory."),
     "bench": ("bench", "bench", "Measure speed and equality against mlx-lm, interleaved in one run."),
     "draft": ("draft", "draft", "Build a draft model out of the target."),
