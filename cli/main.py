@@ -14,6 +14,8 @@ COMMANDS = {
     "ask": ("ask", "ask", "Ask the model; the answer streams as it is generated."),
     "chat": ("chat", "chat", "Talk with the model, turn by turn."),
     "status": ("status", "status", "Who runs, acceptance, failures, training, problems."),
+    "collect": ("collect", "collect", "Answer a file of prompts, so that there is something to learn from."),
+    "eval": ("eval", "evaluate", "Compare two adapters on a file of prompts: acceptance, agreement, speed."),
     "train": ("train", "train", "Ask the trainer for a run."),
     "adapters": ("adapters", "adapters", "List, show, activate, roll back and unload adapters."),
     "store": ("store", "store", "Look into the failure store; export, import and purge."),

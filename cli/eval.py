@@ -1,0 +1,156 @@
+"""`specl-ctl eval`: does an adapter help on these prompts? Loads the models here; the daemons are not asked or disturbed."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from specl.cli.prompt_file import read
+from specl.shared import config
+from specl.shared.adapters import Adapters
+from specl.shared.errors import ConfigError, SpecLoraError
+from specl.shared.paths import find_paths
+
+if TYPE_CHECKING:
+    from specl.shared.bench.duel import Difference, Side
+    from specl.shared.bench.sets import BenchPrompt
+    from specl.shared.engine.engine import Engine
+
+NONE = "none"
+
+
+@click.command("eval")
+@click.argument("file", type=click.Path(allow_dash=True))
+@click.option("--adapter", default="current", show_default=True, help="An id, current, latest, best or none.")
+@click.option("--against", default=NONE, show_default=True, help="What it is compared with, named alike.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many prompts.")
+@click.option("--column", help="The column (CSV) or key (JSON) that holds the prompt.")
+@click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="Most tokens of an answer.")
+@click.option("--temperature", type=click.FloatRange(0, 10), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--json", "as_object", is_flag=True, help="One JSON object.")
+def evaluate(
+    file: str,
+    adapter: str,
+    against: str,
+    limit: int | None,
+    column: str | None,
+    max_tokens: int,
+    temperature: float,
+    as_object: bool,
+) -> None:
+    """Compare two adapters on the prompts of FILE (text, .jsonl, .json or .csv, as for `collect`).
+
+    \b
+    specl-ctl eval prompts.txt                                  # the adapter in force against the bare draft
+    specl-ctl eval prompts.txt --adapter 000007 --against 000006
+
+    acceptance: of 4 tokens drafted each round, n-gram drafts off. agreement: how often the draft's first choice is the
+    target's next token. speed: as served, draft length chosen by cost. Nothing is recorded.
+    """
+    prompts = read(file, column, limit)
+    names = _resolve(adapter), _resolve(against)
+    if names[0] == names[1]:
+        raise ConfigError(f"--adapter and --against both mean {names[0]}", _hint(adapter))
+    engine = _load()
+    from specl.shared.bench import duel
+    from specl.shared.bench.sets import BenchPrompt
+    from specl.shared.engine.law import Law
+
+    items = [BenchPrompt(str(item.line), file, item.messages) for item in prompts]
+    sides = [duel.Side(name, _adapter(engine, name)) for name in names]
+    law = Law(temperature=temperature)
+    items = _fitting(engine, items, max_tokens)
+    duel.duel(engine, items, max_tokens, law, sides, _tell)
+    report(sides, duel.difference(*sides), duel.plain_speed(engine, items, max_tokens, law), len(items), as_object)
+
+
+def _resolve(name: str) -> str:
+    """The id that `name` stands for; `none` for the bare draft. Raises SpecLoraError for a name that nothing has."""
+    adapters = Adapters(find_paths().adapters)
+    if name == NONE or (name == "current" and not adapters.current()):
+        return NONE
+    id = adapters.resolve(name)
+    if not id:
+        raise ConfigError(f"there is no adapter {name!r}", "`specl-ctl adapters list` names them")
+    return id
+
+
+def _hint(name: str) -> str:
+    return "no adapter is in force; `specl-ctl train --now` makes one" if name == "current" else "name two that differ"
+
+
+def _load() -> "Engine":
+    from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
+    from specl.shared.models.load import to_stderr
+    from specl.shared.models.pair import load_pair
+
+    paths = find_paths()
+    engine = load_pair(config.load(), paths.models, to_stderr)
+    if engine.draft is None:
+        raise ConfigError("there is no draft to evaluate", "set models.draft.name")
+    paths.costs.mkdir(parents=True, exist_ok=True)
+    engine.calibrate(paths.costs)
+    return engine
+
+
+def _adapter(engine: "Engine", name: str) -> Any:
+    from specl.shared.engine.adapter_files import load_adapter
+
+    adapters = Adapters(find_paths().adapters)
+    return None if name == NONE else load_adapter(adapters, adapters.folder / name, engine)[0]
+
+
+def _fitting(engine: "Engine", items: "list[BenchPrompt]", limit: int) -> "list[BenchPrompt]":
+    """Those that leave room for an answer in the target's context."""
+    room = engine.target.context_length - limit
+    kept = [item for item in items if len(engine.encode_chat(item.messages)[1]) <= room]
+    if len(kept) < len(items):
+        click.echo(f"{len(items) - len(kept)} prompts are too long for {engine.target.name} and left out", err=True)
+    if not kept:
+        raise SpecLoraError("no prompt is left")
+    return kept
+
+
+def _tell(done: int, total: int, left_s: float) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{done} of {total}, {left_s / 60:.1f} min left", err=True, nl=done == total)
+    elif done % max(1, total // 10) == 0:
+        click.echo(f"{done} of {total}, {left_s / 60:.1f} min left", err=True)
+
+
+# ------------------------------------------------------------------------------------------------ the report
+def report(sides: "list[Side]", change: "Difference", plain: float, prompts: int, as_object: bool) -> None:
+    """The figures side by side, and a sentence."""
+    if as_object:
+        found = {"prompts": prompts, "plain_tokens_per_second": plain, "agreement_difference": asdict(change)}
+        click.echo(json.dumps(found | {"sides": [side.figures() for side in sides]}))
+        return
+    click.echo(f"{'':24}" + "".join(f"{side.name:>12}" for side in sides))
+    for name, text in _rows(sides, plain):
+        click.echo(f"{name:24}" + "".join(f"{value:>12}" for value in text))
+    click.echo(sentence(sides, change, prompts))
+
+
+def _rows(sides: "list[Side]", plain: float) -> list[tuple[str, list[str]]]:
+    share = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
+    depths = range(max(len(side.by_depth) for side in sides))
+    return [
+        ("acceptance (k=4)", [share(side.acceptance) for side in sides]),
+        ("agreement", [share(side.agreement) for side in sides]),
+        *((f"  at depth {d + 1}", [share(side.by_depth[d]) for side in sides]) for d in depths),
+        ("tokens a second", [f"{side.tokens_per_second:.1f}" for side in sides]),
+        ("  against no draft", [f"{side.tokens_per_second / plain:.2f}x" if plain else "-" for side in sides]),
+    ]
+
+
+def sentence(sides: "list[Side]", change: "Difference", prompts: int) -> str:
+    """What the difference in agreement says, and what it does not."""
+    span = f"{change.value:+.3f} (95% interval {change.low:+.3f} to {change.high:+.3f}, {prompts} prompts)"
+    first, second = (f"adapter {side.name}" if side.name != NONE else "the bare draft" for side in sides)
+    if change.low > 0:
+        return f"{first} agrees more with the target than {second}: {span}"
+    if change.high < 0:
+        return f"{first} agrees less with the target than {second}: {span}"
+    return f"no difference that these prompts can show: {span}"
