@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from specl import __version__
 from specl.shared.errors import SpecLoraError
 
 # command -> (module in specl.cli, attribute, one line for the list)
@@ -24,6 +23,8 @@ COMMANDS = {
     "draft": ("draft", "draft", "Build a draft model out of the target."),
     "models": ("models", "models", "Which models are used, where they lie; import GGUF files."),
     "keys": ("keys", "keys", "Keys that let clients on other machines in."),
+    "service": ("service", "service", "Units for systemd and launchd that keep the daemons running."),
+    "completion": ("completion", "completion", "Completion for bash, zsh and fish."),
     "doctor": ("doctor", "doctor", "Check this machine and say what to do."),
 }
 
@@ -38,13 +39,35 @@ class _Lazy(click.Group):
         module, attribute, _ = COMMANDS[name]
         return getattr(importlib.import_module(f"specl.cli.{module}"), attribute)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Names and lines from the table: completing must not load every command."""
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(n, help=line) for n, (_, _, line) in COMMANDS.items() if n.startswith(incomplete)]
+        return found or super().shell_complete(ctx, incomplete)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
 
 
+def _print_version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from specl.cli.version import lines
+
+        click.echo("\n".join(lines()))
+        ctx.exit()
+
+
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="specl-ctl")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Version, commit, libraries.",
+)
 def cli() -> None:
     """A local model server that gets faster the more it is used and never changes a word of what it says.
 
@@ -57,7 +80,7 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run; a user's mistake is one line on stderr, anything else is a bug and shows its traceback."""
     try:
-        return cli(args=arguments, standalone_mode=False)
+        return cli(args=arguments, prog_name="specl-ctl", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:

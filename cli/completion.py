@@ -1,0 +1,23 @@
+"""`specl-ctl completion`: the script that makes a shell complete commands and options."""
+
+import click
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print the completion script for SHELL.
+
+    \b
+    bash   in ~/.bashrc:                  eval "$(specl-ctl completion bash)"
+    zsh    in ~/.zshrc, after compinit:   eval "$(specl-ctl completion zsh)"
+    fish   once:                          specl-ctl completion fish > ~/.config/fish/completions/specl-ctl.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    from specl.cli.main import cli
+
+    kind = get_completion_class(shell)
+    click.echo(kind(cli, {}, "specl-ctl", "_SPECL_CTL_COMPLETE").source())

@@ -1,0 +1,136 @@
+"""What keeps it running for months: units, rotation of logs, completion, the version, and commands that start fast."""
+
+import logging
+import os
+import plistlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from specl.cli import completion, service, version
+from specl.cli.main import COMMANDS
+from specl.shared import log
+from specl.shared.paths import ROLES, find_paths
+
+BIN = Path(sys.executable).parent
+
+
+# ------------------------------------------------------------------------------------------------ units
+def test_the_systemd_unit_says_what_runs_where(specl, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECL_VAR", str(tmp_path / 'a "strange" 50% folder'))
+    unit = specl("service", "systemd").stdout
+    assert f'ExecStart="{sys.executable}" -m specl.daemons.keep %i' in unit
+    assert 'a \\"strange\\" 50%% folder"' in unit and "RestartPreventExitStatus=78" in unit
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
+def test_systemd_accepts_the_unit(tmp_path):
+    unit = tmp_path / "speclora@inference.service"
+    unit.write_text(service.systemd_unit())
+    done = subprocess.run(["systemd-analyze", "verify", "--user", str(unit)], capture_output=True, text=True)
+    told = [line for line in done.stderr.splitlines() if "speclora" in line]
+    assert not told, done.stderr
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_property_list_is_one(specl, role):
+    job = plistlib.loads(specl("service", "launchd", role).stdout.encode())
+    assert job["ProgramArguments"] == [sys.executable, "-m", "specl.daemons.keep", role]
+    assert job["EnvironmentVariables"]["SPECL_VAR"] == str(find_paths().root)
+
+
+def test_launchd_without_a_role_says_what_to_name(specl):
+    outcome = specl("service", "launchd")
+    assert outcome.exit_code == 2 and "inference, collector, trainer" in outcome.stderr
+
+
+def test_units_are_written_where_the_manager_looks(specl, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    outcome = specl("service", "systemd", "--write")
+    assert (tmp_path / "config/systemd/user/speclora@.service").read_text() == service.systemd_unit()
+    assert "systemctl --user enable --now speclora@inference speclora@collector speclora@trainer" in outcome.stdout
+    specl("service", "launchd", "--write")
+    assert len(list((tmp_path / "home/Library/LaunchAgents").glob("org.speclora.*.plist"))) == len(ROLES)
+
+
+# ------------------------------------------------------------------------------------------------ logs
+def test_logs_are_rotated_and_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "LOG_BYTES", 4000)
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        log.set_up("collector", tmp_path)
+        for n in range(400):
+            log.get("test").info("something.happened", number=n, padding="x" * 100)
+    finally:
+        for handler in root.handlers:
+            handler.close()
+        root.handlers[:] = before
+        root.setLevel(level)
+        import structlog
+
+        structlog.reset_defaults()
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["collector.log", *(f"collector.log.{n}" for n in range(1, log.LOG_FILES + 1))]
+    assert all(path.stat().st_size <= 4000 for path in tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ completion
+def complete(words):
+    environment = os.environ | {
+        "_SPECL_CTL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }  # fmt: skip
+    done = subprocess.run([str(BIN / "specl-ctl")], env=environment, capture_output=True, text=True)
+    return [line.split(",")[1] for line in done.stdout.splitlines()]
+
+
+def test_commands_subcommands_and_options_complete():
+    assert complete("specl-ctl st") == ["status", "store"]
+    assert complete("specl-ctl store sh") == ["show"]
+    assert complete("specl-ctl eval f --ag") == ["--against"]
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_the_script_is_one_that_the_shell_reads(specl, shell):
+    script = specl("completion", shell).stdout
+    assert "_SPECL_CTL_COMPLETE" in script
+    if shutil.which(shell):
+        assert subprocess.run([shell, "-n"], input=script, text=True, capture_output=True).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------ version
+def test_the_version_names_commit_and_libraries(specl):
+    told = specl("--version").stdout
+    assert re.match(r"specl-ctl \d+\.\d+\.\d+", told) and "mlx-lm " in told and "Python 3." in told
+    if (Path(version.__file__).resolve().parents[1] / ".git").exists():
+        assert re.search(r"\(commit [0-9a-f]{12}(, changed)?\)", told)
+
+
+# ------------------------------------------------------------------------------------------------ speed
+def loaded_by(*arguments):
+    """Modules that a command has imported when it is done."""
+    code = f"import sys\nfrom specl.cli.main import main\ntry: main({list(arguments)!r})\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.split())
+
+
+HEAVY = {"sqlalchemy", "mlx", "mlx.core", "numpy", "prompt_toolkit", "transformers", "scipy"}
+
+
+def test_status_with_daemons_up_loads_nothing_heavy(house):
+    assert not loaded_by("status", "--json") & HEAVY
+
+
+def test_ask_and_chat_load_nothing_heavy(house):
+    assert not loaded_by("ask", "--max-tokens", "2", "hello") & HEAVY
+    assert not loaded_by("--help") & (HEAVY | {"zmq", "pydantic", "rich"})
+
+
+def test_every_command_of_the_list_is_there_and_teaches(specl):
+    for name in COMMANDS:
+        outcome = specl(name, "--help")
+        assert outcome.exit_code == 0 and "Usage: specl-ctl" in outcome.stdout, name
