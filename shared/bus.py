@@ -11,16 +11,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
 from specl.shared import log
 from specl.shared.access import Endpoint, Keys
 from specl.shared.errors import ConfigError, DaemonUnreachable, SpecLoraError, WireError
 from specl.shared.paths import DISK_REFUSES
 from specl.shared.wire import MAX_FRAME, decode, describe, encode
+
+if TYPE_CHECKING:
+    from zmq.auth.thread import ThreadAuthenticator
 
 SEND_QUEUE = 1000
 LAST_WORDS_MS = 200  # for answers on their way when a daemon stops
@@ -102,7 +104,9 @@ class Server:
         self._asking: dict[zmq.Socket, Callable[[Any], None]] = {}
         self.malformed = 0
 
-    def _authenticate(self, keys: Keys) -> ThreadAuthenticator:
+    def _authenticate(self, keys: Keys) -> "ThreadAuthenticator":
+        from zmq.auth.thread import ThreadAuthenticator  # asyncio comes with it; only keys need it
+
         # CURVE alone lets in whoever knows the server's public key; this asks for the client's too
         authenticator = ThreadAuthenticator(self._context)
         authenticator.start()

@@ -1,5 +1,6 @@
 """Structured logs, set up once a process: readable on a terminal, JSON lines in var/logs. Knows no event.
 
+structlog is loaded with the first event: a command that logs nothing should not wait for it (it brings asyncio and rich).
 A log line is never the only record of a fact that users need: `specl-ctl status` has those.
 """
 
@@ -8,9 +9,10 @@ import os
 import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import structlog
+if TYPE_CHECKING:
+    import structlog
 
 LOG_BYTES = 10 * 1024 * 1024
 LOG_FILES = 5
@@ -32,7 +34,23 @@ class _QuietFile(RotatingFileHandler):
             super().handleError(record)
 
 
-def _formatter(renderer: Any) -> structlog.stdlib.ProcessorFormatter:
+class _Logger:
+    """A logger that loads structlog when something is logged."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._inner = name, None
+
+    def __getattr__(self, name: str) -> Any:
+        import structlog
+
+        if self._inner is None:
+            self._inner = structlog.get_logger(self._name)
+        return getattr(self._inner, name)
+
+
+def _formatter(renderer: Any) -> "structlog.stdlib.ProcessorFormatter":
+    import structlog
+
     return structlog.stdlib.ProcessorFormatter(
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         foreign_pre_chain=[structlog.stdlib.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)],
@@ -41,6 +59,8 @@ def _formatter(renderer: Any) -> structlog.stdlib.ProcessorFormatter:
 
 def set_up(role: str, folder: Path | None, level: str = "info") -> None:
     """Send every event of this process to stderr, and to `folder/role.log` as JSON lines (0600, rotated)."""
+    import structlog
+
     terminal = _QuietStream(sys.stderr)
     terminal.setFormatter(_formatter(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24)))
     handlers: list[logging.Handler] = [terminal]
@@ -69,6 +89,6 @@ def set_up(role: str, folder: Path | None, level: str = "info") -> None:
     structlog.contextvars.bind_contextvars(role=role, pid=os.getpid())
 
 
-def get(name: str) -> structlog.stdlib.BoundLogger:
+def get(name: str) -> "structlog.stdlib.BoundLogger":
     """A logger; events are dotted lower-case names with fields."""
-    return structlog.get_logger(name)
+    return _Logger(name)  # type: ignore[return-value] - it is one, once something is logged
