@@ -132,7 +132,7 @@ class Talk:
         """Which models answer, and how to find out more. Raises DaemonUnreachable."""
         found = self.client.status(1.0).get("inference")
         if found is None:
-            raise DaemonUnreachable("the inference daemon does not run", "start it with `honcho start`")
+            raise DaemonUnreachable("the inference daemon does not answer", "start it with `honcho start`")
         models = found.get("models") or {}
         adapter = (found.get("adapter") or {}).get("active") or "none"
         target, draft = models.get("target", "loading"), models.get("draft") or "nothing"

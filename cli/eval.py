@@ -62,8 +62,8 @@ def evaluate(
     sides = [duel.Side(name, _adapter(engine, name)) for name in names]
     law = Law(temperature=temperature)
     items = _fitting(engine, items, max_tokens)
-    duel.duel(engine, items, max_tokens, law, sides, _tell)
-    report(sides, duel.difference(*sides), duel.plain_speed(engine, items, max_tokens, law), len(items), as_object)
+    plain = duel.duel(engine, items, max_tokens, law, sides, _tell)
+    report(sides, duel.difference(*sides), plain, len(items), as_object)
 
 
 def _resolve(name: str) -> str:

@@ -1,6 +1,8 @@
 """`specl-ctl store`: look into the failure store without SQL; export, import and purge."""
 
 import json
+import shutil
+import sys
 import time
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +17,9 @@ from specl.cli.store_files import export, import_
 from specl.shared.paths import find_paths
 from specl.shared.store import Store
 
+LONG = ("prompt", "output")
+WIDE = 140  # columns of a table that goes to a file or a pipe
+WIDE_ENOUGH = 110  # for the answers beside the prompts
 SORTS = {
     "newest": "g.created_at DESC",
     "oldest": "g.created_at",
@@ -35,12 +40,19 @@ def _open() -> Store:
 
 
 def _print(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    """Figures whole; the text columns share what is left of the line."""
+    long = [column for column in columns if column in LONG]
+    table = Table(box=None, padding=(0, 2, 0, 0), expand=bool(long))
     for column in columns:
-        table.add_column(column.replace("_", " "), overflow="ellipsis", no_wrap=column not in ("prompt", "output"))
+        ratio = {"ratio": 1, "overflow": "ellipsis"} if column in long else {}
+        table.add_column(column.replace("_", " "), no_wrap=True, **ratio)
     for row in rows:
         table.add_row(*("-" if row[column] is None else _one_line(row[column]) for column in columns))
-    Console(markup=False).print(table)
+    Console(width=_width()).print(table)
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
 
 
 def _one_line(value: Any) -> Any:
@@ -98,9 +110,11 @@ def failures(limit: int, page: int, sort: str, as_object: bool, **wish: Any) -> 
         click.echo(json.dumps(rows, ensure_ascii=False))
     elif rows:
         for row in rows:
-            row["id"] = row["id"][:8]
-        columns = ("created", "id", "acceptance", "agreement", "disagreements", "tokens", "adapter_id")
-        _print(rows, (*columns, "prompt", "output"))
+            row["id"], row["created"] = row["id"][:8], row["created"][5:16].replace("T", " ")
+            row["accept"], row["agree"], row["wrong"] = row["acceptance"], row["agreement"], row["disagreements"]
+            row["adapter"] = row["adapter_id"] or "none"
+        columns = ("id", "created", "accept", "agree", "wrong", "tokens", "adapter", "prompt")
+        _print(rows, columns if _width() < WIDE_ENOUGH else (*columns, "output"))
         if total > len(rows):
             click.echo(f"page {page} of {-(-total // limit)}, {total} failures; `--page {page + 1}` goes on", err=True)
     else:

@@ -85,12 +85,17 @@ def duel(
     law: Law,
     sides: Sequence[Side],
     tell: Tell = lambda done, total, left: None,
-) -> None:
-    """Measure every side on every prompt; results stand in `sides` afterwards. The engine keeps its last adapter."""
+) -> float:
+    """Measure every side on every prompt; results stand in `sides` afterwards. Tokens a second without any draft.
+
+    The engine keeps its last adapter.
+    """
     fixed = [EngineArm(side.name, engine, law, FIXED_K, ngram=False, adapter=side.adapter) for side in sides]
     served = [EngineArm(side.name, engine, law, None, ngram=False, adapter=side.adapter) for side in sides]
+    plain = Side("no draft", None)
+    plain_arm = EngineArm(plain.name, engine, law, 0, ngram=False)
     prompts = [engine.encode_chat(item.messages)[1] for item in items]
-    for arm in served:  # once uncounted: caches and pages are warm
+    for arm in (*served, plain_arm):  # once uncounted: caches and pages are warm
         arm.answer(items[0], prompts[0], min(8, limit))
     start, examples = time.monotonic(), []
     for place, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
@@ -98,6 +103,7 @@ def duel(
         for i in order:
             sides[i].served.append(served[i].answer(item, prompt, limit))
             sides[i].fixed.append(fixed[i].answer(item, prompt, limit))
+        plain.served.append(plain_arm.answer(item, prompt, limit))
         # greedy answers are the same whoever drafts; sampled ones are the target's all the same
         examples.append(_example(engine, item.id, prompt, sides[0].fixed[-1].tokens, law))
         done = place + 1
@@ -105,12 +111,9 @@ def duel(
     for side in sides:
         engine.use_adapter(side.adapter)
         found = agreement(Learner(engine.draft), examples, DEPTHS)
-        side.agreement, side.by_depth, side.hits, side.positions = (
-            found.value,
-            found.by_depth,
-            found.hits,
-            found.positions,
-        )
+        side.agreement, side.by_depth = found.value, found.by_depth
+        side.hits, side.positions = found.hits, found.positions
+    return plain.tokens_per_second
 
 
 def _example(engine: Engine, id: str, prompt: list[int], output: list[int], law: Law) -> Example:
@@ -128,12 +131,3 @@ def difference(first: Side, second: Side, seed: int = 0) -> Difference:
     rates = [side.hits[picks].sum(1) / np.maximum(side.positions[picks].sum(1), 1) for side in (first, second)]
     low, high = np.quantile(rates[0] - rates[1], [0.025, 0.975])
     return Difference(first.agreement - second.agreement, float(low), float(high))
-
-
-def plain_speed(engine: Engine, items: Sequence[BenchPrompt], limit: int, law: Law) -> float:
-    """Tokens a second without any draft, by the same engine, on up to four of the prompts."""
-    side = Side("no draft", None)
-    arm = EngineArm(side.name, engine, law, 0, ngram=False)
-    chosen = items[:: max(1, len(items) // 4)][:4]
-    side.served = [arm.answer(item, engine.encode_chat(item.messages)[1], limit) for item in chosen]
-    return side.tokens_per_second
