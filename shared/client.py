@@ -166,7 +166,8 @@ class Client:
     # ------------------------------------------------------------------------------------------------ commands
     def status(self, timeout_s: float = 0.4) -> dict[str, Any]:
         """Each daemon's own view by role; roles that do not answer are left out."""
-        roles = ("inference", "collector", "trainer")
+        # nobody waits for those whose lock says that they are gone
+        roles = [role for role in ("inference", "collector", "trainer") if self._may_live(role)]
         answers = gather({role: (self.addresses.answer(role), GetStatus()) for role in roles}, timeout_s)
         found = {}
         for role, answer in answers.items():

@@ -134,3 +134,17 @@ def test_every_command_of_the_list_is_there_and_teaches(specl):
     for name in COMMANDS:
         outcome = specl(name, "--help")
         assert outcome.exit_code == 0 and "Usage: specl-ctl" in outcome.stdout, name
+
+
+def test_status_waits_for_nobody_whose_lock_is_free(monkeypatch):
+    from specl.shared import client
+    from specl.shared.process import Lock
+
+    asked = []
+    monkeypatch.setattr(client, "gather", lambda questions, timeout_s: asked.extend(questions) or {})
+    paths = find_paths().create()
+    held = Lock(paths.run, "collector")
+    Lock(paths.run, "inference").release()
+    client.Client(paths).status()
+    held.release()
+    assert asked == ["collector", "trainer"]  # of the trainer there is no trace: it may be elsewhere
