@@ -20,6 +20,7 @@ class CharacterTokenizer:
     """Token n is the ASCII character n; what is not printable reads as a dot."""
 
     eos_token_ids = (STOP,)
+    all_special_tokens = ()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(c) if ord(c) < CHARACTERS else ord("?") for c in text]
