@@ -6,6 +6,7 @@ file, the law is the configured target's own, so that what is learned fits it.
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from specl.shared.errors import ConfigError
 from specl.shared.wire import Disagreement, Generation, TopK
 
 MOST_PROBLEMS = 5  # named at once
+_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")  # ids become file names
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ def parse(line: str) -> Item:
     if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1):
         raise ValueError(f"acceptance_rate is a share from 0 to 1, not {rate!r}")
     id = value.get("id") or hashlib.sha256(f"{prompt}\0{output}".encode()).hexdigest()[:32]
+    if not _ID.fullmatch(str(id)):
+        raise ValueError(f"an id has letters, digits, _ and -, at most 128 of them, not {str(id)[:40]!r}")
     lines = value.get("disagreements") or []
     if not isinstance(lines, list):
         raise ValueError("disagreements is a list")

@@ -226,7 +226,15 @@ def test_too_long_for_the_target_stays_text(tiny):
 
 
 @pytest.mark.parametrize(
-    "change", [{"timestamp": "now"}, {"disagreements": [{}]}, {"prompt": ""}, {"disagreements": 3}]
+    "change",
+    [
+        {"timestamp": "now"},
+        {"disagreements": [{}]},
+        {"prompt": ""},
+        {"disagreements": 3},
+        {"id": "../up"},
+        {"id": "x" * 200},
+    ],
 )
 def test_parse_refuses(change):
     with pytest.raises(ValueError):
