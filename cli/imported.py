@@ -9,8 +9,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -149,11 +149,12 @@ class Annotator:
         self._engine = Engine(target, None, settings)
         self._k = settings.training.loss.top_k_logits
 
-    def __call__(self, item: Item) -> Law | None:
-        """The law of the answer; None where the text does not fit into the target's context."""
+    def __call__(self, item: Item) -> Generation:
+        """The record of an item; without a law where the text does not fit into the target's context."""
         engine = self._engine
         text, prompt = engine.encode_chat([{"role": "user", "content": item.prompt}])
-        return law_of(engine.target, text, prompt, engine.encode(item.output), self._k)
+        law = law_of(engine.target, text, prompt, engine.encode(item.output), self._k)
+        return to_record(spelled(item, law, engine.target.tokenizer.decode) if law else item, law)
 
 
 def law_of(target: Any, text: str, prompt: list[int], output: list[int], k: int) -> Law | None:
@@ -175,6 +176,18 @@ def law_of(target: Any, text: str, prompt: list[int], output: list[int], k: int)
     )
     greedy = bool((ids[:, 0] == np.array(output)).all())
     return Law(text, np.array(prompt, "<u4"), np.array(output, "<u4"), top, greedy, target.name, target.fingerprint)
+
+
+def spelled(item: Item, law: Law, decode: Callable[[list[int]], str]) -> Item:
+    """The item with the text of disagreeing tokens, where the file's ids are this tokenizer's."""
+    output = law.output_tokens.tolist()
+
+    def named(line: Disagreement) -> Disagreement:
+        if not 0 <= line.position < len(output) or output[line.position] != line.target_token:
+            return line
+        return replace(line, draft_text=decode([line.draft_token]), target_text=decode([line.target_token]))
+
+    return replace(item, disagreements=[named(line) for line in item.disagreements])
 
 
 def to_record(item: Item, law: Law | None) -> Generation:

@@ -120,8 +120,7 @@ def import_(file: str, text_only: bool) -> None:
         annotate = Annotator(settings, find_paths().models) if fresh and not text_only else None
         learnable = 0
         for item in _told(fresh):
-            law = annotate(item) if annotate is not None else None
-            record = discretion.apply(to_record(item, law))
+            record = discretion.apply(annotate(item) if annotate is not None else to_record(item, None))
             learnable += record.top_k is not None
             destination.add(Row(record.id, "Generation", encode(record)))
         destination.close()

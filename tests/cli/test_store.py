@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from specl.cli.imported import law_of, parse, to_record
+from specl.cli.imported import law_of, parse, spelled, to_record
 from specl.cli.show import marked, pieces
 from specl.shared.paths import find_paths
 from specl.shared.process import is_locked
@@ -219,6 +219,15 @@ def test_the_targets_law_makes_an_import_learnable(tiny):
     assert store.add_rows([to_row(record)]) == ["from-elsewhere"]
     assert store.recent_generations(5, trainable=True)[0].values["temperature"] == 0.0
     store.close()
+
+
+def test_disagreeing_tokens_are_spelled_where_the_ids_are_the_tokenizers(tiny):
+    item = parse(json.dumps(LINE))  # at position 1: 5 drafted, 6 right
+    decode = tiny().tokenizer.decode
+    same = spelled(item, law_of(tiny(), "text", [5, 6], [9, 6, 9], 8), decode).disagreements[0]
+    assert (same.draft_text, same.target_text) == (decode([5]), decode([6]))
+    other = spelled(item, law_of(tiny(), "text", [5, 6], [9, 9, 9], 8), decode).disagreements[0]
+    assert (other.draft_text, other.target_text) == ("", "")
 
 
 def test_too_long_for_the_target_stays_text(tiny):
