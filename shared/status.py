@@ -73,7 +73,8 @@ def gateway_file(paths: Paths) -> Path:
 
 
 def _gateway(settings: Settings, paths: Paths) -> dict[str, Any]:
-    pid = holder_of(paths.run, "gateway") if is_locked(paths.run, "gateway") else None
+    runs = settings.gateway.enabled and is_locked(paths.run, "gateway")  # switched off, its process only waits
+    pid = holder_of(paths.run, "gateway") if runs else None
     found = {"state": "stopped", "pid": pid, "uptime_s": None, "address": None, "enabled": settings.gateway.enabled}
     if pid is None:
         return found
