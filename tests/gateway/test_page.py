@@ -57,7 +57,7 @@ def filled(running):
     """A house with answers to look at, one of them hostile."""
     house = running.house
     fill(Outbox(house.paths.outbox("inference"), 1 << 30), ["nasty"], text=NASTY)
-    for number in range(12):
+    for number in range(6):
         house.ask(f"what is {number} and {number}?", max_tokens=16)
     house.settle()
     return running
