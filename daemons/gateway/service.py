@@ -138,7 +138,7 @@ def serve(paths: Paths, settings: Settings, stop: StopFlag) -> None:
     app = make_app(paths, settings, token, lambda: bool(stop))
     server = _Server(
         uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", server_header=False, proxy_headers=False,
+            app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=LAST_WORDS_S, timeout_keep_alive=30, ws="none",
         ),
         stop,

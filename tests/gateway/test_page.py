@@ -68,7 +68,9 @@ def test_the_page_is_live_escapes_and_fits(filled, browser, scheme, size):
     context = browser.new_context(color_scheme=scheme, viewport={"width": size[0], "height": size[1]})
     page = context.new_page()
     complaints = []
-    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on(
+        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
+    )
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(filled.url)
     page.wait_for_selector("#link.live", timeout=10_000)

@@ -79,7 +79,10 @@ def test_it_stops_in_time_with_streams_open(starter, running):
     url = gateway.ready()
     ask = {"messages": [{"role": "user", "content": "long"}], "max_tokens": 3000, "stream": True, "temperature": 0}
     with httpx.Client(base_url=url, timeout=20) as http:
-        with http.stream("GET", "/api/events") as events, http.stream("POST", "/v1/chat/completions", json=ask) as answer:
+        with (
+            http.stream("GET", "/api/events") as events,
+            http.stream("POST", "/v1/chat/completions", json=ask) as answer,
+        ):
             next(events.iter_raw())
             next(answer.iter_raw())
             assert gateway.stop() < 3.5

@@ -4,7 +4,7 @@
 
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 600, HEIGHT = 150, LEFT = 34, BOTTOM = 18, TOP = 14;
+const HEIGHT = 150, LEFT = 34, BOTTOM = 18, TOP = 14;
 const RETRY_MS = 2000;
 const SILENCE_MS = 30000; // the server says something every 15 s
 
@@ -47,22 +47,23 @@ function markPlaces(points, marks) {
     .filter((mark) => points.length && mark.at >= points[0].at);
 }
 
-function chart(points, marks, name, top, label) {
+function chart(box, points, marks, name, top, label) {
+  const width = Math.max(240, box.clientWidth); // in pixels, so that letters keep their size on a phone
   const known = points.map((point, place) => ({ place, value: point[name] })).filter((point) => point.value !== null);
   if (!known.length) return element("p", { class: "quiet" }, "nothing yet");
   top = top || niceTop(Math.max(...known.map((point) => point.value)));
-  const x = (place) => LEFT + ((WIDTH - LEFT - 6) * (place + 0.5)) / points.length;
+  const x = (place) => LEFT + ((width - LEFT - 6) * (place + 0.5)) / points.length;
   const y = (value) => HEIGHT - BOTTOM - ((HEIGHT - BOTTOM - TOP) * value) / top;
-  const svg = drawn("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label });
+  const svg = drawn("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": label });
   for (const part of [0, 0.5, 1]) {
-    svg.append(drawn("line", { class: "grid", x1: LEFT, x2: WIDTH, y1: y(part * top), y2: y(part * top) }));
+    svg.append(drawn("line", { class: "grid", x1: LEFT, x2: width, y1: y(part * top), y2: y(part * top) }));
     svg.append(drawn("text", { x: LEFT - 5, y: y(part * top) + 4, "text-anchor": "end" }, String(part * top)));
   }
   for (const mark of markPlaces(points, marks)) {
-    const at = Math.min(x(mark.place - 0.5), WIDTH - 2);
+    const at = Math.min(x(mark.place - 0.5), width - 2);
     const line = drawn("line", { class: "mark", x1: at, x2: at, y1: TOP, y2: HEIGHT - BOTTOM });
     line.append(drawn("title", {}, `${mark.event} ${mark.adapter || "none"}: ${mark.reason}`));
-    const side = at > WIDTH - 60 ? { "text-anchor": "end" } : {};
+    const side = at > width - 60 ? { "text-anchor": "end" } : {};
     svg.append(line, drawn("text", { class: "label", x: at, y: TOP - 4, ...side }, mark.adapter || "none"));
   }
   for (const point of known) svg.append(drawn("circle", { cx: x(point.place), cy: y(point.value), r: 2.5 }));
@@ -70,7 +71,7 @@ function chart(points, marks, name, top, label) {
   svg.append(drawn("path", { d: line.map((value, n) => `${n ? "L" : "M"}${x(known[n].place)} ${y(value)}`).join("") }));
   const time = (point) => new Date(1000 * point.at).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
   svg.append(drawn("text", { x: LEFT, y: HEIGHT - 2 }, time(points[0])));
-  svg.append(drawn("text", { x: WIDTH, y: HEIGHT - 2, "text-anchor": "end" }, time(points.at(-1))));
+  svg.append(drawn("text", { x: width, y: HEIGHT - 2, "text-anchor": "end" }, time(points.at(-1))));
   return svg;
 }
 
@@ -129,8 +130,9 @@ function show(state) {
   $("models").textContent = `${status.models.target} drafted by ${status.models.draft || "nothing"}`;
   $("problems").replaceChildren(...status.problems.map((problem) => element("li", {}, problem)));
   $("tiles").replaceChildren(...tiles(status));
-  $("speed").replaceChildren(chart(state.points, state.marks, "speed", 0, "Tokens per second of the last answers"));
-  $("acceptance").replaceChildren(chart(state.points, state.marks, "acceptance", 1, "Acceptance of the last answers"));
+  for (const [id, top, label] of [["speed", 0, "Tokens per second"], ["acceptance", 1, "Acceptance"]]) {
+    $(id).replaceChildren(chart($(id), state.points, state.marks, id, top, `${label} of the last answers`));
+  }
   $("training").textContent = training(status.training);
   $("rollback").disabled = !status.adapter.active && !status.adapter.previous;
   $("answers").replaceChildren(
