@@ -52,7 +52,8 @@ def check_exposure(settings: Gateway, token: str | None) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises SpecLoraError where the port is taken, ConfigError where the address is unusable."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    # the protocol by name: only then asyncio turns Nagle off, and a token does not wait for the acknowledgement of the last
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))

@@ -78,14 +78,14 @@ def test_it_stops_in_time_with_streams_open(starter, running):
     gateway = Gateway(house, "gateway: {port: 0}\n")
     url = gateway.ready()
     ask = {"messages": [{"role": "user", "content": "long"}], "max_tokens": 3000, "stream": True, "temperature": 0}
-    with httpx.Client(base_url=url, timeout=20) as http:
-        with (
-            http.stream("GET", "/api/events") as events,
-            http.stream("POST", "/v1/chat/completions", json=ask) as answer,
-        ):
-            next(events.iter_raw())
-            next(answer.iter_raw())
-            assert gateway.stop() < 3.5
+    with (
+        httpx.Client(base_url=url, timeout=20) as http,
+        http.stream("GET", "/api/events") as events,
+        http.stream("POST", "/v1/chat/completions", json=ask) as answer,
+    ):
+        next(events.iter_raw())
+        next(answer.iter_raw())
+        assert gateway.stop() < 3.5
     wait_until(lambda: house.status("inference")["queue"]["in_flight"] == 0, 3, "the answer is cancelled")
     assert "Traceback" not in gateway.output.read_text()
 
@@ -101,3 +101,12 @@ def test_the_page_is_there_and_the_state_is_complete(lone):
             assert time.monotonic() - start < 3
     assert set(state) == {"status", "points", "answers", "costly", "marks", "history"}
     assert json.loads(line.removeprefix("data: ")).keys() == state.keys()
+
+
+def test_pieces_do_not_wait_for_acknowledgements():
+    from specl.daemons.gateway.service import listen
+
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        assert accepted.proto == socket.IPPROTO_TCP  # what asyncio looks at before it sets TCP_NODELAY
+        accepted.close()
