@@ -3,14 +3,14 @@
 import sys
 
 from specl.shared import log
-from specl.shared.paths import ROLES
+from specl.shared.paths import DAEMONS
 from specl.shared.process import EX_CONFIG, keep
 
 
 def main() -> int:
     """Keep one daemon running."""
-    if len(sys.argv) != 2 or sys.argv[1] not in ROLES:
-        print(f"usage: python -m specl.daemons.keep {'|'.join(ROLES)}", file=sys.stderr)
+    if len(sys.argv) != 2 or sys.argv[1] not in DAEMONS:
+        print(f"usage: python -m specl.daemons.keep {'|'.join(DAEMONS)}", file=sys.stderr)
         return EX_CONFIG
     log.set_up(f"keep-{sys.argv[1]}", None)
     return keep(sys.argv[1])

@@ -13,6 +13,7 @@ from specl.shared.paths import Paths, find_paths
 from specl.shared.process import EX_CONFIG, Lock, StopFlag, keeper
 
 Main = Callable[[Paths, config.Settings, Server, StopFlag], None]
+Serve = Callable[[Paths, config.Settings], None]
 
 
 def leave(code: int) -> None:
@@ -26,20 +27,30 @@ def leave(code: int) -> None:
 
 
 def run_daemon(role: str, main: Main) -> int:
-    """Run `main` as the only `role` on this run directory. A user's mistake is one line on stderr and exit code 78."""
+    """Run `main` as the only `role` on this run directory, with its sockets on the bus; the exit code of `run_alone`."""
+
+    def serve(paths: Paths, settings: config.Settings) -> None:
+        addresses = Addresses(paths, settings.bus)
+        server = Server(addresses.answer(role), addresses.publish(role))
+        try:
+            main(paths, settings, server, StopFlag(server.wake, keeper()))
+        finally:
+            server.close()
+
+    return run_alone(role, serve)
+
+
+def run_alone(role: str, serve: Serve) -> int:
+    """Run `serve` as the only `role` on this run directory. A user's mistake is one line on stderr and exit code 78."""
     os.umask(0o077)  # whatever is made from here on, by whichever library, is this user's alone
     lock: Lock | None = None
-    server: Server | None = None
     try:
         settings = config.load()
         paths = find_paths().create()
         log.set_up(role, paths.logs, settings.logging.level)
         lock = Lock(paths.run, role)  # before the bind: an ipc path can be stolen by a second one
-        addresses = Addresses(paths, settings.bus)
-        server = Server(addresses.answer(role), addresses.publish(role))
-        stop = StopFlag(server.wake, keeper())
         log.get(role).info("daemon.started", var=str(paths.root), settings=str(config.settings_file()))
-        main(paths, settings, server, stop)
+        serve(paths, settings)
         log.get(role).info("daemon.stopped")
         return 0
     except SpecLoraError as error:
@@ -47,7 +58,5 @@ def run_daemon(role: str, main: Main) -> int:
             print(f"{role}: {error}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr, flush=True)
         return EX_CONFIG if isinstance(error, ConfigError) else 1
     finally:
-        if server is not None:
-            server.close()
         if lock is not None:
             lock.release()

@@ -22,6 +22,8 @@ from specl.shared.paths import DISK_REFUSES
 from specl.shared.wire import MAX_FRAME, decode, describe, encode
 
 if TYPE_CHECKING:
+    import asyncio
+
     from zmq.auth.thread import ThreadAuthenticator
 
 SEND_QUEUE = 1000
@@ -241,6 +243,48 @@ class Connection:
     def close(self) -> None:
         """Close; pending sends are dropped."""
         self._socket.close(linger=0)
+
+
+class AsyncConnection:
+    """A client's side for an asyncio program: one daemon, one task, a deadline on everything."""
+
+    def __init__(self, endpoint: Endpoint, what: str) -> None:
+        import zmq.asyncio  # only the gateway needs it, and `status` should be quick
+
+        self._socket = _socket(zmq.asyncio.Context.instance(), zmq.DEALER)
+        _connect(self._socket, endpoint)
+        self._what = what
+        self._coming: asyncio.Future[bytes] | None = None
+
+    def send(self, message: Any) -> None:
+        """Hand over to the I/O thread; never waits."""
+        with suppress(zmq.ZMQError):
+            # not the plain socket's send: that would swallow the edge which tells of a waiting message
+            self._socket.send(encode(message)).cancel()  # done by now, or nobody is there to take it
+
+    async def receive(self, timeout_s: float) -> Any:
+        """The next message, or None after `timeout_s`. Raises DaemonUnreachable for one of another version."""
+        import asyncio
+
+        if self._coming is None:
+            self._coming = asyncio.ensure_future(self._socket.recv())
+        # the same future is waited for again after a timeout: one that is given up may take its message along
+        await asyncio.wait({self._coming}, timeout=timeout_s)
+        if not self._coming.done():
+            return None
+        data, self._coming = self._coming.result(), None
+        try:
+            return decode(data)
+        except WireError as error:
+            raise DaemonUnreachable(
+                f"the {self._what} daemon speaks another version ({describe(data)})", "restart the daemons"
+            ) from error
+
+    def close(self) -> None:
+        """Close; what was sent last, a cancellation, still has a moment to leave."""
+        if self._coming is not None:
+            self._coming.cancel()
+        self._socket.close(linger=LAST_WORDS_MS)
 
 
 def gather(questions: dict[str, tuple[Endpoint, Any]], timeout_s: float) -> dict[str, Any]:

@@ -166,6 +166,22 @@ class Bus(_Section):
     port: Annotated[int, Field(ge=1, le=65530)] = Field(5570, description="tcp: the first of six in a row")
 
 
+class Gateway(_Section):
+    """HTTP: an OpenAI-compatible API and a page."""
+
+    enabled: bool = True
+    host: str = Field("127.0.0.1", description="beyond loopback only with allow_remote and a token")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8080, description="0: any free one; `status` says which")
+    allow_remote: bool = Field(False, description="true: other machines may connect (plain HTTP: put TLS in front)")
+    token: Annotated[str, Field(min_length=16)] | None = Field(
+        None, description="bearer token that every request must show; `SPECL_GATEWAY_TOKEN` wins over it"
+    )
+    hosts: list[str] = Field([], description="further names this server may be called by; others are refused")
+    max_body_kb: Annotated[int, Field(ge=1, le=16384)] = Field(2048, description="one request's body")
+    requests_per_minute: Annotated[int, Field(ge=0)] = Field(600, description="of one address; 0: any number")
+    max_streams: Annotated[int, Field(ge=1, le=256)] = Field(16, description="answers being made at once")
+
+
 class Logging(_Section):
     """Logs."""
 
@@ -182,6 +198,7 @@ class Settings(_Section):
     serving: Serving = Serving()
     records: Records = Records()
     bus: Bus = Bus()
+    gateway: Gateway = Gateway()
     logging: Logging = Logging()
 
 

@@ -14,7 +14,8 @@ from specl.shared.errors import ConfigError, SpecLoraError
 # sockaddr_un.sun_path less its NUL: 108 on Linux, 104 on macOS
 SOCKET_PATH_LIMIT = 103
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-ROLES = ("inference", "collector", "trainer")
+ROLES = ("inference", "collector", "trainer")  # each has two sockets on the bus
+DAEMONS = (*ROLES, "gateway")
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,7 @@ def test_the_wheel_holds_every_package_and_data_file(tmp_path):
         "specl/shared/models/drafts/smollm2-135m-head/model.safetensors",
     }
     wanted |= {"specl/shared/prompts/train.jsonl", "specl/shared/prompts/bench/copy.jsonl"}
+    wanted |= {f"specl/daemons/gateway/static/{path.name}" for path in (ROOT / "daemons/gateway/static").iterdir()}
     for room in ROOMS:
         wanted |= {f"specl/{name(path)}" for path in (ROOT / room).rglob("*.py") if "root" not in path.parts}
     assert not wanted - held, sorted(wanted - held)[:10]

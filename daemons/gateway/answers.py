@@ -1,0 +1,88 @@
+"""Answers of ours in OpenAI's shapes, with our statistics in `speclora`. Pure: records in, JSON out."""
+
+import json
+import time
+from typing import Any
+
+from specl.daemons.gateway.errors import Refusal
+from specl.shared.wire import Done
+
+REASONS = {"stop": "stop", "length": "length"}
+END = b"data: [DONE]\n\n"
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def finish_reason(done: Done) -> str:
+    """OpenAI's word for it; an answer that a deadline cut short is one that ran out of length."""
+    return REASONS.get(done.finish_reason, "length")
+
+
+def usage(done: Done) -> dict[str, Any]:
+    """Tokens in and out."""
+    prompt = int(done.stats.get("prompt_tokens", 0))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": done.tokens,
+        "total_tokens": prompt + done.tokens,
+        "prompt_tokens_details": {"cached_tokens": int(done.stats.get("reused_prompt_tokens", 0))},
+    }
+
+
+def statistics(done: Done) -> dict[str, Any]:
+    """What the `speclora` field holds."""
+    return {
+        "generation_id": done.generation_id,
+        "adapter_id": done.adapter_id,
+        "recorded": done.recorded,
+        "record_note": done.record_note,
+        "finish_reason": done.finish_reason,
+        **done.stats,
+    }
+
+
+class Shape:
+    """One answer's envelope: chat or plain completion, whole or in chunks."""
+
+    def __init__(self, request_id: str, model: str, chat: bool) -> None:
+        self._chat, self._model, self._created = chat, model, int(time.time())
+        self._id = ("chatcmpl-" if chat else "cmpl-") + request_id
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+
+    def whole(self, done: Done) -> dict[str, Any]:
+        """The answer to a request without `stream`."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason(done)}
+        if self._chat:
+            choice["message"] = {"role": "assistant", "content": done.text, "refusal": None}
+        else:
+            choice["text"] = done.text
+        kind = "chat.completion" if self._chat else "text_completion"
+        return self._envelope(kind, [choice]) | {"usage": usage(done), "speclora": statistics(done)}
+
+    def chunk(self, text: str, first: bool = False, reason: str | None = None) -> dict[str, Any]:
+        """One piece of a stream; the last has the reason."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
+        if self._chat:
+            content = {} if reason else {"content": text}
+            choice["delta"] = ({"role": "assistant"} if first else {}) | content
+        else:
+            choice["text"] = text
+        return self._envelope("chat.completion.chunk" if self._chat else "text_completion", [choice])
+
+    def last(self, done: Done, wants_usage: bool, first: bool) -> list[dict[str, Any]]:
+        """The chunks that end a stream: the reason with our statistics, then the usage where it was asked for."""
+        ending = self.chunk("", first, finish_reason(done)) | {"speclora": statistics(done)}
+        if not wants_usage:
+            return [ending]
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        return [ending | {"usage": None}, self._envelope(kind, []) | {"usage": usage(done)}]
+
+
+def error_event(refusal: Refusal) -> bytes:
+    """A failure in the middle of a stream: the status has long been sent."""
+    return event(refusal.body())

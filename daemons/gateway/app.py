@@ -1,0 +1,219 @@
+"""The routes: what is answered at which path. Reads requests, asks inference, writes answers; refuses in OpenAI's words."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, suppress
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from specl.daemons.gateway.answers import END, Shape, error_event, event
+from specl.daemons.gateway.board import Board
+from specl.daemons.gateway.errors import Refusal, refusal_of
+from specl.daemons.gateway.guard import Guard
+from specl.daemons.gateway.metrics import Metrics
+from specl.daemons.gateway.upstream import Upstream
+from specl.daemons.gateway.wishes import Wish, read_wish, served_names
+from specl.shared.access import Addresses
+from specl.shared.config import Settings
+from specl.shared.errors import SpecLoraError
+from specl.shared.paths import Paths
+from specl.shared.wire import Delta, Done
+
+EVENT_STREAM = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}}
+STATIC = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/style.css": ("style.css", "text/css; charset=utf-8"),
+    "/favicon.svg": ("favicon.svg", "image/svg+xml"),
+}
+Pieces = AsyncIterator[Delta | Done]
+
+
+async def _json(request: Request) -> Any:
+    try:
+        return json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise Refusal(400, "the body is not JSON", code="invalid_body") from None
+
+
+class Completions:
+    """The two endpoints that generate."""
+
+    def __init__(self, settings: Settings, upstream: Upstream, metrics: Metrics) -> None:
+        self._settings, self._upstream, self._metrics = settings, upstream, metrics
+        self._active = 0
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        return await self._answer(request, chat=True)
+
+    async def text(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        return await self._answer(request, chat=False)
+
+    async def _answer(self, request: Request, chat: bool) -> Response:
+        wish = read_wish(await _json(request), self._settings, chat)
+        if self._active >= self._settings.gateway.max_streams:
+            raise Refusal(429, f"{self._active} answers are being made (gateway.max_streams)", code="busy")
+        shape = Shape(wish.ask.request_id, served_names(self._settings)[0], chat)
+        pieces = self._pieces(wish)
+        try:
+            # nothing is sent before the first piece: until then a failure still has a status of its own
+            first = await _unless_gone(request, anext(pieces))
+            if wish.stream:
+                return StreamingResponse(self._stream(wish, shape, first, pieces), **EVENT_STREAM)
+            done = await _unless_gone(request, _last(first, pieces))
+        except BaseException as error:
+            await pieces.aclose()
+            if isinstance(error, SpecLoraError):
+                raise refusal_of(error) from error
+            if isinstance(error, ClientDisconnect):
+                return Response(status_code=499)  # nobody reads it; nginx's word for it in our metrics
+            raise
+        return JSONResponse(shape.whole(done))
+
+    async def _pieces(self, wish: Wish) -> Pieces:
+        """The answer's pieces, counted; closing it cancels."""
+        self._active += 1
+        self._metrics.active.set(self._active)
+        ended = False
+        try:
+            async with aclosing(self._upstream.pieces(wish.ask)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, Done):
+                        ended = True
+                        self._metrics.answered(piece)
+                    yield piece
+        except SpecLoraError:
+            ended = True
+            raise
+        finally:
+            self._active -= 1
+            self._metrics.active.set(self._active)
+            if not ended:
+                self._metrics.cancelled.inc()
+
+    async def _stream(self, wish: Wish, shape: Shape, piece: Delta | Done, pieces: Pieces) -> AsyncIterator[bytes]:
+        first = True
+        async with aclosing(pieces):
+            try:
+                while isinstance(piece, Delta):
+                    if piece.text:
+                        yield event(shape.chunk(piece.text, first))
+                        first = False
+                    piece = await anext(pieces)
+                for chunk in shape.last(piece, wish.usage, first):
+                    yield event(chunk)
+            except SpecLoraError as error:
+                yield error_event(refusal_of(error))
+        yield END
+
+
+async def _last(piece: Delta | Done, pieces: Pieces) -> Done:
+    while isinstance(piece, Delta):
+        piece = await anext(pieces)
+    return piece
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """The result of `work`; ClientDisconnect, and `work` cancelled, where the client leaves before."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(_as_coroutine(work)), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _as_coroutine(work: Any) -> Any:
+    return await work
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return error.response()
+
+
+async def _not_there(request: Request, error: HTTPException) -> Response:
+    words = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
+    return Refusal(error.status_code, words.get(error.status_code, error.detail)).response()
+
+
+def _static(name: str, kind: str) -> Callable[[Request], Response]:
+    content = (files("specl.daemons.gateway") / "static" / name).read_bytes()
+
+    def send(request: Request) -> Response:
+        return Response(content, media_type=kind)
+
+    return send
+
+
+def _counted(app: ASGIApp, metrics: Metrics, paths: set[str]) -> ASGIApp:
+    """Count the answers of known paths; unknown ones share a label, or anybody could make the labels grow."""
+
+    async def counted(scope: Any, receive: Any, send: Any) -> None:
+        async def note(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in paths else "other"
+                metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        await app(scope, receive, note)
+
+    return counted
+
+
+def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Callable[[], bool]) -> ASGIApp:
+    """The whole server as one ASGI application; `stopping` ends what would stream for ever."""
+    metrics = Metrics()
+    completions = Completions(settings, Upstream(paths, Addresses(paths, settings.bus)), metrics)
+    board = Board(paths, settings, stopping)
+    name = served_names(settings)[0]
+
+    async def models(request: Request) -> Response:
+        served = {"id": name, "object": "model", "created": 0, "owned_by": "speclora"}
+        wanted = request.path_params.get("model")
+        if wanted is not None and wanted not in served_names(settings):
+            raise Refusal(404, f"the model {wanted!r} is not served here; {name!r} is", "model", "model_not_found")
+        return JSONResponse(served if wanted is not None else {"object": "list", "data": [served]})
+
+    async def health(request: Request) -> Response:
+        state = await board.inference_state()
+        well = state in ("ready", "busy")
+        return JSONResponse({"status": "ok" if well else "unavailable", "inference": state}, 200 if well else 503)
+
+    async def exposition(request: Request) -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    routes = [
+        Route("/v1/chat/completions", completions.chat, methods=["POST"]),
+        Route("/v1/completions", completions.text, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{model:path}", models),
+        Route("/health", health),
+        Route("/metrics", exposition),
+        Route("/api/state", board.state),
+        Route("/api/events", board.events),
+        Route("/api/train", board.train, methods=["POST"]),
+        Route("/api/rollback", board.roll_back, methods=["POST"]),
+        *(Route(path, _static(*what)) for path, what in STATIC.items()),
+    ]
+    app = Starlette(routes=routes, exception_handlers={Refusal: _refused, HTTPException: _not_there})
+    return _counted(Guard(app, settings.gateway, token), metrics, {route.path for route in routes})

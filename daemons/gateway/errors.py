@@ -1,0 +1,39 @@
+"""Refusals in the shape that OpenAI's clients read: {"error": {message, type, param, code}}. Knows no route."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected, SpecLoraError
+
+BUSY_S = "1"
+DOWN_S = "5"
+
+
+class Refusal(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON."""
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        headers = {429: {"Retry-After": BUSY_S}, 503: {"Retry-After": DOWN_S}, 401: {"WWW-Authenticate": "Bearer"}}
+        return JSONResponse(self.body(), self.status, headers.get(self.status))
+
+
+def refusal_of(error: SpecLoraError) -> Refusal:
+    """What an error of ours means to an HTTP client."""
+    text = str(error) + (f" ({error.hint})" if error.hint else "")
+    if isinstance(error, DaemonUnreachable):
+        return Refusal(503, text, code="inference_unreachable")
+    if isinstance(error, RequestRejected):
+        return Refusal(429 if error.exit_code == 1 else 400, text, code="busy" if error.exit_code == 1 else "rejected")
+    return Refusal(400 if isinstance(error, ConfigError) else 500, text)

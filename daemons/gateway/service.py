@@ -1,0 +1,156 @@
+"""The process around the app: where it may listen, one socket, uvicorn, a clean end. Knows nothing of requests."""
+
+import asyncio
+import errno
+import json
+import os
+import socket
+import time
+from contextlib import AbstractContextManager, nullcontext, suppress
+
+import uvicorn
+
+from specl.daemons.gateway.app import make_app
+from specl.shared import log
+from specl.shared.access import is_loopback
+from specl.shared.config import Gateway, Settings
+from specl.shared.errors import ConfigError, SpecLoraError
+from specl.shared.paths import Paths
+from specl.shared.process import StopFlag
+from specl.shared.status import gateway_file
+
+RETRY_S = 5.0  # between tries for a port that another program has
+LOOK_S = 0.1
+LAST_WORDS_S = 1  # for answers on their way when stopped; honcho allows five in all
+_log = log.get("gateway")
+
+
+def token_of(settings: Gateway) -> str | None:
+    """The bearer token in force. Raises ConfigError where it is too short to be one."""
+    token = os.environ.get("SPECL_GATEWAY_TOKEN") or settings.token
+    if token is not None and len(token) < 16:
+        raise ConfigError("SPECL_GATEWAY_TOKEN has less than 16 characters", "`openssl rand -hex 16` makes one")
+    return token
+
+
+def check_exposure(settings: Gateway, token: str | None) -> None:
+    """Raises ConfigError where other machines could connect without that being wanted and guarded."""
+    if is_loopback(settings.host):
+        return
+    missing = []
+    if not settings.allow_remote:
+        missing.append("gateway.allow_remote: true")
+    if token is None:
+        missing.append("a gateway.token (or SPECL_GATEWAY_TOKEN)")
+    if missing:
+        raise ConfigError(
+            f"gateway.host {settings.host} is beyond loopback, which needs {' and '.join(missing)}",
+            "set that, or gateway.host to 127.0.0.1",
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises SpecLoraError where the port is taken, ConfigError where the address is unusable."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # the protocol by name: only then asyncio turns Nagle off, and a token does not wait for the acknowledgement of the last
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+        made.listen(128)
+    except OSError as error:
+        made.close()
+        if error.errno == errno.EADDRINUSE:
+            raise SpecLoraError(
+                f"port {port} of {host} is taken by another program",
+                "set gateway.port, or gateway.enabled to false; until then it is tried again",
+            ) from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", "set gateway.host and port") from error
+    made.set_inheritable(False)
+    return made
+
+
+def address_of(listening: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Teller:
+    """Keeps run/gateway.json true: what `specl-ctl status` reads."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._file, self._started = gateway_file(paths), time.time()
+
+    def say(self, state: str, address: str | None = None, problem: str | None = None) -> None:
+        """Write the state, whole or not at all."""
+        scratch = self._file.with_suffix(".new")
+        body = {"pid": os.getpid(), "started": self._started, "state": state, "address": address, "problem": problem}
+        with suppress(OSError):  # on a full disk the gateway serves on
+            scratch.write_text(json.dumps(body))
+            scratch.rename(self._file)
+
+
+def _wait_for_port(settings: Gateway, teller: _Teller, stop: StopFlag) -> socket.socket | None:
+    """The socket, tried for until stopped: a taken port is no reason to take the other daemons down."""
+    said = False
+    while not stop:
+        try:
+            return listen(settings.host, settings.port)
+        except ConfigError:
+            raise
+        except SpecLoraError as error:
+            teller.say("failed", problem=f"{error}; {error.hint}")
+            if not said:
+                _log.error("gateway.port_taken", problem=str(error), remedy=error.hint)
+            said = True
+        end = time.monotonic() + RETRY_S
+        while time.monotonic() < end and not stop:
+            time.sleep(LOOK_S)
+    return None
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves signals to StopFlag."""
+
+    def __init__(self, config: uvicorn.Config, stop: StopFlag) -> None:
+        super().__init__(config)
+        self._stop = stop
+
+    def capture_signals(self) -> AbstractContextManager[None]:
+        """Take none."""
+        return nullcontext()
+
+    async def watch(self) -> None:
+        """Ask for the end once the flag is set."""
+        while not self._stop:
+            await asyncio.sleep(LOOK_S)
+        self.should_exit = True
+
+
+def serve(paths: Paths, settings: Settings, stop: StopFlag) -> None:
+    """Listen and answer until stopped. Raises ConfigError for settings that would expose the models unguarded."""
+    token = token_of(settings.gateway)
+    check_exposure(settings.gateway, token)
+    teller = _Teller(paths)
+    listening = _wait_for_port(settings.gateway, teller, stop)
+    if listening is None:
+        return
+    app = make_app(paths, settings, token, lambda: bool(stop))
+    server = _Server(
+        uvicorn.Config(
+            app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False, proxy_headers=False,
+            timeout_graceful_shutdown=LAST_WORDS_S, timeout_keep_alive=30, ws="none",
+        ),
+        stop,
+    )  # fmt: skip
+    address = address_of(listening)
+    teller.say("ready", address)
+    _log.info("gateway.ready", address=address, token=token is not None)
+
+    async def both() -> None:
+        watcher = asyncio.create_task(server.watch())
+        await server.serve(sockets=[listening])
+        watcher.cancel()
+
+    asyncio.run(both())

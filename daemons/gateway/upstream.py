@@ -1,0 +1,82 @@
+"""The bus for an asyncio server: one request, its pieces as they come, and its end. `shared/client.py` does the same with
+threads; eight streams are eight tasks here. Knows nothing of HTTP.
+"""
+
+import time
+from collections.abc import AsyncIterator
+
+from specl.shared.access import Addresses
+from specl.shared.bus import AsyncConnection
+from specl.shared.client import FIRST_ANSWER_S, HEARTBEAT_S, SILENCE_S
+from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
+from specl.shared.paths import Paths
+from specl.shared.process import is_locked
+from specl.shared.wire import Alive, Ask, Cancel, Delta, Done, Failed, GetStatus
+
+REMEDY = "start it with `honcho start`"
+
+
+def _error_of(failed: Failed) -> SpecLoraError:
+    if failed.code in ("lost", "stopped"):
+        return DaemonUnreachable(failed.message, failed.hint or REMEDY)
+    kind = RequestRejected if failed.code in ("rejected", "busy") else SpecLoraError
+    error = kind(failed.message, failed.hint)
+    if failed.code == "busy":
+        error.exit_code = 1
+    return error
+
+
+class Upstream:
+    """Inference, as seen from here; it may come and go."""
+
+    def __init__(self, paths: Paths, addresses: Addresses) -> None:
+        self._paths, self._addresses = paths, addresses
+
+    def may_live(self) -> bool:
+        """False where inference's lock says that no process holds it."""
+        run = self._paths.run
+        return not (run / "inference.lock").exists() or is_locked(run, "inference")
+
+    async def pieces(self, ask: Ask) -> AsyncIterator[Delta | Done]:
+        """Deltas as they come, then one Done. Closing it early cancels the request.
+
+        Raises DaemonUnreachable, RequestRejected, SpecLoraError.
+        """
+        if not self.may_live():
+            raise DaemonUnreachable("the inference daemon does not run", REMEDY)
+        connection = AsyncConnection(self._addresses.answer("inference"), "inference")
+        finished = False
+        try:
+            connection.send(ask)
+            connection.send(GetStatus())  # answered at once, even while models load: tells whether anyone is there
+            async for message in self._listen(connection, ask.request_id):
+                if isinstance(message, Failed):
+                    finished = True
+                    raise _error_of(message)
+                finished = isinstance(message, Done)
+                yield message
+        finally:
+            if not finished:
+                connection.send(Cancel(ask.request_id))
+            connection.close()
+
+    async def _listen(self, connection: AsyncConnection, request_id: str) -> AsyncIterator[Delta | Done | Failed]:
+        """What is said about one request, with a heartbeat from our side, until its end."""
+        first, heard_at, alive_at = True, time.monotonic(), time.monotonic()
+        while True:
+            message = await connection.receive(FIRST_ANSWER_S if first else HEARTBEAT_S)
+            now = time.monotonic()
+            if message is None:
+                if first or now - heard_at > SILENCE_S or not self.may_live():
+                    raise DaemonUnreachable("the inference daemon does not answer", REMEDY)
+                connection.send(GetStatus())
+            else:
+                heard_at = now
+            first = False
+            if now - alive_at >= HEARTBEAT_S:
+                connection.send(Alive(request_id))
+                alive_at = now
+            if isinstance(message, (Delta, Done, Failed)) and message.request_id == request_id:
+                yield message
+                if not isinstance(message, Delta):
+                    return

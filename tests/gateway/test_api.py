@@ -1,0 +1,224 @@
+"""The API as OpenAI's own client and as curl use it."""
+
+import json
+import subprocess
+import threading
+import time
+
+import httpx2 as httpx
+import openai
+import pytest
+from fault_house import wait_until
+
+ASK = {
+    "model": "speclora",
+    "messages": [{"role": "user", "content": "hello there"}],
+    "max_tokens": 12,
+    "temperature": 0,
+}
+
+
+@pytest.fixture
+def client(running):
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+
+
+def chunks(response):
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_chat_answer_has_text_usage_and_our_statistics(client):
+    answer = client.chat.completions.create(**ASK)
+    assert answer.choices[0].message.content
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.completion_tokens <= 12
+    ours = answer.model_extra["speclora"]
+    assert ours["recorded"] and ours["rounds"] >= 1 and ours["tokens_per_second"] > 0
+
+
+def test_a_stream_says_the_same_as_the_whole(client):
+    whole = client.chat.completions.create(**ASK).choices[0].message.content
+    pieces = list(client.chat.completions.create(**ASK, stream=True, stream_options={"include_usage": True}))
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert text == whole
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert pieces[-1].usage.completion_tokens > 0 and not pieces[-1].choices
+    assert pieces[-2].choices[0].finish_reason and pieces[-2].model_extra["speclora"]["generation_id"]
+    assert len([piece for piece in pieces if piece.choices and piece.choices[0].delta.content]) > 1
+
+
+def test_without_include_usage_no_chunk_speaks_of_it(client):
+    assert all(piece.usage is None for piece in client.chat.completions.create(**ASK, stream=True))
+
+
+def test_plain_completions_go_without_a_chat_template(client, running):
+    wish = {"model": "speclora", "prompt": "once upon a time", "max_tokens": 8, "temperature": 0}
+    whole = client.completions.create(**wish)
+    assert whole.usage.prompt_tokens == len("once upon a time")  # the fake tokenizer: one token a character
+    text = "".join(piece.choices[0].text for piece in client.completions.create(**wish, stream=True))
+    assert text == whole.choices[0].text
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_in_it(client):
+    wish = {**ASK, "max_tokens": 40}
+    whole = client.chat.completions.create(**wish).choices[0].message.content
+    stop = whole[5:7]
+    short = client.chat.completions.create(**wish, stop=[stop])
+    assert short.choices[0].message.content == whole[: whole.index(stop)]
+    assert short.choices[0].finish_reason == "stop"
+
+
+def test_the_same_seed_gives_the_same_text(client):
+    wish = {**ASK, "temperature": 1.0, "max_tokens": 30}
+    texts = [client.chat.completions.create(**wish, seed=seed).choices[0].message.content for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_max_completion_tokens_wins(client):
+    wish = {name: value for name, value in ASK.items() if name != "max_tokens"}
+    assert client.chat.completions.create(**wish, max_completion_tokens=3).usage.completion_tokens <= 3
+
+
+def test_text_parts_and_the_developer_role_are_understood(client):
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+    ]
+    assert client.chat.completions.create(**(ASK | {"messages": messages})).choices[0].message.content
+
+
+def test_models_are_listed(client):
+    (model,) = client.models.list().data
+    assert client.models.retrieve(model.id).id == model.id
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.chat.completions.create(**(ASK | {"model": "gpt-9"}))
+
+
+UNSUPPORTED = {
+    "tools": [{"type": "function", "function": {"name": "f"}}], "logit_bias": {"5": 1}, "n": 2, "logprobs": True,
+    "top_logprobs": 3, "frequency_penalty": 0.5, "presence_penalty": -1, "response_format": {"type": "json_object"},
+    "functions": [{"name": "f"}], "nonsense": 1, "audio": {"voice": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_what_is_not_supported_is_refused_by_name(http, field):
+    answer = http.post("/v1/chat/completions", json=ASK | {field: UNSUPPORTED[field]})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["type"]) == (400, field, "invalid_request_error")
+    assert f"`{field}`" in error["message"]
+
+
+def test_logprobs_zero_of_plain_completions_is_a_wish_too(http):
+    answer = http.post("/v1/completions", json={"prompt": "a", "logprobs": 0})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "logprobs"
+
+
+BAD = {
+    "temperature": [3, -1, "warm", True], "top_p": [0, 1.5], "max_tokens": [0, -1, 2.5, "many"], "seed": [2**63, "x"],
+    "stop": [[""], 5, ["a"] * 17], "stream": ["yes"], "messages": [[], "hi", [5], [{"role": "tool", "content": "x"}]],
+    "stream_options": [{"include_usage": True}], "speclora": [{"unknown": 1}, {"record": "no"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value", [(field, value) for field, values in BAD.items() for value in values])
+def test_a_bad_value_is_refused_by_name(http, field, value):
+    answer = http.post("/v1/chat/completions", json=ASK | {field: value})
+    assert answer.status_code == 400, answer.text
+    assert field in answer.json()["error"]["message"]
+
+
+def test_neutral_values_and_nulls_are_fine(http):
+    neutral = {"n": 1, "logprobs": False, "tools": [], "frequency_penalty": 0.0, "response_format": {"type": "text"}}
+    answer = http.post("/v1/chat/completions", json=ASK | neutral | {"seed": None, "stop": None, "user": "me"})
+    assert answer.status_code == 200, answer.text
+
+
+def test_what_inference_refuses_is_a_400_in_both_ways(http):
+    for stream in (False, True):
+        wish = ASK | {"messages": [{"role": "user", "content": "x" * 5000}], "stream": stream}
+        answer = http.post("/v1/chat/completions", json=wish)
+        assert answer.status_code == 400 and "tokens" in answer.json()["error"]["message"]
+
+
+def test_nonsense_bodies_are_refused(http):
+    json_type = {"content-type": "application/json"}
+    for content in (b"", b"{", b"[]", b"\xff", b"[" * 100_000):
+        assert http.post("/v1/chat/completions", content=content, headers=json_type).status_code == 400
+    assert http.post("/v1/chat/completions", content=b"x" * (3 << 20), headers=json_type).status_code == 413
+    pieces = (b"x" * 65536 for _ in range(48))
+    assert http.post("/v1/chat/completions", content=pieces, headers=json_type).status_code == 413
+    assert http.get("/v1/chat/completions").status_code == 405
+    assert http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+
+
+def test_record_false_leaves_nothing_behind(client, running):
+    extra = {"speclora": {"record": False}}
+    answer = client.chat.completions.create(**ASK, extra_body=extra)
+    assert answer.model_extra["speclora"]["recorded"] is False
+
+
+def test_a_client_that_leaves_ends_its_answer(running):
+    wish = ASK | {"max_tokens": 3000, "stream": True}
+    with (
+        httpx.Client(base_url=running.url, timeout=30) as http,
+        http.stream("POST", "/v1/chat/completions", json=wish) as answer,
+    ):
+        next(answer.iter_raw())
+        assert running.house.status("inference")["queue"]["in_flight"] == 1
+    wait_until(lambda: running.house.status("inference")["queue"]["in_flight"] == 0, 2, "the answer is cancelled")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{running.url}/v1/chat/completions", json=wish | {"stream": False}, timeout=0.7)
+    wait_until(lambda: running.house.status("inference")["queue"]["in_flight"] == 0, 2, "the answer is cancelled")
+    metrics = httpx.get(f"{running.url}/metrics").text
+    assert "speclora_cancelled_total 2.0" in metrics and "speclora_active_streams 0.0" in metrics
+
+
+def test_eight_streams_at_once_keep_their_texts_apart(client):
+    def text(number):
+        wish = ASK | {"messages": [{"role": "user", "content": f"question {number}"}], "max_tokens": 20}
+        return "".join(p.choices[0].delta.content or "" for p in client.chat.completions.create(**wish, stream=True))
+
+    alone = [text(number) for number in range(8)]
+    together = [""] * 8
+    threads = [threading.Thread(target=lambda n=n: together.__setitem__(n, text(n))) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_curl_reads_a_stream(running):
+    command = ["curl", "-sN", f"{running.url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    done = subprocess.run([*command, "-d", json.dumps(ASK | {"stream": True})], capture_output=True, text=True)
+    assert done.stdout.startswith("data: {") and done.stdout.endswith("data: [DONE]\n\n")
+
+
+def test_metrics_and_health(http):
+    assert http.get("/health").json() == {"status": "ok", "inference": "ready"}
+    text = http.get("/metrics").text
+    assert 'speclora_requests_total{endpoint="/v1/chat/completions",status="200"}' in text
+    assert "speclora_ttft_seconds_bucket" in text
+
+
+def test_inference_may_go_and_come_back(running, http):
+    inference = next(daemon for daemon in running.house.daemons if daemon.role == "inference")
+    with http.stream("POST", "/v1/chat/completions", json=ASK | {"max_tokens": 3000, "stream": True}) as answer:
+        pieces = answer.iter_lines()
+        next(pieces)
+        inference.kill()
+        rest = list(pieces)
+    assert any('"code": "inference_unreachable"' in line.replace('":"', '": "') for line in rest)
+    start = time.monotonic()
+    down = http.post("/v1/chat/completions", json=ASK)
+    assert down.status_code == 503 and "honcho start" in down.json()["error"]["message"]
+    assert time.monotonic() - start < 1
+    time.sleep(2)
+    assert http.get("/health").status_code == 503
+    running.house.start("inference", SPECL_TEST_TOKEN_MS="15")
+    running.house.ready("inference")
+    assert http.post("/v1/chat/completions", json=ASK).status_code == 200

@@ -1,0 +1,112 @@
+"""Who may come in, and what every answer says to browsers."""
+
+import httpx2 as httpx
+import pytest
+
+from specl.daemons.gateway.guard import Rate, host_name
+from specl.daemons.gateway.service import check_exposure
+from specl.shared.config import Gateway as Settings
+from specl.shared.errors import ConfigError
+
+ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+STATE_CHANGING = ("/api/train", "/api/rollback", "/v1/chat/completions", "/v1/completions")
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "", "localhost.evil.example", "[", "a b"])
+def test_a_foreign_host_name_is_refused(http, host):
+    for path in ("/", "/api/state", "/v1/models", "/health"):
+        answer = http.get(path, headers={"Host": host})
+        assert answer.status_code in (400, 403), host
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8080", "127.0.0.1:9", "[::1]:8080", "localhost."])
+def test_our_own_names_are_fine(http, host):
+    assert http.get("/", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("path", STATE_CHANGING)
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://localhost"])
+def test_a_post_from_another_site_is_refused(http, path, origin):
+    answer = http.post(path, json=ASK, headers={"Origin": origin})
+    assert answer.status_code == 403 and answer.json()["error"]["code"] == "origin"
+
+
+@pytest.mark.parametrize("path", STATE_CHANGING)
+def test_a_form_or_plain_text_post_is_refused(http, path):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        assert http.post(path, content=b"{}", headers={"Content-Type": kind}).status_code == 415
+    assert http.post(path, json=ASK, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+
+
+def test_a_post_from_our_own_page_is_let_in(http, running):
+    answer = http.post("/api/train", json={}, headers={"Origin": running.url, "Sec-Fetch-Site": "same-origin"})
+    assert answer.status_code == 503 and "trainer" in answer.json()["error"]["message"]  # it does not run here
+
+
+def test_cors_stays_closed(http):
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    answer = http.options("/v1/chat/completions", headers=preflight)
+    assert answer.status_code in (403, 405)
+    for reply in (answer, http.get("/v1/models", headers={"Origin": "http://evil.example"})):
+        assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+def test_every_answer_carries_a_strict_policy(http):
+    for path in ("/", "/app.js", "/api/state", "/nothing"):
+        headers = http.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_with_a_token_only_the_empty_page_and_health_are_open(lone):
+    gateway = lone("gateway: {port: 0, token: sixteen-letters-x}\n")
+    with httpx.Client(base_url=gateway.ready(), timeout=10) as http:
+        for path in ("/v1/models", "/metrics", "/api/state", "/api/events", "/nothing"):
+            answer = http.get(path)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key", path
+        assert http.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert http.get("/v1/models", headers={"Authorization": "Bearer sixteen-letters-x"}).status_code == 200
+        assert http.get("/").status_code == 200 and http.get("/health").status_code == 503
+
+
+@pytest.mark.parametrize(
+    "settings, token, names",
+    [
+        (Settings(host="0.0.0.0"), None, ("allow_remote", "token")),
+        (Settings(host="::", allow_remote=True), None, ("token",)),
+        (Settings(host="my.name"), "a" * 16, ("allow_remote",)),
+    ],
+)
+def test_beyond_loopback_needs_a_setting_and_a_token(settings, token, names):
+    with pytest.raises(ConfigError) as error:
+        check_exposure(settings, token)
+    assert all(name in str(error.value) for name in names)
+
+
+def test_loopback_or_all_of_it_is_fine():
+    for host in ("127.0.0.1", "::1", "localhost"):
+        check_exposure(Settings(host=host), None)
+    check_exposure(Settings(host="0.0.0.0", allow_remote=True), "a" * 16)
+
+
+def test_the_rate_is_of_one_address_and_comes_back():
+    rate = Rate(60)
+    assert all(rate.allows("a", 0.0) for _ in range(60))
+    assert not rate.allows("a", 0.0) and rate.allows("b", 0.0)
+    assert rate.allows("a", 1.0) and not rate.allows("a", 1.0)
+    assert Rate(0).allows("a", 0.0)
+    for number in range(5000):
+        rate.allows(str(number), 2.0)
+    assert len(rate._buckets) <= 4096
+
+
+def test_too_many_requests_are_a_429(lone):
+    gateway = lone("gateway: {port: 0, requests_per_minute: 2}\n")
+    with httpx.Client(base_url=gateway.ready(), timeout=10) as http:
+        codes = [http.post("/v1/chat/completions", json=ASK).status_code for _ in range(4)]
+    assert codes == [503, 503, 429, 429]
+
+
+def test_host_names_are_read_as_browsers_write_them():
+    assert host_name("Localhost:80") == "localhost" and host_name("[::1]:80") == "::1" and host_name("[") == ""

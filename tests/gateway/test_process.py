@@ -1,0 +1,112 @@
+"""The gateway as a process: port, lock, settings errors, status, a clean stop."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import httpx2 as httpx
+from fault_house import wait_until
+
+from specl.shared.process import is_locked
+from specl.shared.status import collect
+
+
+def status(house):
+    with house.client() as client:
+        return collect(client)
+
+
+def test_status_says_where_it_listens_and_that_it_stopped(lone):
+    gateway = lone()
+    address = gateway.ready()
+    found = status(gateway.house)
+    said = found["gateway"]
+    assert (said["state"], said["pid"], said["address"]) == ("ready", gateway.process.pid, address)
+    assert 0 <= said["uptime_s"] < 60 and not any("gateway" in problem for problem in found["problems"])
+    assert gateway.stop() < 3.5
+    assert gateway.process.returncode == 0
+    said = status(gateway.house)["gateway"]
+    assert (said["state"], said["pid"], said["address"]) == ("stopped", None, None)
+
+
+def test_a_taken_port_is_one_sentence_and_is_tried_again(lone, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        gateway = lone(f"gateway: {{port: {port}}}\n")
+        wait_until(lambda: gateway.said().get("state") == "failed", 20, "it says that the port is taken")
+        assert f"port {port} of 127.0.0.1 is taken" in gateway.said()["problem"]
+        found = status(gateway.house)
+        assert any(f"port {port}" in problem for problem in found["problems"])
+        text = gateway.output.read_text()
+        assert "Traceback" not in text and text.count("is taken") == 1
+    assert gateway.ready().endswith(str(port))
+
+
+def test_beyond_loopback_without_a_token_is_a_settings_error(lone):
+    gateway = lone("gateway: {host: 0.0.0.0}\n")
+    assert gateway.process.wait(timeout=20) == 78
+    text = gateway.output.read_text()
+    assert "gateway: gateway.host 0.0.0.0 is beyond loopback" in text and "Traceback" not in text
+
+
+def test_switched_off_it_waits_and_opens_nothing(lone):
+    gateway = lone("gateway: {enabled: false}\n")
+    wait_until(lambda: is_locked(gateway.house.paths.run, "gateway"), 20, "it runs")
+    found = status(gateway.house)
+    assert found["gateway"]["state"] == "stopped" and found["gateway"]["enabled"] is False
+    assert gateway.process.poll() is None
+    assert gateway.stop() < 3.5 and gateway.process.returncode == 0
+
+
+def test_a_second_gateway_is_refused(lone):
+    gateway = lone()
+    gateway.ready()
+    second = subprocess.run(
+        [sys.executable, "-m", "specl.daemons.gateway"],
+        env=__import__("os").environ | gateway.house.environment(), capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert second.returncode == 78 and f"pid {gateway.process.pid}" in second.stderr
+
+
+def test_it_stops_in_time_with_streams_open(starter, running):
+    from conftest import Gateway
+
+    house = running.house
+    running.stop()
+    gateway = Gateway(house, "gateway: {port: 0}\n")
+    url = gateway.ready()
+    ask = {"messages": [{"role": "user", "content": "long"}], "max_tokens": 3000, "stream": True, "temperature": 0}
+    with (
+        httpx.Client(base_url=url, timeout=20) as http,
+        http.stream("GET", "/api/events") as events,
+        http.stream("POST", "/v1/chat/completions", json=ask) as answer,
+    ):
+        next(events.iter_raw())
+        next(answer.iter_raw())
+        assert gateway.stop() < 3.5
+    wait_until(lambda: house.status("inference")["queue"]["in_flight"] == 0, 3, "the answer is cancelled")
+    assert "Traceback" not in gateway.output.read_text()
+
+
+def test_the_page_is_there_and_the_state_is_complete(lone):
+    gateway = lone()
+    with httpx.Client(base_url=gateway.ready(), timeout=10) as http:
+        assert "<title>SpecLoRA" in http.get("/").text
+        state = http.get("/api/state").json()
+        with http.stream("GET", "/api/events") as events:
+            start = time.monotonic()
+            line = next(events.iter_lines())
+            assert time.monotonic() - start < 3
+    assert set(state) == {"status", "points", "answers", "costly", "marks", "history"}
+    assert json.loads(line.removeprefix("data: ")).keys() == state.keys()
+
+
+def test_pieces_do_not_wait_for_acknowledgements():
+    from specl.daemons.gateway.service import listen
+
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        assert accepted.proto == socket.IPPROTO_TCP  # what asyncio looks at before it sets TCP_NODELAY
+        accepted.close()
