@@ -13,11 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 from specl.daemons.inference.answer import Job, acceptance_rate, to_done, to_generation
+from specl.daemons.inference.lookout import Lookout
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.swap import AdapterSwap
 from specl.shared import log
 from specl.shared.config import Settings
-from specl.shared.engine.decode import Options
+from specl.shared.engine.decode import Options, Session
 from specl.shared.engine.engine import Engine
 from specl.shared.engine.law import Law
 from specl.shared.engine.text import TextStream
@@ -47,6 +48,7 @@ class Worker(threading.Thread):
         self.active: list[Job] = []
         self.served = 0
         self.recent: deque[tuple[int, int, float]] = deque(maxlen=50)
+        self.lookout = Lookout()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
 
@@ -210,7 +212,7 @@ class Worker(threading.Thread):
             self.emit(job.peer, Failed(ask.request_id, "rejected", str(error), error.hint))
             return False
         job.text = TextStream(self.engine.target.tokenizer, tuple(ask.stop))
-        job.adapter_id = self.engine.adapter_id
+        job.adapter_id = job.began_with = self.engine.adapter_id
         self.active.append(job)
         return True
 
@@ -228,6 +230,8 @@ class Worker(threading.Thread):
             job.prefilled = job.session.prefill()
             return
         session = job.session
+        if self.lookout.forces():  # parked or not: the chooser drafts one token when a probe is due
+            session.chooser.estimate.since_probe = session.chooser.estimate.pause
         before = len(session.output)
         emitted = session.round()
         if job.first_token_at is None:
@@ -281,6 +285,8 @@ class Worker(threading.Thread):
         if job.ask.record:  # nothing at all outlives a request that is not to be kept
             reserved = sum(other.reserved for other in self.active)
             self.engine.retire(session, job.adapter_id, job.ask.conversation_id, reserved)
+        if job.began_with == job.adapter_id == self.engine.adapter_id:
+            self._watch(session)
         frequency = self.settings.memory.cache_clear_frequency
         if frequency and self.served % frequency == 0:
             self.engine.clear_caches()
@@ -295,6 +301,14 @@ class Worker(threading.Thread):
             reason=session.finish_reason,
         )
 
+    def _watch(self, session: Session) -> None:
+        """One more answer of the active adapter; it goes when it disappoints."""
+        tally = session.tally
+        if why := self.lookout.saw(tally.tested_by_depth, tally.accepted_by_depth):
+            self.swap.roll_back(why)
+
     def _activated(self, event: str, adapter_id: str, previous_id: str, reason: str, details: dict[str, Any]) -> None:
-        """An adapter came, went or was refused: a fact for the store."""
+        """An adapter came, went or was refused: a fact for the store, and maybe the start of a watch."""
+        if event in ("activated", "unloaded"):
+            self.lookout.changed(adapter_id if reason == "announced" else "", previous_id)
         self.recorder.fact(Activation(uuid.uuid4().hex, time.time(), event, adapter_id, previous_id, reason, details))

@@ -3,7 +3,7 @@
 A head is unrolled over its own steps as drafting would run it (models/head.py); a language model is teacher-forced once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -112,12 +112,19 @@ class Learner:
         return weighted_mean(losses, valid, mx.concatenate(weights))
 
 
-def agreement(learner: Learner, examples: Sequence[Example], depths: int = 1, batch_size: int = 8) -> Agreement:
-    """Score a draft on examples, teacher-forced: no target run is needed."""
+def agreement(
+    learner: Learner,
+    examples: Sequence[Example],
+    depths: int = 1,
+    batch_size: int = 8,
+    pause: Callable[[], object] = lambda: None,
+) -> Agreement:
+    """Score a draft on examples, teacher-forced: no target run is needed. `pause` is called between batches."""
     hits, positions = np.zeros(len(examples)), np.zeros(len(examples))
     depth_hits, depth_rows = np.zeros(depths), np.zeros(depths)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
     for start in range(0, len(order), batch_size):
+        pause()
         members = order[start : start + batch_size]
         batch = collate([examples[i] for i in members])
         sampled = np.array([not examples[i].greedy for i in members])

@@ -28,6 +28,8 @@ training:
   num_epochs: 40
   max_minutes: 0.6
   heldout_share: 0.3
+  min_heldout_generations: 4
+  regression_prompts: 8
   threads: 1
   idle_seconds: 0.1
 serving: {client_timeout_s: 3}
