@@ -50,7 +50,13 @@ def _demo_settings() -> config.Settings:
     """The settings in force, with a short training run that starts when told to."""
     settings = config.load()
     training = settings.training.model_copy(
-        update={"enabled": False, "max_minutes": TRAIN_MINUTES, "idle_seconds": 0.2}
+        update={
+            "enabled": False,
+            "max_minutes": TRAIN_MINUTES,
+            "idle_seconds": 0.2,
+            "min_heldout_generations": 4,
+            "regression_prompts": 24,
+        }
     )
     return settings.model_copy(update={"training": training})
 

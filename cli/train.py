@@ -40,7 +40,7 @@ def _follow(client: Client, before: str | None) -> None:
                 f"{verdict['verdict']}: {verdict['reason']}"
                 + (f" (adapter {verdict['adapter_id']})" if verdict["adapter_id"] else "")
             )
-            if verdict["verdict"] in ("failed", "no_data"):
+            if verdict["verdict"] in ("failed", "no_data", "no_verdict"):
                 raise SpecLoraError("the run published nothing")
             return
         if found["trainer"]["state"] == "stopped":

@@ -4,6 +4,8 @@ a manifest and a weights file must look like is in `adapter_manifest.py`.
     var/adapters/000007/        adapters.safetensors and adapter_config.json as mlx-lm writes them,
                                 manifest.json, hot_vocab.npy where the hot vocabulary was refreshed
     var/adapters/CURRENT        the id that should be active, moved by rename; empty for none
+    var/adapters/PREVIOUS       the id that drafted before it
+    var/adapters/ROLLED_BACK.json   ids that the watch has rolled back, with the reason
 
 Publishing is: files under a temporary name, sync, rename, CURRENT. Whatever is killed whenever, CURRENT names a whole,
 verifying adapter or nothing. A directory is never changed after it was renamed into place.
@@ -30,6 +32,8 @@ MAX_FILE = 2 * 1024**3
 MAX_MANIFEST = 64 * 1024**2
 KEEP_LAST = 5
 HIGHEST = "HIGHEST"  # the largest id that was ever dropped: ids are never used twice
+PREVIOUS = "PREVIOUS"
+ROLLED_BACK = "ROLLED_BACK.json"
 ID = re.compile(r"[0-9]{6}")
 ALIASES = ("latest", "best", "previous", "current")
 
@@ -103,12 +107,33 @@ class Adapters:
     def set_current(self, id: str) -> None:
         """CURRENT names `id` from now on; empty for none."""
         crash_point("adapter.before_current")
-        scratch = self.folder / f".CURRENT-{os.getpid()}"
-        scratch.write_text(id)
-        _sync(scratch)
-        os.rename(scratch, self.folder / "CURRENT")
-        _sync(self.folder)
+        self._replace("CURRENT", id)
         crash_point("adapter.after_current")
+
+    def _replace(self, name: str, text: str) -> None:
+        """The file `name` here holds `text`, or what it held before, whatever is killed whenever."""
+        scratch = self.folder / f".{name}-{os.getpid()}"
+        scratch.write_text(text)
+        _sync(scratch)
+        os.rename(scratch, self.folder / name)
+        _sync(self.folder)
+
+    def set_previous(self, id: str) -> None:
+        """PREVIOUS names what drafted before; it is kept for a rollback. Raises OSError."""
+        self._replace(PREVIOUS, id)
+
+    def mark_rolled_back(self, id: str, reason: str) -> None:
+        """`id` disappointed and is not tried again by itself; an empty reason forgives it. Raises OSError."""
+        marks = {other: why for other, why in self.rolled_back().items() if other != id and other in self.ids()}
+        self._replace(ROLLED_BACK, json.dumps(marks | ({id: reason} if reason else {}), indent=1))
+
+    def rolled_back(self) -> dict[str, str]:
+        """Adapters that were rolled back by the watch, with the reason."""
+        try:
+            marks = json.loads((self.folder / ROLLED_BACK).read_text())
+            return {str(id): str(reason) for id, reason in marks.items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
 
     def drop(self, ids: Sequence[str]) -> None:
         """Remove these adapters for good; their ids are not used again. Raises OSError.
@@ -145,8 +170,8 @@ class Adapters:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def prune(self, keep: Sequence[str]) -> list[str]:
-        """Remove all but the last five, CURRENT, the best and those in `keep`; the removed ids."""
-        kept = {*self.ids()[-KEEP_LAST:], self.current(), self.resolve("best"), *keep}
+        """Remove all but the last five, CURRENT, the previous, the best and those in `keep`; the removed ids."""
+        kept = {*self.ids()[-KEEP_LAST:], *(self.resolve(name) for name in ("current", "previous", "best")), *keep}
         removed = [id for id in self.ids() if id not in kept]
         for id in removed:
             self._remove(id)
@@ -194,7 +219,8 @@ class Adapters:
         return manifest
 
     def resolve(self, name: str) -> str:
-        """The id behind a name: an id, `latest`, `current` or `best` (highest held-out agreement). Empty where there is none.
+        """The id behind a name: an id, `latest`, `current`, `previous` or `best` (highest held-out agreement of those that
+        were not rolled back). Empty where there is none.
 
         An adapter whose manifest is malformed or has no score is never the best.
         """
@@ -202,9 +228,13 @@ class Adapters:
             return next(reversed(self.ids()), "")
         if name == "current":
             return self.current()
+        if name == "previous":
+            with suppress(OSError):
+                name = (self.folder / PREVIOUS).read_bytes()[:64].decode("ascii", "replace").strip()
+            return name if name in self.ids() else ""
         if name == "best":
-            scored = []
-            for id in self.ids():
+            scored, gone = [], self.rolled_back()
+            for id in (id for id in self.ids() if id not in gone):
                 with suppress(AdapterRejected):
                     if (score := self.manifest(id).score) is not None:
                         scored.append((score, id))

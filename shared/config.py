@@ -104,6 +104,12 @@ class Training(_Section):
     replay_ratio: Share = Field(0.2, description="share of a batch that replays successes and general text")
     replay_buffer_size: Annotated[int, Field(ge=0)] = 500
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="conversations never trained on")
+    min_heldout_generations: Annotated[int, Field(ge=2)] = Field(
+        30, description="held-out generations that a verdict needs; fewer: no verdict, collecting goes on"
+    )
+    regression_prompts: Annotated[int, Field(ge=0, le=200)] = Field(
+        200, description="shipped general prompts on which no adapter may get worse; 0: none"
+    )
     idle_seconds: Annotated[float, Field(ge=0)] = Field(2.0, description="quiet time before a step is taken")
     threads: Annotated[int, Field(ge=1)] = Field(1, description="BLAS threads of the trainer")
 

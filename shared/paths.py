@@ -61,6 +61,11 @@ class Paths:
         return self.root / "training"
 
     @property
+    def regression(self) -> Path:
+        """The target's own answers to the shipped general prompts, by its fingerprint."""
+        return self.root / "regression"
+
+    @property
     def costs(self) -> Path:
         """Calibrated costs, by models and machine."""
         return self.root / "costs"

@@ -115,7 +115,8 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """One run of the trainer, written when it ends. `verdict` is promoted, rejected, failed, cancelled or no_data."""
+    """One run of the trainer, written when it ends. `verdict` is promoted, rejected, no_verdict, failed, cancelled
+    or no_data."""
 
     id: str
     created_at: float

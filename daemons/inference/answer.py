@@ -35,6 +35,7 @@ class Job:
     text: TextStream | None = None
     first_token_at: float | None = None
     adapter_id: str = ""
+    began_with: str = ""  # the adapter of its first round
     prefilled: bool = False
     cancelled: str = ""
 

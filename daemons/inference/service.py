@@ -230,6 +230,7 @@ class Inference:
                 "previous": swap.previous if swap else "",
                 "form": engine.adapter_form if engine else "",
                 "rejected": dict(swap.rejected) if swap else {},
+                "watch": worker.lookout.status(),
             },
             "models": {
                 "target": engine.target.name if engine else self.settings.models.target.name,

@@ -6,6 +6,7 @@ keeps serving, whatever is wrong with the new one. Only a user's command moves C
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ class AdapterSwap:
             self._refuse("CURRENT", str(error))
             return
         self.rejected.pop("CURRENT", None)
+        if wanted and wanted in self.adapters.rolled_back():  # killed between the mark and CURRENT
+            self._leave(wanted)
+            return
         if wanted != self.engine.adapter_id and wanted not in self.rejected:
             self._use(wanted, "announced")
 
@@ -64,6 +68,8 @@ class AdapterSwap:
             return str(error)
         pause_ms = round(1000 * (time.perf_counter() - start), 1)
         self.previous = before
+        with suppress(OSError):  # a full disk: this process remembers it
+            self.adapters.set_previous(before)
         crash_point("swap.after_activate")
         _log.info(
             "adapter.fused" if id else "adapter.unloaded",
@@ -102,6 +108,38 @@ class AdapterSwap:
         reason = (str(error).splitlines() or [""])[0]
         return AdapterRejected(f"adapter {id}: it could not be loaded ({type(error).__name__}: {reason})")
 
+    def roll_back(self, reason: str) -> None:
+        """The active adapter disappointed: mark it, so that it is not tried again, and draft with the one before."""
+        id = self.engine.adapter_id
+        back = self.previous if self.previous not in self.adapters.rolled_back() else ""
+        try:
+            self.adapters.mark_rolled_back(id, reason)
+        except OSError as error:
+            _log.error("rollback.not_written", adapter=id, reason=str(error))
+        if back and self._use(back, f"adapter {id} was rolled back"):
+            back = ""
+        if not back:
+            self._use("", f"adapter {id} was rolled back")
+        try:
+            self.adapters.set_current(back)
+        except OSError as error:
+            self.rejected[id] = reason  # CURRENT still names it; not again in this process at least
+            _log.error("rollback.not_written", adapter=id, reason=str(error))
+        self.previous = ""  # not the one that has just gone
+        with suppress(OSError):
+            self.adapters.set_previous("")
+        _log.warning("adapter.rolled_back", adapter=id, to=back or None, reason=reason)
+        self._activated("rolled_back", id, back, reason, {})
+
+    def _leave(self, id: str) -> None:
+        """CURRENT names an adapter that was rolled back: go to the one before it, or to none."""
+        back = self.adapters.resolve("previous")
+        gone = self.adapters.rolled_back()
+        back = "" if back in gone else back
+        if back != self.engine.adapter_id and self._use(back, f"adapter {id} was rolled back"):
+            back = ""
+        self.adapters.set_current(back)
+
     def _refuse(self, id: str, reason: str) -> None:
         """Say once why `id` does not draft; what drafts goes on."""
         if self.rejected.get(id) == reason:
@@ -116,12 +154,15 @@ class AdapterSwap:
         """A user's choice: an id, an alias, `previous`, or empty for none. CURRENT moves only if the adapter is usable."""
         id = wish
         if wish == "previous":
-            id = self.previous or self._parent()
+            id = self.previous or self.adapters.resolve("previous") or self._parent()
         elif wish:
             id = self.adapters.resolve(wish)
             if not id:
                 return Reply(False, f"there is no adapter {wish!r}")
         self.rejected.pop(id, None)
+        if id in self.adapters.rolled_back():
+            with suppress(OSError):
+                self.adapters.mark_rolled_back(id, "")
         if id != self.engine.adapter_id and (problem := self._use(id, "by hand")):
             return Reply(False, problem)
         try:

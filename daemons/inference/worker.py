@@ -13,11 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 from specl.daemons.inference.answer import Job, acceptance_rate, to_done, to_generation
+from specl.daemons.inference.lookout import Lookout
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.swap import AdapterSwap
 from specl.shared import log
 from specl.shared.config import Settings
-from specl.shared.engine.decode import Options, rounds_together
+from specl.shared.engine.decode import Options, Session, rounds_together
 from specl.shared.engine.engine import Engine
 from specl.shared.engine.law import Law
 from specl.shared.engine.past import PastAnswers
@@ -48,6 +49,7 @@ class Worker(threading.Thread):
         self.active: list[Job] = []
         self.served = 0
         self.recent: deque[tuple[int, int, float]] = deque(maxlen=50)
+        self.lookout = Lookout()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
 
@@ -134,6 +136,9 @@ class Worker(threading.Thread):
         # those who were cancelled meanwhile are no longer here; who just read its prompt starts with the others
         jobs = [job for job in self.active if job.prefilled]
         before = [len(job.session.output) for job in jobs]
+        for job in jobs:
+            if self.lookout.forces():  # parked or not: the chooser drafts one token when a probe is due
+                job.session.chooser.estimate.since_probe = job.session.chooser.estimate.pause
         rounds_together([job.session for job in jobs])
         for job, length in zip(jobs, before, strict=True):
             self._tell(job, length)
@@ -221,7 +226,7 @@ class Worker(threading.Thread):
             self.emit(job.peer, Failed(ask.request_id, "rejected", str(error), error.hint))
             return False
         job.text = TextStream(self.engine.target.tokenizer, tuple(ask.stop))
-        job.adapter_id = self.engine.adapter_id
+        job.adapter_id = job.began_with = self.engine.adapter_id
         self.active.append(job)
         return True
 
@@ -294,6 +299,8 @@ class Worker(threading.Thread):
                 self.engine.past.add(job.ask.client, session.output)
                 self.recorder.remember(self.engine.past, job.ask.client)
             self.engine.retire(session, job.adapter_id, job.prompt_text + job.text.text, reserved)
+        if job.began_with == job.adapter_id == self.engine.adapter_id:
+            self._watch(session)
         frequency = self.settings.memory.cache_clear_frequency
         if frequency and self.served % frequency == 0:
             self.engine.clear_caches()
@@ -308,6 +315,14 @@ class Worker(threading.Thread):
             reason=session.finish_reason,
         )
 
+    def _watch(self, session: Session) -> None:
+        """One more answer of the active adapter; it goes when it disappoints."""
+        tally = session.tally
+        if why := self.lookout.saw(tally.tested_by_depth, tally.accepted_by_depth):
+            self.swap.roll_back(why)
+
     def _activated(self, event: str, adapter_id: str, previous_id: str, reason: str, details: dict[str, Any]) -> None:
-        """An adapter came, went or was refused: a fact for the store."""
+        """An adapter came, went or was refused: a fact for the store, and maybe the start of a watch."""
+        if event in ("activated", "unloaded"):
+            self.lookout.changed(adapter_id if reason == "announced" else "", previous_id)
         self.recorder.fact(Activation(uuid.uuid4().hex, time.time(), event, adapter_id, previous_id, reason, details))

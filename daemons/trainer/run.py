@@ -1,4 +1,4 @@
-"""One training run: gather, train LoRA from the active adapter, score on held-out conversations, publish if that rose.
+"""One training run: gather, train LoRA from the active adapter, score on held-out conversations, pass the gate, publish.
 
 Runs on the trainer's MLX thread in small pieces; between any two it may be told to wait or to stop. Checkpoints let a killed
 run go on where it was. Every outcome becomes a `TrainingRun` record with its numbers, published or not.
@@ -15,22 +15,24 @@ from typing import Any
 import numpy as np
 
 from specl.daemons.trainer.data import Gatherer, Material
+from specl.daemons.trainer.regression import RegressionSlice
 from specl.shared import log
 from specl.shared.adapters import Adapters, Manifest
 from specl.shared.config import Settings
 from specl.shared.engine.adapter_files import load_adapter, write_files
 from specl.shared.engine.engine import Engine, LoadedAdapter
-from specl.shared.errors import AdapterRejected
+from specl.shared.errors import AdapterRejected, ModelError
 from specl.shared.learning.examples import Example, hot_vocabulary
-from specl.shared.learning.learner import Agreement, Learner, agreement
+from specl.shared.learning.gate import Agreement, Lineage, Verdict, expected_rate, judge, lineage_problems
+from specl.shared.learning.learner import Learner, agreement
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import Batches, Deadline, StepLoop, StepSettings, about_checkpoint
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.lora import LoraShape, attach, change_norm, choose_layers, lora_weights
+from specl.shared.paths import Paths
 from specl.shared.wire import Adapter, Evaluation, TrainingRun
 
 MIN_EXAMPLES = 4
-MIN_HELD_OUT = 4
 PIECE_TOKENS = 256  # of one forward and backward: what a request may have to wait for
 CHECKPOINT_S = 20.0
 DEPTHS = 3
@@ -58,6 +60,14 @@ class Live:
     loss: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One draft state on both sets that the gate looks at."""
+
+    held_out: Agreement
+    general: Agreement
+
+
 class TrainingJob:
     """One run. `pause` is called between pieces: it waits while inference is busy, and raises Interrupted to stop."""
 
@@ -66,19 +76,21 @@ class TrainingJob:
         engine: Engine,
         gatherer: Gatherer,
         adapters: Adapters,
-        folder: Path,
+        paths: Paths,
         settings: Settings,
         live: Live,
         pause: Callable[[], float],
         trigger: str,
     ) -> None:
-        self.engine, self.gatherer, self.adapters, self.folder = engine, gatherer, adapters, folder
+        self.engine, self.gatherer, self.adapters = engine, gatherer, adapters
+        self.paths, self.folder = paths, paths.training
         self.settings, self.live, self._pause, self.trigger = settings, live, pause, trigger
         self.run_id, self.created_at = uuid.uuid4().hex, time.time()
         self.losses: list[float] = []
         self.tokens = 0
         self.material = Material([], [], [], "")
-        self.parent_id = ""
+        self.general: list[Example] = []
+        self.parent_id = self.in_force = ""  # they differ where what CURRENT names cannot be used
         self.records: list[Any] = []
 
     # ------------------------------------------------------------------------------------------------ the run
@@ -87,27 +99,45 @@ class TrainingJob:
         self.live.state = "gathering"
         self.material = self.gatherer.material()
         material = self.material
-        if len(material.failures) + len(material.successes) < MIN_EXAMPLES or len(material.held_out) < MIN_HELD_OUT:
-            counts = f"{len(material.failures)} failures, {len(material.successes)} successes, {len(material.held_out)} held out"
-            return self._outcome("no_data", f"too little to train and judge on yet: {counts}")
+        minimum = self.settings.training.min_heldout_generations
+        counts = f"{len(material.failures)} failures, {len(material.successes)} successes"
+        if len(material.failures) + len(material.successes) < MIN_EXAMPLES:
+            return self._outcome("no_data", f"too little to train on yet: {counts}")
+        if len(material.held_out) < minimum:  # before the training, which would be for nothing
+            held = f"{len(material.held_out)} held-out generations of the {minimum} that a verdict needs"
+            return self._outcome("no_verdict", f"{held}, beside {counts}: collecting goes on")
         replay = self.gatherer.replay(self.folder)
+        self.general = self._regression()
         parent = self._parent()
         self.engine.use_adapter(parent)
         learner = Learner(self.engine.draft)
         self.live.state = "scoring"
-        before = agreement(learner, material.held_out, DEPTHS)
+        before = self._score(learner)
         shape = self._prepare(learner, parent, replay)
         try:
             self._train(learner, replay)
         except FloatingPointError as error:
             return self._outcome("failed", str(error))
         self.live.state = "scoring"
-        after = agreement(learner, material.held_out, DEPTHS)
-        return self._judge(learner, shape, before, after)
+        return self._judge(learner, shape, before, self._score(learner))
+
+    def _score(self, learner: Learner) -> Scores:
+        """The draft as it is now, on held-out traffic and on the regression slice."""
+        sets = (self.material.held_out, self.general)
+        return Scores(*[agreement(learner, examples, DEPTHS, pause=self._pause) for examples in sets])
+
+    def _regression(self) -> list[Example]:
+        """The regression slice, made where it is missing; empty for a target that cannot be run in batches."""
+        wanted = self.settings.training.regression_prompts
+        try:
+            return RegressionSlice(self.paths.regression, self.engine, wanted, self._pause).examples()
+        except ModelError as error:
+            _log.warning("regression.impossible", reason=str(error))
+            return []
 
     def _parent(self) -> LoadedAdapter | None:
         """The adapter that CURRENT names, to go on from."""
-        current = self.adapters.current()
+        current = self.in_force = self.adapters.current()
         if not current:
             return None
         try:
@@ -191,26 +221,38 @@ class TrainingJob:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------------ the end of it
-    def _judge(self, learner: Learner, shape: LoraShape, before: Agreement, after: Agreement) -> Outcome:
-        """Publish if held-out agreement rose."""
+    def _judge(self, learner: Learner, shape: LoraShape, before: Scores, after: Scores) -> Outcome:
+        """Publish if the gate says so."""
         self._pause()  # the last chance to be told that the material is to be forgotten
-        for adapter_id, score in ((self.parent_id, before), ("candidate", after)):
-            self.records.append(self._evaluation(adapter_id, score))
-        figures = (
-            f"held-out agreement {before.value:.4f} -> {after.value:.4f} on {len(self.material.held_out)} generations"
-        )
-        if after.value <= before.value:
-            return self._outcome("rejected", f"{figures}: it did not rise")
-        id = self.adapters.next_id()
-        self.records[-1] = self._evaluation(id, after)
-        manifest = self._write(id, learner, shape, before, after)
-        path = self.adapters.folder / id
-        self.records.append(adapter_record(self.adapters, self.adapters.manifest(manifest.id)))
-        outcome = self._outcome("promoted", figures, id)
-        outcome.path = path
+        verdict = self._verdict(before, after)
+        id = self.adapters.next_id() if verdict.verdict == "promoted" else "candidate"
+        self.records += self._evaluations(self.parent_id, before, {})
+        self.records += self._evaluations(id, after, verdict.numbers())
+        if verdict.verdict != "promoted":
+            return self._outcome(verdict.verdict, verdict.reason)
+        self._write(id, learner, shape, after.held_out, verdict)
+        self.records.append(adapter_record(self.adapters, self.adapters.manifest(id)))
+        outcome = self._outcome("promoted", verdict.reason, id)
+        outcome.path = self.adapters.folder / id
         return outcome
 
-    def _write(self, id: str, learner: Learner, shape: LoraShape, before: Agreement, after: Agreement) -> Manifest:
+    def _verdict(self, before: Scores, after: Scores) -> Verdict:
+        """What the gate says, with tokens a second through the costs that inference has measured, where it has."""
+        engine, most = self.engine, self.settings.speculative.max_draft_tokens
+        mine = Lineage(engine.draft_fingerprint, engine.target.tokenizer_fingerprint, self.in_force)
+        now = Lineage(mine.base, mine.tokenizer, self.adapters.current())
+        costs = engine.known_costs(self.paths.costs)
+        rates = [expected_rate(costs, score.held_out.by_depth, most) for score in (before, after)]
+        return judge(
+            before.held_out,
+            after.held_out,
+            self.settings.training.min_heldout_generations,
+            (before.general, after.general) if self.general else None,
+            (rates[0], rates[1]),
+            lineage_problems(mine, now),
+        )
+
+    def _write(self, id: str, learner: Learner, shape: LoraShape, after: Agreement, verdict: Verdict) -> Manifest:
         weights = lora_weights(learner.module)
         draft = self.engine.draft
         manifest = Manifest(
@@ -228,11 +270,12 @@ class TrainingJob:
             modules=list(shape.keys),
             change_norm=round(change_norm(shape, weights), 6),
             metrics={
-                "heldout_before": round(before.value, 5),
+                "heldout_before": round(verdict.before, 5),
                 "heldout_after": round(after.value, 5),
                 "heldout_after_by_depth": [round(v, 5) for v in after.by_depth],
                 "heldout_generations": len(self.material.held_out),
                 "heldout_positions": int(after.positions.sum()),
+                "gate": verdict.numbers(),
             },
             training={
                 "steps": len(self.losses),
@@ -248,20 +291,27 @@ class TrainingJob:
         self.adapters.publish(scratch, manifest)
         return manifest
 
-    def _evaluation(self, adapter_id: str, score: Agreement) -> Evaluation:
-        return Evaluation(
-            id=uuid.uuid4().hex,
-            created_at=time.time(),
-            subject="heldout",
-            generation_id="",
-            training_run_id=self.run_id,
-            adapter_id=adapter_id,
-            generations=len(score.hits),
-            positions=int(score.positions.sum()),
-            agreement=round(score.value, 6),
-            by_depth=[round(value, 6) for value in score.by_depth],
-            details={},
-        )
+    def _evaluations(self, adapter_id: str, scores: Scores, details: dict[str, Any]) -> list[Evaluation]:
+        """One draft state as records: on held-out traffic, with the verdict's numbers, and on the regression slice."""
+        made = []
+        for subject, score in (("heldout", scores.held_out), ("regression", scores.general)):
+            if len(score.hits):
+                made.append(
+                    Evaluation(
+                        id=uuid.uuid4().hex,
+                        created_at=time.time(),
+                        subject=subject,
+                        generation_id="",
+                        training_run_id=self.run_id,
+                        adapter_id=adapter_id,
+                        generations=len(score.hits),
+                        positions=int(score.positions.sum()),
+                        agreement=round(score.value, 6),
+                        by_depth=[round(value, 6) for value in score.by_depth],
+                        details=details if subject == "heldout" else {},
+                    )
+                )
+        return made
 
     def _outcome(self, verdict: str, reason: str, adapter_id: str = "") -> Outcome:
         """End the run: its checkpoint has served."""

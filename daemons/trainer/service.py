@@ -13,6 +13,7 @@ from typing import Any
 
 from specl.daemons.trainer.data import Gatherer
 from specl.daemons.trainer.politeness import Abandoned, Turnstile
+from specl.daemons.trainer.regression import RegressionSlice
 from specl.daemons.trainer.run import Live, Outcome, TrainingJob, adapter_record
 from specl.shared import log
 from specl.shared.access import Addresses
@@ -72,6 +73,7 @@ class Trainer:
         self._running = threading.Event()
         self._not_before = self._no_score_before = 0.0
         self._job = ""
+        self._slice_made = False
         self._engine: Engine | None = None
         server.subscribe(Addresses(paths, settings.bus).publish("inference"), self._published)
 
@@ -128,6 +130,9 @@ class Trainer:
             self._work.put(f"{self.pending} failures")
         elif unscored and self.turnstile.quiet and time.monotonic() >= self._no_score_before:
             self._work.put("score")
+        elif not self._slice_made and self.pending and self.settings.training.enabled and self.turnstile.quiet:
+            self._slice_made = True  # tried once; a run makes what is still missing
+            self._work.put("regression")
 
     def _request(self, peer: bytes, message: Any) -> None:
         match message:
@@ -145,7 +150,7 @@ class Trainer:
     def _train(self, message: Train) -> Reply:
         if self.settings.records.keep == "statistics":
             return Reply(False, "records.keep is statistics: no text is kept, so there is nothing to learn from")
-        if self._running.is_set() and self._job != "score":
+        if self._running.is_set() and self._job not in ("score", "regression"):
             return Reply(False, f"a run is under way ({self.live.state}, step {self.live.step})")
         if not message.now and self.pending < self.settings.training.min_failure_cases:
             return Reply(
@@ -203,7 +208,8 @@ class Trainer:
             self._job = job
             self._running.set()
             try:
-                self._score() if job == "score" else self._one_run(job)
+                other = {"score": self._score, "regression": self._regression}.get(job)
+                other() if other is not None else self._one_run(job)
                 self.trouble = ""
             except Abandoned:
                 shutil.rmtree(self.paths.training / "checkpoint", ignore_errors=True)
@@ -250,14 +256,14 @@ class Trainer:
         self.live.step, self.live.total, self.live.loss = 0, 0, None
         try:
             job = TrainingJob(
-                self._loaded(), self._gatherer(store), self.adapters, self.paths.training, self.settings, self.live,
+                self._loaded(), self._gatherer(store), self.adapters, self.paths, self.settings, self.live,
                 self.turnstile.pass_through, trigger,
             )  # fmt: skip
             outcome = job.run()
         finally:
             store.close()
             gc.collect()
-        if outcome.verdict in ("no_data", "failed"):
+        if outcome.verdict in ("no_data", "no_verdict", "failed"):
             self._not_before = time.monotonic() + RETRY_S
         self._record(outcome)
         _log.info("training.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)
@@ -278,6 +284,12 @@ class Trainer:
         except OutboxFull as error:
             self.trouble = str(error)
             _log.error("record.refused", kind=kind_of(record), reason=str(error))
+
+    def _regression(self) -> None:
+        """Make the regression slice while nobody waits, so that the first run need not."""
+        self.live.state = "preparing"
+        count = self.settings.training.regression_prompts
+        RegressionSlice(self.paths.regression, self._loaded(), count, self.turnstile.pass_through).examples()
 
     def _score(self) -> None:
         """Teacher-forced agreement of generations that were parked: without it they would never count as failures."""

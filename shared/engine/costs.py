@@ -283,16 +283,22 @@ def cache_key(*names: str) -> str:
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 
+def kept(path: Path, most: int, drafts: bool) -> Costs | None:
+    """Costs that were measured earlier, as far as needed; None where there are none that can be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        document = json.loads(path.read_text())
+        tables = [{int(k): float(v) for k, v in document[name].items()} for name in ("verify", "draft")]
+        if max(tables[0]) >= min(most + 1, WIDTHS[-1]) and bool(tables[1]) == drafts:
+            return Costs(*tables)
+    return None
+
+
 def load_or_calibrate(folder: Path, key: str, subject: Measurable, most: int, drafts: bool) -> Costs:
     """Costs from `folder`, measured and kept there on first use. An unreadable file is measured anew."""
     path = folder / f"{key}.json"
-    try:
-        kept = json.loads(path.read_text())
-        tables = [{int(k): float(v) for k, v in kept[name].items()} for name in ("verify", "draft")]
-        if max(tables[0]) >= min(most + 1, WIDTHS[-1]) and bool(tables[1]) == drafts:
-            return Costs(*tables)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
+    costs = kept(path, most, drafts)
+    if costs is not None:
+        return costs
     costs = calibrate(subject, most, drafts)
     scratch = path.with_suffix(".partial")
     with suppress(OSError):  # a full disk: measured again next time

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from specl.shared import config
-from specl.shared.engine.costs import AcceptanceEstimate, Costs, KChooser, cache_key, load_or_calibrate
+from specl.shared.engine.costs import AcceptanceEstimate, Costs, KChooser, cache_key, kept, load_or_calibrate
 from specl.shared.engine.decode import NGRAM_DEPTH, Options, Session, State
 from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, Draw, HeadDrafter, ModelDrafter
 from specl.shared.engine.law import Law
@@ -164,11 +164,19 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ costs
     def calibrate(self, folder: Path) -> Costs:
         """Measure, or read from `folder`, what steps cost here. Takes a few seconds the first time."""
-        most = max(self.settings.speculative.max_draft_tokens, NGRAM_DEPTH)
-        names = (self.target.fingerprint, self.draft_fingerprint, self.settings.models.precision, self.target.speed)
-        key = cache_key(*names)
-        self.costs = load_or_calibrate(folder, key, _Bench(self), most, self.draft is not None)
+        self.costs = load_or_calibrate(folder, self._costs_key(), _Bench(self), self._widest(), self.draft is not None)
         return self.costs
+
+    def known_costs(self, folder: Path) -> Costs | None:
+        """What was measured here before, if it was; measures nothing."""
+        return kept(folder / f"{self._costs_key()}.json", self._widest(), self.draft is not None)
+
+    def _costs_key(self) -> str:
+        names = (self.target.fingerprint, self.draft_fingerprint, self.settings.models.precision, self.target.speed)
+        return cache_key(*names)
+
+    def _widest(self) -> int:
+        return max(self.settings.speculative.max_draft_tokens, NGRAM_DEPTH)
 
     def clear_caches(self) -> None:
         """Give MLX's free memory back to the system."""

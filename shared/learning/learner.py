@@ -3,14 +3,14 @@
 A head is unrolled over its own steps as drafting would run it (models/head.py); a language model is teacher-forced once.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from specl.shared.learning.examples import Batch, Example, collate
+from specl.shared.learning.gate import Agreement
 from specl.shared.learning.losses import LossSettings, Teacher, position_losses, weighted_mean
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
@@ -112,30 +112,19 @@ class Learner:
         return weighted_mean(losses, valid, mx.concatenate(weights))
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How often a draft says what the target says. Arrays have one entry an example, for resampling.
-
-    hits / positions: at depth 1, own top token = the text's (greedy), or sum of min(p, q) over the stored top-k (sampled: a
-    lower bound). by_depth: the same at each depth, given that all shallower tokens stood.
-    """
-
-    hits: np.ndarray
-    positions: np.ndarray
-    by_depth: tuple[float, ...]
-
-    @property
-    def value(self) -> float:
-        """Over all positions; 0 where there are none."""
-        return float(self.hits.sum() / max(self.positions.sum(), 1))
-
-
-def agreement(learner: Learner, examples: Sequence[Example], depths: int = 1, batch_size: int = 8) -> Agreement:
-    """Score a draft on examples, teacher-forced: no target run is needed."""
+def agreement(
+    learner: Learner,
+    examples: Sequence[Example],
+    depths: int = 1,
+    batch_size: int = 8,
+    pause: Callable[[], object] = lambda: None,
+) -> Agreement:
+    """Score a draft on examples, teacher-forced: no target run is needed. `pause` is called between batches."""
     hits, positions = np.zeros(len(examples)), np.zeros(len(examples))
     depth_hits, depth_rows = np.zeros(depths), np.zeros(depths)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
     for start in range(0, len(order), batch_size):
+        pause()
         members = order[start : start + batch_size]
         batch = collate([examples[i] for i in members])
         sampled = np.array([not examples[i].greedy for i in members])

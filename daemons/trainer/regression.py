@@ -1,0 +1,48 @@
+"""The regression slice: the target's own greedy answers to shipped general prompts, which no adapter may make worse.
+
+Made once for each target, in chunks that survive a kill, and kept under var/regression/FINGERPRINT. Holds no user data.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from specl.shared import log, prompts
+from specl.shared.engine.engine import Engine
+from specl.shared.learning.examples import Example
+from specl.shared.learning.traffic import Prompt, answer, load_shard, save_shard
+
+CHUNK = 8  # prompts answered side by side: what a kill can cost
+MAX_TOKENS = 48
+_log = log.get("regression")
+
+
+class RegressionSlice:
+    """The first `count` of the shipped prompts. `pause` is called between tokens and may wait or raise Interrupted."""
+
+    def __init__(self, folder: Path, engine: Engine, count: int, pause: Callable[[], object]) -> None:
+        self.engine, self._pause = engine, pause
+        self.folder = folder / f"{engine.target.fingerprint}-{MAX_TOKENS}"
+        self._prompts = prompts.load("regression")[:count]
+
+    def examples(self) -> list[Example]:
+        """The whole slice; what is missing of it is made now. Raises ModelError for a target that does not batch."""
+        found: list[Example] = []
+        for start in range(0, len(self._prompts), CHUNK):
+            wanted = self._prompts[start : start + CHUNK]
+            path = self.folder / f"{wanted[0].id}-{len(wanted)}.npz"
+            if not path.is_file():
+                self._make(path, wanted)
+            found += load_shard(path)
+        return found
+
+    def _make(self, path: Path, wanted: list[prompts.ShippedPrompt]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        asked = [Prompt(item.id, self.engine.encode_chat(item.messages)[1]) for item in wanted]
+        rng = np.random.default_rng(0)
+        made = answer(
+            self.engine.target, asked, MAX_TOKENS, 1, self.engine.reads_states, rng, lambda tokens: self._pause()
+        )
+        save_shard(path, made)
+        _log.debug("regression.made", chunk=path.name)
