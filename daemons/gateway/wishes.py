@@ -183,6 +183,12 @@ def _usage(body: dict[str, Any], stream: bool) -> bool:
     return _flag(options, "include_usage")
 
 
+def _client(body: dict[str, Any]) -> str:
+    """Whose past answers may draft this one: the end user that the request names, or nobody's."""
+    name = body.get("safety_identifier") or body.get("user")
+    return f"gateway {name}" if isinstance(name, str) and name else ""
+
+
 def read_wish(body: Any, settings: Settings, chat: bool) -> Wish:
     """The wish in a request's JSON. Raises Refusal that names the field."""
     if not isinstance(body, dict):
@@ -208,6 +214,7 @@ def read_wish(body: Any, settings: Settings, chat: bool) -> Wish:
         max_tokens=limit or defaults.max_tokens,
         sampling=sampling,
         stop=_stops(body),
+        client=_client(body),
         **ours,
     )
     return Wish(ask, stream, _usage(body, stream))

@@ -64,7 +64,7 @@ def fake_model(name: str, seed: int, near: Any = None) -> Any:
         model.update(tree_map(lambda w: w + 0.04 * mx.random.normal(w.shape), near.model.parameters()))
     mx.eval(model.parameters())
     delay = float(os.environ.get("SPECL_TEST_TOKEN_MS", "0")) / 1000 if near is None else 0.0
-    return Slowed(name, Path("."), model, CharacterTokenizer(), config, f"fake-{name}", "characters", delay)
+    return Slowed(name, Path("."), model, CharacterTokenizer(), config, f"fake-{name}", "characters", delay_s=delay)
 
 
 def fake_pair(settings: Any, models: Path, say: Any = None, training: bool = False) -> Any:
