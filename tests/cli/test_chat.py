@@ -169,9 +169,12 @@ class Screen:
         return self.seen[start:]
 
     def close(self):
-        self.type("\x04")
-        end = time.monotonic() + 10
+        end, again = time.monotonic() + 10, 0.0
         while time.monotonic() < end:
+            if time.monotonic() >= again:  # between two prompts nobody reads the key
+                again = time.monotonic() + 1
+                with suppress(OSError):
+                    self.type("\x04")
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 return os.waitstatus_to_exitcode(status)

@@ -149,7 +149,7 @@ def test_sqlite3_alone_reads_the_failures(system):
     )  # fmt: skip
     assert done.returncode == 0 and "JSON" in done.stdout
     listed = system.run("store", "failures", "--limit", "3")
-    assert listed.returncode == 0 and "acceptance" in listed.stdout
+    assert listed.returncode == 0 and "accept" in listed.stdout
 
 
 def test_export_has_the_documented_shape(system):

@@ -84,6 +84,12 @@ def running(starter):
 
 
 @pytest.fixture
+def new_gateway():
+    """The class: `new_gateway(house, settings)`."""
+    return Gateway
+
+
+@pytest.fixture
 def lone(starter):
     """`lone(settings)`: a gateway on a run directory of its own, with nothing else running."""
     stack, made = contextlib.ExitStack(), []

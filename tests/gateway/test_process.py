@@ -70,12 +70,10 @@ def test_a_second_gateway_is_refused(lone):
     assert second.returncode == 78 and f"pid {gateway.process.pid}" in second.stderr
 
 
-def test_it_stops_in_time_with_streams_open(starter, running):
-    from conftest import Gateway
-
+def test_it_stops_in_time_with_streams_open(new_gateway, running):
     house = running.house
     running.stop()
-    gateway = Gateway(house, "gateway: {port: 0}\n")
+    gateway = new_gateway(house, "gateway: {port: 0}\n")
     url = gateway.ready()
     ask = {"messages": [{"role": "user", "content": "long"}], "max_tokens": 3000, "stream": True, "temperature": 0}
     with (
