@@ -62,7 +62,13 @@ def set_up(role: str, folder: Path | None, level: str = "info") -> None:
     import structlog
 
     terminal = _QuietStream(sys.stderr)
-    terminal.setFormatter(_formatter(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24)))
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(),
+        pad_event_to=24,
+        # the default one shows the locals of every frame, and those hold what users wrote
+        exception_formatter=structlog.dev.plain_traceback,
+    )
+    terminal.setFormatter(_formatter(renderer))
     handlers: list[logging.Handler] = [terminal]
     if folder is not None:
         # opened with the first event, so that a full disk stops nobody from starting; 0600 by the daemons' umask

@@ -1,0 +1,23 @@
+"""What the terminal is told of an error: its traceback, and nothing of what users wrote."""
+
+import subprocess
+import sys
+
+CODE = """
+import logging
+from specl.shared import log
+log.set_up("test", None)
+def fail(prompt):
+    raise OverflowError("too large")
+try:
+    fail("a private" + " sentence")
+except OverflowError:
+    logging.getLogger("uvicorn.error").exception("broken")
+    log.get("test").exception("broken.too")
+"""
+
+
+def test_a_traceback_shows_no_variables():
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    assert done.stderr.count("OverflowError: too large") == 2, done.stderr
+    assert "a private sentence" not in done.stderr
