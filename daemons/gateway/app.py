@@ -151,6 +151,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     return error.response()
 
 
+async def _broken(request: Request, error: Exception) -> Response:
+    """A bug of ours: its traceback goes to the log, its shape is still one that clients read."""
+    return Refusal(500, "an error inside the gateway; its log says more", code="internal").response()
+
+
 async def _not_there(request: Request, error: HTTPException) -> Response:
     words = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
     return Refusal(error.status_code, words.get(error.status_code, error.detail)).response()
@@ -215,5 +220,6 @@ def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Call
         Route("/api/rollback", board.roll_back, methods=["POST"]),
         *(Route(path, _static(*what)) for path, what in STATIC.items()),
     ]
-    app = Starlette(routes=routes, exception_handlers={Refusal: _refused, HTTPException: _not_there})
+    handlers = {Refusal: _refused, HTTPException: _not_there, Exception: _broken}
+    app = Starlette(routes=routes, exception_handlers=handlers)
     return _counted(Guard(app, settings.gateway, token), metrics, {route.path for route in routes})

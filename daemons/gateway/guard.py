@@ -49,6 +49,13 @@ def is_address(name: str) -> bool:
     return True
 
 
+def _same_site(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:
+        return False
+
+
 class Rate:
     """A token bucket an address; `now` in seconds."""
 
@@ -101,7 +108,7 @@ class Guard:
         if not (is_address(name) or name in self._hosts):
             raise Refusal(403, f"the host name {name[:80]!r} is not in gateway.hosts", code="host")
         origin = headers.get("origin")
-        if origin is not None and scope["method"] not in ("GET", "HEAD") and urlsplit(origin).netloc != host:
+        if origin is not None and scope["method"] not in ("GET", "HEAD") and not _same_site(origin, host):
             raise Refusal(403, "requests from other sites are refused", code="origin")
         if headers.get("sec-fetch-site", "none") in ("cross-site", "same-site") and scope["path"] != "/":
             raise Refusal(403, "requests from other sites are refused", code="origin")

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from specl.shared.access import Addresses
 from specl.shared.bus import AsyncConnection
 from specl.shared.client import FIRST_ANSWER_S, HEARTBEAT_S, SILENCE_S
-from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
+from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError, WireError
 from specl.shared.paths import Paths
 from specl.shared.process import is_locked
 from specl.shared.wire import Alive, Ask, Cancel, Delta, Done, Failed, GetStatus
@@ -24,6 +24,13 @@ def _error_of(failed: Failed) -> SpecLoraError:
     if failed.code == "busy":
         error.exit_code = 1
     return error
+
+
+def _send(connection: AsyncConnection, ask: Ask) -> None:
+    try:
+        connection.send(ask)
+    except WireError as error:  # half a surrogate pair, a number beyond 64 bits: the client wrote it
+        raise RequestRejected(str(error)) from error
 
 
 class Upstream:
@@ -47,7 +54,7 @@ class Upstream:
         connection = AsyncConnection(self._addresses.answer("inference"), "inference")
         finished = False
         try:
-            connection.send(ask)
+            _send(connection, ask)
             connection.send(GetStatus())  # answered at once, even while models load: tells whether anyone is there
             async for message in self._listen(connection, ask.request_id):
                 if isinstance(message, Failed):

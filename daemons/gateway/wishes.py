@@ -1,6 +1,5 @@
 """OpenAI's request fields as a request of ours. What cannot be honoured is refused by name, never ignored. Knows no bus."""
 
-import math
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,),
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
-    "store": (False,), "modalities": (["text"],), "parallel_tool_calls": (True, False), "web_search_options": (),
+    "modalities": (["text"],), "parallel_tool_calls": (True, False), "web_search_options": (),
     "reasoning_effort": (), "verbosity": (), "prediction": (), "audio": (),
 }  # fmt: skip
 COMMON = {
-    "model", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "max_tokens", "top_k", "min_p", "speclora",
+    "model", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "max_tokens", "top_k", "min_p", "speclora", "store",
 }  # fmt: skip
 CHAT = COMMON | {"messages", "max_completion_tokens"}
 TEXT = COMMON | {"prompt"}
@@ -49,7 +48,7 @@ def _number(body: dict[str, Any], name: str, low: float, high: float, default: f
     value = body.get(name)
     if value is None:
         return float(default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise _bad(name, "must be a number")
     if not low <= value <= high or (above and value == low):
         raise _bad(name, f"must lie {'above' if above else 'between'} {low:g} {'up to' if above else 'and'} {high:g}")
@@ -139,7 +138,7 @@ def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise _bad(where, "must be an object")
         role = message.get("role")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise Refusal(400, f"`{where}.role` must be one of {', '.join(ROLES)}", f"{where}.role", "invalid_value")
         for name, value in message.items():
             if name not in ("role", "content") and value not in (None, [], {}):
@@ -166,7 +165,7 @@ def _ours(body: dict[str, Any]) -> dict[str, Any]:
             raise _bad(f"speclora.{name}", f"is not known; known are {', '.join(OURS)}")
         if type(value) is not OURS[name]:
             raise _bad(f"speclora.{name}", f"must be a {OURS[name].__name__}")
-    return given
+    return ({"record": False} if body.get("store") is not None and not _flag(body, "store") else {}) | given
 
 
 def _usage(body: dict[str, Any], stream: bool) -> bool:

@@ -118,8 +118,8 @@ def test_logprobs_zero_of_plain_completions_is_a_wish_too(http):
 
 
 BAD = {
-    "temperature": [3, -1, "warm", True], "top_p": [0, 1.5], "max_tokens": [0, -1, 2.5, "many"], "seed": [2**63, "x"],
-    "stop": [[""], 5, ["a"] * 17], "stream": ["yes"], "messages": [[], "hi", [5], [{"role": "tool", "content": "x"}]],
+    "store": [0, "no"], "temperature": [3, -1, "warm", True, 10**400], "top_p": [0, 1.5], "max_tokens": [0, -1, 2.5, "many"], "seed": [2**63, "x"],
+    "stop": [[""], 5, ["a"] * 17], "stream": ["yes"], "messages": [[], "hi", [5], [{"role": "tool", "content": "x"}], [{"role": [], "content": "x"}]],
     "stream_options": [{"include_usage": True}], "speclora": [{"unknown": 1}, {"record": "no"}],
 }  # fmt: skip
 
@@ -155,10 +155,27 @@ def test_nonsense_bodies_are_refused(http):
     assert http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
 
 
-def test_record_false_leaves_nothing_behind(client, running):
-    extra = {"speclora": {"record": False}}
-    answer = client.chat.completions.create(**ASK, extra_body=extra)
-    assert answer.model_extra["speclora"]["recorded"] is False
+@pytest.mark.parametrize(
+    "more", [{"speclora": {"record": False}}, {"store": False}, {"store": None}, {"store": True}, {}]
+)
+def test_what_is_not_to_be_kept_is_not(client, more):
+    answer = client.chat.completions.create(**ASK, extra_body=more)
+    kept = more not in ({"speclora": {"record": False}}, {"store": False})
+    assert answer.model_extra["speclora"]["recorded"] is kept
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"stop": "\ud800"},
+        {"messages": [{"role": "user", "content": "a\ud800"}]},
+        {"speclora": {"num_draft_tokens": 2**70}},
+    ],
+)
+def test_what_cannot_travel_is_the_clients_mistake(http, more):
+    content = json.dumps(ASK | more).encode()
+    answer = http.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "rejected", answer.text
 
 
 def test_a_client_that_leaves_ends_its_answer(running):
@@ -223,3 +240,27 @@ def test_inference_may_go_and_come_back(running, http):
     running.house.start("inference", SPECL_TEST_TOKEN_MS="15")
     running.house.ready("inference")
     assert http.post("/v1/chat/completions", json=ASK).status_code == 200
+
+
+def test_a_bug_of_ours_still_has_openais_shape(tmp_path):
+    import asyncio
+
+    from specl.daemons.gateway.app import make_app
+    from specl.shared.config import Settings
+    from specl.shared.paths import Paths
+
+    def broken():
+        raise RuntimeError("on purpose")
+
+    app = make_app(Paths(tmp_path, tmp_path).create(), Settings(), None, lambda: False)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            return await http.post("/v1/completions", json={"prompt": "a"})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specl.daemons.gateway.app.read_wish", lambda *wish: broken())
+        answer = asyncio.run(ask())
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error" and "on purpose" not in answer.text

@@ -25,7 +25,9 @@ def test_our_own_names_are_fine(http, host):
 
 
 @pytest.mark.parametrize("path", STATE_CHANGING)
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://localhost"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://localhost", "http://["]
+)
 def test_a_post_from_another_site_is_refused(http, path, origin):
     answer = http.post(path, json=ASK, headers={"Origin": origin})
     assert answer.status_code == 403 and answer.json()["error"]["code"] == "origin"
