@@ -152,9 +152,6 @@ def pytest_runtest_makereport(item, call):
     if report.failed and system is not None:
         with suppress(OSError):
             report.sections.append(("daemons", (system.var / "honcho.out").read_text()[-6000:]))
-        pid = system.status()["collector"]["pid"]
-        debug = os.popen(f"ls -l /proc/{pid}/fd; ls -li {system.var}; cat /proc/locks; cat /proc/{pid}/wchan").read()
-        report.sections.append(("DEBUG", debug + json.dumps(system.status())))
         with suppress(sqlite3.Error), closing(sqlite3.connect(system.var / "store.db")) as db:
             report.sections.append(
                 ("quarantine", str(db.execute("SELECT id, kind, reason FROM quarantine").fetchall()))

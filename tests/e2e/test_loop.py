@@ -9,6 +9,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from contextlib import closing
 
@@ -125,7 +126,7 @@ def test_every_answer_is_stored_with_its_disagreements(system):
     for prompt in reserved.prompts(KIND, LIVE, split="live"):
         assert system.ask(prompt, "--max-tokens", "40", "--num-draft-tokens", "2")["recorded"]
     wait_until(lambda: system.status()["outbox"]["pending"] == 0, 20, "the outbox is empty")
-    with sqlite3.connect(system.var / "store.db") as db:
+    with closing(sqlite3.connect(system.var / "store.db")) as db:
         (count,) = db.execute("SELECT count(*) FROM generations WHERE prompt LIKE '%JSON%'").fetchone()
         assert count >= LIVE
         row = db.execute(
@@ -166,7 +167,7 @@ def test_export_has_the_documented_shape(system):
 def test_fast_mode_keeps_no_token_detail(system):
     answer = system.ask("Name a colour.", "--mode", "fast", "--max-tokens", "8")
     wait_until(lambda: system.status()["outbox"]["pending"] == 0)
-    with sqlite3.connect(system.var / "store.db") as db:
+    with closing(sqlite3.connect(system.var / "store.db")) as db:
         query = "SELECT mode, top_ids FROM generations WHERE id = ?"
         assert wait_until(lambda: db.execute(query, (answer["id"],)).fetchone()) == ("fast", None)
 
@@ -203,7 +204,7 @@ def test_words_stay_the_same_with_the_adapter(system):
 
 def test_the_verdict_is_a_row(system):
     wait_until(lambda: system.status()["outbox"]["pending"] == 0)
-    with sqlite3.connect(system.var / "store.db") as db:
+    with closing(sqlite3.connect(system.var / "store.db")) as db:
         row = db.execute(
             "SELECT verdict, adapter_id, heldout_before, heldout_after, loss_first, loss_last FROM adapter_history"
         ).fetchone()
@@ -293,11 +294,14 @@ def test_a_killed_daemon_is_back_and_lost_nothing(system):
     answer = system.ask("Name a planet.", "--max-tokens", "6")
     assert answer["recorded"]
     wait_until(lambda: system.status()["collector"]["pid"] not in (None, pid), 20, "the collector is back")
-    query = "SELECT count(*) FROM generations WHERE id = ?"
+    # from a process of its own, as a person would look: this one has had the file open, and SQLite shares what it knows of
+    # a file among a process's connections
+    query = "import sqlite3, sys; print(sqlite3.connect(sys.argv[1]).execute(sys.argv[2], sys.argv[3:]).fetchone()[0])"
+    count = "SELECT count(*) FROM generations WHERE id = ?"
 
     def stored():
-        with closing(sqlite3.connect(system.var / "store.db")) as db:
-            return db.execute(query, (answer["id"],)).fetchone()[0]
+        command = [sys.executable, "-c", query, str(system.var / "store.db"), count, answer["id"]]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert wait_until(stored, what="the record stored") == 1
 
