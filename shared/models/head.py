@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from specl.shared.errors import ModelError
-from specl.shared.models.fast import draft_stack, on_cpu, speed_up
+from specl.shared.models.fast import ONE_CALL, draft_stack, on_cpu, speed_up
 from specl.shared.models.load import DENSE_ROWS, FEW_ROWS, LanguageModel
 
 MODEL_TYPE = "speclora_head"
@@ -221,6 +221,11 @@ class HeadDraft:
         speed = speed_up(self.head, fuse=False, weights="bf16")
         self._stack = draft_stack(self.head, self.target.model.model.embed_tokens.weight)
         return speed
+
+    @property
+    def speed(self) -> str:
+        """How it is computed: costs that were measured another way are no longer true."""
+        return ONE_CALL if self._stack is not None else "as loaded"
 
     @property
     def rows_at_once(self) -> int:
