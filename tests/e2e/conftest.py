@@ -27,8 +27,8 @@ training:
   learning_rate: 2.0e-3
   batch_size: 3
   replay_ratio: 0.34
-  num_epochs: 40
-  max_minutes: 0.6
+  num_epochs: 6
+  max_minutes: 1.0
   heldout_share: 0.3
   min_heldout_generations: 4
   regression_prompts: 0 # this rushed run (0.6 min at 20 times the usual rate) does harm general text: 0.44 -> 0.27

@@ -17,7 +17,7 @@ from specl.shared.prompts import reserved
 from tests.e2e.conftest import stop, wait_until
 
 KIND = "record-to-json"
-LIVE = 24
+LIVE = 32
 
 
 def test_an_answer_streams_to_stdout_and_its_statistics_to_stderr(system):
