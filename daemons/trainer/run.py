@@ -192,6 +192,7 @@ class TrainingJob:
         saved = time.monotonic()
         while loop.step_number < total and not deadline.over:
             groups = [group for _ in range(training.gradient_accumulation_steps) for group in _pieces(batches.next())]
+            loop.time_share = deadline.share
             value = loop.step(groups, lambda: deadline.pause(self._pause()))
             self.tokens += sum(example.rows for group in groups for example in group)
             self.losses.append(value)

@@ -49,6 +49,7 @@ class StepLoop:
     def __init__(self, learner: Learner, loss: LossSettings, settings: StepSettings) -> None:
         self.learner, self.loss_settings, self.settings = learner, loss, settings
         self.step_number = 0
+        self.time_share = 0.0  # of the run's time, where that is limited: the schedule ends with whichever ends first
         self.optimizer = optim.AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
         self._gradients = nn.value_and_grad(
             learner.module, lambda batch: learner.loss(batch, self.loss_settings, settings.depths)
@@ -56,7 +57,7 @@ class StepLoop:
 
     def _rate(self) -> float:
         """Linear warm-up, then a cosine down to a tenth."""
-        done = self.step_number / max(self.settings.total_steps, 1)
+        done = max(self.step_number / max(self.settings.total_steps, 1), self.time_share)
         if done < WARM_UP:
             return self.settings.learning_rate * (done / WARM_UP + 0.02)
         phase = min(1.0, (done - WARM_UP) / (1 - WARM_UP))
@@ -169,6 +170,11 @@ class Deadline:
     def used(self) -> float:
         """Seconds worked."""
         return self._clock() - self._start - self._away
+
+    @property
+    def share(self) -> float:
+        """How much of the budget is spent, 0 to 1."""
+        return min(1.0, self.used / self._seconds) if self._seconds > 0 else 1.0
 
     @property
     def over(self) -> bool:

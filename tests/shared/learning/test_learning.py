@@ -235,3 +235,14 @@ def test_everything_wrong_with_an_adapter_is_said_at_once(tiny):
         "mlp.down_proj.lora_b is missing",
     ):
         assert word in found
+
+
+def test_the_schedule_ends_with_the_steps_or_with_the_time(tiny):
+    made = loop(tiny())
+    full = made.settings.learning_rate
+    made.step_number = made.settings.total_steps // 2
+    half = made._rate()
+    made.step_number = made.settings.total_steps
+    assert made._rate() == pytest.approx(0.1 * full) and 0.1 * full < half < full
+    made.step_number, made.time_share = made.settings.total_steps // 2, 1.0
+    assert made._rate() == pytest.approx(0.1 * full)
