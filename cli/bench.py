@@ -3,8 +3,6 @@
 import contextlib
 import json
 import platform
-import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +11,15 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from specl.cli.bench_learning import learning
+from specl.cli.teller import Teller
 from specl.shared import config
 from specl.shared.errors import ConfigError
 from specl.shared.paths import Paths, find_paths
 
 if TYPE_CHECKING:
     from specl.shared.bench.arms import Arm
-    from specl.shared.bench.measure import Progress, Run
+    from specl.shared.bench.measure import Run
     from specl.shared.bench.sets import BenchPrompt
     from specl.shared.engine.engine import Engine
 
@@ -47,22 +47,6 @@ class _Numbers(click.ParamType):
         if any(not self.low <= number <= self.high for number in numbers):
             self.fail(f"every number must lie between {self.low} and {self.high}", param, ctx)
         return numbers
-
-
-class _Teller:
-    """Progress on stderr: a line that changes on a terminal, a line every 20 s elsewhere."""
-
-    def __init__(self) -> None:
-        self._terminal, self._said = sys.stderr.isatty(), 0.0
-
-    def __call__(self, progress: "Progress") -> None:
-        if time.monotonic() - self._said < (0.3 if self._terminal else 20.0) and progress.done < progress.total:
-            return
-        self._said = time.monotonic()
-        line = f"{progress.done} of {progress.total} answers, {progress.left_s / 60:.1f} min left, {progress.note}"
-        click.echo(f"\r\033[K{line}" if self._terminal else line, err=True, nl=not self._terminal)
-        if self._terminal and progress.done == progress.total:
-            click.echo(err=True)
 
 
 @click.group(invoke_without_command=True)
@@ -126,6 +110,7 @@ def bench(ctx: click.Context, **wish: Any) -> None:
     specl-ctl bench --prompt "Why is the sky blue?" --iterations 5
     specl-ctl bench --suite
     specl-ctl bench --clients 1,2,4,8
+    specl-ctl bench learning --help
 
     Ratios are to mlx-lm plain, prompt by prompt: median (smallest to largest). Close other programs first; the plain
     rate of a busy machine says nothing.
@@ -138,6 +123,9 @@ def bench(ctx: click.Context, **wish: Any) -> None:
         require_matplotlib()
     with contextlib.ExitStack() as stack:
         _Bench(stack, **wish).run()
+
+
+bench.add_command(learning)
 
 
 class _Bench:
@@ -170,7 +158,7 @@ class _Bench:
             f"{len(items)} prompts x {self.wish['iterations']}, {len(arms)} arms, up to {self.wish['tokens']} tokens an answer"
         )
         plan = Plan(items, self.wish["tokens"], self.wish["iterations"], arms)
-        runs = measure(engine, plan, self.law.greedy, _Teller())
+        runs = measure(engine, plan, self.law.greedy, Teller())
         report = as_json(runs)
         _print_tables(self.console, runs, report)
         self._write(report)

@@ -23,13 +23,20 @@ START_S = 120.0
 
 @contextmanager
 def scratch_daemons(
-    settings: Settings, models: Path, keep: bool = False, say: Callable[[str], None] = lambda text: None
+    settings: Settings,
+    models: Path,
+    keep: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    folder: Path | None = None,
 ) -> Iterator[Client]:
     """Start inference, collector and trainer on a fresh run directory and yield a client once they are ready.
 
-    The run directory is removed afterwards unless `keep`. Raises SpecLoraError where a daemon does not come up.
+    The run directory is removed afterwards unless `keep`; a `folder` that is given is the caller's and stays. Raises
+    SpecLoraError where a daemon does not come up.
     """
-    folder = Path(tempfile.mkdtemp(prefix="specl-"))  # short: socket paths are limited to about 100 bytes
+    own = folder is None
+    if folder is None:
+        folder = scratch_folder()
     paths = Paths(folder, models).create()
     file = folder / "settings.yaml"
     with open(file, "w", encoding="utf-8") as target:
@@ -61,8 +68,13 @@ def scratch_daemons(
         output.close()
         if keep:
             say(f"kept: {folder}")
-        else:
+        elif own:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def scratch_folder() -> Path:
+    """A new folder with a short path: those of sockets are limited to about 100 bytes."""
+    return Path(tempfile.mkdtemp(prefix="specl-"))
 
 
 def _wait_ready(

@@ -5,7 +5,7 @@ without recording, and n-gram drafting is off, so that what changes is the adapt
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import click
@@ -15,12 +15,12 @@ from rich.table import Table
 from specl.cli.daemons import scratch_daemons
 from specl.cli.status import collect
 from specl.shared import config
+from specl.shared.bench.stream import FIXED_K, Item, ask, count_failures, items, train, wait_adapter, wait_stored
 from specl.shared.client import Client
 from specl.shared.errors import SpecLoraError
 from specl.shared.paths import find_paths
 from specl.shared.prompts import reserved
 
-FIXED_K = 4
 TRAIN_MINUTES = 2.5
 TRAIN_TIMEOUT_S = 900
 
@@ -63,61 +63,18 @@ def _demo_settings() -> config.Settings:
 
 
 def _pass(
-    client: Client, prompts: Sequence[str], tokens: int, k: int | None, record: bool, tick: Callable[[], None]
+    client: Client, prompts: Sequence[Item], tokens: int, k: int | None, record: bool
 ) -> tuple[Measured, set[str]]:
     """Ask every prompt greedily; what it gave, and which adapters drafted."""
-    total, adapters = Measured(), set()
-    for prompt in prompts:
-        done = client.ask(prompt, temperature=0.0, max_tokens=tokens, num_draft_tokens=k, ngram=False, record=record)
-        stats = done.stats
-        total.tokens += done.tokens
-        total.seconds += done.tokens / stats["tokens_per_second"] if stats["tokens_per_second"] else 0.0
-        total.drafted += stats["model_drafted"]
-        total.accepted += stats["model_accepted"]
-        total.rounds += stats["rounds"]
-        adapters.add(done.adapter_id)
-        tick()
-    return total, adapters
-
-
-def _train(client: Client, console: Console) -> dict:
-    """Run the trainer and wait; its verdict."""
-    reply = client.train(now=True)
-    if not reply.ok:
-        raise SpecLoraError(reply.message)
-    end, said = time.monotonic() + TRAIN_TIMEOUT_S, 0.0
-    while time.monotonic() < end:
-        training = collect(client)["training"]
-        if training["last_verdict"]:
-            return training["last_verdict"]
-        if time.monotonic() - said > 15:
-            said = time.monotonic()
-            loss = f", loss {training['loss']:.3f}" if training.get("loss") is not None else ""
-            console.print(f"  {training['state']} {training['step']}/{training.get('total', 0)}{loss}")
-        time.sleep(0.5)
-    raise SpecLoraError("the training run did not end in time")
-
-
-def _count_failures(client: Client) -> int:
-    """Failures, once the trainer has scored what inference did not draft; whatever there is after a while."""
-    end, seen, since = time.monotonic() + 45, -1, time.monotonic()
-    while time.monotonic() < end:
-        found = collect(client)
-        count = found["failures"]["total"]
-        if count != seen:
-            seen, since = count, time.monotonic()
-        if count and time.monotonic() - since > 8 and found["training"]["state"] == "idle":
-            break
-        time.sleep(0.5)
-    return max(seen, 0)
-
-
-def _wait_stored(client: Client, count: int) -> None:
-    end = time.monotonic() + 30
-    while collect(client)["store"]["generations"] < count:
-        if time.monotonic() > end:
-            raise SpecLoraError("the records did not reach the store within 30 s")
-        time.sleep(0.3)
+    rows = [ask(client, item, tokens, num_draft_tokens=k, ngram=False, record=record) for item in prompts]
+    total = Measured(
+        tokens=sum(len(row.output) for row in rows),
+        seconds=sum(row.seconds for row in rows),
+        drafted=sum(row.drafted for row in rows),
+        accepted=sum(row.accepted for row in rows),
+        rounds=sum(row.rounds for row in rows),
+    )
+    return total, {row.adapter_id for row in rows}
 
 
 @click.command()
@@ -144,23 +101,23 @@ def demo(kind: str, live: int, unseen: int, tokens: int, keep: bool) -> None:
     with scratch_daemons(settings, find_paths().models, keep, console.print) as client:
         found = collect(client)["models"]
         console.print(f"  {found['target']} drafted by {found['draft']}, ready after {time.monotonic() - start:.0f} s")
-        test_prompts = reserved.prompts(kind, unseen, split="unseen")
+        test_prompts = items([kind], unseen, split="unseen")
         console.print(f"[bold]2[/] {unseen} unseen prompts of the kind {kind}, before learning")
         before, _ = _measure(client, test_prompts, tokens, plain=True)
         console.print(f"[bold]3[/] {live} requests of that kind, as a user would send them")
         with console.status("asking"):
-            _pass(client, reserved.prompts(kind, live, split="live"), tokens, None, True, lambda: None)
-        _wait_stored(client, live)
-        failures = _count_failures(client)
+            _pass(client, items([kind], live), tokens, None, True)
+        wait_stored(client, live)
+        failures = count_failures(client)
         console.print(
             f"  stored; {failures} are failures: acceptance (agreement, where drafting was parked) below the threshold"
         )
         console.print("[bold]4[/] training")
-        verdict = _train(client, console)
+        verdict = train(client, console.print, TRAIN_TIMEOUT_S)
         console.print(f"  {verdict['verdict']}: {verdict['reason']}")
         if verdict["verdict"] != "promoted":
             raise SpecLoraError("no adapter was published, so there is nothing to compare")
-        _wait_adapter(client, verdict["adapter_id"])
+        wait_adapter(client, verdict["adapter_id"])
         console.print(f"[bold]5[/] the same unseen prompts with adapter {verdict['adapter_id']}, without a restart")
         after, adapters = _measure(client, test_prompts, tokens, plain=False)
         if adapters != {verdict["adapter_id"]}:
@@ -171,23 +128,13 @@ def demo(kind: str, live: int, unseen: int, tokens: int, keep: bool) -> None:
     )
 
 
-def _measure(client: Client, prompts: Sequence[str], tokens: int, plain: bool) -> tuple[dict[str, Measured], set[str]]:
+def _measure(client: Client, prompts: Sequence[Item], tokens: int, plain: bool) -> tuple[dict[str, Measured], set[str]]:
     """Fixed k for acceptance, automatic k for speed, and plain decoding once."""
     passes, adapters = {}, set()
     for name, k in (("fixed", FIXED_K), ("auto", None), *((("plain", 0),) if plain else ())):
-        passes[name], used = _pass(client, prompts, tokens, k, False, lambda: None)
+        passes[name], used = _pass(client, prompts, tokens, k, False)
         adapters |= used
     return passes, adapters
-
-
-def _wait_adapter(client: Client, adapter_id: str) -> None:
-    end = time.monotonic() + 15
-    while collect(client)["adapter"]["active"] != adapter_id:
-        if time.monotonic() > end:
-            raise SpecLoraError(
-                "inference did not take the adapter", "look for `adapter.rejected` in the logs (--keep)"
-            )
-        time.sleep(0.2)
 
 
 def _table(before: dict[str, Measured], after: dict[str, Measured]) -> Table:

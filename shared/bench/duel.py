@@ -105,7 +105,7 @@ def duel(
             sides[i].fixed.append(fixed[i].answer(item, prompt, limit))
         plain.served.append(plain_arm.answer(item, prompt, limit))
         # greedy answers are the same whoever drafts; sampled ones are the target's all the same
-        examples.append(_example(engine, item.id, prompt, sides[0].fixed[-1].tokens, law))
+        examples.append(example_of(engine, item.id, prompt, sides[0].fixed[-1].tokens, law))
         done = place + 1
         tell(done, len(items), (time.monotonic() - start) / done * (len(items) - done))
     for side in sides:
@@ -116,7 +116,8 @@ def duel(
     return plain.tokens_per_second
 
 
-def _example(engine: Engine, id: str, prompt: list[int], output: list[int], law: Law) -> Example:
+def example_of(engine: Engine, id: str, prompt: list[int], output: list[int], law: Law) -> Example:
+    """A finished text with the law and states of the target, for scoring drafts on it."""
     tokens = np.array([*prompt, *output], np.uint32)
     states, ids, logprobs = recapture(engine.target, tokens, len(prompt), TOP_K)
     weights = np.ones(len(output), np.float32)

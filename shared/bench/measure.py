@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from specl.shared.bench.arms import PLAIN, Answer, Arm, top_two
+from specl.shared.bench.progress import Progress
 from specl.shared.bench.sets import BenchPrompt
 from specl.shared.bench.texts import TIE_FP32, TIE_HALF, Comparison, compare, copied_share, repeated_share
 from specl.shared.engine.engine import Engine
@@ -30,16 +31,6 @@ class Run:
     repeated: float
     copied: float
     comparison: Comparison | None
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far, and for how much longer (seconds; an estimate from the runs so far)."""
-
-    done: int
-    total: int
-    left_s: float
-    note: str
 
 
 @dataclass(slots=True)

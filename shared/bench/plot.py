@@ -15,7 +15,9 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError("--plot needs matplotlib, which is not installed", "pip install 'speclora[bench]'") from error
+        raise ConfigError(
+            "a picture needs matplotlib, which is not installed", "pip install 'speclora[bench]'"
+        ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

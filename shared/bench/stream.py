@@ -1,0 +1,252 @@
+"""Requests through running daemons, one after another, one row each; and the waits of the loop around them. Knows a Client only.
+
+What `demo` and `bench learning` share. Answers are greedy, so that the words are the same whoever drafts. The plain speed
+beside a row is the same prompt answered once more without a draft: what the machine was able to do at that moment.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from specl.shared.bench.progress import Progress
+from specl.shared.client import Client
+from specl.shared.config import Settings
+from specl.shared.errors import SpecLoraError
+from specl.shared.learning.examples import is_held_out
+from specl.shared.prompts import reserved
+from specl.shared.status import collect
+
+FIXED_K = 4  # acceptance as a result is reported at this length
+STORED_S = 30.0
+ADAPTER_S = 30.0
+SETTLE_S = 15.0  # a run that was asked for has begun by then, and an older trouble is forgotten
+Tell = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One request to send."""
+
+    n: int
+    kind: str
+    prompt: str
+
+
+@dataclass(slots=True)
+class Row:
+    """One answered request. `at_s` is when it was sent, seconds since its stream began; `plain` the tokens a second without
+    a draft beside it; `hits` of `positions` output tokens were the draft's own first choice, teacher-forced (filled in later).
+    """
+
+    n: int
+    kind: str
+    prompt: str
+    at_s: float
+    output: list[int]
+    adapter_id: str
+    tokens_per_second: float
+    ttft_ms: float
+    rounds: int
+    drafted: int
+    accepted: int
+    acceptance_by_depth: list[float]
+    tokens_by_source: dict[str, int]
+    k_histogram: dict[str, int]
+    parked_reason: str
+    plain: float | None = None
+    hits: float | None = None
+    positions: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Spent decoding."""
+        return len(self.output) / self.tokens_per_second if self.tokens_per_second else 0.0
+
+
+@dataclass(slots=True)
+class Event:
+    """A training run that ended while a stream ran, after the request number `n`."""
+
+    n: int
+    at_s: float
+    verdict: str
+    reason: str
+    adapter_id: str
+
+
+@dataclass(slots=True)
+class Pass:
+    """One pass over a stream: what was measured so far, also where it was cut short."""
+
+    rows: list[Row] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a stream is sent: seconds between requests, most tokens of an answer, every how many requests plain decoding is
+    measured beside one, after how many minutes no more is sent (None: never).
+    """
+
+    gap_s: float = 1.0
+    tokens: int = 64
+    plain_every: int = 4
+    minutes: float | None = None
+
+
+def items(kinds: Sequence[str], count: int, shift: bool = False, split: str = "live") -> list[Item]:
+    """A stream of `count` prompts: the kinds in turn, or with `shift` the first kind and from half-way on the others."""
+    rest = list(kinds[1:]) if shift else list(kinds)
+    half = count // 2 if shift else 0
+    order = [kinds[0] if n < half else rest[(n - half) % len(rest)] for n in range(count)]
+    prompts = {kind: iter(reserved.prompts(kind, order.count(kind), split=split)) for kind in dict.fromkeys(order)}
+    return [Item(n, kind, next(prompts[kind])) for n, kind in enumerate(order)]
+
+
+def conversation(n: int) -> str:
+    """The conversation id of the n-th request: the same in every pass, so that the same ones are held out."""
+    return f"stream-{n:05}"
+
+
+def scaled(
+    settings: Settings, requests: int, share: float, minutes: float, gap_s: float, learning: bool, ngram: bool
+) -> Settings:
+    """The settings in force, made small: a run of at most `minutes` starts at `requests` failures, works in gaps of `gap_s`,
+    and needs no more held-out generations than so many requests bring (some repeat each other). The gate judges as ever.
+    """
+    held = sum(is_held_out(conversation(n), share) for n in range(requests))
+    change = {
+        "enabled": learning,
+        "min_failure_cases": requests,
+        "heldout_share": share,
+        "min_heldout_generations": max(2, min(settings.training.min_heldout_generations, held * 4 // 5)),
+        "max_minutes": minutes,
+        "idle_seconds": min(settings.training.idle_seconds, gap_s / 4),
+    }
+    training = settings.training.model_copy(update=change)
+    speculative = settings.speculative.model_copy(update={"ngram": ngram})
+    return settings.model_copy(update={"training": training, "speculative": speculative})
+
+
+# ------------------------------------------------------------------------------------------------ asking
+def ask(client: Client, item: Item, tokens: int, at_s: float = 0.0, **wish: Any) -> Row:
+    """One greedy answer; `wish` as in Client.request."""
+    request = client.request(item.prompt, temperature=0.0, max_tokens=tokens, **wish)
+    output = [token for delta in client.deltas(request) for token in delta.tokens]
+    done = client.last
+    stats = done.stats
+    return Row(
+        n=item.n,
+        kind=item.kind,
+        prompt=item.prompt,
+        at_s=round(at_s, 2),
+        output=output,
+        adapter_id=done.adapter_id,
+        tokens_per_second=stats["tokens_per_second"],
+        ttft_ms=stats["ttft_ms"],
+        rounds=stats["rounds"],
+        drafted=stats["model_drafted"],
+        accepted=stats["model_accepted"],
+        acceptance_by_depth=stats["acceptance_by_depth"],
+        tokens_by_source=stats["tokens_by_source"],
+        k_histogram=stats["k_histogram"],
+        parked_reason=stats["parked_reason"],
+    )
+
+
+def plain_speed(client: Client, item: Item, tokens: int) -> float:
+    """Tokens a second of the same answer without any draft; not recorded."""
+    return ask(client, item, tokens, num_draft_tokens=0, ngram=False, record=False).tokens_per_second
+
+
+def stream(client: Client, wanted: Sequence[Item], pace: Pace, found: Pass, tell: Tell = lambda progress: None) -> None:
+    """Send everything, filling `found` as it goes."""
+    start, before = time.monotonic(), _verdict(client)
+    for item in wanted:
+        if item.n:
+            time.sleep(pace.gap_s)
+        at_s = time.monotonic() - start
+        if pace.minutes is not None and at_s > 60 * pace.minutes:
+            return
+        row = ask(client, item, pace.tokens, at_s, conversation_id=conversation(item.n))
+        found.rows.append(row)
+        if item.n % pace.plain_every == 0:
+            row.plain = plain_speed(client, item, pace.tokens)
+        now = time.monotonic() - start
+        verdict = _verdict(client)
+        if verdict != before and verdict is not None:
+            fields = (verdict["verdict"], verdict["reason"], verdict["adapter_id"])
+            found.events.append(Event(item.n, round(now, 2), *fields))
+        before = verdict
+        tell(Progress(len(found.rows), len(wanted), _left(now, len(found.rows), len(wanted), pace), _note(row)))
+
+
+def _verdict(client: Client) -> dict[str, Any] | None:
+    return collect(client)["training"]["last_verdict"]
+
+
+def _left(now: float, done: int, total: int, pace: Pace) -> float:
+    left = now / done * (total - done)
+    return left if pace.minutes is None else max(0.0, min(left, 60 * pace.minutes - now))
+
+
+def _note(row: Row) -> str:
+    return f"{row.kind}, adapter {row.adapter_id or 'none'}, {row.tokens_per_second:.1f} tok/s"
+
+
+# ------------------------------------------------------------------------------------------------ the loop around it
+def wait_stored(client: Client, count: int) -> None:
+    """Until so many generations are in the store. Raises SpecLoraError after half a minute."""
+    end = time.monotonic() + STORED_S
+    while collect(client)["store"]["generations"] < count:
+        if time.monotonic() > end:
+            raise SpecLoraError(f"the records did not reach the store within {STORED_S:.0f} s")
+        time.sleep(0.3)
+
+
+def count_failures(client: Client) -> int:
+    """Failures, once the trainer has scored what inference did not draft; whatever there is after a while."""
+    end, seen, since = time.monotonic() + 45, -1, time.monotonic()
+    while time.monotonic() < end:
+        found = collect(client)
+        count = found["failures"]["total"]
+        if count != seen:
+            seen, since = count, time.monotonic()
+        if count and time.monotonic() - since > 8 and found["training"]["state"] == "idle":
+            break
+        time.sleep(0.5)
+    return max(seen, 0)
+
+
+def train(client: Client, say: Callable[[str], None], timeout_s: float) -> dict[str, Any]:
+    """Have the trainer do its first run, and wait; its verdict. Raises SpecLoraError where none comes."""
+    reply = client.train(now=True)
+    if not reply.ok:
+        raise SpecLoraError(reply.message)
+    began, said = time.monotonic(), 0.0
+    while time.monotonic() < began + timeout_s:
+        found = collect(client)
+        training = found["training"]
+        if training["last_verdict"]:
+            return training["last_verdict"]
+        trouble = [text for text in found["problems"] if text.startswith("training:")]
+        if trouble and training["state"] == "idle" and time.monotonic() > began + SETTLE_S:
+            raise SpecLoraError(trouble[0])
+        if time.monotonic() - said > 15:
+            said = time.monotonic()
+            loss = f", loss {training['loss']:.3f}" if training.get("loss") is not None else ""
+            say(f"  {training['state']} {training['step']}/{training.get('total', 0)}{loss}")
+        time.sleep(0.5)
+    raise SpecLoraError("the training run did not end in time")
+
+
+def wait_adapter(client: Client, adapter_id: str) -> None:
+    """Until inference drafts with it. Raises SpecLoraError where it does not."""
+    end = time.monotonic() + ADAPTER_S
+    while collect(client)["adapter"]["active"] != adapter_id:
+        if time.monotonic() > end:
+            raise SpecLoraError(
+                "inference did not take the adapter", "look for `adapter.rejected` in the logs (--keep)"
+            )
+        time.sleep(0.2)
