@@ -59,9 +59,9 @@ class Gain(Learning):
     def _collect(self, client: Client, wanted: "Sequence[Item]") -> None:
         from specl.shared.bench.stream import ask, conversation
 
-        start, tell = time.monotonic(), Teller()
+        start, tell, share = time.monotonic(), Teller(), self.small.training.heldout_share
         for done, item in enumerate(wanted, 1):
-            ask(client, item, self.wish["tokens"], conversation_id=conversation(item.n))
+            ask(client, item, self.wish["tokens"], conversation_id=conversation(item.n, share))
             tell(_progress(done, len(wanted), start, item.kind))
 
     def _pass(self, client: Client, name: str, wanted: "Sequence[Item]") -> None:

@@ -69,7 +69,7 @@ class _Kinds(click.ParamType):
     type=click.FloatRange(0, min_open=True),
     help=f"Most minutes that a training run computes.  [default: {STREAM_MINUTES}; with --gain {GAIN_MINUTES}]",
 )
-@click.option("--trigger", type=click.IntRange(4), help="Failures that start a run.  [default: a fifth of --requests]")
+@click.option("--trigger", type=click.IntRange(8), help="Failures that start a run.  [default: a fifth of --requests]")
 @click.option("--shift", is_flag=True, help="Change from the first kind to the others half-way.")
 @click.option("--ngram", is_flag=True, help="A second pair of passes with n-gram drafting on.")
 @click.option("--no-off", is_flag=True, help="Leave out the passes without learning.")
@@ -313,9 +313,7 @@ def stream_lines(column: str, row: dict[str, Any]) -> Iterator[str]:
     """A stream's report for a person."""
     for name, window in row["windows"].items():
         start, stop = window["requests"]
-        yield f"{f'{column}, {name} ({start} to {stop - 1})':44}" + cells(
-            "on", "off", "on / off, on - off (95%)"
-        )
+        yield f"{f'{column}, {name} ({start} to {stop - 1})':44}" + cells("on", "off", "on / off, on - off (95%)")
         changes = window.get("on_against_off", {})
         for label, figure, change, form in FIGURES:
             sides = [one(window.get(side, {}).get(figure), form) for side in ("on", "off")]

@@ -7,6 +7,7 @@ beside a row is the same prompt answered once more without a draft: what the mac
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from specl.shared.bench.progress import Progress
@@ -95,18 +96,22 @@ class Pace:
     minutes: float | None = None
 
 
-def items(kinds: Sequence[str], count: int, shift: bool = False, split: str = "live") -> list[Item]:
-    """A stream of `count` prompts: the kinds in turn, or with `shift` the first kind and from half-way on the others."""
+def items(kinds: Sequence[str], total: int, shift: bool = False, split: str = "live") -> list[Item]:
+    """A stream of `total` prompts: the kinds in turn, or with `shift` the first kind and from half-way on the others."""
     rest = list(kinds[1:]) if shift else list(kinds)
-    half = count // 2 if shift else 0
-    order = [kinds[0] if n < half else rest[(n - half) % len(rest)] for n in range(count)]
+    half = total // 2 if shift else 0
+    order = [kinds[0] if n < half else rest[(n - half) % len(rest)] for n in range(total)]
     prompts = {kind: iter(reserved.prompts(kind, order.count(kind), split=split)) for kind in dict.fromkeys(order)}
     return [Item(n, kind, next(prompts[kind])) for n, kind in enumerate(order)]
 
 
-def conversation(n: int) -> str:
-    """The conversation id of the n-th request: the same in every pass, so that the same ones are held out."""
-    return f"stream-{n:05}"
+def conversation(n: int, share: float) -> str:
+    """The conversation id of the n-th request: the same in every pass. The hash that holds out a `share` of conversations
+    is left as it is; ids are chosen so that those it holds out are spread evenly, also over a short stream.
+    """
+    wanted = int((n + 1) * share) > int(n * share)
+    ids = (f"stream-{n:05}-{attempt}" for attempt in count())
+    return next(id for id in ids if is_held_out(id, share) == wanted)
 
 
 def scaled(
@@ -115,7 +120,7 @@ def scaled(
     """The settings in force, made small: a run of at most `minutes` starts at `requests` failures, works in gaps of `gap_s`,
     and needs no more held-out generations than so many requests bring (some repeat each other). The gate judges as ever.
     """
-    held = sum(is_held_out(conversation(n), share) for n in range(requests))
+    held = int(requests * share)
     change = {
         "enabled": learning,
         "min_failure_cases": requests,
@@ -162,14 +167,14 @@ def plain_speed(client: Client, item: Item, tokens: int) -> float:
 
 def stream(client: Client, wanted: Sequence[Item], pace: Pace, found: Pass, tell: Tell = lambda progress: None) -> None:
     """Send everything, filling `found` as it goes."""
-    start, before = time.monotonic(), _verdict(client)
+    start, before, share = time.monotonic(), _verdict(client), client.settings.training.heldout_share
     for item in wanted:
         if item.n:
             time.sleep(pace.gap_s)
         at_s = time.monotonic() - start
         if pace.minutes is not None and at_s > 60 * pace.minutes:
             return
-        row = ask(client, item, pace.tokens, at_s, conversation_id=conversation(item.n))
+        row = ask(client, item, pace.tokens, at_s, conversation_id=conversation(item.n, share))
         found.rows.append(row)
         if item.n % pace.plain_every == 0:
             row.plain = plain_speed(client, item, pace.tokens)
@@ -196,10 +201,10 @@ def _note(row: Row) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ the loop around it
-def wait_stored(client: Client, count: int) -> None:
+def wait_stored(client: Client, least: int) -> None:
     """Until so many generations are in the store. Raises SpecLoraError after half a minute."""
     end = time.monotonic() + STORED_S
-    while collect(client)["store"]["generations"] < count:
+    while collect(client)["store"]["generations"] < least:
         if time.monotonic() > end:
             raise SpecLoraError(f"the records did not reach the store within {STORED_S:.0f} s")
         time.sleep(0.3)
@@ -210,10 +215,10 @@ def count_failures(client: Client) -> int:
     end, seen, since = time.monotonic() + 45, -1, time.monotonic()
     while time.monotonic() < end:
         found = collect(client)
-        count = found["failures"]["total"]
-        if count != seen:
-            seen, since = count, time.monotonic()
-        if count and time.monotonic() - since > 8 and found["training"]["state"] == "idle":
+        failures = found["failures"]["total"]
+        if failures != seen:
+            seen, since = failures, time.monotonic()
+        if failures and time.monotonic() - since > 8 and found["training"]["state"] == "idle":
             break
         time.sleep(0.5)
     return max(seen, 0)

@@ -39,9 +39,9 @@ class Teacher:
                 missing += len(own)
                 continue
             self.engine.use_adapter(adapter)
-            for start in range(0, len(own), PIECE):
-                self._piece(own[start : start + PIECE])
-                done += len(own[start : start + PIECE])
+            for place in range(0, len(own), PIECE):
+                self._piece(own[place : place + PIECE])
+                done += len(own[place : place + PIECE])
                 left = (time.monotonic() - start) / done * (len(rows) - done)
                 tell(Progress(done, len(rows), left, "agreement"))
         return missing
