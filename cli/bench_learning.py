@@ -280,9 +280,9 @@ class _Streams(Learning):
         """See Learning."""
         from specl.shared.bench.learned import report
 
-        count = self.wish["requests"]
+        shift_at = self.wish["requests"] // 2 if self.wish["shift"] else None
         found = {
-            column: report(sides["on"], sides.get("off"), count)
+            column: report(sides["on"], sides.get("off"), shift_at)
             for column, sides in self.passes.items()
             if "on" in sides and sides["on"].rows
         }
@@ -295,7 +295,7 @@ class _Streams(Learning):
             from specl.shared.bench.curves import draw_stream
 
             file = self.out / "learning.png"
-            draw_stream(self.passes, count // 2 if self.wish["shift"] else None, file)
+            draw_stream(self.passes, shift_at, file)
             self.console.print(f"drawn: {file}")
 
 
@@ -313,6 +313,8 @@ def stream_lines(column: str, row: dict[str, Any]) -> Iterator[str]:
     """A stream's report for a person."""
     for name, window in row["windows"].items():
         start, stop = window["requests"]
+        if start == stop:
+            continue
         yield f"{f'{column}, {name} ({start} to {stop - 1})':44}" + cells("on", "off", "on / off, on - off (95%)")
         changes = window.get("on_against_off", {})
         for label, figure, change, form in FIGURES:

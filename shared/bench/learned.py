@@ -137,23 +137,22 @@ def compare(first: Side, second: Side) -> dict[str, Estimate]:
     }
 
 
-def windows(count: int) -> dict[str, range]:
-    """The parts of a stream of `count` requests that are reported."""
+def windows(count: int, shift_at: int | None = None) -> dict[str, range]:
+    """The parts of a stream of `count` requests that are reported; the second half begins where the kind changes."""
+    half = count // 2 if shift_at is None else min(shift_at, count)
     return {
         "whole": range(count),
-        "first half": range(count // 2),
-        "second half": range(count // 2, count),
+        "first half": range(half),
+        "second half": range(half, count),
         "last quarter": range(count - count // 4, count),
     }
 
 
-def report(on: Pass, off: Pass | None, planned: int) -> dict[str, Any]:
-    """By window: both sides' figures and their comparison. Windows are those of the `planned` stream; where a pass was cut
-    short, only what both answered is compared.
-    """
+def report(on: Pass, off: Pass | None, shift_at: int | None = None) -> dict[str, Any]:
+    """By window of what `on` answered: both sides' figures and their comparison, over the requests that both answered."""
     found: dict[str, Any] = {"windows": {}, "words": words(on, off) if off else None}
     ons, offs = by_number(on), by_number(off) if off else {}
-    for name, numbers in windows(planned).items():
+    for name, numbers in windows(len(on.rows), shift_at).items():
         here = [n for n in numbers if n in ons]
         row: dict[str, Any] = {"requests": [numbers.start, numbers.stop], "on": Side([ons[n] for n in here]).figures()}
         if off is not None:

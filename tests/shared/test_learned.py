@@ -100,12 +100,14 @@ def test_the_windows_are_halves_and_the_last_quarter():
     found = windows(40)
     assert (found["second half"], found["last quarter"]) == (range(20, 40), range(30, 40))
     assert len(windows(7)["last quarter"]) == 1
+    assert windows(30, shift_at=20)["second half"] == range(20, 30)
+    assert len(windows(10, shift_at=20)["second half"]) == 0
 
 
 def test_learning_shows_in_the_second_half_only_where_it_was():
     on = Pass([row(n, speed=20 if n < 10 else 30, hits=4 if n < 10 else 24) for n in range(20)])
     off = Pass(rows(20, speed=20, hits=4))
-    found = report(on, off, 20)["windows"]
+    found = report(on, off)["windows"]
     assert found["first half"]["on_against_off"]["speed"]["value"] == pytest.approx(1.0)
     assert found["second half"]["on_against_off"]["speed"]["value"] == pytest.approx(1.5)
     assert found["last quarter"]["on_against_off"]["agreement"]["value"] == pytest.approx(0.5)
@@ -113,7 +115,7 @@ def test_learning_shows_in_the_second_half_only_where_it_was():
 
 
 def test_a_pass_cut_short_is_compared_where_both_answered():
-    found = report(Pass(rows(20, speed=30)), Pass(rows(12)), 20)["windows"]
+    found = report(Pass(rows(20, speed=30)), Pass(rows(12)))["windows"]
     assert found["second half"]["pairs"] == 2 and found["last quarter"]["pairs"] == 0
     assert found["last quarter"]["on_against_off"]["speed"]["value"] is None
     assert found["second half"]["on_against_off"]["speed"]["value"] == pytest.approx(1.5)
@@ -122,7 +124,7 @@ def test_a_pass_cut_short_is_compared_where_both_answered():
 def test_texts_that_part_are_counted():
     off = rows(6)
     off[3] = replace(off[3], output=[1, 2])
-    assert report(Pass(rows(6)), Pass(off), 6)["words"] == {"compared": 6, "different": 1}
+    assert report(Pass(rows(6)), Pass(off))["words"] == {"compared": 6, "different": 1}
 
 
 def test_adapters_are_told_in_order_with_a_rollback():
@@ -178,3 +180,16 @@ def test_settings_shrink_only_what_a_short_stream_needs():
     assert found.training.min_heldout_generations == 4
     assert found.speculative.ngram is False
     assert stream.scaled(given, 1000, 0.3, 1.5, 1.0, True, False).training.min_heldout_generations == 30
+
+
+def test_the_picture_marks_where_an_adapter_came_in(tmp_path):
+    pytest.importorskip("matplotlib")
+    from specl.shared.bench.curves import draw_stream
+
+    names = [""] * 8 + ["000001"] * 8
+    pictures = []
+    for name, adapters_of in (("with", names), ("without", [""] * 16)):
+        on = Pass([row(n, hits=8, plain=20, adapter=adapter) for n, adapter in enumerate(adapters_of)])
+        draw_stream({"n-gram off": {"on": on, "off": Pass(rows(16))}, "n-gram on": {}}, 8, tmp_path / f"{name}.png")
+        pictures.append((tmp_path / f"{name}.png").read_bytes())
+    assert pictures[0] != pictures[1] and all(picture.startswith(b"\x89PNG") for picture in pictures)
