@@ -172,10 +172,10 @@ def build_head(
     about: dict[str, Any],
     tell: Tell = lambda progress: None,
     begin: HeadDraft | None = None,
+) -> tuple[HeadDraft, Agreement, dict[str, Any]]:
     """The whole pipeline, from `begin`'s weights where given. Returns the draft as written, its held-out agreement (greedy
     prompts) and its manifest.
     """
-    """The whole pipeline, from `begin`'s weights where given. Returns the draft as written, its held-out agreement (greedy prompts) and its manifest."""
     work.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     heldout = encode_prompts(target, heldout_prompts[:HELDOUT_PROMPTS], settings, sampled=False)
