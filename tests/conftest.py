@@ -1,8 +1,14 @@
 """No test touches a user's run directory; a tiny random Llama stands in where truth does not need a real model."""
 
+import signal
+
 import pytest
 
 from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a suite in the background of a shell without job control inherits this, and so would every process that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ Runs on the trainer's MLX thread in small pieces; between any two it may be told
 run go on where it was. Every outcome becomes a `TrainingRun` record with its numbers, published or not.
 """
 
+import math
 import shutil
 import time
 import uuid
@@ -175,12 +176,8 @@ class TrainingJob:
         fresh = self.material.failures or self.material.successes
         again = [*(self.material.successes if self.material.failures else []), *replay]
         batches = Batches(fresh, again, training.batch_size, training.replay_ratio, seed=0)
-        fresh_a_batch = (
-            max(1, training.batch_size - round(training.batch_size * training.replay_ratio))
-            if again
-            else training.batch_size
-        )
-        total = max(1, -(-len(fresh) * training.num_epochs // (fresh_a_batch * training.gradient_accumulation_steps)))
+        fresh_a_step = training.batch_size * training.gradient_accumulation_steps * max(batches.fresh_share, 0.1)
+        total = max(1, math.ceil(len(fresh) * training.num_epochs / fresh_a_step))
         loss = LossSettings(training.loss.type, training.loss.temperature, training.loss.alpha)
         checkpointing = self.settings.memory.gradient_checkpointing
         steps = StepSettings(training.learning_rate, total, depths=DEPTHS, checkpointing=checkpointing)

@@ -133,7 +133,10 @@ def about_checkpoint(folder: Path) -> dict[str, object] | None:
 
 
 class Batches:
-    """Endless shuffled groups from two pools: `fresh` examples and replayed ones in the given share; seeded."""
+    """Endless shuffled groups from two pools: `fresh` examples and replayed ones; seeded.
+
+    The replayed share holds on average: groups of 2 with a share of 0.2 have one replayed text in two groups of five.
+    """
 
     def __init__(
         self, fresh: Sequence[Example], replay: Sequence[Example], size: int, replay_share: float, seed: int
@@ -141,19 +144,24 @@ class Batches:
         if not fresh and not replay:
             raise ValueError("no examples")
         self._rng = np.random.default_rng(seed)
-        replayed = round(size * replay_share) if fresh and replay else (0 if fresh else size)
-        self._pools = [(list(fresh), size - replayed), (list(replay), replayed)]
+        self._pools = [list(fresh), list(replay)]
+        self._size = size
+        self.fresh_share = 1 - replay_share if fresh and replay else float(bool(fresh))
+        self._owed = 0.5  # of fresh examples, so that a share which the size allows is met in every group
         self._order: list[list[int]] = [[], []]
 
     def next(self) -> list[Example]:
         """One group of `size` examples."""
-        group: list[Example] = []
-        for place, (pool, count) in enumerate(self._pools):
-            for _ in range(count):
-                if not self._order[place]:
-                    self._order[place] = self._rng.permutation(len(pool)).tolist()
-                group.append(pool[self._order[place].pop()])
-        return group
+        self._owed += self._size * self.fresh_share
+        count = min(int(self._owed), self._size)
+        self._owed -= count
+        return [self._draw(0) for _ in range(count)] + [self._draw(1) for _ in range(self._size - count)]
+
+    def _draw(self, place: int) -> Example:
+        pool = self._pools[place]
+        if not self._order[place]:
+            self._order[place] = self._rng.permutation(len(pool)).tolist()
+        return pool[self._order[place].pop()]
 
 
 class Deadline:

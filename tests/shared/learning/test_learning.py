@@ -170,6 +170,8 @@ def test_batches_keep_the_replay_share_and_the_hot_vocabulary_its_size(tiny):
     batches = Batches(fresh, replay, 6, 0.67, seed=0)
     for _ in range(5):
         assert sum(item.id.startswith("r") for item in batches.next()) == 4
+    small = Batches(fresh, replay, 2, 0.2, seed=0)
+    assert sum(item.id.startswith("r") for _ in range(50) for item in small.next()) == 20
     hot = hot_vocabulary(fresh, 20, 97, keep=np.arange(50))
     assert len(np.unique(hot)) == 20 and (np.diff(hot) > 0).all()
 

@@ -1,0 +1,77 @@
+"""Time to the first token of a second turn against the first, through the daemon: does the prefix cache hold?
+
+    python tests/bench/second_turn.py [--pairs 5] [--first 1000] [--draft NAME]
+
+The first turn is a long paste of indented code with emoji which the model is asked to go on with, so that its answer has
+code, emoji and leading spaces, whose tokens are cut anew when the chat is rendered again; the second adds about 32 tokens.
+"""
+
+import argparse
+import statistics
+import time
+
+from specl.shared import config
+from specl.shared.bench.scratch import ScratchDaemons
+from specl.shared.models.load import load, resolve
+from specl.shared.models.pair import draft_folder
+from specl.shared.paths import find_paths
+from specl.shared.wire import Purge
+
+LINES = (
+    '    print("👩‍💻  step {n}: naïve café ☕")\n',
+    "        return [x ** {n} for x in values if x % {m}]\n",
+    "\tif ready:   # 🚀 {n} spaces matter\n",
+    "    totals[{n}] = sum(weights[: {m}]) / len(weights)\n",
+)
+SECOND = "Thank you. Now say in one short sentence what the function above does, and name the emoji that it prints most often, please."
+
+
+def paste(tokenizer, count, seed):
+    """About `count` tokens of code that no other seed has."""
+    text, n = "Go on with this Python code in the same style, emoji and indentation included:\n\n", seed * 1000
+    while len(tokenizer.encode(text, add_special_tokens=False)) < count:
+        text += "".join(line.format(n=n + i, m=7 + (n + i) % 13) for i, line in enumerate(LINES))
+        n += len(LINES)
+    return text
+
+
+def timed(client, messages, limit):
+    """Seconds to the first delta, the text, and the statistics."""
+    ask = client.request(messages, max_tokens=limit, temperature=0.0)
+    begun, first, text = time.perf_counter(), None, ""
+    for delta in client.deltas(ask):
+        first = first if first is not None else time.perf_counter() - begun
+        text += delta.text
+    return first, text, client.last.stats
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--first", type=int, default=1000, help="tokens of the first turn's prompt")
+    parser.add_argument("--draft")
+    wish = parser.parse_args()
+    settings, paths = config.load(), find_paths()
+    target = resolve(settings.models.target.name, paths.models)
+    tokenizer = load(settings.models.target.name, paths.models, settings.models.precision).tokenizer
+    name = wish.draft or settings.models.draft.name
+    draft = str(draft_folder(name, paths.models) or name) if name else None
+    ratios = []
+    with ScratchDaemons(settings, target, draft, paths.models, paths.costs) as daemons, daemons.client() as client:
+        client.ask([{"role": "user", "content": "hello"}], max_tokens=8, temperature=0.0)
+        for pair in range(wish.pairs):
+            client.command("inference", Purge([], None, ""))
+            messages = [{"role": "user", "content": paste(tokenizer, wish.first, pair)}]
+            first, answer, before = timed(client, messages, 64)
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": SECOND}]
+            second, _, after = timed(client, messages, 8)
+            ratios.append(second / first)
+            print(
+                f"first {1000 * first:.0f} ms ({before['prompt_tokens']} tokens), second {1000 * second:.0f} ms"
+                f" ({after['reused_tokens']} of {after['prompt_tokens']} reused): {second / first:.3f}"
+            )
+    print(f"median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()
