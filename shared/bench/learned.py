@@ -129,11 +129,13 @@ def compare(first: Side, second: Side) -> dict[str, Estimate]:
     if [row.prompt for row in first.rows] != [row.prompt for row in second.rows]:
         raise ValueError("the two sides did not answer the same prompts")
     count = len(first.rows)
+    scored = np.flatnonzero(np.isfinite(first.hits) & np.isfinite(second.hits))  # a gap on one side is left out on both
+    agree = lambda picks: first.agreement(scored[picks]) - second.agreement(scored[picks])  # noqa: E731
     return {
         "speed": estimate(lambda picks: over(first.speed(picks), second.speed(picks)), count),
         "speed_to_plain": estimate(lambda picks: over(first.to_plain(picks), second.to_plain(picks)), count),
         "acceptance": estimate(lambda picks: first.acceptance(picks) - second.acceptance(picks), count),
-        "agreement": estimate(lambda picks: first.agreement(picks) - second.agreement(picks), count),
+        "agreement": estimate(agree, len(scored)),
     }
 
 

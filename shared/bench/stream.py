@@ -180,10 +180,10 @@ def stream(client: Client, wanted: Sequence[Item], pace: Pace, found: Pass, tell
             row.plain = plain_speed(client, item, pace.tokens)
         now = time.monotonic() - start
         verdict = _verdict(client)
-        if verdict != before and verdict is not None:
+        if verdict is not None and verdict != before:
             fields = (verdict["verdict"], verdict["reason"], verdict["adapter_id"])
             found.events.append(Event(item.n, round(now, 2), *fields))
-        before = verdict
+            before = verdict  # a collector that is late for once says nothing, which is no new verdict
         tell(Progress(len(found.rows), len(wanted), _left(now, len(found.rows), len(wanted), pace), _note(row)))
 
 

@@ -60,6 +60,13 @@ def test_agreement_is_told_of_the_rows_that_have_it():
     assert Side([row(0)]).figures()["agreement"] is None
 
 
+def test_an_answer_without_agreement_on_one_side_counts_on_neither():
+    on = [row(n, hits=None if n == 0 else 20) for n in range(8)]
+    off = [row(n, hits=40 if n == 0 else 10) for n in range(8)]
+    found = compare(Side(on), Side(off))["agreement"]
+    assert (found.value, found.n) == (pytest.approx(0.25), 7)
+
+
 def test_a_gain_in_agreement_is_a_difference_and_its_interval_lies_around_it():
     rng = np.random.default_rng(1)
     before = [row(n, hits=int(h)) for n, h in enumerate(rng.binomial(40, 0.2, 40))]
