@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from specl.cli.adapter_import import import_
 from specl.shared.adapters import Adapters, Manifest
 from specl.shared.client import Client
 from specl.shared.errors import AdapterRejected, DaemonUnreachable, SpecLoraError
@@ -17,7 +18,10 @@ from specl.shared.paths import find_paths
 
 @click.group()
 def adapters() -> None:
-    """List, show, activate, roll back and unload adapters."""
+    """List, show, import, activate, roll back and unload adapters."""
+
+
+adapters.add_command(import_)
 
 
 def _all() -> tuple[Adapters, list[tuple[str, Manifest | str]]]:
