@@ -34,11 +34,15 @@ KEEP_LAST = 5
 HIGHEST = "HIGHEST"  # the largest id that was ever dropped: ids are never used twice
 PREVIOUS = "PREVIOUS"
 ROLLED_BACK = "ROLLED_BACK.json"
+FOREIGN = FILES[:2]  # what an adapter made elsewhere must have; mlx-lm writes no more
+STAGED = ".new-import-"  # swept with everything else that was left half done
+STAGED_NAME = re.compile(re.escape(STAGED) + "[0-9a-f]{32}")
 ID = re.compile(r"[0-9]{6}")
 ALIASES = ("latest", "best", "previous", "current")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -81,7 +85,7 @@ class Adapters:
         """Take the files in `source` as adapter `manifest.id`; with `make_current`, CURRENT names it. Raises OSError."""
         crash_point("adapter.files_written")
         hashes = {
-            name: _sha256(source / name) for name in FILES if name != "manifest.json" and (source / name).exists()
+            name: sha256_of(source / name) for name in FILES if name != "manifest.json" and (source / name).exists()
         }
         document = asdict(manifest) | {"files": hashes}
         (source / "manifest.json").write_text(json.dumps(document, indent=2))
@@ -103,6 +107,31 @@ class Adapters:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         return path
+
+    def stage(self, source: Path, token: str) -> Path:
+        """Copy the files of an adapter made elsewhere to where the trainer reads it; `token` makes its name.
+
+        Raises AdapterRejected for what is no adapter directory, OSError where the copy fails.
+        """
+        if not source.is_dir():
+            raise AdapterRejected(f"there is no directory {source}")
+        if missing := [name for name in FOREIGN if not (source / name).is_file()]:
+            raise AdapterRejected(f"{source} holds no adapter: {' and '.join(missing)} not found")
+        if large := [name for name in FILES if (source / name).is_file() and (source / name).stat().st_size > MAX_FILE]:
+            raise AdapterRejected(f"{source / large[0]} is larger than {MAX_FILE >> 30} GiB")
+        folder = self.folder / f"{STAGED}{token}"
+        folder.mkdir(parents=True, mode=0o700)
+        for name in FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        return folder
+
+    def staged(self, name: str) -> Path:
+        """The staged copy of this name. Raises AdapterRejected for any other name, and for one that is gone."""
+        folder = self.folder / name
+        if not STAGED_NAME.fullmatch(name) or folder.is_symlink() or not folder.is_dir():
+            raise AdapterRejected(f"{name!r} is not an adapter that was staged for import")
+        return folder
 
     def set_current(self, id: str) -> None:
         """CURRENT names `id` from now on; empty for none."""
@@ -259,7 +288,7 @@ class Adapters:
                 continue
             if not present:
                 problems.append(f"{name} is missing, though the manifest names it")
-            elif manifest.files.get(name) != _sha256(folder / name):
+            elif manifest.files.get(name) != sha256_of(folder / name):
                 problems.append(f"{name} is not the file that was published (sha256)")
         if manifest.base_fingerprint != base_fingerprint:
             problems.append(f"it was trained on draft {manifest.base_fingerprint}, this one is {base_fingerprint}")

@@ -32,6 +32,7 @@ from specl.shared.wire import (
     SetAdapter,
     Status,
     Train,
+    TryAdapter,
 )
 
 FIRST_ANSWER_S = 1.5  # a living daemon answers at once, whatever it is doing
@@ -178,6 +179,10 @@ class Client:
     def train(self, now: bool = True) -> Reply:
         """Ask the trainer for a run."""
         return self.command("trainer", Train(now))
+
+    def try_adapter(self, folder: str, name: str) -> Reply:
+        """Ask the trainer to judge a staged adapter; `details["run"]` of the reply names the run."""
+        return self.command("trainer", TryAdapter(folder, name))
 
     def set_adapter(self, adapter: str) -> Reply:
         """Draft with this adapter: an id, `best`, `latest`, `previous`, or empty for none."""

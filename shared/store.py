@@ -22,9 +22,10 @@ from sqlalchemy.exc import DBAPIError
 
 from specl.shared.crash import crash_point
 from specl.shared.errors import StoreError, StoreTooNew, WireError
+from specl.shared.store_views import ADAPTER_ACTIVATIONS, ADAPTER_HISTORY
 from specl.shared.wire import Activation, Adapter, Evaluation, Generation, Record, Row, TrainingRun, decode, kind_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LATEST = 253_000_000_000.0  # a moment that sorts after all others, in the year 9987
 _meta = sa.MetaData()
 _Text, _Int, _Real, _Blob = sa.Text, sa.Integer, sa.Float, sa.LargeBinary
@@ -213,7 +214,14 @@ def _m001(connection: sa.Connection) -> None:
         connection.exec_driver_sql(f"CREATE VIEW {name} AS {query}")
 
 
-_MIGRATIONS = (_m001,)
+def _m002(connection: sa.Connection) -> None:
+    """An adapter's whole story: data, interval and regression in `adapter_history`; `adapter_activations`."""
+    connection.exec_driver_sql("DROP VIEW adapter_history")
+    connection.exec_driver_sql(f"CREATE VIEW adapter_history AS {ADAPTER_HISTORY}")
+    connection.exec_driver_sql(f"CREATE VIEW adapter_activations AS {ADAPTER_ACTIVATIONS}")
+
+
+_MIGRATIONS = (_m001, _m002)
 
 
 @dataclass(frozen=True, slots=True)
@@ -565,6 +573,14 @@ class Store:
 
     def _count(self, name: str) -> int:
         return self._all(sa.select(sa.func.count().label("n")).select_from(sa.text(name)))[0]["n"]
+
+    def adapter_runs(self) -> list[dict[str, Any]]:
+        """What `adapter_history` has, newest first."""
+        return self.sql("SELECT * FROM adapter_history")
+
+    def activations_of(self, adapter_id: str) -> list[dict[str, Any]]:
+        """When and by whom an adapter was used or sent away, oldest first."""
+        return self.sql("SELECT * FROM adapter_activations WHERE adapter_id = :id", id=adapter_id)
 
     def pending_failures(self) -> int:
         """Failures stored since the last training run that used any."""

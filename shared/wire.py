@@ -306,6 +306,16 @@ class Train:
 
 
 @dataclass(frozen=True, slots=True)
+class TryAdapter:
+    """Ask the trainer to put an adapter made elsewhere through its gate. `folder` is the name of a staged copy inside the
+    adapters folder; `name` is what the user calls it.
+    """
+
+    folder: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class SetAdapter:
     """Ask inference for another adapter: an id, `previous`, `best`, `latest`, or empty for none."""
 
@@ -371,7 +381,7 @@ class Progress:
 
 RECORDS: tuple[type, ...] = (Generation, Activation, TrainingRun, Evaluation, Adapter)
 MESSAGES: tuple[type, ...] = (
-    Ask, Alive, Cancel, Queued, Delta, Done, Failed, Fetch, Batch, GetStatus, Status, Train, SetAdapter, Purge, Import,
+    Ask, Alive, Cancel, Queued, Delta, Done, Failed, Fetch, Batch, GetStatus, Status, Train, TryAdapter, SetAdapter, Purge, Import,
     Reply, RecordReady, AdapterReady, Activity, Progress,
 )  # fmt: skip
 _KINDS = {cls.__name__: cls for cls in (*RECORDS, *MESSAGES)}

@@ -1,30 +1,80 @@
-"""What the active adapter does on live traffic, and the watch over a promoted one. Lives on the MLX thread; rules in learning/watch.py.
+"""What the active adapter does on live traffic, and the watch over a new one. Lives on the MLX thread; rules in learning/watch.py.
 
-The counts die with the process: after a restart the baseline is gathered again, and a watch that was on is over.
+The counts are kept in a small file after every answer, so that a restart goes on with the baseline and with a watch that
+was on. Losing the file (power, a full disk) costs the baseline and nothing else: it is replaced whole, but not synced.
 """
 
+import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from specl.shared.adapters import Adapters
+from specl.shared.errors import AdapterRejected
 from specl.shared.learning.watch import Depths, Watch
 
 REMEMBERED = 2000  # tested tokens of the active adapter; older ones fade
 BASELINE = 600  # of those, what a watch compares with: recent enough to be the same kind of traffic
 
 
-class Lookout:
-    """Counts every answer of the active adapter."""
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What the file holds. `draft` and `target` are fingerprints: counts of another pair say nothing."""
 
-    def __init__(self) -> None:
+    draft: str
+    target: str
+    adapter: str
+    seen: Depths
+    watch: Watch | None
+    last: dict[str, Any]
+
+
+_MEMORY = TypeAdapter(Memory)
+
+
+class Lookout:
+    """Counts every answer of the active adapter; `path` is where they survive a restart, None for nowhere."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._pair = ("", "")
+        self.adapter = ""
         self.seen = Depths()
         self.watch: Watch | None = None
         self.last: dict[str, Any] = {}
 
-    def changed(self, promoted: str, previous: str) -> None:
-        """Another adapter drafts; `promoted` names it where the trainer announced it, else nothing is watched."""
-        known = any(self.seen.tested)  # with nothing to compare with, nothing could be claimed
-        self.watch = Watch(promoted, previous, self.seen.faded(BASELINE)) if promoted and known else None
-        self.seen = Depths()
+    def load(self, draft: str, target: str) -> str | None:
+        """Go on with what the last process counted for this pair; the adapter that it drafted with, None if nobody knows."""
+        self._pair = (draft, target)
+        try:
+            kept = _MEMORY.validate_json(self._path.read_bytes()) if self._path is not None else None
+        except (OSError, ValueError):
+            return None
+        if kept is None or (kept.draft, kept.target) != self._pair:
+            return None
+        self.adapter, self.seen, self.watch, self.last = kept.adapter, kept.seen, kept.watch, kept.last
+        return kept.adapter
+
+    def settle(self, adapter: str) -> None:
+        """The daemon is up and `adapter` drafts: what was counted for another one is not its own."""
+        if adapter != self.adapter:
+            self.adapter, self.seen, self.watch = adapter, Depths(), None
+        self._save()
+
+    def changed(self, adapter: str, watched: str, previous: str, promised: Depths | None = None) -> None:
+        """`adapter` drafts from now on. `watched` names it where it has to prove itself against what `previous` did: on live
+        traffic, or, where that has not drafted yet, as the gate measured it (`promised`). With neither nothing is claimed.
+        """
+        baseline = self.seen if any(self.seen.tested) else promised or Depths()
+        known = watched and any(baseline.tested)
+        self.watch = Watch(watched, previous, baseline.faded(BASELINE)) if known else None
+        self.adapter, self.seen = adapter, Depths()
+        self._save()
 
     def forces(self) -> bool:
         """Whether the next round must draft at least one token."""
@@ -35,6 +85,11 @@ class Lookout:
         tested, accepted = list(tested), list(accepted)
         self.seen = self.seen.faded(REMEMBERED)
         self.seen.add(tested, accepted)
+        why = self._watched(tested, accepted)
+        self._save()
+        return why
+
+    def _watched(self, tested: list[int], accepted: list[int]) -> str:
         watch = self.watch
         if watch is None:
             return ""
@@ -44,6 +99,15 @@ class Lookout:
             self.last = self._described(watch) | {"state": "rolled_back" if why else "kept"}
             self.watch = None
         return why
+
+    def _save(self) -> None:
+        if self._path is None:
+            return
+        memory = Memory(*self._pair, self.adapter, self.seen, self.watch, self.last)
+        scratch = self._path.with_name(f".{self._path.name}")
+        with suppress(OSError):  # a full disk must not end an answer
+            scratch.write_text(json.dumps(asdict(memory)))
+            os.replace(scratch, self._path)
 
     def status(self) -> dict[str, Any]:
         """The watch that is on, or how the last one ended."""
@@ -58,3 +122,18 @@ class Lookout:
             "acceptance": round(seen, 4),
             "before": round(expected, 4),
         }
+
+
+def held_out_before(adapters: Adapters, id: str) -> Depths | None:
+    """What the gate measured of the draft before adapter `id`, depth by depth; None where its manifest does not say."""
+    try:
+        metrics = adapters.manifest(id).metrics if id else {}
+    except AdapterRejected:
+        return None
+    shares, positions = metrics.get("heldout_before_by_depth"), metrics.get("heldout_positions")
+    is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)  # noqa: E731
+    if not (isinstance(shares, list) and shares and is_number(positions)):
+        return None
+    if not all(is_number(share) and 0 <= share <= 1 for share in shares) or positions <= 0:
+        return None
+    return Depths.promised(shares, positions)

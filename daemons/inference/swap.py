@@ -31,6 +31,7 @@ class AdapterSwap:
         self.adapters = Adapters(paths.adapters)
         self.engine, self._activated = engine, activated
         self.previous = ""
+        self._drafted_before: str | None = None
         self._in_use: LoadedAdapter | None = None
         self.rejected: dict[str, str] = {}
 
@@ -42,6 +43,14 @@ class AdapterSwap:
             self._refuse(id, str(error))
             return
         self.follow_current()
+
+    def start(self, drafted_before: str | None) -> None:
+        """Look at CURRENT for the first time. `drafted_before` drafted when the last daemon ended (None: nobody knows):
+        going on with it is a restart; another one was promoted meanwhile.
+        """
+        self._drafted_before = drafted_before
+        self.follow_current()
+        self._drafted_before = None
 
     def follow_current(self) -> None:
         """Draft with what CURRENT names, if that is not what drafts already."""
@@ -55,21 +64,24 @@ class AdapterSwap:
             self._leave(wanted)
             return
         if wanted != self.engine.adapter_id and wanted not in self.rejected:
-            self._use(wanted, "announced")
+            self._use(wanted, "restart" if wanted == self._drafted_before else "announced")
 
     def _use(self, id: str, reason: str) -> str:
         """Switch to `id` (empty: none). Why not, or empty."""
         start = time.perf_counter()
-        before = self.engine.adapter_id
+        before = self.engine.adapter_id or self._drafted_before or ""
         try:
             self._switch(id)
         except AdapterRejected as error:
             self._refuse(id, str(error))
             return str(error)
         pause_ms = round(1000 * (time.perf_counter() - start), 1)
-        self.previous = before
-        with suppress(OSError):  # a full disk: this process remembers it
-            self.adapters.set_previous(before)
+        if reason == "restart":
+            self.previous = before = self.adapters.resolve("previous")
+        else:
+            self.previous = before
+            with suppress(OSError):  # a full disk: this process remembers it
+                self.adapters.set_previous(before)
         crash_point("swap.after_activate")
         _log.info(
             "adapter.fused" if id else "adapter.unloaded",
@@ -160,10 +172,12 @@ class AdapterSwap:
             if not id:
                 return Reply(False, f"there is no adapter {wish!r}")
         self.rejected.pop(id, None)
+        how = "rolled back by hand" if wish == "previous" else "by hand"
         if id in self.adapters.rolled_back():
+            how = "by hand, once more"
             with suppress(OSError):
                 self.adapters.mark_rolled_back(id, "")
-        if id != self.engine.adapter_id and (problem := self._use(id, "by hand")):
+        if id != self.engine.adapter_id and (problem := self._use(id, how)):
             return Reply(False, problem)
         try:
             self.adapters.set_current(id)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from specl.daemons.inference.answer import Job, acceptance_rate, to_done, to_generation
-from specl.daemons.inference.lookout import Lookout
+from specl.daemons.inference.lookout import Lookout, held_out_before
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.swap import AdapterSwap
 from specl.shared import log
@@ -29,6 +29,7 @@ from specl.shared.models.pair import load_pair
 from specl.shared.paths import Paths
 from specl.shared.wire import Activation, AdapterReady, Ask, Delta, Failed, Queued, SetAdapter
 
+WATCHED = ("announced", "by hand")  # reasons to use an adapter that say nothing of its worth on live traffic
 IDLE_TICK_S = 5.0  # how often CURRENT is looked at when nobody announces anything
 _log = log.get("worker")
 Emit = Callable[[bytes, Any], None]
@@ -49,7 +50,7 @@ class Worker(threading.Thread):
         self.active: list[Job] = []
         self.served = 0
         self.recent: deque[tuple[int, int, float]] = deque(maxlen=50)
-        self.lookout = Lookout()
+        self.lookout = Lookout(paths.root / "watch.json")
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
 
@@ -111,7 +112,9 @@ class Worker(threading.Thread):
         engine.calibrate(self.paths.costs)
         engine.past = PastAnswers(self.paths.answers, engine.target.tokenizer_fingerprint)
         self.swap = AdapterSwap(self.paths, engine, self._activated)
-        self.swap.follow_current()
+        drafted = self.lookout.load(engine.draft_fingerprint, engine.target.fingerprint)
+        self.swap.start(drafted if drafted is None or drafted in ("", *self.swap.adapters.ids()) else "")
+        self.lookout.settle(engine.adapter_id)
         self.engine = engine
         _log.info(
             "models.ready",
@@ -321,8 +324,14 @@ class Worker(threading.Thread):
         if why := self.lookout.saw(tally.tested_by_depth, tally.accepted_by_depth):
             self.swap.roll_back(why)
 
+    def _look_out(self, adapter_id: str, previous_id: str, reason: str) -> None:
+        """An adapter that came from the gate or by hand is watched; one that somebody insists on, or returns to, is not."""
+        watched = adapter_id if reason in WATCHED else ""
+        if reason != "restart":
+            self.lookout.changed(adapter_id, watched, previous_id, held_out_before(self.swap.adapters, adapter_id))
+
     def _activated(self, event: str, adapter_id: str, previous_id: str, reason: str, details: dict[str, Any]) -> None:
         """An adapter came, went or was refused: a fact for the store, and maybe the start of a watch."""
         if event in ("activated", "unloaded"):
-            self.lookout.changed(adapter_id if reason == "announced" else "", previous_id)
+            self._look_out(adapter_id, previous_id, reason)
         self.recorder.fact(Activation(uuid.uuid4().hex, time.time(), event, adapter_id, previous_id, reason, details))

@@ -89,6 +89,7 @@ class TrainingJob:
         self.run_id, self.created_at = uuid.uuid4().hex, time.time()
         self.losses: list[float] = []
         self.tokens = 0
+        self.replayed = 0  # texts of the draft's own replay set
         self.material = Material([], [], [], "")
         self.general: list[Example] = []
         self.parent_id = self.in_force = ""  # they differ where what CURRENT names cannot be used
@@ -108,6 +109,7 @@ class TrainingJob:
             held = f"{len(material.held_out)} held-out generations of the {minimum} that a verdict needs"
             return self._outcome("no_verdict", f"{held}, beside {counts}: collecting goes on")
         replay = self.gatherer.replay(self.folder)
+        self.replayed = len(replay)
         self.general = self._regression()
         parent = self._parent()
         self.engine.use_adapter(parent)
@@ -228,7 +230,7 @@ class TrainingJob:
         self.records += self._evaluations(id, after, verdict.numbers())
         if verdict.verdict != "promoted":
             return self._outcome(verdict.verdict, verdict.reason)
-        self._write(id, learner, shape, after.held_out, verdict)
+        self._write(id, learner, shape, (before.held_out, after.held_out), verdict)
         self.records.append(adapter_record(self.adapters, self.adapters.manifest(id)))
         outcome = self._outcome("promoted", verdict.reason, id)
         outcome.path = self.adapters.folder / id
@@ -250,7 +252,10 @@ class TrainingJob:
             lineage_problems(mine, now),
         )
 
-    def _write(self, id: str, learner: Learner, shape: LoraShape, after: Agreement, verdict: Verdict) -> Manifest:
+    def _write(
+        self, id: str, learner: Learner, shape: LoraShape, scores: tuple[Agreement, Agreement], verdict: Verdict
+    ) -> Manifest:
+        before, after = scores
         weights = lora_weights(learner.module)
         draft = self.engine.draft
         manifest = Manifest(
@@ -270,6 +275,7 @@ class TrainingJob:
             metrics={
                 "heldout_before": round(verdict.before, 5),
                 "heldout_after": round(after.value, 5),
+                "heldout_before_by_depth": [round(v, 5) for v in before.by_depth],
                 "heldout_after_by_depth": [round(v, 5) for v in after.by_depth],
                 "heldout_generations": len(self.material.held_out),
                 "heldout_positions": int(after.positions.sum()),
@@ -281,6 +287,7 @@ class TrainingJob:
                 "loss_first": self.losses[0] if self.losses else None,
                 "loss_last": self.live.loss,
                 "generations": self.material.fresh_ids,
+                **self._data(),
             },
         )
         scratch = self.adapters.scratch(id)
@@ -311,6 +318,11 @@ class TrainingJob:
                 )
         return made
 
+    def _data(self) -> dict[str, int]:
+        """What was learned from, counted."""
+        counts = (len(self.material.failures), len(self.material.successes), self.replayed)
+        return dict(zip(("failures", "successes", "replay"), counts, strict=True))
+
     def _outcome(self, verdict: str, reason: str, adapter_id: str = "") -> Outcome:
         """End the run: its checkpoint has served."""
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
@@ -331,7 +343,7 @@ class TrainingJob:
             loss_first=self.losses[0] if self.losses else None,
             loss_last=self.live.loss if self.losses else None,
             last_generation=self.material.last_generation if consumed else "",
-            settings=training.model_dump(mode="json"),
+            settings=training.model_dump(mode="json") | {"data": self._data()},
         )
         return Outcome(verdict, reason, adapter_id, None, [*self.records, run])
 

@@ -15,6 +15,7 @@ from specl.daemons.trainer.data import Gatherer
 from specl.daemons.trainer.politeness import Abandoned, Turnstile
 from specl.daemons.trainer.regression import RegressionSlice
 from specl.daemons.trainer.run import Live, Outcome, TrainingJob, adapter_record
+from specl.daemons.trainer.trial import Trial, TrialJob
 from specl.shared import log
 from specl.shared.access import Addresses
 from specl.shared.adapters import Adapters
@@ -45,6 +46,7 @@ from specl.shared.wire import (
     Reply,
     Status,
     Train,
+    TryAdapter,
     encode,
     kind_of,
 )
@@ -53,6 +55,7 @@ TICK_S = 0.5
 LOOK_S = 5.0  # between looks at the store
 RETRY_S = 300.0  # after a run that had too little, or failed
 SCORE_BATCH = 16
+TRIALS_TOLD = 8  # imports whose verdicts `status` still has
 _log = log.get("trainer")
 
 
@@ -68,11 +71,12 @@ class Trainer:
         self.started = time.monotonic()
         self.pending = 0
         self.trouble = ""
-        self._work: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[str | Trial] = queue.SimpleQueue()
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._running = threading.Event()
         self._not_before = self._no_score_before = 0.0
-        self._job = ""
+        self._job: str | Trial = ""
+        self.trials: dict[str, dict[str, str]] = {}  # how the last imports went, by run id
         self._slice_made = False
         self._engine: Engine | None = None
         server.subscribe(Addresses(paths, settings.bus).publish("inference"), self._published)
@@ -142,6 +146,8 @@ class Trainer:
                 self.server.send(peer, self._fetch(message))
             case Train():
                 self.server.send(peer, self._train(message))
+            case TryAdapter():
+                self.server.send(peer, self._try(message))
             case Purge():
                 self.server.send(peer, self._purge(message))
             case _:
@@ -159,6 +165,19 @@ class Trainer:
             )
         self._work.put("by hand")
         return Reply(True, "the run starts as soon as inference is idle")
+
+    def _try(self, wish: TryAdapter) -> Reply:
+        """Queue a staged adapter for the gate."""
+        try:
+            self.adapters.staged(wish.folder)
+        except AdapterRejected as error:
+            return Reply(False, str(error))
+        trial = Trial(uuid.uuid4().hex, wish.folder, wish.name[:200])
+        while len(self.trials) >= TRIALS_TOLD:
+            self.trials.pop(next(iter(self.trials)))
+        self.trials[trial.run_id] = {"verdict": "", "reason": "", "adapter_id": ""}
+        self._work.put(trial)
+        return Reply(True, "it is judged as soon as inference is idle", {"run": trial.run_id})
 
     def _fetch(self, fetch: Fetch) -> Batch:
         try:
@@ -194,6 +213,7 @@ class Trainer:
                 "total": self.live.total,
                 "loss": self.live.loss,
             },
+            "trials": {id: dict(verdict) for id, verdict in list(self.trials.items())},
             "pending": self.pending,
             "trigger": self.settings.training.min_failure_cases,
             "enabled": self.settings.training.enabled,
@@ -227,10 +247,21 @@ class Trainer:
             finally:
                 self.live.state = "idle"
                 self.turnstile.abandoned()
+                if isinstance(job, Trial):
+                    self._end_of(job)
                 self._running.clear()
 
-    def _hold_off(self, job: str) -> None:
+    def _end_of(self, trial: Trial) -> None:
+        """The staged copy has served; whoever waits for a verdict gets one."""
+        shutil.rmtree(self.adapters.folder / trial.folder, ignore_errors=True)
+        told = self.trials.get(trial.run_id)
+        if told is not None and not told["verdict"]:
+            told |= {"verdict": "failed", "reason": self.trouble or "it was interrupted before a verdict"}
+
+    def _hold_off(self, job: str | Trial) -> None:
         """What failed is not tried again at once; the other kind of work may go on."""
+        if isinstance(job, Trial):
+            return
         if job == "score":
             self._no_score_before = time.monotonic() + RETRY_S
         else:
@@ -250,20 +281,26 @@ class Trainer:
         spool = HiddenSpool(self.paths.hidden, self.settings.records.hidden_spool_mb << 20)
         return Gatherer(store, self._loaded(), self.settings, spool, lambda: self.turnstile.pass_through())
 
-    def _one_run(self, trigger: str) -> None:
+    def _one_run(self, what: str | Trial) -> None:
+        """Train, or try what is there already."""
         self.turnstile.pass_through()
         store = Store(self.paths.store, read_only=True)
         self.live.step, self.live.total, self.live.loss = 0, 0, None
         try:
-            job = TrainingJob(
+            parts = (
                 self._loaded(), self._gatherer(store), self.adapters, self.paths, self.settings, self.live,
-                self.turnstile.pass_through, trigger,
+                self.turnstile.pass_through,
             )  # fmt: skip
+            job = TrialJob(what, *parts) if isinstance(what, Trial) else TrainingJob(*parts, what)
             outcome = job.run()
         finally:
             store.close()
             gc.collect()
-        if outcome.verdict in ("no_data", "no_verdict", "failed"):
+        if isinstance(what, Trial):
+            self.trials[what.run_id] = {
+                "verdict": outcome.verdict, "reason": outcome.reason, "adapter_id": outcome.adapter_id,
+            }  # fmt: skip
+        elif outcome.verdict in ("no_data", "no_verdict", "failed"):
             self._not_before = time.monotonic() + RETRY_S
         self._record(outcome)
         _log.info("training.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)

@@ -90,20 +90,26 @@ def load_adapter(adapters: Adapters, path: str | Path, engine: Engine) -> tuple[
         mx.eval(weights)  # mx.load is lazy: evaluated now, nothing that happens to the file later matters
     except (OSError, ValueError, RuntimeError) as error:
         raise AdapterRejected(f"adapter {manifest.id}: its weights cannot be read: {error}") from error
-    hot = _read_hot(folder / "hot_vocab.npy") if "hot_vocab.npy" in manifest.files else None
+    hot = read_hot(folder / "hot_vocab.npy") if "hot_vocab.npy" in manifest.files else None
+    if found := misfits(engine, shape, weights, hot):
+        raise AdapterRejected(f"adapter {manifest.id}: " + "; ".join(found))
+    return LoadedAdapter(manifest.id, shape, weights, hot.astype(np.int64) if hot is not None else None), manifest
+
+
+def misfits(engine: Engine, shape: LoraShape, weights: Weights, hot: np.ndarray | None) -> list[str]:
+    """Everything that keeps these tensors from being an adapter for `engine`'s draft. Empty means usable."""
     found = problems(engine.draft_module, shape, weights)
     if not found:
         norm = change_norm(shape, weights)
         found = ["it changes nothing: every weight change is zero"] if norm == 0 else []
         found += [] if math.isfinite(norm) else ["its weight changes overflow together"]
+    draft = engine.draft
     if hot is not None and isinstance(draft, HeadDraft):
         found += _hot_problems(hot, draft.shape.hot_size, int(draft.target.config["vocab_size"]))
-    if found:
-        raise AdapterRejected(f"adapter {manifest.id}: " + "; ".join(found))
-    return LoadedAdapter(manifest.id, shape, weights, hot.astype(np.int64) if hot is not None else None), manifest
+    return found
 
 
-def _read_hot(path: Path) -> np.ndarray:
+def read_hot(path: Path) -> np.ndarray:
     """The one array of a .npy file. Raises AdapterRejected where it is anything else."""
     where = f"adapter {path.parent.name}: {path.name}"
     try:

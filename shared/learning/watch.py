@@ -6,12 +6,13 @@ drafter is parked too often to tell, nothing is claimed: the probes that `keeps_
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 ENOUGH_TOKENS = 200  # model-drafted tokens that end a watch
 EVERY = 8  # one round in so many keeps k >= 1 while a watch is on
 MOST_REQUESTS = 20  # and it ends after so many requests, whatever was drafted
-LEAST_TOKENS = 40  # below this nothing is said before the end
+LEAST_TOKENS = 40  # below this nothing is said before the end of the watch
 SIGMAS = 2.0  # a shortfall must be this many standard errors beyond `SLACK`
 SLACK = 0.02  # of acceptance: the baseline is measured too
 
@@ -30,6 +31,16 @@ class Depths:
             for depth, value in enumerate(new):
                 own[depth] += value
 
+    @classmethod
+    def promised(cls, shares: Sequence[float], positions: float) -> "Depths":
+        """Shares by depth that somebody measured on `positions` tokens; a depth is tested where all before it stood."""
+        made, left = cls(), float(positions)
+        for share in shares:
+            made.tested.append(left)
+            made.accepted.append(left * share)
+            left *= share
+        return made
+
     def faded(self, most: float) -> "Depths":
         """The same shares, remembered as at most `most` tested tokens."""
         scale = min(1.0, most / max(sum(self.tested), 1.0))
@@ -38,7 +49,9 @@ class Depths:
 
 @dataclass(slots=True)
 class Watch:
-    """One promoted adapter under observation. `baseline` is what the adapter before it did on recent live traffic."""
+    """One adapter under observation. `baseline` is what the adapter before it did on recent live traffic, or, where there was
+    none, on the gate's held-out generations.
+    """
 
     adapter_id: str
     previous_id: str
@@ -87,7 +100,7 @@ class Watch:
 
     def disappointment(self) -> str:
         """Why the adapter should go, in a sentence with its numbers; empty while it may stay."""
-        if self.drafted < LEAST_TOKENS:
+        if self.drafted < LEAST_TOKENS and not self.over:
             return ""
         seen, expected, error = self.shortfall()
         if seen + SLACK + SIGMAS * error >= expected:

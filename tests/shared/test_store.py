@@ -5,6 +5,7 @@ import stat
 
 import pytest
 
+import specl.shared.store as store_module
 from specl.shared.errors import StoreError
 from specl.shared.store import Store
 from specl.shared.wire import Row
@@ -212,6 +213,47 @@ def test_adapter_history_has_both_figures_of_a_run(store, path):
         0.6,
         1.25,
     )
+
+
+def test_adapter_history_has_data_interval_regression_and_activations(store, path):
+    add(
+        store,
+        make_training_run("t1", adapter_id="000001", settings={"data": {"failures": 30, "successes": 8, "replay": 96}}),
+        make_evaluation("e1", training_run_id="t1", adapter_id="", agreement=0.4),
+        make_evaluation("e2", training_run_id="t1", adapter_id="", subject="regression", agreement=0.38),
+        make_evaluation("e3", training_run_id="t1", agreement=0.6, details={"low": 0.1, "high": 0.31}),
+        make_evaluation("e4", training_run_id="t1", subject="regression", agreement=0.379),
+        make_activation("a1"),
+        make_activation("a2", reason="restart"),
+        make_activation("a3", reason="by hand"),
+        make_activation("a4", event="rolled_back", reason="live acceptance 0.1 ..."),
+    )
+    (row,) = store.adapter_runs()
+    assert (row["failures"], row["successes"], row["replay"], row["activations"]) == (30, 8, 96, 3)
+    assert (row["gain_low"], row["gain_high"], row["heldout_generations"]) == (0.1, 0.31, 10)
+    assert (row["regression_before"], row["regression_after"]) == (0.38, 0.379)
+    assert [a["who"] for a in store.activations_of("000001")] == ["promoted", "restart", "by hand", "watch"]
+    assert [a["who"] for a in ask(path, "SELECT who FROM adapter_activations")] == [
+        "promoted",
+        "restart",
+        "by hand",
+        "watch",
+    ]
+
+
+def test_a_store_of_schema_one_gets_the_new_views_and_keeps_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "SCHEMA_VERSION", 1)
+    old = Store(tmp_path / "old.db")
+    add(old, make_training_run("t1"))
+    with pytest.raises(StoreError):
+        old.sql("SELECT * FROM adapter_activations")
+    old.close()
+    monkeypatch.undo()
+    new = Store(tmp_path / "old.db")
+    (row,) = new.adapter_runs()
+    assert row["verdict"] == "promoted" and row["failures"] is None and new.activations_of("000001") == []
+    assert len(new.backups()) == 1
+    new.close()
 
 
 # ---------------------------------------------------------------------------------------------------- opening

@@ -1,10 +1,13 @@
 """The watch at work in the inference daemon's own parts, on a fake engine: forced rounds, a rollback, a restart."""
 
+import json
+
 import pytest
 
 from specl.daemons.inference import swap as swapping
-from specl.daemons.inference.lookout import Lookout
+from specl.daemons.inference.lookout import Lookout, held_out_before
 from specl.daemons.inference.swap import AdapterSwap
+from specl.daemons.inference.worker import WATCHED
 from specl.shared.adapters import Adapters
 from specl.shared.paths import Paths
 from tests.shared.learning.test_adapter_marks import publish
@@ -27,15 +30,16 @@ def made(tmp_path, monkeypatch):
 
 def start(paths):
     """A daemon's swap as after a (re)start, with its lookout and the events it told."""
-    events, lookout = [], Lookout()
+    events, lookout = [], Lookout(paths.root / "watch.json")
 
     def activated(event, id, previous, reason, details):
         events.append((event, id))
-        if event in ("activated", "unloaded"):
-            lookout.changed(id if reason == "announced" else "", previous)
+        if event in ("activated", "unloaded") and reason != "restart":
+            lookout.changed(id, id if reason in WATCHED else "", previous, held_out_before(swap.adapters, id))
 
     swap = AdapterSwap(paths, FakeEngine(), activated)
-    swap.follow_current()
+    swap.start(lookout.load("draft", "target"))
+    lookout.settle(swap.engine.adapter_id)
     return swap, lookout, events
 
 
@@ -79,8 +83,92 @@ def test_by_hand_a_rolled_back_adapter_may_be_activated_again(made):
 
 def test_rounds_are_forced_only_during_a_watch_and_no_baseline_means_no_watch():
     lookout = Lookout()
-    lookout.changed("000001", "")
+    lookout.changed("000001", "000001", "")
     assert lookout.watch is None and not any(lookout.forces() for _ in range(16))
     lookout.saw([20], [10])
-    lookout.changed("000002", "000001")
+    lookout.changed("000002", "000002", "000001")
     assert sum(lookout.forces() for _ in range(16)) == 2
+
+
+def test_a_restart_goes_on_with_the_watch_and_with_the_way_back(made):
+    paths, adapters, first, second = made
+    adapters.set_current(first)
+    swap, lookout, _ = start(paths)
+    for _ in range(20):
+        lookout.saw([20], [14])
+    adapters.set_current(second)
+    swap.follow_current()
+    for _ in range(2):
+        assert lookout.saw([15], [8]) == ""
+    swap, lookout, events = start(paths)
+    assert lookout.status() | {"requests": 2, "drafted": 30} == lookout.status() and swap.previous == first
+    assert lookout.watch.baseline.tested == [400] and events == [("activated", second)]
+    requests, why = 2, ""
+    while not why:
+        requests += 1
+        why = lookout.saw([15], [3])
+    swap.roll_back(why)
+    assert requests <= 20 and swap.engine.adapter_id == first == adapters.current()
+
+
+def test_the_baseline_survives_a_restart_and_meets_what_was_promoted_meanwhile(made):
+    paths, adapters, first, second = made
+    adapters.set_current(first)
+    _, lookout, _ = start(paths)
+    for _ in range(10):
+        lookout.saw([20], [14])
+    adapters.set_current(second)  # by a trainer, while no daemon runs
+    swap, lookout, _ = start(paths)
+    assert lookout.watch.adapter_id == second and lookout.watch.baseline.accepted == [140] and swap.previous == first
+
+
+def test_counts_of_another_pair_or_a_damaged_file_are_nobodys(tmp_path):
+    path = tmp_path / "watch.json"
+    lookout = Lookout(path)
+    assert lookout.load("draft", "target") is None
+    lookout.saw([20], [14])
+    assert Lookout(path).load("draft", "target") == "" and Lookout(path).load("other", "target") is None
+    path.write_text(path.read_text()[:40])
+    again = Lookout(path)
+    assert again.load("draft", "target") is None and not any(again.seen.tested)
+
+
+def test_promoted_before_any_traffic_it_is_held_to_what_the_gate_measured(made):
+    paths, adapters, first, _ = made
+    document = json.loads((adapters.folder / first / "manifest.json").read_text())
+    document["metrics"] |= {"heldout_before_by_depth": [0.5, 0.25], "heldout_positions": 1000}
+    (adapters.folder / first / "manifest.json").write_text(json.dumps(document))
+    swap, lookout, _ = start(paths)
+    adapters.set_current(first)
+    swap.follow_current()
+    assert lookout.status()["state"] == "watching"
+    assert lookout.watch.baseline.accepted[0] / lookout.watch.baseline.tested[0] == 0.5
+    why, requests = "", 0
+    while not why:
+        requests += 1
+        why = lookout.saw([10, 2], [1, 0])
+    assert requests <= 20 and "0.4" in why
+
+
+@pytest.mark.parametrize("odd", [None, [], "0.5", [1.5], [True], [float("nan")]])
+def test_a_manifest_that_promises_nothing_usable_starts_no_watch(made, odd):
+    _, adapters, first, _ = made
+    document = json.loads((adapters.folder / first / "manifest.json").read_text())
+    document["metrics"] |= {"heldout_before_by_depth": odd, "heldout_positions": 1000}
+    (adapters.folder / first / "manifest.json").write_text(json.dumps(document))
+    assert held_out_before(adapters, first) is None
+
+
+def test_by_hand_it_is_watched_once_and_whoever_insists_is_believed(made):
+    paths, adapters, first, second = made
+    adapters.set_current("")
+    swap, lookout, _ = start(paths)
+    lookout.saw([400], [240])
+    assert swap.by_hand(second).ok and lookout.watch.adapter_id == second
+    why = ""
+    while not why:
+        why = lookout.saw([20], [0])
+    swap.roll_back(why)
+    assert swap.engine.adapter_id == "" and second in adapters.rolled_back()
+    assert swap.by_hand(second).ok and lookout.watch is None and not adapters.rolled_back()
+    assert swap.by_hand("previous").ok and lookout.watch is None

@@ -1,0 +1,149 @@
+"""`adapters import`: what does not fit is refused with its reason, what does goes through the gate, and the verdict is stored."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from fault_fake import fake_model, fake_pair, make_adapter, publish_adapter
+from fault_house import SETTINGS, wait_until
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from specl.shared import config
+from specl.shared.adapters import Adapters
+from specl.shared.engine.foreign import read_foreign
+from specl.shared.errors import AdapterRejected
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return fake_pair(config.Settings(), None)
+
+
+def rewrite(folder, name, **changes):
+    document = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(document | changes))
+
+
+def from_mlx_lm(folder):
+    """A directory as mlx-lm's LoRA trainer leaves it: layers named within a block, or not at all; a checkpoint beside it."""
+    folder.mkdir()
+    model = fake_model("draft", 2).model
+    model.freeze()
+    parameters = {"rank": 4, "dropout": 0.0, "scale": 2.0}
+    linear_to_lora_layers(model, 1, parameters)
+    weights = {name: 0.05 * mx.random.normal(w.shape) for name, w in tree_flatten(model.trainable_parameters())}
+    for name in ("adapters.safetensors", "0000100_adapters.safetensors"):
+        mx.save_safetensors(str(folder / name), weights)
+    settings = {"model": "a/draft", "fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters, "seed": 0}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return weights
+
+
+def test_one_of_ours_and_one_of_mlx_lms_are_read(tmp_path, engine):
+    ours = publish_adapter(tmp_path, "000001")
+    found = read_foreign(ours, engine)
+    assert found.manifest.id == "000001" and found.adapter.shape.scale == 2.0
+    weights = from_mlx_lm(tmp_path / "theirs")
+    found = read_foreign(tmp_path / "theirs", engine)
+    assert found.manifest is None and found.adapter.weights.keys() == weights.keys()
+    assert len(found.adapter.shape.keys) == 7 and found.adapter.shape.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda f: rewrite(f, "manifest.json", base_fingerprint="other"), "trained on draft other"),
+        (lambda f: rewrite(f, "manifest.json", tokenizer_fingerprint="other"), "tokenizer"),
+        (lambda f: rewrite(f, "manifest.json", rank="four"), "manifest is malformed"),
+        (lambda f: rewrite(f, "adapter_config.json", fine_tune_type="dora"), "fine_tune_type"),
+        (lambda f: rewrite(f, "adapter_config.json", lora_parameters={"rank": 4}), "scale"),
+        (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+        (lambda f: (f / "adapters.safetensors").write_bytes(b"x" * 40), "safetensors"),
+        (lambda f: mx.save_safetensors(str(f / "adapters.safetensors"), {"w": mx.ones(3)}), "no LoRA matrices"),
+        (lambda f: (f / "hot_vocab.npy").write_bytes(b"x"), "hot_vocab.npy cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, engine, spoil, reason):
+    folder = publish_adapter(tmp_path, "000001")
+    spoil(folder)
+    with pytest.raises(AdapterRejected, match=reason):
+        read_foreign(folder, engine)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"), [({"nan": True}, "not finite"), ({"cut": 1}, "has shape"), ({"scale": 0.0}, "changes nothing")]
+)
+def test_tensors_that_cannot_be_used_are_named(tmp_path, engine, how, reason):
+    with pytest.raises(AdapterRejected, match=reason):
+        read_foreign(publish_adapter(tmp_path, "000001", **how), engine)
+
+
+def control(house, *arguments):
+    command = [str(Path(sys.executable).parent / "specl-ctl"), "adapters", "import", *arguments]
+    return subprocess.run(command, env=os.environ | house.environment(), capture_output=True, text=True, timeout=120)
+
+
+def runs(house):
+    with closing(sqlite3.connect(f"file:{house.paths.store}?mode=ro", uri=True)) as db:
+        return db.execute('SELECT verdict, "trigger", adapter_id, reason FROM training_runs ORDER BY n').fetchall()
+
+
+def with_parent(folder, parent):
+    scratch, manifest = make_adapter(folder, "000001")
+    return Adapters(folder).publish(scratch, replace(manifest, parent_id=parent))
+
+
+def test_through_the_daemons_a_good_one_drafts_and_a_bad_one_leaves_a_verdict(house, tmp_path):
+    house.set(
+        SETTINGS.replace(
+            "enabled: false", "enabled: false, heldout_share: 0.5, min_heldout_generations: 4, regression_prompts: 4"
+        )
+    )
+    house.start("inference")
+    house.start("collector")
+    house.ready("inference")
+    with house.client() as client:
+        for n in range(16):
+            house.ask(f"question {n}", client, temperature=0.8, max_tokens=12)
+    house.settle()
+    house.start("trainer", SPECL_TEST_RISING="1")
+    house.ready("trainer")
+    bad = publish_adapter(tmp_path / "nan", "000001", nan=True)
+    done = control(house, str(bad))
+    assert done.returncode == 1 and "not finite" in done.stdout and "Traceback" not in done.stderr
+    done = control(house, str(with_parent(tmp_path / "parent", "000007")))
+    assert done.returncode == 1 and "goes on from adapter 000007" in done.stdout
+    from_mlx_lm(tmp_path / "theirs")
+    done = control(house, "--json", str(tmp_path / "theirs"))
+    told = json.loads(done.stdout)
+    assert done.returncode == 0 and told["verdict"] == "promoted" and told["adapter_id"] == "000001", told
+    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000001", 10, "it drafts")
+    assert house.ask("and now?", temperature=0.8, max_tokens=8).adapter_id == "000001"
+    wait_until(lambda: len(runs(house)) == 3, 10, "all verdicts are stored")
+    assert [(run[0], run[1], run[2]) for run in runs(house)] == [
+        ("rejected", "import 000001", ""),
+        ("rejected", "import 000001", ""),
+        ("promoted", "import theirs", "000001"),
+    ]
+    assert not list(house.paths.adapters.glob(".new-*"))
+
+
+def test_what_is_no_adapter_directory_is_a_users_mistake(house, tmp_path):
+    done = control(house, str(tmp_path / "nowhere"))
+    assert done.returncode == 2 and "there is no directory" in done.stderr
+    done = control(house, str(tmp_path))
+    assert done.returncode == 2 and "adapters.safetensors" in done.stderr
+    folder = publish_adapter(tmp_path, "000001")
+    done = control(house, str(folder))
+    assert done.returncode == 3 and "honcho start" in done.stderr
+    assert not list(house.paths.adapters.glob(".new-*"))
+    shutil.rmtree(folder)
