@@ -188,11 +188,19 @@ def test_a_full_adapters_folder_leaves_the_old_adapter_serving(house, disk):
 
 
 def problems(house):
-    """What `specl-ctl status` says is wrong."""
+    """What `specl-ctl status` says is wrong, less what this machine and a house with an empty room bring along."""
     with house.client() as client:
         return [
-            text for text in status.collect(client)["problems"] if "does not run" not in text and "gateway" not in text
+            text for text in status.collect(client)["problems"] if "does not run" not in text and "BLAS" not in text
         ]
+
+
+def calm(house, timeout_s=15):
+    """Wait until `specl-ctl status` has nothing to say."""
+    try:
+        wait_until(lambda: not problems(house), timeout_s, "status is calm again")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {problems(house)}") from None
 
 
 def test_f8_the_trainers_full_outbox_keeps_its_records_until_there_is_room(house, figures, disk):
@@ -213,7 +221,7 @@ def test_f8_the_trainers_full_outbox_keeps_its_records_until_there_is_room(house
     house.start("collector")
     wait_until(lambda: house.stored("adapters") == ["000001", "000002", "000003"], 30, "all three are in the store")
     seconds = time.monotonic() - start
-    wait_until(lambda: not problems(house), 5, "status is calm again")
+    calm(house)
     assert trainer.code is None and house.status("trainer")["outbox"]["waiting"] == 0
     figures(F8_trainer_refused=said["refused"], lost=0, recovered_s=seconds)
 
@@ -235,7 +243,7 @@ def test_f8_at_its_size_limit_an_outbox_refuses_and_takes_again_once_it_has_drai
     house.acked += before
     house.start("collector")
     wait_until(lambda: house.ask("after draining").recorded, 10, "records are taken again")
-    wait_until(lambda: not problems(house), 5, "status is calm again")
+    calm(house)
     house.settle()
     house.check()
     figures(F8_limit_refused=len(refused), accepted=len(house.acked), lost=0)
@@ -258,7 +266,7 @@ def test_a_run_that_finds_no_room_for_its_adapter_goes_on_once_there_is_some(hou
     start = time.monotonic()
     wait_until(lambda: house.status("inference")["adapter"]["active"] == "000002", 60, "the new adapter drafts")
     seconds = time.monotonic() - start
-    wait_until(lambda: not problems(house), 15, "status is calm again")
+    calm(house)
     assert "training.resumed" in house.output("trainer") and trainer.code is None
     wait_until(lambda: len(house.stored("training_runs")) == 1, 15, "the run is a row")
     figures(adapters_full_recovered_s=seconds)

@@ -5,17 +5,33 @@ Frames that no decoder likes are in test_frames; these pass it, so whatever brea
 
 import dataclasses
 import random
+import time
 import types
 import typing
 from typing import Any
 
 import pytest
 import zmq
-from fault_house import SETTINGS, process_figures, wait_until
+from fault_house import process_figures, wait_until
 
 from specl.shared.errors import WireError
 from specl.shared.paths import ROLES
-from specl.shared.wire import MESSAGES, RECORDS, Ask, Batch, Fetch, GetStatus, Reply, Row, Sampling, decode, encode
+from specl.shared.wire import (
+    MESSAGES,
+    RECORDS,
+    Alive,
+    Ask,
+    Batch,
+    Fetch,
+    GetStatus,
+    Purge,
+    Reply,
+    Row,
+    Sampling,
+    SetAdapter,
+    decode,
+    encode,
+)
 
 slow = pytest.mark.slow
 TEXTS = (
@@ -36,7 +52,6 @@ TEXTS = (
 )
 INTS = (0, 1, -1, 2, 16, 17, 2**31, 2**63 - 1, -(2**63))
 FLOATS = (0.0, -0.0, 0.5, 1.0, -1.0, 5e-324, 1e308, -1e308, 1.8e9, -62135596801.0, 253402300800.0)
-EMPTY = SETTINGS + "gateway: {enabled: false}\n"
 
 
 def drawn(rng: random.Random, hint: Any, depth: int = 0) -> Any:
@@ -166,3 +181,23 @@ def test_f10_senseless_news_and_batches_end_no_daemon(house, figures, context, r
     grew = process_figures(daemon.pid)[0] - before
     figures(F10_senseless_outward=role, source=source, publications=count, batches=batches, grew_MiB=grew)
     assert grew < 96
+
+
+def test_f10_an_answer_that_would_quote_more_than_a_frame_holds_ends_nothing(house, context):
+    """What is refused is quoted, and quoting makes it up to six times as long."""
+    long = "\0" * 3_000_000
+    daemons = [house.start(role) for role in ROLES]
+    for role, daemon in zip(ROLES, daemons, strict=True):
+        house.ready(role)
+        socket = context.socket(zmq.DEALER)
+        socket.connect(house.paths.socket(role))
+        for message in (
+            SetAdapter(long), Ask("r", [], "x", 4, Sampling(), long), Ask(long, [], "x", 0, Sampling(), "fast"), Alive(long),
+            Purge([long], None, ""), Purge([], None, long),
+        ):  # fmt: skip
+            socket.send(encode(message))
+        socket.send(encode(GetStatus()))
+        wait_until(lambda r=role: house.status(r), 30, "it answers")
+        time.sleep(0.5)
+        assert house.ready(role) and daemon.code is None, house.output(role)[-3000:]
+    assert house.ask("a good one").tokens == 8
