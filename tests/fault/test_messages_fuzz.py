@@ -174,7 +174,8 @@ def test_f10_senseless_news_and_batches_end_no_daemon(house, figures, context, r
     while role == "collector" and batches < min(count, 500) and answerer.poll(10_000):
         peer, data = answerer.recv_multipart()
         if isinstance(decode(data), Fetch):
-            answerer.send_multipart([peer, senseless(rng, (Batch, Reply)) if batches % 3 else senseless(rng, (Batch,))])
+            # what is no batch is waited out: two seconds
+            answerer.send_multipart([peer, senseless(rng, (Batch,) if batches % 50 else (Reply,))])
             batches += 1
     assert house.ready(role)["malformed"] == 0
     assert daemon.code is None, house.output(role)[-3000:]
