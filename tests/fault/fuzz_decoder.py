@@ -7,9 +7,12 @@ It stops at the first input that raises anything but the one error that its read
 what arrives on a socket, `record` what the collector makes rows of, the others the files of an adapter directory.
 """
 
+import atexit
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import atheris
@@ -21,7 +24,8 @@ with atheris.instrument_imports(include=["specl", "msgpack", "pydantic"]):
     from specl.shared.engine import adapter_files
     from specl.shared.errors import AdapterRejected, ConfigError, WireError
 
-SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-"))
+MEMORY = Path("/dev/shm")  # files there cost no disk
+SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() else None))
 
 
 def _wire(data: bytes) -> None:
@@ -39,10 +43,8 @@ def _record(data: bytes) -> None:
 
 
 def _manifest(data: bytes) -> None:
-    try:
+    with suppress(AdapterRejected):
         adapter_manifest.parse_manifest(data).score  # noqa: B018 - a property that must not raise
-    except AdapterRejected:
-        pass
 
 
 def _safetensors(data: bytes) -> None:
@@ -54,17 +56,13 @@ def _safetensors(data: bytes) -> None:
 def _hot(data: bytes) -> None:
     path = SCRATCH / "hot_vocab.npy"
     path.write_bytes(data)
-    try:
+    with suppress(AdapterRejected):
         adapter_files._hot_problems(adapter_files._read_hot(path), 8, 128)
-    except AdapterRejected:
-        pass
 
 
 def _config(data: bytes) -> None:
-    try:
+    with suppress(ConfigError):
         config.parse(data.decode("utf-8", "replace"), Path("settings.yaml"))
-    except ConfigError:
-        pass
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
@@ -81,10 +79,17 @@ def seeds(folder: Path) -> None:
 
     scratch, _ = make_adapter(folder / "adapters", "000001")
     files = [path.read_bytes() for path in scratch.iterdir()]
-    hot = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<u4', 'fortran_order': False, 'shape': (8,), }".ljust(117) + b"\n" + bytes(32)
+    hot = (
+        b"\x93NUMPY\x01\x00v\x00"
+        + b"{'descr': '<u4', 'fortran_order': False, 'shape': (8,), }".ljust(117)
+        + b"\n"
+        + bytes(32)
+    )
     yaml = b"models: {target: {name: x}}\ntraining:\n  lora: {rank: 4}\n  target_modules: [a, b]\n"
     manifest = b'{"id": "000001", "kind": "lora", "rank": 4, "alpha": 8.0, "modules": ["a"], "training": {"generations": ["x"]}}'
-    for number, data in enumerate([*GOOD, wire.encode(generation("a", size=4)), b"\0" + wire.encode(generation("a")), *files, hot, yaml, manifest]):
+    for number, data in enumerate(
+        [*GOOD, wire.encode(generation("a", size=4)), b"\0" + wire.encode(generation("a")), *files, hot, yaml, manifest]
+    ):
         (folder / f"seed-{number}").write_bytes(data)
 
 
@@ -97,6 +102,7 @@ def main() -> None:
     seeds(corpus)
     arguments = [sys.argv[0], "-max_len=8192", *sys.argv[2:], str(corpus)]
     atheris.Setup(arguments, TARGETS[sys.argv[1]])
+    atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
     atheris.Fuzz()
 
 
