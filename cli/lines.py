@@ -14,6 +14,7 @@ from specl.shared.paths import Paths
 
 FENCE = '"""'
 PROMPT, MORE = "> ", ". "
+HISTORY = "chat_history"  # in the logs' folder, where a purge looks message by message
 
 
 def messages(lines: Callable[[str], str]) -> Iterator[str]:
@@ -74,7 +75,7 @@ def terminal(paths: Paths, records: Records, remember: bool, commands: list[str]
 
 
 def _history(paths: Paths, records: Records, remember: bool) -> Any:
-    """On disk only where the settings keep text whole and for ever; in the logs' folder, where a purge looks line by line."""
+    """On disk only where the settings keep text whole and for ever; where a purge looks."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     if not remember or not history_is_kept(records):
@@ -89,7 +90,7 @@ def _history(paths: Paths, records: Records, remember: bool) -> Any:
 
 def history_file(paths: Paths) -> Path:
     """Where typed messages are remembered."""
-    return paths.logs / "chat_history"
+    return paths.logs / HISTORY
 
 
 def history_is_kept(records: Records) -> bool:

@@ -5,17 +5,20 @@ nothing of a user's is in it. An adapter learned from text but does not hold it;
 """
 
 import json
+import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
-import numpy as np
 
+from specl.cli.byte_search import Pieces, count, files_with, holds, leave_out, pieces_of
+from specl.cli.lines import HISTORY
+from specl.shared import checkpoints
 from specl.shared.adapters import Adapters
 from specl.shared.client import Client
 from specl.shared.engine.past import PastAnswers
@@ -29,13 +32,9 @@ from specl.shared.store import Store
 from specl.shared.wire import Purge, Reply, Row
 
 EVERYTHING = 250_000_000_000.0  # older than the year 9892 is everything
-ROUNDS = 5  # records may be on their way from an outbox to the store
+ROUNDS = 50  # records may be on their way from an outbox to the store, and one round takes a bounded number
 PRODUCERS = ("inference", "trainer")
-PIECE = 24  # bytes of text that are looked for as one: a remnant of twice that holds at least one
-SHORTEST = 12  # shorter texts (`Yes.`) stand everywhere; they are removed like all, but their bytes prove nothing
-MOST_PIECES = 500_000
-CHUNK = 1 << 20
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0  # a trainer that loads its models looks up only then
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -47,19 +46,37 @@ PATIENCE_S = 10.0
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--drop-adapters", is_flag=True, help="Also remove adapters that learned from them.")
 @click.option("--retrain", is_flag=True, help="Remove those adapters and train anew on what is left.")
+@click.option("--json", "as_object", is_flag=True, help="One JSON object; asks nothing, so it needs --yes.")
 def purge(
-    ids: tuple[str, ...], age: str | None, pattern: str, everything: bool, yes: bool, drop_adapters: bool, retrain: bool
+    ids: tuple[str, ...],
+    age: str | None,
+    pattern: str,
+    everything: bool,
+    yes: bool,
+    drop_adapters: bool,
+    retrain: bool,
+    as_object: bool,
 ) -> None:
-    """Forget generations everywhere: store, outboxes, hidden states, checkpoints, caches, logs. It cannot be undone."""
+    """Forget generations everywhere: store, outboxes, hidden states, past answers, checkpoints, caches, logs.
+
+    It cannot be undone, and ends only when a search for the text finds nothing under the run directory. An adapter holds no
+    text, but may have learned from it: those are named; --drop-adapters removes them, with all that were trained on from
+    them, and --retrain also starts a training run from the newest adapter that never saw the text.
+    """
     if not (ids or age or pattern or everything):
         raise click.UsageError("say what to forget: --id, --before, --pattern or --all")
     before = EVERYTHING if everything else moment(age, time.time()) if age else None
+    if as_object and not yes:
+        raise click.UsageError("--json asks nothing; say --yes")
     if not yes:
         click.confirm("Forget the matching generations for good?", abort=True)
     with Client() as client:
         forgetting = Forgetting(client, Purge(full_ids(client.paths, ids), before, pattern))
         for line in forgetting.run(drop_adapters or retrain, retrain):
-            click.echo(line)
+            if not as_object:
+                click.echo(line)
+    if as_object:
+        click.echo(json.dumps(forgetting.outcome))
 
 
 def moment(text: str, now: float) -> float:
@@ -67,9 +84,12 @@ def moment(text: str, now: float) -> float:
     units = {"m": 60, "h": 3600, "d": 86400}
     try:
         if text[-1:] in units:
-            return now - float(text[:-1]) * units[text[-1]]
+            age = float(text[:-1]) * units[text[-1]]
+            if not 0 <= age < math.inf:
+                raise ValueError
+            return now - age
         return time.mktime(time.strptime(text, "%Y-%m-%d"))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise click.UsageError(
             f"an age is written like 90m, 12h or 30d, a date like 2026-01-31, not {text!r}"
         ) from None
@@ -104,6 +124,7 @@ class Forgetting:
         self.client, self.paths, self.wish = client, client.paths, wish
         self.ids: set[str] = set(wish.ids)
         self.texts: set[str] = {wish.pattern} - {""}
+        self.outcome: dict[str, Any] = {"adapters": [], "dropped": [], "active": None, "retraining": None}
 
     def run(self, drop_adapters: bool, retrain: bool) -> Iterator[str]:
         """Do it; a line for each thing worth saying. Raises SpecLoraError while anything is left."""
@@ -113,8 +134,9 @@ class Forgetting:
             stored += removed
             if not found:
                 break
+        self.outcome |= {"stored": stored, "forgotten": len(self.ids)}
         yield f"{stored} generations removed from the store, {len(self.ids)} forgotten in all"
-        self._wait_for_checkpoint()
+        self._wait_for_the_trainer()
         yield from self._backups()
         yield from self._adapters(drop_adapters, retrain)
         yield from self._search()
@@ -130,7 +152,7 @@ class Forgetting:
         found |= set(stored)
         self.ids |= found
         for role in PRODUCERS:  # hidden states, checkpoints and evaluations go by id
-            self._tell(role, Purge(sorted(self.ids), None, ""))
+            self._tell(role, Purge(sorted({*self.wish.ids, *found}), None, ""))
         return bool(found), len(stored)
 
     def _remember(self) -> None:
@@ -186,76 +208,93 @@ class Forgetting:
             HiddenSpool(self.paths.hidden, 0).purge(forgotten)
             PastAnswers(self.paths.answers).purge()
         elif forgotten:
-            shutil.rmtree(self.paths.training / "checkpoint", ignore_errors=True)
+            checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
         return Reply(True, "", {"ids": ids})
 
-    def _wait_for_checkpoint(self) -> None:
-        """A run that is told to end does so between two of its steps."""
-        state = self.paths.training / "checkpoint" / "state.json"
+    def _wait_for_the_trainer(self) -> None:
+        """A run that is told to end does so between two of its steps; until then it may still write."""
+        checkpoint = checkpoints.checkpoint_folder(self.paths.training)
         end = time.monotonic() + PATIENCE_S
-        while self.ids & _checkpoint_ids(state):
+        while self._is_ending() or self.ids & checkpoints.generations_in(checkpoint):
             if time.monotonic() > end:
-                raise SpecLoraError(
-                    "the trainer did not let go of its checkpoint in time", "purge again, or stop the trainer"
-                )
+                raise SpecLoraError("the trainer did not end its run in time", "purge again, or stop the trainer")
             time.sleep(0.1)
 
+    def _is_ending(self) -> bool:
+        trainer = self.client.status().get("trainer", {})
+        return bool(trainer.get("training", {}).get("abandoning"))
+
     def _backups(self) -> Iterator[str]:
-        """Copies of the store from before an upgrade: they hold what it held."""
-        for path in sorted(self.paths.root.glob(f"{self.paths.store.name}.backup-*")):
-            if _files_with([path], _pieces(self.texts)):
+        """Copies of the store from before an upgrade, one that was cut short included: they hold what it held."""
+        for path in sorted([*self.paths.root.glob("store.db.backup-*"), *self.paths.root.glob(".store.db.backup-*")]):
+            if files_with([path], pieces_of(self.texts)):
                 path.unlink()
                 yield f"{path.name} held purged text and is removed"
 
     def _adapters(self, drop: bool, retrain: bool) -> Iterator[str]:
         adapters = Adapters(self.paths.adapters)
         learned = adapters.trained_on(sorted(self.ids))
+        self.outcome["adapters"] = learned
         if not learned:
             return
         if not drop:
             yield f"adapters that learned from them: {', '.join(learned)} (--drop-adapters removes them, --retrain replaces them)"
             return
         if adapters.current() in learned:
-            clean = next((id for id in reversed(adapters.ids()) if id not in learned), "")
-            self._activate(adapters, clean)
+            clean = self._fall_back(adapters, learned)
+            self.outcome["active"] = clean
             yield f"drafting with adapter {clean}" if clean else "drafting without an adapter"
         adapters.drop(learned)
+        self.outcome["dropped"] = learned
         yield f"adapters removed: {', '.join(learned)}"
         if retrain:
-            try:
-                yield f"training: {self.client.train(now=True).message}"
-            except DaemonUnreachable:
-                yield "the trainer does not run; start it, then `specl-ctl train --now`"
+            yield self._train(adapters.current())
 
-    def _activate(self, adapters: Adapters, id: str) -> None:
+    def _fall_back(self, adapters: Adapters, learned: list[str]) -> str:
+        """Draft with the newest adapter that never saw them and was not rolled back, or with none; which."""
+        gone = {*learned, *adapters.rolled_back()}
+        for id in [*(id for id in reversed(adapters.ids()) if id not in gone), ""]:
+            try:
+                reply = self.client.set_adapter(id)
+            except DaemonUnreachable:  # whoever starts next looks at CURRENT
+                adapters.set_current(id)
+                return id
+            if reply.ok:
+                return id
+        raise SpecLoraError(f"inference keeps its adapter: {reply.message}", "purge again once that is solved")
+
+    def _train(self, parent: str) -> str:
+        """Ask for a run on what is left, from where drafting now stands."""
         try:
-            reply = self.client.set_adapter(id)
+            reply = self.client.train(now=True)
         except DaemonUnreachable:
-            adapters.set_current(id)
-            return
+            return "the trainer does not run; start it, then `specl-ctl train --now`"
+        self.outcome["retraining"] = reply.ok
         if not reply.ok:
-            raise SpecLoraError(f"inference keeps its adapter: {reply.message}")
+            return f"not trained anew: {reply.message}; then `specl-ctl train --now`"
+        return f"training on what is left, from {f'adapter {parent}' if parent else 'the draft as it was shipped'}: {reply.message}"
 
     def _search(self) -> Iterator[str]:
         """The proof. What other generations say too (a template's own words, say) is theirs to keep."""
-        pieces = _pieces(self.texts)
-        wanted = _count(pieces)
+        pieces = pieces_of(self.texts)
+        wanted = count(pieces)
         with _rooms(self.paths) as (store, outboxes):
             for text in store.written() if store is not None else ():
-                _leave_out(text.encode(), pieces)
+                leave_out(text.encode(), pieces)
             for outbox in outboxes:
-                outbox.matching(lambda row: _leave_out(row.body, pieces))
+                outbox.matching(lambda row: leave_out(row.body, pieces))
         _scrub_logs(self.paths.logs, pieces)
-        found = _files_with(_own_files(self.paths), pieces)
+        found = files_with(_own_files(self.paths), pieces)
         if found:
             names = ", ".join(str(path.relative_to(self.paths.root)) for path in found)
             raise SpecLoraError(
                 f"purged text is still found in {names}", "a request with the same text may be running; purge again"
             )
-        count = _count(pieces)
-        yield f"a search for {count} pieces of the purged text finds nothing under {self.paths.root}"
-        if wanted > count:
-            yield f"{wanted - count} pieces were not searched for: other generations hold the same"
+        searched = count(pieces)
+        self.outcome |= {"searched": searched, "shared": wanted - searched}
+        yield f"a search for {searched} pieces of the purged text finds nothing under {self.paths.root}"
+        if wanted > searched:
+            yield f"{wanted - searched} pieces were not searched for: other generations hold the same"
 
 
 @contextmanager
@@ -272,45 +311,6 @@ def _rooms(paths: Paths) -> Iterator[tuple[Store | None, list[Outbox]]]:
             outbox.close()
 
 
-def _checkpoint_ids(state: Path) -> set[str]:
-    try:
-        return set(json.loads(state.read_text()).get("ids", []))
-    except (OSError, ValueError, AttributeError):
-        return set()
-
-
-# ---------------------------------------------------------------------------------------------------- the search
-Pieces = dict[int, list[bytes]]  # by their first eight bytes
-
-
-def _pieces(texts: Iterable[str]) -> Pieces:
-    """What to look for: every text in pieces, as UTF-8 and as JSON writes it."""
-    pieces: Pieces = {}
-    count = 0
-    for text in sorted(texts):
-        for form in {text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]}:
-            data = form.encode()
-            if len(data) < SHORTEST or count >= MOST_PIECES:
-                continue
-            starts = range(0, max(1, len(data) - PIECE + 1), PIECE)
-            for start in starts:
-                piece = data[start : start + PIECE]
-                pieces.setdefault(int.from_bytes(piece[:8], "little"), []).append(piece)
-                count += 1
-    return {head: list(dict.fromkeys(group)) for head, group in pieces.items()}
-
-
-def _count(pieces: Pieces) -> int:
-    return sum(len(group) for group in pieces.values())
-
-
-def _leave_out(data: bytes, pieces: Pieces) -> bool:
-    """Forget the pieces that stand in `data`. Always false: it chooses no record."""
-    for head, piece in list(_hits(data, np.array(sorted(pieces), np.uint64), pieces)):
-        pieces[head] = [other for other in pieces[head] if other != piece]
-    return False
-
-
 def _own_files(paths: Paths) -> Iterator[Path]:
     """Everything under the run directory but models and sockets."""
     for folder, names, files in os.walk(paths.root):
@@ -321,50 +321,18 @@ def _own_files(paths: Paths) -> Iterator[Path]:
                 yield path
 
 
-def _files_with(files: Iterable[Path], pieces: Pieces) -> list[Path]:
-    heads = np.array(sorted(pieces), np.uint64)
-    return [path for path in files if len(heads) and _holds(path, heads, pieces)]
-
-
-def _holds(path: Path, heads: np.ndarray, pieces: Pieces) -> bool:
-    try:
-        with open(path, "rb") as file:
-            tail = b""
-            while chunk := file.read(CHUNK):
-                data = tail + chunk
-                if _hit(data, heads, pieces):
-                    return True
-                tail = data[-PIECE:]
-    except FileNotFoundError:
-        pass
-    return False
-
-
-def _hits(data: bytes, heads: np.ndarray, pieces: Pieces) -> Iterator[tuple[int, bytes]]:
-    """The pieces that stand in `data`: their first eight bytes are looked up at every offset at once."""
-    if len(data) < 8 or not len(heads):
-        return
-    windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, np.uint8), 8)
-    values = np.ascontiguousarray(windows).view("<u8").ravel()
-    places = np.searchsorted(heads, values)
-    places[places == len(heads)] = 0
-    for offset in np.flatnonzero(heads[places] == values).tolist():
-        head = int(values[offset])
-        for piece in pieces[head]:
-            if data.startswith(piece, offset):
-                yield head, piece
-
-
-def _hit(data: bytes, heads: np.ndarray, pieces: Pieces) -> bool:
-    return next(_hits(data, heads, pieces), None) is not None
-
-
 def _scrub_logs(folder: Path, pieces: Pieces) -> None:
-    """Take lines with purged text out of the logs, in place: the daemons hold them open to append."""
-    heads = np.array(sorted(pieces), np.uint64)
-    for path in _files_with(sorted(folder.glob("*")), pieces):
+    """Take entries with purged text out of the logs, in place: the daemons hold them open to append. An entry is a line, and
+    of what was typed in a chat a whole message.
+    """
+    for path in files_with(sorted(folder.glob("*")), pieces):
         with open(path, "rb+") as file:
-            kept = [line for line in file.readlines() if not _hit(line, heads, pieces)]
+            entries = _messages(file.read()) if path.name == HISTORY else file.readlines()
             file.seek(0)
-            file.writelines(kept)
+            file.writelines([entry for entry in entries if not holds(entry, pieces)])
             file.truncate()
+
+
+def _messages(history: bytes) -> list[bytes]:
+    """prompt-toolkit's history file as messages, each with its time: `\n# time\n+line\n+line\n`."""
+    return [part for part in re.split(rb"(?m)(?=^\n# )", history) if part]

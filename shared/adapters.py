@@ -82,7 +82,10 @@ class Adapters:
             shutil.rmtree(path, ignore_errors=True)
 
     def publish(self, source: Path, manifest: Manifest, make_current: bool = True) -> Path:
-        """Take the files in `source` as adapter `manifest.id`; with `make_current`, CURRENT names it. Raises OSError."""
+        """Take the files in `source` as adapter `manifest.id`; with `make_current`, CURRENT names it.
+
+        Raises OSError where the disk refuses; then there is no such adapter, and `source` is the caller's to remove.
+        """
         crash_point("adapter.files_written")
         hashes = {
             name: sha256_of(source / name) for name in FILES if name != "manifest.json" and (source / name).exists()
@@ -95,10 +98,15 @@ class Adapters:
         final = self.folder / manifest.id
         crash_point("adapter.before_rename")
         os.rename(source, final)
-        _sync(self.folder)
-        crash_point("adapter.after_rename")
-        if make_current:
-            self.set_current(manifest.id)
+        try:
+            _sync(self.folder)
+            crash_point("adapter.after_rename")
+            if make_current:
+                self.set_current(manifest.id)
+        except OSError:
+            if self.current() != manifest.id:  # CURRENT moves last: nobody has heard of it
+                shutil.rmtree(final, ignore_errors=True)
+                raise
         return final
 
     def scratch(self, id: str) -> Path:
@@ -142,9 +150,13 @@ class Adapters:
     def _replace(self, name: str, text: str) -> None:
         """The file `name` here holds `text`, or what it held before, whatever is killed whenever."""
         scratch = self.folder / f".{name}-{os.getpid()}"
-        scratch.write_text(text)
-        _sync(scratch)
-        os.rename(scratch, self.folder / name)
+        try:
+            scratch.write_text(text)
+            _sync(scratch)
+            os.rename(scratch, self.folder / name)
+        except OSError:
+            scratch.unlink(missing_ok=True)
+            raise
         _sync(self.folder)
 
     def set_previous(self, id: str) -> None:

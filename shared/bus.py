@@ -1,7 +1,7 @@
 """ZeroMQ: publish, subscribe, ask and answer, wake-ups. The only file that imports zmq; knows no meaning of a message.
 
 A publication is a hint and may be lost; an answer to a vanished client is dropped. Malformed frames are counted, logged by
-length and hash, and dropped, never fatal; one beyond the size limit is cut off by libzmq with its connection. An ipc path
+length and hash, and dropped, never fatal; one far beyond the size limit is cut off by libzmq with its connection. An ipc path
 can be stolen by a second bind, so callers lock before they bind. Where there are keys, both sides must show theirs.
 """
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SEND_QUEUE = 1000
 LAST_WORDS_MS = 200  # for answers on their way when a daemon stops
+MOST_UNANSWERED = 5  # requests, before their socket is made anew
 ANSWER_QUEUE = 64  # frames one peer may have waiting at a daemon: with MAX_FRAME, the bound on its memory
 _log = log.get("bus")
 
@@ -82,6 +83,8 @@ def _bind(socket: zmq.Socket, endpoint: Endpoint) -> None:
 
 
 def _connect(socket: zmq.Socket, endpoint: Endpoint) -> None:
+    # a frame that is too long ends a connection for good where this side made it, so `decode` may refuse a few as well
+    socket.setsockopt(zmq.MAXMSGSIZE, 4 * MAX_FRAME)
     if endpoint.keys is not None:
         socket.curve_serverkey = endpoint.keys.server_public.encode()
         socket.curve_publickey = endpoint.keys.client_public.encode()
@@ -135,17 +138,35 @@ class Server:
 
     def asker(self, endpoint: Endpoint, handle: Callable[[Any], None]) -> Callable[[Any], None]:
         """A function that sends to another daemon; answers arrive at `handle` while polling."""
+        socket, unanswered = self._ask_socket(endpoint), 0
+
+        def heard(message: Any) -> None:
+            nonlocal unanswered
+            unanswered = 0
+            handle(message)
+
+        def send(message: Any) -> None:
+            nonlocal socket, unanswered
+            if (
+                unanswered >= MOST_UNANSWERED
+            ):  # libzmq does not come again to a peer that once sent a frame beyond the limit
+                del self._asking[socket]
+                socket.close(linger=0)
+                socket, unanswered = self._ask_socket(endpoint), 0
+                self._asking[socket] = heard
+            unanswered += 1
+            with suppress(zmq.Again):
+                socket.send(encode(message), zmq.NOBLOCK)
+
+        self._asking[socket] = heard
+        return send
+
+    def _ask_socket(self, endpoint: Endpoint) -> zmq.Socket:
         socket = _socket(self._context, zmq.DEALER)
         # without a peer nothing may queue: a request that waits for a dead daemon would arrive stale
         socket.setsockopt(zmq.IMMEDIATE, 1)
         _connect(socket, endpoint)
-        self._asking[socket] = handle
-
-        def send(message: Any) -> None:
-            with suppress(zmq.Again):
-                socket.send(encode(message), zmq.NOBLOCK)
-
-        return send
+        return socket
 
     def poll(self, timeout_s: float, handle: Callable[[bytes, Any], None]) -> None:
         """Wait up to `timeout_s`, then hand every waiting request to `handle(peer, message)` and every publication and
@@ -188,17 +209,26 @@ class Server:
             _log.warning("bus.malformed", why=why, count=self.malformed)
 
     def send(self, peer: bytes, message: Any) -> bool:
-        """Answer a client. False where it is gone or does not read."""
+        """Answer a client. False where it is gone or does not read, or where the answer breaks a limit (it may quote what the
+        client wrote).
+        """
         try:
             self._router.send_multipart([peer, encode(message)], zmq.NOBLOCK)
+        except WireError as error:
+            _log.error("bus.unsendable", why=str(error))
+            return False
         except zmq.ZMQError:
             return False
         return True
 
     def publish(self, message: Any) -> None:
         """Tell whoever listens."""
-        with suppress(zmq.Again):
+        try:
             self._publisher.send(encode(message), zmq.NOBLOCK)
+        except WireError as error:
+            _log.error("bus.unsendable", why=str(error))
+        except zmq.Again:
+            pass
 
     def close(self) -> None:
         """Close every socket; who reads gets what was sent, within a fifth of a second."""

@@ -33,12 +33,15 @@ class HiddenSpool:
         """The file of a generation, or None for what is not an id."""
         return self.folder / f"{id}.npy" if ID.fullmatch(id) else None
 
+    def _scratch(self, id: str) -> Path:
+        return self.folder / f".{id}.partial"
+
     def write(self, id: str, states: np.ndarray) -> None:
         """Keep states [n, hidden] as fp16. Raises OSError where the disk refuses; nothing half written is left."""
         path = self._path(id)
         if path is None or states.nbytes > self.limit:
             return
-        scratch = self.folder / f".{id}.partial"
+        scratch = self._scratch(id)
         try:
             with open(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
                 np.save(file, states.astype(np.float16))
@@ -79,6 +82,7 @@ class HiddenSpool:
             with suppress(FileNotFoundError):
                 self._size -= path.stat().st_size
                 path.unlink()
+            self._scratch(id).unlink(missing_ok=True)  # what a kill in the middle of writing has left
 
 
 def _age(path: Path) -> float:

@@ -82,7 +82,7 @@ def is_meant(wish: Purge, row: Row) -> bool:
     try:
         record = decode(row.body)
     except WireError:  # nobody can read it, so its bytes are all there is to go by
-        return bool(wish.pattern) and wish.pattern.encode() in row.body
+        return bool(wish.pattern) and wish.pattern.lower() in row.body.decode("utf-8", "replace").lower()
     if isinstance(record, Evaluation):
         return record.generation_id in wish.ids
     if not isinstance(record, Generation):

@@ -56,6 +56,8 @@ def _problems(answers: dict[str, Any], daemons: dict[str, Any], summary: dict[st
         found.append(f"slow BLAS in use ({inference['blas']['bound']}); `specl-ctl doctor` says what to do")
     if trouble := inference.get("outbox", {}).get("trouble"):
         found.append(f"records refused ({inference['outbox']['refused']}): {trouble}")
+    if trouble := trainer.get("outbox", {}).get("trouble"):
+        found.append(f"the trainer's records wait ({trainer['outbox']['waiting']}): {trouble}")
     if collector.get("trouble"):
         found.append(f"store: {collector['trouble']}")
     if trainer.get("trouble"):
@@ -104,7 +106,11 @@ def collect(client: Client) -> dict[str, Any]:
     return {
         **daemons,
         "queue": inference.get("queue", {"depth": 0, "in_flight": 0}),
-        "outbox": {"pending": sum(pending.values()) if pending else None, "by_producer": pending},
+        "outbox": {
+            "pending": sum(pending.values()) if pending else None,
+            "by_producer": pending,
+            "refused": {name: answers[name]["outbox"]["refused"] for name in pending},
+        },
         "acceptance": {
             "rolling": summary.get("rolling_acceptance"),
             "lifetime": summary.get("lifetime_acceptance"),

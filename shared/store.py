@@ -26,7 +26,8 @@ from specl.shared.store_views import ADAPTER_ACTIVATIONS, ADAPTER_HISTORY
 from specl.shared.wire import Activation, Adapter, Evaluation, Generation, Record, Row, TrainingRun, decode, kind_of
 
 SCHEMA_VERSION = 2
-LATEST = 253_000_000_000.0  # a moment that sorts after all others, in the year 9987
+EARLIEST, LATEST = 0.0, 253_000_000_000.0  # moments before and after all others that can be written as a date
+PURGE_MOST = 100_000  # ids that one request names: they travel back in one frame
 _meta = sa.MetaData()
 _Text, _Int, _Real, _Blob = sa.Text, sa.Integer, sa.Float, sa.LargeBinary
 
@@ -435,31 +436,35 @@ class Store:
             )
 
     def matching(self, ids: Sequence[str], before: float | None, pattern: str) -> list[str]:
-        """Generation ids that a purge means: any of `ids`, older than `before`, or with `pattern` in prompt or output."""
+        """Generation ids that a purge means: any of `ids`, older than `before`, or with `pattern` in any of its texts, in upper
+        or lower case; at most PURGE_MOST of them, so that whoever wants all asks again.
+        """
         wanted = [generations.c.id.in_(list(ids))] if ids else []
         if before is not None:
             wanted.append(generations.c.created_at < before)
         if pattern:
+            g = generations.c
             wanted += [
-                column.contains(pattern, autoescape=True)
-                for column in (generations.c.prompt, generations.c.output, generations.c.messages)
+                sa.func.lowered(column).contains(pattern.lower(), autoescape=True)
+                for column in (g.prompt, g.output, g.messages, g.conversation_id)
             ]
         if not wanted:
             return []
+        query = sa.select(generations.c.id).where(sa.or_(*wanted)).limit(PURGE_MOST)
         with self._errors(), self._engine.connect() as connection:
-            found = list(connection.execute(sa.select(generations.c.id).where(sa.or_(*wanted))).scalars())
-        return found + self._unreadable(ids, before, pattern)
+            found = list(connection.execute(query).scalars())
+        return (found + self._unreadable(ids, before, pattern))[:PURGE_MOST]
 
     def _unreadable(self, ids: Sequence[str], before: float | None, pattern: str) -> list[str]:
         """The same among records in quarantine, by their bytes."""
         q = quarantine.c
         wanted = [q.id.in_(list(ids))] if ids else []
         if before is not None:
-            wanted.append(q.created < _iso(min(before, LATEST)))
+            wanted.append(q.created < _iso(max(EARLIEST, min(before, LATEST))))
         if pattern:
-            wanted.append(sa.func.instr(q.raw, pattern.encode()) > 0)
+            wanted.append(sa.func.lowered(q.raw).contains(pattern.lower(), autoescape=True))
         with self._errors(), self._engine.connect() as connection:
-            return list(connection.execute(sa.select(q.id).where(sa.or_(*wanted))).scalars())
+            return list(connection.execute(sa.select(q.id).where(sa.or_(*wanted)).limit(PURGE_MOST)).scalars())
 
     def texts(self, ids: Sequence[str]) -> list[str]:
         """Every text of these generations, for whoever must see that it is gone."""
@@ -468,19 +473,19 @@ class Store:
         for start in range(0, len(ids), 500):
             query = sa.select(g.prompt, g.output, g.messages).where(g.id.in_(ids[start : start + 500]))
             for row in self._all(query):
-                found += [row["prompt"], row["output"]]
-                found += [m["content"] for m in json.loads(row["messages"]) if isinstance(m.get("content"), str)]
+                found += [row["prompt"], row["output"], *_strings(json.loads(row["messages"]))]
         return [text for text in found if text]
 
     def written(self) -> Iterator[str]:
-        """Every text column of every generation, as it stands in the file."""
-        last, g = 0, generations.c
-        while rows := self._all(
-            sa.select(g.n, g.prompt, g.output, g.messages).where(g.n > last).order_by(g.n).limit(200)
-        ):
+        """Every text of every generation, as it stands in the file, and the tokens that were guessed for it."""
+        last, g, d = 0, generations.c, disagreements.c
+        columns = (g.prompt, g.output, g.messages, g.conversation_id)
+        while rows := self._all(sa.select(g.n, *columns).where(g.n > last).order_by(g.n).limit(200)):
             for row in rows:
-                yield from (row["prompt"], row["output"], row["messages"])
+                yield from (row[column.name] for column in columns)
             last = rows[-1]["n"]
+        for column in (d.draft_text, d.target_text):
+            yield from (row["text"] for row in self._all(sa.select(column.label("text")).distinct()))
 
     def expired(self, days: float, most: int, most_mb: int, now: float) -> list[str]:
         """The oldest generations beyond an age, a number or a size; 0 means no such limit."""
@@ -512,12 +517,22 @@ class Store:
             with self._engine.begin() as connection:
                 for start in range(0, len(ids), 500):
                     part = list(ids[start : start + 500])
+                    self._move_marks(connection, part)
                     connection.execute(sa.delete(disagreements).where(disagreements.c.generation_id.in_(part)))
                     connection.execute(sa.delete(evaluations).where(evaluations.c.generation_id.in_(part)))
                     removed += connection.execute(sa.delete(generations).where(generations.c.id.in_(part))).rowcount
                     removed += connection.execute(sa.delete(quarantine).where(quarantine.c.id.in_(part))).rowcount
             self._empty_log()
         return removed
+
+    def _move_marks(self, connection: sa.Connection, ids: Sequence[str]) -> None:
+        """A training run names the newest generation that it had; without it all older ones would count as new to the trainer."""
+        g, t = generations.c, training_runs.c
+        marked = sa.select(g.id, g.n).join(training_runs, t.last_generation == g.id).where(g.id.in_(ids)).distinct()
+        for id, n in connection.execute(marked).all():
+            before = sa.select(g.id).where(g.n < n, g.id.not_in(ids)).order_by(g.n.desc()).limit(1)
+            older = connection.execute(before).scalar() or ""
+            connection.execute(sa.update(training_runs).where(t.last_generation == id).values(last_generation=older))
 
     def _empty_log(self) -> None:
         """Move everything out of the write-ahead log and cut it to nothing. Raises StoreError while somebody reads."""
@@ -596,6 +611,14 @@ class Store:
         if len(rows) != 1:
             return None
         return StoredGeneration(rows[0], self._disagreements_of([rows[0]["id"]]).get(rows[0]["id"], []))
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Those of `ids` that are no generation here (any more)."""
+        found: set[str] = set()
+        for start in range(0, len(ids), 500):
+            query = sa.select(generations.c.id).where(generations.c.id.in_(ids[start : start + 500]))
+            found.update(row["id"] for row in self._all(query))
+        return [id for id in ids if id not in found]
 
     def _disagreements_of(self, ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         found: dict[str, list[dict[str, Any]]] = {}
@@ -677,8 +700,25 @@ def _rate(part: float | None, whole: float | None) -> float | None:
     return round(part / whole, 4) if whole else None
 
 
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings([*value.keys(), *value.values()])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _lowered(value: str | bytes | None) -> str | None:
+    """Lower case of all scripts (SQLite's own is that of ASCII); of bytes as far as they are text."""
+    return value.decode("utf-8", "replace").lower() if isinstance(value, bytes) else value and value.lower()
+
+
 def _on_connect(connection: Any, record: Any) -> None:
     connection.isolation_level = None  # sqlalchemy's `begin` event starts transactions
+    connection.create_function("lowered", 1, _lowered, deterministic=True)
     cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=ON", "secure_delete=ON", "busy_timeout=5000"):
         cursor.execute(f"PRAGMA {pragma}")
@@ -687,4 +727,5 @@ def _on_connect(connection: Any, record: Any) -> None:
 
 def _on_connect_read_only(connection: Any, record: Any) -> None:
     connection.isolation_level = None
+    connection.create_function("lowered", 1, _lowered, deterministic=True)
     connection.execute("PRAGMA busy_timeout=5000")

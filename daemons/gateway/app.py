@@ -151,6 +151,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     return error.response()
 
 
+async def _left(request: Request, error: Exception) -> Response:
+    """The client went while its body was read; nobody reads this."""
+    return Response(status_code=499)
+
+
 async def _broken(request: Request, error: Exception) -> Response:
     """A bug of ours: its traceback goes to the log, its shape is still one that clients read."""
     return Refusal(500, "an error inside the gateway; its log says more", code="internal").response()
@@ -220,6 +225,6 @@ def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Call
         Route("/api/rollback", board.roll_back, methods=["POST"]),
         *(Route(path, _static(*what)) for path, what in STATIC.items()),
     ]
-    handlers = {Refusal: _refused, HTTPException: _not_there, Exception: _broken}
+    handlers = {Refusal: _refused, HTTPException: _not_there, ClientDisconnect: _left, Exception: _broken}
     app = Starlette(routes=routes, exception_handlers=handlers)
     return _counted(Guard(app, settings.gateway, token), metrics, {route.path for route in routes})

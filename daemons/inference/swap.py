@@ -150,7 +150,8 @@ class AdapterSwap:
         back = "" if back in gone else back
         if back != self.engine.adapter_id and self._use(back, f"adapter {id} was rolled back"):
             back = ""
-        self.adapters.set_current(back)
+        with suppress(OSError):  # a full disk: the next tick tries again
+            self.adapters.set_current(back)
 
     def _refuse(self, id: str, reason: str) -> None:
         """Say once why `id` does not draft; what drafts goes on."""

@@ -54,6 +54,11 @@ class Turnstile:
         self._abandon.clear()
 
     @property
+    def abandoning(self) -> bool:
+        """Whether a run has been told to end and has not yet."""
+        return self._abandon.is_set()
+
+    @property
     def quiet(self) -> bool:
         """Whether inference has been idle long enough."""
         return not self._busy and self._clock() - self._quiet_since >= self._idle_s

@@ -17,7 +17,7 @@ import numpy as np
 
 from specl.daemons.trainer.data import Gatherer, Material
 from specl.daemons.trainer.regression import RegressionSlice
-from specl.shared import log
+from specl.shared import checkpoints, log
 from specl.shared.adapters import Adapters, Manifest
 from specl.shared.config import Settings
 from specl.shared.engine.adapter_files import load_adapter, write_files
@@ -36,6 +36,7 @@ from specl.shared.wire import Adapter, Evaluation, TrainingRun
 MIN_EXAMPLES = 4
 PIECE_TOKENS = 256  # of one forward and backward: what a request may have to wait for
 CHECKPOINT_S = 20.0
+SAME_WORK = 0.75  # of the generations of a checkpoint and a new run that both have
 DEPTHS = 3
 _log = log.get("training")
 
@@ -87,6 +88,7 @@ class TrainingJob:
         self.paths, self.folder = paths, paths.training
         self.settings, self.live, self._pause, self.trigger = settings, live, pause, trigger
         self.run_id, self.created_at = uuid.uuid4().hex, time.time()
+        self.learned: list[str] = []  # generations that the weights have seen, a resumed run's included
         self.losses: list[float] = []
         self.tokens = 0
         self.replayed = 0  # texts of the draft's own replay set
@@ -101,6 +103,7 @@ class TrainingJob:
         self.live.state = "gathering"
         self.material = self.gatherer.material()
         material = self.material
+        self.learned = sorted(material.fresh_ids)
         minimum = self.settings.training.min_heldout_generations
         counts = f"{len(material.failures)} failures, {len(material.successes)} successes"
         if len(material.failures) + len(material.successes) < MIN_EXAMPLES:
@@ -184,7 +187,7 @@ class TrainingJob:
         checkpointing = self.settings.memory.gradient_checkpointing
         steps = StepSettings(training.learning_rate, total, depths=DEPTHS, checkpointing=checkpointing)
         loop = StepLoop(learner, loss, steps)
-        checkpoint = self.folder / "checkpoint"
+        checkpoint = checkpoints.checkpoint_folder(self.folder)
         self._resume(loop, checkpoint, batches)
         self.live.state, self.live.total = "training", total
         deadline = Deadline(training.max_minutes * 60)
@@ -197,28 +200,46 @@ class TrainingJob:
             self.losses.append(value)
             self.live.step, self.live.loss = loop.step_number, round(float(np.mean(self.losses[-10:])), 4)
             if time.monotonic() - saved > CHECKPOINT_S:
-                loop.save(checkpoint, self._about())
+                self._save(loop, checkpoint)
                 saved = time.monotonic()
+
+    def _save(self, loop: StepLoop, checkpoint: Path) -> None:
+        """Keep what a kill should not cost. A disk that has no room for it does not end the run."""
+        try:
+            loop.save(checkpoint, self._about())
+        except OSError as error:
+            _log.warning("checkpoint.not_saved", reason=str(error))
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
-        return {"parent": self.parent_id, "ids": self.material.fresh_ids, "draft": self.engine.draft_fingerprint}
+        return {"parent": self.parent_id, "ids": self.learned, "draft": self.engine.draft_fingerprint}
+
+    def _same_work(self, about: dict[str, Any]) -> bool:
+        """Whether a killed run's checkpoint is worth going on with: from the same parent, mostly on the same generations (some
+        were answered since), all of which are still kept and none of which is judged on.
+        """
+        ids, fresh = set(about.get("ids", [])), set(self.material.fresh_ids)
+        judges = {example.id for example in self.material.held_out}
+        same = (about.get("parent"), about.get("draft")) == (self.parent_id, self.engine.draft_fingerprint)
+        mostly = len(ids & fresh) >= SAME_WORK * len(ids | fresh)
+        return same and mostly and not ids & judges and not self.gatherer.store.missing(sorted(ids))
 
     def _resume(self, loop: StepLoop, checkpoint: Path, batches: Batches) -> None:
-        """Go on with a killed run's checkpoint if it was about the very same work; otherwise it is dropped."""
+        """Go on with a killed run's checkpoint if it was about the same work; otherwise it is dropped."""
         about = about_checkpoint(checkpoint)
         if about is None:
             return
-        if {name: about.get(name) for name in self._about()} == self._about():
+        if self._same_work(about):
             try:
                 loop.resume(checkpoint)
                 for _ in range(loop.step_number * self.settings.training.gradient_accumulation_steps):
                     batches.next()
+                self.learned = sorted({*about["ids"], *self.learned})
                 _log.info("training.resumed", step=loop.step_number)
                 return
             except (OSError, ValueError, RuntimeError) as error:
                 _log.warning("checkpoint.unusable", reason=str(error))
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        checkpoints.forget(checkpoint)
 
     # ------------------------------------------------------------------------------------------------ the end of it
     def _judge(self, learner: Learner, shape: LoraShape, before: Scores, after: Scores) -> Outcome:
@@ -286,14 +307,17 @@ class TrainingJob:
                 "tokens": self.tokens,
                 "loss_first": self.losses[0] if self.losses else None,
                 "loss_last": self.live.loss,
-                "generations": self.material.fresh_ids,
+                "generations": self.learned,
                 **self._data(),
             },
         )
         scratch = self.adapters.scratch(id)
         hot = draft.hot if isinstance(draft, HeadDraft) else None
-        write_files(scratch, shape, weights, hot)
-        self.adapters.publish(scratch, manifest)
+        try:
+            write_files(scratch, shape, weights, hot)
+            self.adapters.publish(scratch, manifest)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)  # what a full disk has left; a published one has been renamed
         return manifest
 
     def _evaluations(self, adapter_id: str, scores: Scores, details: dict[str, Any]) -> list[Evaluation]:
@@ -325,7 +349,7 @@ class TrainingJob:
 
     def _outcome(self, verdict: str, reason: str, adapter_id: str = "") -> Outcome:
         """End the run: its checkpoint has served."""
-        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        checkpoints.forget(checkpoints.checkpoint_folder(self.folder))
         training = self.settings.training
         consumed = verdict in ("promoted", "rejected")
         run = TrainingRun(

@@ -12,11 +12,12 @@ import uuid
 from typing import Any
 
 from specl.daemons.trainer.data import Gatherer
+from specl.daemons.trainer.facts import Facts
 from specl.daemons.trainer.politeness import Abandoned, Turnstile
 from specl.daemons.trainer.regression import RegressionSlice
 from specl.daemons.trainer.run import Live, Outcome, TrainingJob, adapter_record
 from specl.daemons.trainer.trial import Trial, TrialJob
-from specl.shared import log
+from specl.shared import checkpoints, log
 from specl.shared.access import Addresses
 from specl.shared.adapters import Adapters
 from specl.shared.bus import Server
@@ -30,7 +31,7 @@ from specl.shared.learning.learner import Learner, agreement
 from specl.shared.models import blas
 from specl.shared.models.pair import load_pair
 from specl.shared.outbox import Outbox
-from specl.shared.paths import Paths
+from specl.shared.paths import DISK_REFUSES, Paths
 from specl.shared.privacy import is_meant
 from specl.shared.process import StopFlag
 from specl.shared.store import Store
@@ -47,16 +48,23 @@ from specl.shared.wire import (
     Status,
     Train,
     TryAdapter,
-    encode,
-    kind_of,
 )
 
 TICK_S = 0.5
 LOOK_S = 5.0  # between looks at the store
 RETRY_S = 300.0  # after a run that had too little, or failed
+DISK_RETRY_S = 15.0  # after one that found no room
 SCORE_BATCH = 16
 TRIALS_TOLD = 8  # imports whose verdicts `status` still has
+RUN, IMPORT = "run", "import"
 _log = log.get("trainer")
+
+
+def kind_of_work(job: str | Trial) -> str:
+    """`score`, `regression`, `import`, or a training run, whatever triggered it."""
+    if isinstance(job, Trial):
+        return IMPORT
+    return job if job in ("score", "regression") else RUN
 
 
 class Trainer:
@@ -65,17 +73,19 @@ class Trainer:
     def __init__(self, paths: Paths, settings: Settings, server: Server) -> None:
         self.paths, self.settings, self.server = paths, settings, server
         self.outbox = Outbox(paths.outbox("trainer"), settings.records.outbox_limit_mb << 20)
+        self.facts = Facts(self.outbox, lambda id: self._out.put(RecordReady(id)))
         self.adapters = Adapters(paths.adapters)
         self.turnstile = Turnstile(settings.training.idle_seconds)
         self.live = Live()
         self.started = time.monotonic()
         self.pending = 0
-        self.trouble = ""
+        self.troubles: dict[str, str] = {}  # by kind of work: a score that succeeds says nothing of a run that failed
         self._work: queue.SimpleQueue[str | Trial] = queue.SimpleQueue()
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._running = threading.Event()
         self._not_before = self._no_score_before = 0.0
         self._job: str | Trial = ""
+        self._again = ""
         self.trials: dict[str, dict[str, str]] = {}  # how the last imports went, by run id
         self._slice_made = False
         self._engine: Engine | None = None
@@ -105,7 +115,7 @@ class Trainer:
         """Record adapters again: a trainer that was killed right after publishing had no time to, and twice is once."""
         for id in self.adapters.ids():
             try:
-                self._append(adapter_record(self.adapters, self.adapters.manifest(id)))
+                self.facts.add(adapter_record(self.adapters, self.adapters.manifest(id)))
             except AdapterRejected as error:
                 _log.warning("adapter.unreadable", adapter=id, reason=str(error))
 
@@ -115,6 +125,7 @@ class Trainer:
 
     def _look(self) -> None:
         """Count pending failures; start a run when there are enough, score parked generations when it is quiet."""
+        self.facts.offer()
         try:
             store = Store(self.paths.store, read_only=True)
         except StoreError:
@@ -122,16 +133,18 @@ class Trainer:
         try:
             self.pending = store.pending_failures()
             unscored = bool(store.unscored(1))
+            self.troubles.pop("store", None)
         except StoreError as error:
-            self.trouble = str(error)
+            self.troubles["store"] = str(error)
             return
         finally:
             store.close()
-        if self._running.is_set() or not self._work.empty():
-            return
+        if self._running.is_set() or not self._work.empty() or self.facts.waiting:
+            return  # work whose outcome could not be recorded would only be done again
         enough = self.settings.training.enabled and self.pending >= self.settings.training.min_failure_cases
-        if enough and time.monotonic() >= self._not_before:
-            self._work.put(f"{self.pending} failures")
+        if (enough or self._again) and time.monotonic() >= self._not_before:
+            self._work.put(self._again or f"{self.pending} failures")
+            self._again = ""
         elif unscored and self.turnstile.quiet and time.monotonic() >= self._no_score_before:
             self._work.put("score")
         elif not self._slice_made and self.pending and self.settings.training.enabled and self.turnstile.quiet:
@@ -156,7 +169,10 @@ class Trainer:
     def _train(self, message: Train) -> Reply:
         if self.settings.records.keep == "statistics":
             return Reply(False, "records.keep is statistics: no text is kept, so there is nothing to learn from")
-        if self._running.is_set() and self._job not in ("score", "regression"):
+        self.facts.offer()
+        if self.facts.waiting:
+            return Reply(False, f"its outcome could not be recorded: {self.facts.trouble}")
+        if self._running.is_set() and kind_of_work(self._job) == RUN and not self.turnstile.abandoning:
             return Reply(False, f"a run is under way ({self.live.state}, step {self.live.step})")
         if not message.now and self.pending < self.settings.training.min_failure_cases:
             return Reply(
@@ -192,6 +208,7 @@ class Trainer:
         try:
             ids = self.outbox.matching(lambda row: is_meant(wish, row))
             self.outbox.purge(ids)
+            ids += self.facts.purge(lambda row: is_meant(wish, row))
         except OutboxFull as error:
             return Reply(False, str(error))
         abandoned = ""
@@ -200,7 +217,7 @@ class Trainer:
                 self.turnstile.abandon()
                 abandoned = "; the run under way is abandoned"
             else:
-                shutil.rmtree(self.paths.training / "checkpoint", ignore_errors=True)
+                checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
         return Reply(True, f"the trainer's outbox and checkpoint forgot them{abandoned}", {"ids": ids})
 
     def _status(self) -> dict[str, Any]:
@@ -212,13 +229,14 @@ class Trainer:
                 "step": self.live.step,
                 "total": self.live.total,
                 "loss": self.live.loss,
+                "abandoning": self.turnstile.abandoning,
             },
             "trials": {id: dict(verdict) for id, verdict in list(self.trials.items())},
             "pending": self.pending,
             "trigger": self.settings.training.min_failure_cases,
             "enabled": self.settings.training.enabled,
-            "outbox": {"pending": self.outbox.pending},
-            "trouble": self.trouble or self.outbox.trouble,
+            "outbox": self.facts.status(),
+            "trouble": "; ".join(list(self.troubles.values())),
             "malformed": self.server.malformed,
         }
 
@@ -230,42 +248,53 @@ class Trainer:
             try:
                 other = {"score": self._score, "regression": self._regression}.get(job)
                 other() if other is not None else self._one_run(job)
-                self.trouble = ""
+                self.troubles.pop(kind_of_work(job), None)
             except Abandoned:
-                shutil.rmtree(self.paths.training / "checkpoint", ignore_errors=True)
+                checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
                 _log.info("training.abandoned")
             except Interrupted:
                 _log.info("training.interrupted")
             except SpecLoraError as error:
-                self.trouble = str(error)
+                self.troubles[kind_of_work(job)] = str(error)
                 self._hold_off(job)
                 _log.error("training.failed", error=str(error))
             except Exception as error:  # the process edge of this thread: one failed run must not end the daemon
-                self.trouble = f"{type(error).__name__}: {error}"
-                self._hold_off(job)
-                _log.exception("training.failed")
+                self._failed(job, error)
             finally:
                 self.live.state = "idle"
-                self.turnstile.abandoned()
                 if isinstance(job, Trial):
                     self._end_of(job)
                 self._running.clear()
+                self.turnstile.abandoned()  # in this order: whoever is told to end from now on has ended
 
     def _end_of(self, trial: Trial) -> None:
         """The staged copy has served; whoever waits for a verdict gets one."""
         shutil.rmtree(self.adapters.folder / trial.folder, ignore_errors=True)
         told = self.trials.get(trial.run_id)
         if told is not None and not told["verdict"]:
-            told |= {"verdict": "failed", "reason": self.trouble or "it was interrupted before a verdict"}
+            told |= {"verdict": "failed", "reason": self.troubles.get(IMPORT) or "it was interrupted before a verdict"}
 
-    def _hold_off(self, job: str | Trial) -> None:
+    def _failed(self, job: str | Trial, error: Exception) -> None:
+        """Say what went wrong. A run that found no room on the disk waits for some, and goes on from its checkpoint."""
+        kind = kind_of_work(job)
+        if isinstance(error, OSError) and error.errno in (None, *DISK_REFUSES):
+            self.troubles[kind] = f"the disk refuses, the {kind} is tried again every {DISK_RETRY_S:.0f} s: {error}"
+            self._hold_off(job, DISK_RETRY_S)
+            self._again = job if kind == RUN else ""
+            _log.error("training.disk_refuses", error=str(error))
+            return
+        self.troubles[kind] = f"{type(error).__name__}: {error}"
+        self._hold_off(job)
+        _log.exception("training.failed")
+
+    def _hold_off(self, job: str | Trial, seconds: float = RETRY_S) -> None:
         """What failed is not tried again at once; the other kind of work may go on."""
         if isinstance(job, Trial):
             return
         if job == "score":
-            self._no_score_before = time.monotonic() + RETRY_S
+            self._no_score_before = time.monotonic() + seconds
         else:
-            self._not_before = time.monotonic() + RETRY_S
+            self._not_before = time.monotonic() + seconds
 
     def _loaded(self) -> Engine:
         if self._engine is None:
@@ -307,20 +336,12 @@ class Trainer:
 
     def _record(self, outcome: Outcome) -> None:
         for record in outcome.records:
-            self._append(record)
+            self.facts.add(record)
         if outcome.path is not None:
             crash_point("adapter.before_publish")
             self._out.put(AdapterReady(outcome.adapter_id, str(outcome.path)))
             self.adapters.prune(keep=())
         self.server.wake()
-
-    def _append(self, record: Any) -> None:
-        try:
-            self.outbox.append(record.id, kind_of(record), encode(record))
-            self._out.put(RecordReady(record.id))
-        except OutboxFull as error:
-            self.trouble = str(error)
-            _log.error("record.refused", kind=kind_of(record), reason=str(error))
 
     def _regression(self) -> None:
         """Make the regression slice while nobody waits, so that the first run need not."""
@@ -350,7 +371,7 @@ class Trainer:
                     uuid.uuid4().hex, time.time(), "generation", row.values["id"], "", row.values["adapter_id"], 1,
                     int(score.positions.sum()), round(score.value, 6), [round(v, 6) for v in score.by_depth], {},
                 )  # fmt: skip
-                self._append(record)
+                self.facts.add(record)
             if not rows:  # what is left was written by another target
                 self._no_score_before = time.monotonic() + RETRY_S
         finally:

@@ -23,8 +23,11 @@ from specl.shared.models.lora import LoraShape, Weights, change_norm, problems
 
 
 def write_files(folder: Path, shape: LoraShape, weights: Weights, hot: np.ndarray | None) -> None:
-    """adapters.safetensors and adapter_config.json as mlx-lm writes them (scale = alpha / rank), hot_vocab.npy."""
-    mx.save_safetensors(str(folder / "adapters.safetensors"), dict(weights), metadata={"format": "mlx"})
+    """adapters.safetensors and adapter_config.json as mlx-lm writes them (scale = alpha / rank), hot_vocab.npy. Raises OSError."""
+    try:
+        mx.save_safetensors(str(folder / "adapters.safetensors"), dict(weights), metadata={"format": "mlx"})
+    except RuntimeError as error:  # what mlx says of a full disk
+        raise OSError(f"the adapter could not be written to {folder}: {error}") from error
     config = {
         "fine_tune_type": "lora",
         "num_layers": -1,

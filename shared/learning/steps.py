@@ -7,6 +7,7 @@ what is done with the result.
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from specl.shared.checkpoints import all_of
 from specl.shared.crash import crash_point
 from specl.shared.learning.checkpointing import checkpointed
 from specl.shared.learning.examples import Example, collate
@@ -90,22 +92,27 @@ class StepLoop:
 
     # ------------------------------------------------------------------------------------------------ survive a kill
     def save(self, folder: Path, about: dict[str, object]) -> None:
-        """Weights, moments and step, whole, by rename."""
-        scratch = folder.with_name(folder.name + ".partial")
-        scratch.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(
-            str(scratch / "weights.safetensors"), dict(tree_flatten(self.learner.module.trainable_parameters()))
-        )
-        state = {k: v for k, v in tree_flatten(self.optimizer.state) if isinstance(v, mx.array)}
-        mx.save_safetensors(str(scratch / "optimizer.safetensors"), state)
-        (scratch / "state.json").write_text(json.dumps({"step": self.step_number, **about}))
-        old = folder.with_name(folder.name + ".old")
+        """Weights, moments and step, whole, by rename. Raises OSError, with the last one still there, where the disk refuses."""
+        _, scratch, old = all_of(folder)
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            self._write(scratch)
+            (scratch / "state.json").write_text(json.dumps({"step": self.step_number, **about}))
+        except (OSError, RuntimeError) as error:  # mlx says RuntimeError where a disk is full
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise OSError(f"no checkpoint could be written to {folder}: {error}") from error
         if folder.exists():
-            _remove(old)
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
         os.rename(scratch, folder)
-        _remove(old)
+        shutil.rmtree(old, ignore_errors=True)
         crash_point("training.after_checkpoint")
+
+    def _write(self, folder: Path) -> None:
+        weights = dict(tree_flatten(self.learner.module.trainable_parameters()))
+        mx.save_safetensors(str(folder / "weights.safetensors"), weights)
+        state = {k: v for k, v in tree_flatten(self.optimizer.state) if isinstance(v, mx.array)}
+        mx.save_safetensors(str(folder / "optimizer.safetensors"), state)
 
     def resume(self, folder: Path) -> None:
         """Go on where `save` was. Raises ValueError or OSError where the checkpoint does not fit."""
@@ -115,13 +122,6 @@ class StepLoop:
         self.optimizer.state = tree_unflatten(list(state.items()))
         mx.eval(self.learner.module.parameters(), self.optimizer.state)
         self.step_number = int(json.loads((folder / "state.json").read_text())["step"])
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
 
 
 def about_checkpoint(folder: Path) -> dict[str, object] | None:

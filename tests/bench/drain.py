@@ -42,10 +42,11 @@ def drain(zygote: Zygote, megabytes: float, tokens: int) -> dict[str, float]:
         house.acked = ids
         house.settle(60)
         house.check()
+        lost = len(set(ids) - set(house.stored()))
         return {
             "records": len(ids), "KB_each": size / len(ids) / 1000, "MB": size / 1e6, "seconds": seconds,
             "records_per_s": len(ids) / seconds, "MB_per_s": size / 1e6 / seconds,
-            "inference_grew_MiB": peak - before, "collector_MiB": process_figures(collector.pid)[0], "lost": 0,
+            "inference_grew_MiB": peak - before, "collector_MiB": process_figures(collector.pid)[0], "lost": lost,
         }  # fmt: skip
     finally:
         house.close()

@@ -26,6 +26,7 @@ from specl.shared.errors import SpecLoraError
 ROLES = ("inference", "collector", "trainer")
 BREATH_S = (2.0, 8.0)  # between two faults
 CALM_SHARE = 0.25  # of the time at the end, without faults
+MOST_MIB, MOST_FILES = 16, 4  # that a daemon may gain in it
 
 
 class Soak:
@@ -37,6 +38,7 @@ class Soak:
         self.faults: dict[str, int] = {}
         self.recorded: list[float] = []
         self.unrecorded: list[float] = []
+        self.probed: list[str] = []  # generations of the probe
         self._context = zmq.Context()
 
     def probe(self, stop: threading.Event) -> None:
@@ -52,6 +54,7 @@ class Soak:
                 client = self.house.client()
                 stop.wait(0.2)
                 continue
+            self.probed.append(done.generation_id)
             if done.recorded:
                 self.house.acked.append(done.generation_id)
             (self.recorded if turn % 2 else self.unrecorded).append(time.monotonic() - began)
@@ -134,17 +137,27 @@ def main() -> None:
         for thread in threads:
             thread.join(timeout=30)
         settled = house.settle(60)
-        house.check()
+        stored = house.stored()
         report = {
             "minutes": round((time.monotonic() - start) / 60, 1), "seed": wanted.seed, "faults": soak.faults,
-            "accepted": len(house.acked), "lost": 0, "doubled": 0, "refused": dict(house.refusals), "settled_s": round(settled, 2),
+            "served": len(house.latencies) + len(soak.probed), "refused": dict(house.refusals),
+            "accepted": len(house.acked), "lost": len(set(house.acked) - set(stored)), "doubled": len(stored) - len(set(stored)),
+            "settled_s": round(settled, 2),
             "calm_minutes": round(wanted.minutes * CALM_SHARE, 1),
             "grew_MiB": {role: round(after[role][0] - before[role][0], 1) for role in ROLES},
             "grew_files": {role: after[role][1] - before[role][1] for role in ROLES},
             "recorded_ms": [round(1000 * percentile(soak.recorded, share), 1) for share in (0.5, 0.99)],
             "unrecorded_ms": [round(1000 * percentile(soak.unrecorded, share), 1) for share in (0.5, 0.99)],
         }  # fmt: skip
+        for number, name in ((0, "p50"), (1, "p99")):
+            report[f"added_{name}_ms"] = round(report["recorded_ms"][number] - report["unrecorded_ms"][number], 1)
         print(json.dumps(report), flush=True)
+        house.check()
+        growing = [
+            role for role in ROLES if report["grew_MiB"][role] > MOST_MIB or report["grew_files"][role] > MOST_FILES
+        ]
+        if growing:
+            sys.exit(f"not flat: {', '.join(growing)}")
     finally:
         stop.set()
         soak.close()

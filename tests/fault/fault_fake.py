@@ -2,7 +2,7 @@
 
 `install` puts it where the daemons load their models; everything else in those processes is the real thing. Read from the
 environment at load: SPECL_TEST_TOKEN_MS slows every forward pass, SPECL_TEST_CHECKPOINT_S sets how often training saves,
-SPECL_TEST_LOOK_S how often CURRENT is looked at,
+SPECL_TEST_LOOK_S how often CURRENT is looked at, SPECL_TEST_DISK_RETRY_S how soon a run that found no room is tried again,
 SPECL_TEST_RISING makes every score better than the last.
 """
 
@@ -83,6 +83,7 @@ def install() -> None:
 
     worker.load_pair = service.load_pair = fake_pair
     run.CHECKPOINT_S = float(os.environ.get("SPECL_TEST_CHECKPOINT_S", run.CHECKPOINT_S))
+    service.DISK_RETRY_S = float(os.environ.get("SPECL_TEST_DISK_RETRY_S", service.DISK_RETRY_S))
     worker.IDLE_TICK_S = float(os.environ.get("SPECL_TEST_LOOK_S", worker.IDLE_TICK_S))
     if os.environ.get("SPECL_TEST_RISING"):
         run.agreement = _rising(run.agreement)
@@ -92,10 +93,10 @@ def _rising(score: Any) -> Any:
     """Agreement that rises with every look: random models learn little, and publishing is what is to be seen."""
     looks = [0]
 
-    def look(*arguments: Any) -> Any:
+    def look(*arguments: Any, **named: Any) -> Any:
         looks[0] += 1
-        found = score(*arguments)
-        return replace(found, hits=found.positions * min(1.0, 0.1 + 0.3 * (looks[0] - 1)))
+        found = score(*arguments, **named)
+        return replace(found, hits=found.positions * min(1.0, 0.1 + 0.04 * looks[0]))
 
     return look
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -292,3 +293,16 @@ def fill(outbox: Outbox, ids: list[str], size: int = 0, text: str = "some words"
         db.executemany("INSERT INTO outbox (id, kind, body) VALUES (?, ?, ?)", rows)
     db.close()
     return total
+
+
+def ready_for_training(house: House) -> None:
+    """Inference and collector run, and enough recorded answers are stored that a run has what to learn from and to judge on."""
+    lean = "enabled: false, heldout_share: 0.4, num_epochs: 2, max_minutes: 0.3, min_heldout_generations: 5, regression_prompts: 0"
+    house.set(SETTINGS.replace("enabled: false", lean))
+    house.start("inference")
+    house.start("collector")
+    house.ready("inference")
+    with house.client() as client:
+        for n in range(36):
+            house.ask(f"question {n} of {uuid.uuid4().hex[:6]}", client, temperature=0.8, max_tokens=12)
+    house.settle()

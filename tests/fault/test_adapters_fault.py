@@ -8,12 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 
 import pytest
 import zmq
 from fault_fake import make_adapter, publish_adapter
-from fault_house import HERE, SETTINGS, wait_until
+from fault_house import HERE, ready_for_training, wait_until
 from test_delivery import PUBLISH_POINTS
 
 from specl.shared.adapters import Adapters
@@ -47,18 +46,6 @@ def test_f12_a_trainer_killed_at_any_step_of_publishing_leaves_a_whole_adapter(h
     )
     assert not house.status("inference")["adapter"]["rejected"] and inference.code is None
     figures(F12_kills=kills, points=len(PUBLISH_POINTS), current_always_whole="yes")
-
-
-def ready_for_training(house):
-    """Enough recorded answers that a run has what to learn from and to judge on."""
-    house.set(SETTINGS.replace("enabled: false", "enabled: false, heldout_share: 0.4, num_epochs: 2, max_minutes: 0.3"))
-    house.start("inference")
-    house.start("collector")
-    house.ready("inference")
-    with house.client() as client:
-        for n in range(36):
-            house.ask(f"question {n} of {uuid.uuid4().hex[:6]}", client, temperature=0.8, max_tokens=12)
-    house.settle()
 
 
 @pytest.mark.parametrize("point", ["training.after_checkpoint", "adapter.before_publish"])

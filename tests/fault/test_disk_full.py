@@ -4,14 +4,18 @@ Each room stands on a small file system of its own (tmpfs; needs root) that a ba
 """
 
 import os
+import sqlite3
 import subprocess
 import time
 
 import pytest
 from fault_fake import make_adapter, publish_adapter
-from fault_house import SETTINGS, wait_until
+from fault_house import SETTINGS, generation, ready_for_training, wait_until
 
+from specl.shared import status
 from specl.shared.adapters import Adapters
+from specl.shared.outbox import Outbox
+from specl.shared.wire import encode
 
 
 class SmallDisk:
@@ -181,3 +185,128 @@ def test_a_full_adapters_folder_leaves_the_old_adapter_serving(house, disk):
     publish_adapter(house.paths.adapters, "000003")
     wait_until(lambda: house.status("inference")["adapter"]["active"] == "000003", 15, "the next one is active")
     assert os.listdir(house.paths.adapters).count("CURRENT") == 1
+
+
+def problems(house):
+    """What `specl-ctl status` says is wrong, less what this machine and a house with an empty room bring along."""
+    with house.client() as client:
+        return [
+            text for text in status.collect(client)["problems"] if "does not run" not in text and "BLAS" not in text
+        ]
+
+
+def calm(house, timeout_s=15):
+    """Wait until `specl-ctl status` has nothing to say."""
+    try:
+        wait_until(lambda: not problems(house), timeout_s, "status is calm again")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {problems(house)}") from None
+
+
+def test_f8_the_trainers_full_outbox_keeps_its_records_until_there_is_room(house, figures, disk):
+    outbox = disk(house.folder / "outbox", megabytes=2)
+    for number in (1, 2, 3):
+        publish_adapter(house.paths.adapters, f"{number:06d}")
+    outbox.fill()
+    trainer = house.start("trainer")
+    house.ready("trainer")  # it tells of the three, and cannot
+    said = house.status("trainer")["outbox"]
+    assert said["waiting"] == said["refused"] == 3 and "full" in said["trouble"]
+    assert any("trainer's records wait (3)" in text for text in problems(house))
+    with house.client() as client:
+        reply = client.train(now=True)
+    assert not reply.ok and "could not be recorded" in reply.message
+    outbox.free()
+    start = time.monotonic()
+    house.start("collector")
+    wait_until(lambda: house.stored("adapters") == ["000001", "000002", "000003"], 30, "all three are in the store")
+    seconds = time.monotonic() - start
+    calm(house)
+    assert trainer.code is None and house.status("trainer")["outbox"]["waiting"] == 0
+    figures(F8_trainer_refused=said["refused"], lost=0, recovered_s=seconds)
+
+
+def test_f8_at_its_size_limit_an_outbox_refuses_and_takes_again_once_it_has_drained(house, figures):
+    house.set(SETTINGS + "records: {outbox_limit_mb: 1}\n")
+    outbox = Outbox(house.paths.outbox("inference"))
+    before = [f"{number:032x}" for number in range(60)]
+    for id in before:
+        outbox.append(id, "Generation", encode(generation(id, "z" * 8000)))
+    outbox.close()
+    house.start("inference")
+    house.ready("inference")
+    answers = [house.ask(f"beyond the limit {number}") for number in range(10)]
+    refused = [answer for answer in answers if not answer.recorded]
+    assert refused and all(answer.tokens == 8 and "its limit is 1 MiB" in answer.record_note for answer in refused)
+    assert house.status("inference")["outbox"]["refused"] == len(refused)
+    assert any(f"records refused ({len(refused)})" in text for text in problems(house))
+    house.acked += before
+    house.start("collector")
+    wait_until(lambda: house.ask("after draining").recorded, 10, "records are taken again")
+    calm(house)
+    house.settle()
+    house.check()
+    figures(F8_limit_refused=len(refused), accepted=len(house.acked), lost=0)
+
+
+def test_a_run_that_finds_no_room_for_its_adapter_goes_on_once_there_is_some(house, figures, disk):
+    adapters = disk(house.paths.adapters, megabytes=2)
+    publish_adapter(house.paths.adapters, "000001")
+    ready_for_training(house)
+    adapters.fill()
+    trainer = house.start("trainer", SPECL_TEST_CHECKPOINT_S="0", SPECL_TEST_RISING="1", SPECL_TEST_DISK_RETRY_S="1")
+    house.ready("trainer")
+    with house.client() as client:
+        assert client.train(now=True).ok
+    wait_until(lambda: "the disk refuses" in house.status("trainer").get("trouble", ""), 60, "it says what it lacks")
+    assert any("training: the disk refuses" in text for text in problems(house))
+    assert Adapters(house.paths.adapters).ids() == ["000001"] and house.ask("hello").tokens == 8
+    assert house.status("inference")["adapter"]["active"] == "000001"
+    adapters.free()
+    start = time.monotonic()
+    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000002", 60, "the new adapter drafts")
+    seconds = time.monotonic() - start
+    calm(house)
+    assert "training.resumed" in house.output("trainer") and trainer.code is None
+    wait_until(lambda: len(house.stored("training_runs")) == 1, 15, "the run is a row")
+    figures(adapters_full_recovered_s=seconds)
+
+
+def test_a_rollback_on_a_full_disk_ends_nothing(house, disk):
+    adapters = disk(house.paths.adapters, megabytes=2)
+    publish_adapter(house.paths.adapters, "000001")
+    publish_adapter(house.paths.adapters, "000002")
+    Adapters(house.paths.adapters).mark_rolled_back("000002", "it disappointed")  # killed between the mark and CURRENT
+    adapters.fill()
+    inference = house.start("inference", SPECL_TEST_LOOK_S="0.2")
+    house.ready("inference")
+    time.sleep(1)
+    assert inference.code is None and house.ask("hello").tokens == 8
+    assert house.status("inference")["adapter"]["active"] != "000002"
+    adapters.free()
+    wait_until(lambda: Adapters(house.paths.adapters).current() != "000002", 15, "CURRENT follows")
+
+
+def test_a_store_that_was_full_is_whole(house, disk):
+    """What a reader sees while the disk is full is the last commit, not half of one."""
+    store = disk(house.folder)
+    house.paths.create()
+    house.set(SETTINGS)
+    disk(house.folder / "outbox")
+    house.start("inference")
+    house.start("collector")
+    house.ready("inference")
+    house.ask("one that fits")
+    house.settle()
+    store.fill()
+    for number in range(5):
+        house.ask(f"one that does not {number} " + "x" * 2000)
+    wait_until(lambda: house.status("collector").get("trouble"), 15, "status says so")
+    db = sqlite3.connect(f"file:{house.paths.store}?mode=ro", uri=True)
+    try:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    finally:
+        db.close()
+    store.free()
+    house.settle(45)
+    house.check()

@@ -10,15 +10,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fault_fake import make_adapter
-from fault_house import SETTINGS, fill, generation, wait_until
+from fault_house import SETTINGS, fill, generation, ready_for_training, wait_until
 
 from specl.shared.adapters import Adapters
+from specl.shared.checkpoints import all_of, checkpoint_folder, generations_in
 from specl.shared.config import Records, parse
 from specl.shared.errors import ConfigError
 from specl.shared.outbox import Outbox
 from specl.shared.privacy import Discretion
 from specl.shared.store import Store
-from specl.shared.wire import Row, encode
+from specl.shared.wire import Row, TrainingRun, encode
 
 SECRET = "the purple heron of Aldersgate hums at noon"
 
@@ -43,11 +44,12 @@ def files_with(house, text):
 
 
 def spool_and_checkpoint(house, id):
-    """What hidden states and an unfinished training run of a generation leave."""
+    """What hidden states and an unfinished training run of a generation leave, also where a kill cut the writing short."""
     np.save(house.paths.hidden / f"{id}.npy", np.ones((4, 8), np.float16))
-    checkpoint = house.paths.training / "checkpoint"
-    checkpoint.mkdir()
-    (checkpoint / "state.json").write_text(json.dumps({"ids": [id]}))
+    (house.paths.hidden / f".{id}.partial").write_bytes(b"\x93NUMPY")
+    for checkpoint in all_of(checkpoint_folder(house.paths.training)):
+        checkpoint.mkdir()
+        (checkpoint / "state.json").write_text(json.dumps({"ids": [id]}))
 
 
 def adapter_from(house, id, generations, parent=""):
@@ -63,13 +65,21 @@ def test_a_purge_by_pattern_leaves_no_byte_behind(house, figures, running):
     for daemon in daemons:
         house.ready(daemon.role)
     house.ask("something harmless that stays here")
-    secret = house.ask(f"{SECRET}, they say")
+    secret = house.ask(f"{SECRET},\nthey say")
     house.settle()
     wait_until(lambda: len(house.stored()) == 2, 5, "both are stored")
     spool_and_checkpoint(house, secret.generation_id)
     with sqlite3.connect(house.paths.store) as db:
         db.execute("VACUUM INTO ?", (str(house.folder / "store.db.backup-0-1"),))
     (house.paths.logs / "old.log").write_text(f'{{"event": "kept"}}\n{{"event": "{SECRET}"}}\n')
+    (house.paths.logs / "chat_history").write_text(
+        f"\n# 2026-11-21 10:00:00\n+a word\n+that stays\n\n# 2026-11-21 10:01:00\n+{SECRET},\n+they say\n"
+    )
+    (house.folder / ".store.db.backup-0-2").write_text(SECRET)  # cut short
+    assert list(house.paths.answers.glob("*.u32")), "past answers are remembered"
+    regression = house.paths.regression / "fake-target-48"  # the target's words on shipped prompts: nobody's
+    regression.mkdir(parents=True)
+    (regression / "r-8.npz").write_bytes(b"shipped")
     if not running:
         for daemon in daemons:
             daemon.stop()
@@ -84,10 +94,12 @@ def test_a_purge_by_pattern_leaves_no_byte_behind(house, figures, running):
     assert "finds nothing" in said
     assert files_with(house, SECRET) == []
     assert files_with(house, "harmless")
-    assert not (house.paths.hidden / f"{secret.generation_id}.npy").exists()
-    assert not (house.paths.training / "checkpoint").exists()
+    assert not list(house.paths.hidden.iterdir()) and not list(house.paths.training.iterdir())
+    assert not list(house.paths.answers.iterdir())
+    assert (regression / "r-8.npz").exists()
     assert (house.paths.logs / "old.log").read_text() == '{"event": "kept"}\n'
-    assert not (house.folder / "store.db.backup-0-1").exists()
+    assert (house.paths.logs / "chat_history").read_text() == "\n# 2026-11-21 10:00:00\n+a word\n+that stays\n"
+    assert not list(house.folder.glob("*store.db.backup-*"))
     assert len(house.stored()) == 1
     figures(purge_s=seconds, daemons="running" if running else "down")
 
@@ -125,6 +137,87 @@ def test_purges_by_id_age_and_all(house):
     assert house.stored() == []
     specl(house, "store", "purge", "--yes", code=2)
     specl(house, "store", "purge", "--all", "--yes")
+
+
+def test_upper_and_lower_case_of_any_script_are_the_same_text(house):
+    store = Store(house.paths.store)
+    store.add_rows([Row("a", "Generation", encode(generation("a", "der ÜBERSEEHAFEN von früher")))])
+    store.add_rows([Row("b", "Generation", encode(replace(generation("b"), conversation_id="Überseehafen, 3rd")))])
+    store.add_rows([Row("poison", "Generation", b"\xc1" + "ein Überseehafen".encode())])
+    store.close()
+    outbox = Outbox(house.paths.outbox("inference"))
+    fill(outbox, ["c"], text="kein überseehafen")
+    outbox.append("worse", "Generation", b"\xc1" + "ÜBERSEEHAFEN".encode())
+    outbox.close()
+    said = json.loads(specl(house, "store", "purge", "--pattern", "überSeehafen", "--yes", "--json"))
+    assert said["stored"] == 3 and said["forgotten"] == 5
+    assert not any(files_with(house, form) for form in ("Überseehafen", "ÜBERSEEHAFEN", "überseehafen"))
+    specl(house, "store", "purge", "--all", "--json", code=2)
+
+
+def test_a_purge_does_not_make_old_failures_new_again(house):
+    store = Store(house.paths.store)
+    store.set_threshold(0.5)
+    store.add_rows([Row(id, "Generation", encode(generation(id, f"about {id} and {SECRET}"))) for id in "abcd"])
+    run = TrainingRun("run", 1.0, 2.0, "t", "rejected", "", "", "", 3, 1, 1, None, None, "c", {})
+    store.add_rows([Row("run", "TrainingRun", encode(run))])
+    assert store.pending_failures() == 1
+    store.close()
+    specl(house, "store", "purge", "--id", "c", "--yes")
+    store = Store(house.paths.store, read_only=True)
+    try:
+        assert store.pending_failures() == 1, "a and b were learned from, d was not"
+    finally:
+        store.close()
+
+
+def test_ages_that_are_none_are_refused(house):
+    for age in ("1e308d", "nanh", "-3d", "0000-00-00", "yesterday"):
+        assert "written like" in specl(house, "store", "purge", "--before", age, "--yes", code=2)
+
+
+def test_retraining_goes_on_from_the_newest_adapter_that_never_saw_the_text(house, figures):
+    ready_for_training(house)
+    with sqlite3.connect(house.paths.store) as db:
+        secret, *others = [row[0] for row in db.execute("SELECT id FROM generations ORDER BY n")]
+    db.close()
+    adapter_from(house, "000001", others[:2])
+    adapter_from(house, "000002", others[:3], parent="000001")
+    Adapters(house.paths.adapters).mark_rolled_back("000002", "it disappointed")
+    adapter_from(house, "000003", [secret], parent="000001")
+    adapter_from(house, "000004", others[:3], parent="000003")
+    house.start("trainer", SPECL_TEST_RISING="1")
+    house.ready("trainer")
+    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000004", 15, "the newest drafts")
+    start = time.monotonic()
+    said = specl(house, "store", "purge", "--id", secret, "--yes", "--retrain")
+    assert "adapters removed: 000003, 000004" in said and "drafting with adapter 000001" in said
+    assert "training on what is left, from adapter 000001" in said
+    adapters = Adapters(house.paths.adapters)
+    assert adapters.ids()[:2] == ["000001", "000002"] and not {"000003", "000004"} & set(adapters.ids())
+    wait_until(lambda: "000005" in adapters.ids(), 90, "the run ends with an adapter")
+    made = adapters.manifest("000005")
+    assert made.parent_id == "000001" and made.generations and secret not in made.generations
+    assert set(made.generations) <= set(others)
+    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000005", 15, "it drafts")
+    figures(retrained_s=time.monotonic() - start, learned_from=len(made.generations))
+
+
+def test_a_run_under_way_is_ended_by_a_purge_and_publishes_nothing_of_it(house):
+    ready_for_training(house)
+    house.set(house.file.read_text().replace("num_epochs: 2", "num_epochs: 2000"))
+    trainer = house.start("trainer", SPECL_TEST_RISING="1", SPECL_TEST_CHECKPOINT_S="0")
+    house.ready("trainer")
+    with house.client() as client:
+        assert client.train(now=True).ok
+    wait_until(lambda: generations_in(checkpoint_folder(house.paths.training)), 60, "a checkpoint is there")
+    learned = sorted(generations_in(checkpoint_folder(house.paths.training)))
+    specl(house, "store", "purge", "--id", learned[0], "--yes")
+    body = house.ready("trainer")
+    assert not body["training"]["abandoning"] and trainer.code is None
+    assert learned[0] not in generations_in(checkpoint_folder(house.paths.training))
+    assert Adapters(house.paths.adapters).ids() == []
+    assert "training.abandoned" in house.output("trainer")
 
 
 def test_a_purge_names_adapters_that_learned_and_drops_them_if_wanted(house):

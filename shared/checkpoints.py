@@ -1,0 +1,39 @@
+"""Where an unfinished training run is kept, whose it is, and how it goes whole. Knows files, nothing of models.
+
+var/training/checkpoint/            the last whole one: weights, optimizer, state.json
+var/training/checkpoint.partial/    being written
+var/training/checkpoint.old/        the one before, while the two change places
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+NAME = "checkpoint"
+
+
+def checkpoint_folder(training: Path) -> Path:
+    """The last whole checkpoint under `var/training`."""
+    return training / NAME
+
+
+def all_of(checkpoint: Path) -> list[Path]:
+    """A checkpoint's folder and the two that a kill in the middle of saving can leave beside it."""
+    return [checkpoint, *(checkpoint.with_name(checkpoint.name + end) for end in (".partial", ".old"))]
+
+
+def forget(checkpoint: Path) -> None:
+    """Remove a checkpoint in whichever state it is."""
+    for folder in all_of(checkpoint):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def generations_in(checkpoint: Path) -> set[str]:
+    """Ids of the generations that any of it learned from."""
+    found: set[str] = set()
+    for folder in all_of(checkpoint):
+        try:
+            found |= set(json.loads((folder / "state.json").read_text()).get("ids", []))
+        except (OSError, ValueError, AttributeError, TypeError):
+            continue
+    return found

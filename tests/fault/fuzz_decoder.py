@@ -1,0 +1,110 @@
+"""A coverage-guided fuzzer (libFuzzer, through atheris) on everything that opens foreign bytes. `pip install speclora[fuzz]`, then
+
+    python tests/fault/fuzz_decoder.py wire -max_total_time=180
+    python tests/fault/fuzz_decoder.py record|manifest|safetensors|hot|config ...
+
+It stops at the first input that raises anything but the one error that its reader promises, and writes it to crash-*. `wire` is
+what arrives on a socket, `record` what the collector makes rows of, the others the files of an adapter directory.
+"""
+
+import atexit
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["specl", "msgpack", "pydantic"]):
+    import msgpack  # noqa: F401 - imported here to be instrumented
+
+    from specl.shared import adapter_manifest, config, store, wire
+    from specl.shared.engine import adapter_files
+    from specl.shared.errors import AdapterRejected, ConfigError, WireError
+
+MEMORY = Path("/dev/shm")  # files there cost no disk
+SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() else None))
+
+
+def _wire(data: bytes) -> None:
+    try:
+        value = wire.decode(data)
+    except WireError:
+        return
+    assert wire.decode(wire.encode(value)) == value
+
+
+def _record(data: bytes) -> None:
+    kinds = [kind.__name__ for kind in wire.RECORDS]
+    row = wire.Row("a", kinds[data[0] % len(kinds)] if data else "", data[1:])
+    assert store._read(row).columns["id"] == "a"  # a row of a table, or of the quarantine; never an error
+
+
+def _manifest(data: bytes) -> None:
+    with suppress(AdapterRejected):
+        adapter_manifest.parse_manifest(data).score  # noqa: B018 - a property that must not raise
+
+
+def _safetensors(data: bytes) -> None:
+    path = SCRATCH / "adapters.safetensors"
+    path.write_bytes(data)
+    assert isinstance(adapter_manifest.header_problem(path), str)
+
+
+def _hot(data: bytes) -> None:
+    path = SCRATCH / "hot_vocab.npy"
+    path.write_bytes(data)
+    with suppress(AdapterRejected):
+        adapter_files._hot_problems(adapter_files._read_hot(path), 8, 128)
+
+
+def _config(data: bytes) -> None:
+    with suppress(ConfigError):
+        config.parse(data.decode("utf-8", "replace"), Path("settings.yaml"))
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "wire": _wire, "record": _record, "manifest": _manifest, "safetensors": _safetensors, "hot": _hot, "config": _config,
+}  # fmt: skip
+
+
+def seeds(folder: Path) -> None:
+    """Good inputs to begin with: what the fuzzer would take hours to find by itself."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from fault_fake import make_adapter
+    from fault_house import generation
+    from test_frames import GOOD
+
+    scratch, _ = make_adapter(folder / "adapters", "000001")
+    files = [path.read_bytes() for path in scratch.iterdir()]
+    hot = (
+        b"\x93NUMPY\x01\x00v\x00"
+        + b"{'descr': '<u4', 'fortran_order': False, 'shape': (8,), }".ljust(117)
+        + b"\n"
+        + bytes(32)
+    )
+    yaml = b"models: {target: {name: x}}\ntraining:\n  lora: {rank: 4}\n  target_modules: [a, b]\n"
+    manifest = b'{"id": "000001", "kind": "lora", "rank": 4, "alpha": 8.0, "modules": ["a"], "training": {"generations": ["x"]}}'
+    for number, data in enumerate(
+        [*GOOD, wire.encode(generation("a", size=4)), b"\0" + wire.encode(generation("a")), *files, hot, yaml, manifest]
+    ):
+        (folder / f"seed-{number}").write_bytes(data)
+
+
+def main() -> None:
+    """Fuzz one target; what follows its name goes to libFuzzer."""
+    if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
+        sys.exit(f"usage: {sys.argv[0]} {'|'.join(TARGETS)} [libFuzzer options]")
+    corpus = SCRATCH / "corpus"
+    corpus.mkdir()
+    seeds(corpus)
+    arguments = [sys.argv[0], "-max_len=8192", *sys.argv[2:], str(corpus)]
+    atheris.Setup(arguments, TARGETS[sys.argv[1]])
+    atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
