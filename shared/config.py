@@ -16,7 +16,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
 from specl.shared.errors import ConfigError
+from specl.shared.hooks import is_hook
 
+LOSSES = ("ce", "kl", "mixed", "acceptance")
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -56,6 +58,7 @@ class Speculative(_Section):
     )
     max_draft_tokens: Annotated[int, Field(ge=1, le=16)] = Field(7, description="the most that `auto` may choose")
     ngram: bool = Field(True, description="also draft from repeats of the running text and past answers")
+    drafter: str | None = Field(None, description="`module:name` of a drafter of your own (docs/api.md)")
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="0: off")
@@ -63,6 +66,13 @@ class Speculative(_Section):
     max_tokens: Annotated[int, Field(ge=1)] = 512
     mode: Literal["detailed", "fast"] = Field("detailed", description="fast keeps aggregates only")
     acceptance_threshold: Share = Field(0.5, description="a generation below it is a failure")
+
+    @field_validator("drafter")
+    @classmethod
+    def _form(cls, name: str | None) -> str | None:
+        if name is not None and not is_hook(name):
+            raise ValueError("must be `module:name`")
+        return name
 
 
 class Lora(_Section):
@@ -79,13 +89,20 @@ class Lora(_Section):
 class Loss(_Section):
     """What a step minimises."""
 
-    type: Literal["ce", "kl", "mixed", "acceptance"] = "mixed"
+    type: str = Field("mixed", description="ce, kl, mixed, acceptance, or `module:name` of your own (docs/api.md)")
     temperature: Annotated[float, Field(gt=0)] = 1.0
     alpha: Share = Field(0.5, description="mixed: weight of KL against cross-entropy")
     top_k_logits: Annotated[int, Field(ge=1, le=256)] = Field(
         32, description="target log-probabilities kept a position"
     )
     error_weight: Annotated[float, Field(ge=1)] = Field(2.0, description="weight of a position the draft got wrong")
+
+    @field_validator("type")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in LOSSES and not is_hook(name):
+            raise ValueError(f"must be {', '.join(LOSSES)} or `module:name`")
+        return name
 
 
 class Training(_Section):
@@ -120,6 +137,9 @@ class Memory(_Section):
     gradient_checkpointing: bool = False
     cache_clear_frequency: Annotated[int, Field(ge=0)] = Field(50, description="generations; 0: never")
     max_kv_cache_tokens: Annotated[int, Field(ge=64)] = Field(8192, description="all requests together")
+    idle_unload_minutes: Annotated[float, Field(ge=0)] = Field(
+        0, description="after so long without a request the models are let go until the next one; 0: never"
+    )
     limit_gb: Literal["auto", "none"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
         description="models that need more by estimate are not loaded; auto: nine tenths of the machine; none: no limit",
