@@ -24,7 +24,7 @@ from specl.shared.crash import crash_point
 from specl.shared.errors import StoreError, StoreTooNew, WireError
 from specl.shared.wire import Activation, Adapter, Evaluation, Generation, Record, Row, TrainingRun, decode, kind_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LATEST = 253_000_000_000.0  # a moment that sorts after all others, in the year 9987
 _meta = sa.MetaData()
 _Text, _Int, _Real, _Blob = sa.Text, sa.Integer, sa.Float, sa.LargeBinary
@@ -188,7 +188,8 @@ _VIEWS = {
     "acceptance_by_day": """
         SELECT substr(created, 1, 10) AS day, adapter_id, count(*) AS generations, sum(model_drafted) AS drafted,
                round(1.0 * sum(model_accepted) / nullif(sum(model_drafted), 0), 4) AS acceptance,
-               round(avg(agreement), 4) AS agreement, round(avg(tokens_per_second), 2) AS tokens_per_second
+               round(avg(agreement), 4) AS agreement,
+               round(avg(nullif(tokens_per_second, 0)), 2) AS tokens_per_second
         FROM generations GROUP BY day, adapter_id ORDER BY day, adapter_id""",
     "costliest_tokens": """
         SELECT draft_text, target_text, count(*) AS times, round(avg(draft_confidence), 3) AS draft_confidence,
@@ -213,7 +214,13 @@ def _m001(connection: sa.Connection) -> None:
         connection.exec_driver_sql(f"CREATE VIEW {name} AS {query}")
 
 
-_MIGRATIONS = (_m001,)
+def _m002(connection: sa.Connection) -> None:
+    """Imported rows have no speed and no longer count as standing still."""
+    connection.exec_driver_sql("DROP VIEW acceptance_by_day")
+    connection.exec_driver_sql(f"CREATE VIEW acceptance_by_day AS {_VIEWS['acceptance_by_day']}")
+
+
+_MIGRATIONS = (_m001, _m002)
 
 
 @dataclass(frozen=True, slots=True)
