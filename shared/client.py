@@ -9,11 +9,12 @@ with Client() as client:
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from specl.shared.access import Addresses
 from specl.shared.bus import Connection, gather
+from specl.shared.chat import Messages, to_messages
 from specl.shared.config import Settings, load
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
 from specl.shared.paths import Paths, find_paths
@@ -39,14 +40,6 @@ FIRST_ANSWER_S = 1.5  # a living daemon answers at once, whatever it is doing
 HEARTBEAT_S = 1.0
 SILENCE_S = 20.0  # a daemon that is there answers a heartbeat at once; one that died is back well before
 COMMAND_S = 60.0
-
-Messages = Sequence[dict[str, Any]]
-
-
-def to_messages(prompt: str | Messages, system: str | None = None) -> list[dict[str, Any]]:
-    """Chat messages of a plain prompt (or themselves), with a system message in front where one is given."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    return [{"role": "system", "content": system}, *messages] if system else messages
 
 
 class Client:

@@ -12,11 +12,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
 from specl.shared.errors import ConfigError
+from specl.shared.hooks import is_hook
 
+SECRETS = {("gateway",), ("gateway", "token")}  # what was given there is never repeated in an error
+LOSSES = ("ce", "kl", "mixed", "acceptance")
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -56,6 +60,7 @@ class Speculative(_Section):
     )
     max_draft_tokens: Annotated[int, Field(ge=1, le=16)] = Field(7, description="the most that `auto` may choose")
     ngram: bool = Field(True, description="also draft from repeats of the running text and past answers")
+    drafter: str | None = Field(None, description="`module:name` of a drafter of your own (docs/api.md)")
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="0: off")
@@ -63,6 +68,13 @@ class Speculative(_Section):
     max_tokens: Annotated[int, Field(ge=1)] = 512
     mode: Literal["detailed", "fast"] = Field("detailed", description="fast keeps aggregates only")
     acceptance_threshold: Share = Field(0.5, description="a generation below it is a failure")
+
+    @field_validator("drafter")
+    @classmethod
+    def _form(cls, name: str | None) -> str | None:
+        if name is not None and not is_hook(name):
+            raise ValueError("must be `module:name`")
+        return name
 
 
 class Lora(_Section):
@@ -79,13 +91,20 @@ class Lora(_Section):
 class Loss(_Section):
     """What a step minimises."""
 
-    type: Literal["ce", "kl", "mixed", "acceptance"] = "mixed"
+    type: str = Field("mixed", description="ce, kl, mixed, acceptance, or `module:name` of your own (docs/api.md)")
     temperature: Annotated[float, Field(gt=0)] = 1.0
     alpha: Share = Field(0.5, description="mixed: weight of KL against cross-entropy")
     top_k_logits: Annotated[int, Field(ge=1, le=256)] = Field(
         32, description="target log-probabilities kept a position"
     )
     error_weight: Annotated[float, Field(ge=1)] = Field(2.0, description="weight of a position the draft got wrong")
+
+    @field_validator("type")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in LOSSES and not is_hook(name):
+            raise ValueError(f"must be {', '.join(LOSSES)} or `module:name`")
+        return name
 
 
 class Training(_Section):
@@ -120,6 +139,9 @@ class Memory(_Section):
     gradient_checkpointing: bool = False
     cache_clear_frequency: Annotated[int, Field(ge=0)] = Field(50, description="generations; 0: never")
     max_kv_cache_tokens: Annotated[int, Field(ge=64)] = Field(8192, description="all requests together")
+    idle_unload_minutes: Annotated[float, Field(ge=0)] = Field(
+        0, description="after so long without a request the models are let go until the next one; 0: never"
+    )
     limit_gb: Literal["auto", "none"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
         description="models that need more by estimate are not loaded; auto: nine tenths of the machine; none: no limit",
@@ -180,12 +202,17 @@ class Gateway(_Section):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8080, description="0: any free one; `status` says which")
     allow_remote: bool = Field(False, description="true: other machines may connect (plain HTTP: put TLS in front)")
     token: Annotated[str, Field(min_length=16)] | None = Field(
-        None, description="bearer token that every request must show; `SPECL_GATEWAY_TOKEN` wins over it"
+        None, repr=False, description="bearer token that every request must show; `SPECL_GATEWAY_TOKEN` wins over it"
     )
     hosts: list[str] = Field([], description="further names this server may be called by; others are refused")
     max_body_kb: Annotated[int, Field(ge=1, le=16384)] = Field(2048, description="one request's body")
     requests_per_minute: Annotated[int, Field(ge=0)] = Field(600, description="of one address; 0: any number")
     max_streams: Annotated[int, Field(ge=1, le=256)] = Field(16, description="answers being made at once")
+    request_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        20.0, description="a request's headers, and then its body, must have come within so long"
+    )
+    max_event_streams: Annotated[int, Field(ge=1)] = Field(32, description="open pages (live views) in all")
+    max_event_streams_per_address: Annotated[int, Field(ge=1)] = Field(8, description="open pages of one address")
 
 
 class Logging(_Section):
@@ -267,7 +294,8 @@ def _explain(file: Path, tree: Any, error: dict[str, Any]) -> str:
         close = get_close_matches(str(path[-1]), known, n=1)
         guess = f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(known)}"
         return f"{where}: unknown setting `{name}`{guess}"
-    return f"{where}: `{name}`: {error['msg']}, not {error['input']!r}"
+    given = "" if not path or path in SECRETS else f", not {error['input']!r}"
+    return f"{where}: `{name}`: {error['msg']}{given}"
 
 
 def parse(text: str, file: Path) -> Settings:
@@ -276,7 +304,10 @@ def parse(text: str, file: Path) -> Settings:
         tree = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ConfigError(f"{file}:{line}: not YAML: {error.problem}") from error
+        problem = error.problem
+        if isinstance(error, DuplicateKeyError):  # its own words repeat both values, and one may be a token
+            problem = "a key stands there twice"
+        raise ConfigError(f"{file}:{line}: not YAML: {problem}") from error
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         code = error.character if isinstance(error.character, int) else ord(error.character)

@@ -25,7 +25,7 @@ from specl.shared.errors import StoreError, StoreTooNew, WireError
 from specl.shared.store_views import ADAPTER_ACTIVATIONS, ADAPTER_HISTORY
 from specl.shared.wire import Activation, Adapter, Evaluation, Generation, Record, Row, TrainingRun, decode, kind_of
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 EARLIEST, LATEST = 0.0, 253_000_000_000.0  # moments before and after all others that can be written as a date
 PURGE_MOST = 100_000  # ids that one request names: they travel back in one frame
 _meta = sa.MetaData()
@@ -190,7 +190,8 @@ _VIEWS = {
     "acceptance_by_day": """
         SELECT substr(created, 1, 10) AS day, adapter_id, count(*) AS generations, sum(model_drafted) AS drafted,
                round(1.0 * sum(model_accepted) / nullif(sum(model_drafted), 0), 4) AS acceptance,
-               round(avg(agreement), 4) AS agreement, round(avg(tokens_per_second), 2) AS tokens_per_second
+               round(avg(agreement), 4) AS agreement,
+               round(avg(nullif(tokens_per_second, 0)), 2) AS tokens_per_second
         FROM generations GROUP BY day, adapter_id ORDER BY day, adapter_id""",
     "costliest_tokens": """
         SELECT draft_text, target_text, count(*) AS times, round(avg(draft_confidence), 3) AS draft_confidence,
@@ -222,7 +223,13 @@ def _m002(connection: sa.Connection) -> None:
     connection.exec_driver_sql(f"CREATE VIEW adapter_activations AS {ADAPTER_ACTIVATIONS}")
 
 
-_MIGRATIONS = (_m001, _m002)
+def _m003(connection: sa.Connection) -> None:
+    """Imported rows have no speed and no longer count as standing still."""
+    connection.exec_driver_sql("DROP VIEW acceptance_by_day")
+    connection.exec_driver_sql(f"CREATE VIEW acceptance_by_day AS {_VIEWS['acceptance_by_day']}")
+
+
+_MIGRATIONS = (_m001, _m002, _m003)
 
 
 @dataclass(frozen=True, slots=True)

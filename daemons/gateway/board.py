@@ -6,13 +6,15 @@ import asyncio
 import json
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from specl.daemons.gateway.errors import refusal_of
+from specl.daemons.gateway.errors import Refusal, refusal_of
 from specl.shared.client import Client
 from specl.shared.config import Settings
 from specl.shared.errors import SpecLoraError, StoreError
@@ -26,16 +28,20 @@ COSTLY_S = 30.0  # the costliest tokens are a sum over every disagreement there 
 COMMENT_S = 15.0  # between signs of life, so that a broken connection is noticed
 POINTS, ANSWERS, TOKENS, HISTORY = 400, 10, 12, 20
 
-SPEED = """SELECT created_at AS at, round(tokens_per_second, 2) AS speed, round(acceptance_rate, 4) AS acceptance,
-           adapter_id AS adapter FROM generations ORDER BY n DESC LIMIT :n"""
+SPEED = """SELECT created_at AS at, round(nullif(tokens_per_second, 0), 2) AS speed,
+           round(acceptance_rate, 4) AS acceptance, adapter_id AS adapter FROM generations ORDER BY n DESC LIMIT :n"""
 LAST = """SELECT id, created, substr(json_extract(messages, '$[#-1].content'), 1, 300) AS asked, substr(prompt, 1, 300) AS prompt,
-          substr(output, 1, 600) AS output, output_count AS tokens, round(tokens_per_second, 2) AS speed,
+          substr(output, 1, 600) AS output, output_count AS tokens, round(nullif(tokens_per_second, 0), 2) AS speed,
           round(ttft_ms, 1) AS ttft_ms, round(acceptance_rate, 4) AS acceptance, rounds, drafted, accepted,
           adapter_id AS adapter, finish_reason FROM generations ORDER BY n DESC LIMIT :n"""
 COSTLY = "SELECT draft_text, target_text, times, draft_confidence, target_confidence FROM costliest_tokens LIMIT :n"
 MARKS = "SELECT created_at AS at, event, adapter_id AS adapter, reason FROM activations ORDER BY n DESC LIMIT :n"
 PAST = """SELECT created, verdict, adapter_id AS adapter, examples, steps, heldout_before, heldout_after, reason
           FROM adapter_history LIMIT :n"""
+
+
+def _full(whose: str, most: int, setting: str) -> Refusal:
+    return Refusal(429, f"{most} pages are open{whose} already (gateway.{setting})", code="busy")
 
 
 class Board:
@@ -47,6 +53,7 @@ class Board:
         self._seen: dict[str, Any] = {}
         self._seen_at = self._costly_at = float("-inf")
         self._costly: list[dict[str, Any]] = []
+        self._watching: Counter[str] = Counter()
 
     async def _look(self) -> dict[str, Any]:
         async with self._lock:
@@ -89,8 +96,34 @@ class Board:
 
     async def events(self, request: Request) -> Response:
         """GET /api/events: everything again whenever it has changed, as server-sent events."""
+        address, limits = request.client.host if request.client else "", self._settings.gateway
+        if self._watching.total() >= limits.max_event_streams:
+            raise _full("", limits.max_event_streams, "max_event_streams")
+        if self._watching[address] >= limits.max_event_streams_per_address:
+            raise _full(" from this address", limits.max_event_streams_per_address, "max_event_streams_per_address")
+        pieces = self._seated(address)
+        # begun here, so that it is counted before anybody else is let in, and ended however its client goes
+        first = await anext(pieces, b"")
+
+        async def stream() -> AsyncIterator[bytes]:
+            async with aclosing(pieces):
+                yield first
+                async for piece in pieces:
+                    yield piece
+
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
+
+    async def _seated(self, address: str) -> AsyncIterator[bytes]:
+        self._watching[address] += 1
+        try:
+            async with aclosing(self._events()) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self._watching[address] -= 1
+            if not self._watching[address]:
+                del self._watching[address]
 
     async def _events(self) -> AsyncIterator[bytes]:
         sent, sent_at = "", 0.0

@@ -5,6 +5,7 @@ DNS rebinding makes a browser send a foreign name as Host to our address: only I
 gateway.hosts are answered. A page of another site can make a browser post here, but not hide where it comes from.
 """
 
+import asyncio
 import hmac
 import ipaddress
 import time
@@ -82,6 +83,7 @@ class Guard:
         self._app, self._token = app, token
         self._hosts = {"localhost", *(name.lower() for name in settings.hosts)}
         self._most_bytes = settings.max_body_kb << 10
+        self._patience_s = settings.request_timeout_s
         self._rate = Rate(settings.requests_per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -138,12 +140,19 @@ class Guard:
         )
 
     def _bounded(self, receive: Receive) -> Receive:
-        """`receive` that counts: a body in chunks does not say its length before."""
-        size = 0
+        """`receive` that counts and looks at the clock: a body in chunks does not say its length before, nor when it ends."""
+        size, whole, due = 0, False, time.monotonic() + self._patience_s
 
         async def counted() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, whole
+            if whole:  # what comes now is the client leaving, whenever that is
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), due - time.monotonic())
+            except TimeoutError:
+                late = f"the body did not come within {self._patience_s:g} s (gateway.request_timeout_s)"
+                raise Refusal(408, late, code="timeout") from None
+            whole = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > self._most_bytes:
                 raise self._too_large()

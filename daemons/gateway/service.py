@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 import uvicorn
 
 from specl.daemons.gateway.app import make_app
+from specl.daemons.gateway.patience import impatient
 from specl.shared import log
 from specl.shared.access import is_loopback
 from specl.shared.config import Gateway, Settings
@@ -141,6 +142,7 @@ def serve(paths: Paths, settings: Settings, stop: StopFlag) -> None:
         uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=LAST_WORDS_S, timeout_keep_alive=30, ws="none",
+            http=impatient(settings.gateway.request_timeout_s),
         ),
         stop,
     )  # fmt: skip

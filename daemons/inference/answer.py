@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from specl.shared.engine.costs import Costs
-from specl.shared.engine.decode import Session, Tally
+from specl.shared.engine.decode import Session
 from specl.shared.engine.engine import Engine
+from specl.shared.engine.statistics import statistics
 from specl.shared.engine.text import TextStream
 from specl.shared.wire import Ask, Disagreement, Done, Generation, TopK
 
-ENOUGH_DRAFTED = 16  # below this acceptance says too little and is null (DESIGN: two figures)
 CONTEXT_TOKENS = 16  # before a disagreement
 
 
@@ -50,51 +49,11 @@ class Job:
         return 1000 * (self.first_token_at - self.arrived) if self.first_token_at else 0.0
 
 
-def acceptance_rate(tally: Tally) -> float | None:
-    """accepted / drafted by the model drafter alone; null below 16 drafted."""
-    drafted = tally.drafted["model"]
-    return tally.accepted["model"] / drafted if drafted >= ENOUGH_DRAFTED else None
-
-
-def statistics(job: Job, costs: Costs | None) -> dict[str, Any]:
-    """The `stats` of an answer, with llama.cpp's names beside ours where it has them."""
-    session = job.session
-    tally, tokens = session.tally, len(session.output)
-    drafted, accepted = sum(tally.drafted.values()), sum(tally.accepted.values())
-    depth = [a / t for a, t in zip(tally.accepted_by_depth, tally.tested_by_depth, strict=True) if t]
-    plain = 1 / costs.verify_s(1) if costs is not None else None
-    sources = session.sources
-    return {
-        "drafted": drafted,
-        "accepted": accepted,
-        "draft_n": drafted,
-        "draft_n_accepted": accepted,
-        "model_drafted": tally.drafted["model"],
-        "model_accepted": tally.accepted["model"],
-        "rounds": tally.rounds,
-        "acceptance_rate": _rounded(acceptance_rate(tally), 4),
-        "mean_accepted_length": round(tokens / tally.rounds, 3) if tally.rounds else None,
-        "acceptance_by_depth": [round(value, 4) for value in depth],
-        "tokens_by_source": {name: sources.count(code) for name, code in (("target", 0), ("model", 1), ("ngram", 2))},
-        "k_histogram": {str(k): n for k, n in sorted(tally.k_histogram.items())},
-        "parked_reason": session.chooser.parked_reason if not tally.drafted["model"] else "",
-        "tokens_per_second": round(tokens / tally.decode_s, 2) if tally.decode_s else 0.0,
-        "plain_tokens_per_second_estimate": _rounded(plain, 2),
-        "ttft_ms": round(job.ttft_ms, 1),
-        "prompt_tokens": len(job.prompt),
-        "reused_prompt_tokens": tally.reused_tokens,
-    }
-
-
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
-
-
 def to_generation(job: Job, engine: Engine) -> Generation:
     """The record of a finished (or cancelled) answer."""
     session, ask = job.session, job.ask
     tally = session.tally
-    stats = statistics(job, engine.costs)
+    stats = statistics(job.session, engine.costs, job.ttft_ms)
     sampling = {name: getattr(ask.sampling, name) for name in ask.sampling.__slots__}
     return Generation(
         id=job.generation_id,
@@ -176,5 +135,5 @@ def to_done(job: Job, engine: Engine) -> Done:
         adapter_id=job.adapter_id,
         recorded=False,
         record_note="",
-        stats=statistics(job, engine.costs),
+        stats=statistics(job.session, engine.costs, job.ttft_ms),
     )

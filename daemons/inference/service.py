@@ -151,7 +151,7 @@ class Inference:
             case GetStatus():
                 self.server.send(peer, Status("inference", self._status()))
             case SetAdapter():
-                if self.worker.engine is None:
+                if self.worker.engine is None and not self.worker.unloaded:
                     self.server.send(peer, Reply(False, "the models are still loading"))
                 else:
                     self.worker.set_adapter(peer, message)
@@ -209,7 +209,8 @@ class Inference:
 
     def _status(self) -> dict[str, Any]:
         worker, engine = self.worker, self.worker.engine
-        state = "starting" if engine is None else ("busy" if worker.busy else "ready")
+        loaded = engine is not None
+        state = ("busy" if worker.busy else "ready") if loaded or worker.unloaded else "starting"
         recent = list(worker.recent)
         drafted = sum(item[0] for item in recent)
         swap = worker.swap
@@ -226,7 +227,7 @@ class Inference:
             "rolling_acceptance": round(sum(item[1] for item in recent) / drafted, 4) if drafted else None,
             "rolling_tokens_per_second": round(sum(item[2] for item in recent) / len(recent), 2) if recent else None,
             "adapter": {
-                "active": engine.adapter_id if engine else "",
+                "active": swap.active if swap else "",
                 "previous": swap.previous if swap else "",
                 "form": engine.adapter_form if engine else "",
                 "rejected": dict(swap.rejected) if swap else {},
@@ -235,6 +236,7 @@ class Inference:
             "models": {
                 "target": engine.target.name if engine else self.settings.models.target.name,
                 "draft": (engine.draft.name if engine.draft else None) if engine else self.settings.models.draft.name,
+                "loaded": loaded,
             },
             "blas": {"bound": blas.BOUND.name, "fast": blas.BOUND.fast},
             "malformed": self.server.malformed,

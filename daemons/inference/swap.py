@@ -29,11 +29,29 @@ class AdapterSwap:
 
     def __init__(self, paths: Paths, engine: Engine, activated: Activated) -> None:
         self.adapters = Adapters(paths.adapters)
-        self.engine, self._activated = engine, activated
+        self.engine: Engine | None = engine  # None while the models are let go
+        self._activated = activated
         self.previous = ""
         self._drafted_before: str | None = None
         self._in_use: LoadedAdapter | None = None
         self.rejected: dict[str, str] = {}
+
+    @property
+    def active(self) -> str:
+        """The adapter that drafts, or that will when the models are back; empty for none."""
+        if self.engine is not None:
+            return self.engine.adapter_id
+        return self._in_use.id if self._in_use is not None else ""
+
+    def let_go(self) -> None:
+        """The models go. The adapter stays, a few MB: it drafts again whatever happens to its files."""
+        self.engine = None
+
+    def come_back(self, engine: Engine) -> None:
+        """The models are here again: draft with what drafted before, then look at CURRENT."""
+        engine.use_adapter(self._in_use)
+        self.engine = engine
+        self.follow_current()
 
     def hear(self, id: str, path: str) -> None:
         """An announcement: refused where it points anywhere but into the adapters folder, else a reason to look."""

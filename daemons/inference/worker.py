@@ -22,12 +22,14 @@ from specl.shared.engine.decode import Options, Session, rounds_together
 from specl.shared.engine.engine import Engine
 from specl.shared.engine.law import Law
 from specl.shared.engine.past import PastAnswers
+from specl.shared.engine.statistics import acceptance_rate
 from specl.shared.engine.text import TextStream
 from specl.shared.errors import RequestRejected, SpecLoraError
 from specl.shared.models import blas
 from specl.shared.models.pair import load_pair
+from specl.shared.models.release import give_back
 from specl.shared.paths import Paths
-from specl.shared.wire import Activation, AdapterReady, Ask, Delta, Failed, Queued, SetAdapter
+from specl.shared.wire import Activation, AdapterReady, Ask, Delta, Failed, Queued, Reply, SetAdapter
 
 WATCHED = ("announced", "by hand")  # reasons to use an adapter that say nothing of its worth on live traffic
 IDLE_TICK_S = 5.0  # how often CURRENT is looked at when nobody announces anything
@@ -53,6 +55,8 @@ class Worker(threading.Thread):
         self.lookout = Lookout(paths.root / "watch.json")
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self.unloaded = False  # let go for idleness; the next request brings them back
+        self._idle_since = time.monotonic()
 
     # ------------------------------------------------------------------------------------- called from the loop thread
     def call(self, action: Callable[[], None]) -> None:
@@ -69,11 +73,25 @@ class Worker(threading.Thread):
 
     def set_adapter(self, peer: bytes, wish: SetAdapter) -> None:
         """Change the adapter by hand and answer."""
-        self.call(lambda: self.emit(peer, self.swap.by_hand(wish.adapter)))
+
+        def change() -> None:
+            try:
+                self._ensure_loaded()
+            except SpecLoraError as error:
+                self.emit(peer, Reply(False, str(error)))
+            else:
+                self.emit(peer, self.swap.by_hand(wish.adapter))
+
+        self.call(change)
 
     def announced(self, news: AdapterReady) -> None:
         """CURRENT may have moved."""
-        self.call(lambda: self.swap.hear(news.id, news.path))
+
+        def hear() -> None:
+            if not self.unloaded:  # else CURRENT is looked at when the models come back
+                self.swap.hear(news.id, news.path)
+
+        self.call(hear)
 
     def stop(self) -> None:
         """End after the present round; running answers are cancelled."""
@@ -108,14 +126,23 @@ class Worker(threading.Thread):
         blas.set_threads(self.settings.serving.threads)
         if not blas.BOUND.fast:
             _log.warning("blas.slow", bound=blas.BOUND.name, note=blas.BOUND.note, remedy=blas.REMEDY)
-        engine = load_pair(self.settings, self.paths.models, lambda message: _log.info("models.loading", what=message))
+        engine = load_pair(
+            self.settings,
+            self.paths.models,
+            lambda message: _log.info("models.loading", what=message),
+            complain=lambda error: _log.error("drafter.failed", reason=f"{type(error).__name__}: {error}"),
+        )
         engine.calibrate(self.paths.costs)
         engine.past = PastAnswers(self.paths.answers, engine.target.tokenizer_fingerprint)
-        self.swap = AdapterSwap(self.paths, engine, self._activated)
-        drafted = self.lookout.load(engine.draft_fingerprint, engine.target.fingerprint)
-        self.swap.start(drafted if drafted is None or drafted in ("", *self.swap.adapters.ids()) else "")
-        self.lookout.settle(engine.adapter_id)
+        if self.swap is None:
+            self.swap = AdapterSwap(self.paths, engine, self._activated)
+            drafted = self.lookout.load(engine.draft_fingerprint, engine.target.fingerprint)
+            self.swap.start(drafted if drafted is None or drafted in ("", *self.swap.adapters.ids()) else "")
+            self.lookout.settle(engine.adapter_id)
+        else:
+            self.swap.come_back(engine)
         self.engine = engine
+        self._idle_since = time.monotonic()
         _log.info(
             "models.ready",
             target=engine.target.name,
@@ -125,6 +152,27 @@ class Worker(threading.Thread):
             seconds=round(time.monotonic() - start, 1),
         )
         self._wake_loop()
+
+    def _ensure_loaded(self) -> None:
+        """The models, if they were let go. Raises ModelError where they cannot be had now: the next request tries again."""
+        if not self.unloaded:
+            return
+        self.unloaded = False  # `status` says that they load
+        try:
+            self._load()
+        except SpecLoraError:
+            self.unloaded = True
+            raise
+
+    def _unload_if_idle(self) -> None:
+        minutes = self.settings.memory.idle_unload_minutes
+        if not minutes or self.unloaded or time.monotonic() - self._idle_since < 60 * minutes:
+            return
+        self.unloaded = True  # before the engine goes: `status` looks from another thread
+        self.engine = None
+        self.swap.let_go()
+        give_back()
+        _log.info("models.unloaded", idle_minutes=minutes)
 
     def _turn(self) -> None:
         """Everything that waits in the inbox, then one round of every active request."""
@@ -148,17 +196,25 @@ class Worker(threading.Thread):
 
     def _run_inbox(self, block: bool) -> None:
         try:
-            action = self._inbox.get(timeout=IDLE_TICK_S) if block else self._inbox.get_nowait()
+            action = self._inbox.get(timeout=self._tick_s) if block else self._inbox.get_nowait()
             while True:
                 action()
                 action = self._inbox.get_nowait()
         except queue.Empty:
-            if block:
+            if block and not self.unloaded:
                 self.swap.follow_current()
+                self._unload_if_idle()
+
+    @property
+    def _tick_s(self) -> float:
+        minutes = self.settings.memory.idle_unload_minutes
+        return min(IDLE_TICK_S, 60 * minutes) if minutes else IDLE_TICK_S
 
     # ------------------------------------------------------------------------------------------------ requests
     def _enqueue(self, job: Job) -> None:
+        self._idle_since = time.monotonic()
         try:
+            self._ensure_loaded()
             self._prepare(job)
         except SpecLoraError as error:
             self.emit(job.peer, Failed(job.ask.request_id, "rejected", str(error), error.hint))
@@ -293,6 +349,7 @@ class Worker(threading.Thread):
         wanted = record is not None and session.capture is not None and self.settings.records.hidden_spool_mb
         self.recorder.finish(job.peer, done, record, session.all_states() if wanted else None)
         self.served += 1
+        self._idle_since = time.monotonic()
         self.recent.append(
             (session.tally.drafted["model"], session.tally.accepted["model"], done.stats["tokens_per_second"])
         )

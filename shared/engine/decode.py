@@ -207,7 +207,7 @@ class Session:
             return self._ngram.propose(k_ngram, self._draw)
         if k <= 0:
             return NOTHING
-        self._stopper = self.chooser.stopper()
+        self._stopper = self.chooser.stopper() if drafter.stops else None
         if self._stopper is None:
             return drafter.propose(k, self._draw)
         return drafter.propose(min(self.chooser.most, room), replace(self._draw, stopper=self._stopper))

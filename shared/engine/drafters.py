@@ -105,6 +105,12 @@ class Drafter(Protocol):
 
     name: str
     reads_states: bool
+    stops: bool  # whether it asks `draw.stopper` before each token; one that does not is told an exact k
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text it has been told."""
+        ...
 
     def extend(self, tokens: Sequence[int], states: mx.array | None) -> None:
         """The text grew by these tokens."""
@@ -124,6 +130,7 @@ class HeadDrafter:
 
     name = "model"
     reads_states = True
+    stops = True
 
     def __init__(self, draft: HeadDraft) -> None:
         self.draft = draft
@@ -195,6 +202,7 @@ class ModelDrafter:
 
     name = "model"
     reads_states = False
+    stops = True
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
@@ -261,6 +269,7 @@ class NgramDrafter:
 
     name = "ngram"
     reads_states = False
+    stops = False
     MIN, MAX = 2, 17
 
     def __init__(self, past: OwnAnswers | None = None) -> None:

@@ -18,6 +18,7 @@ from specl.shared.engine.costs import AcceptanceEstimate, Costs, KChooser, cache
 from specl.shared.engine.decode import NGRAM_DEPTH, Options, Session, State
 from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, Draw, HeadDrafter, ModelDrafter
 from specl.shared.engine.law import Law
+from specl.shared.engine.own_drafter import Complain, MakeDrafter, OwnDrafter, raise_it
 from specl.shared.engine.past import PastAnswers
 from specl.shared.engine.prefix import Entry, PrefixCache
 from specl.shared.engine.text import HOLD
@@ -41,12 +42,22 @@ class LoadedAdapter:
 
 
 class Engine:
-    """One target, at most one draft."""
+    """One target, at most one draft. `make_drafter` puts somebody's own drafter in the place of the draft's (see own_drafter);
+    `complain`, where given, hears of its mistakes in place of the caller.
+    """
 
     def __init__(
-        self, target: LanguageModel, draft: HeadDraft | LanguageModel | None, settings: config.Settings
+        self,
+        target: LanguageModel,
+        draft: HeadDraft | LanguageModel | None,
+        settings: config.Settings,
+        make_drafter: MakeDrafter | None = None,
+        complain: Complain | None = None,
     ) -> None:
         self.target, self.draft, self.settings = target, draft, settings
+        self._make_drafter, self._complain = make_drafter, complain or raise_it
+        own = self._new_drafter() if make_drafter is not None else None  # a wrong one is told of now
+        self._keeps_states = self.reads_states or (own is not None and own.reads_states)
         self.costs: Costs | None = None
         self.adapter_id = ""
         self.adapter_form = "none"
@@ -102,7 +113,7 @@ class Engine:
         options.law.check()
         state = self.prefixes.take(prompt, self.adapter_id)
         if state is None:
-            state = State([], self.target.new_cache(), None, [] if self.reads_states else None)
+            state = State([], self.target.new_cache(), None, [] if self._keeps_states else None)
         if options.num_draft_tokens == 0:
             state.drafter = None
         elif state.drafter is None:
@@ -113,7 +124,15 @@ class Engine:
         past = self.past.of(options.owner)
         return Session(self.target, state, prompt, options, chooser, self.ngram_estimate, past)
 
+    @property
+    def drafts(self) -> bool:
+        """Whether there is a model drafter, or somebody's own."""
+        return self.draft is not None or self._make_drafter is not None
+
     def _new_drafter(self) -> Drafter | None:
+        if self._make_drafter is not None:
+            made = self._make_drafter(self.target, self.draft)
+            return OwnDrafter(made, int(self.target.config["vocab_size"]), self._complain)
         if isinstance(self.draft, HeadDraft):
             return HeadDrafter(self.draft)
         return ModelDrafter(self.draft) if self.draft is not None else None
@@ -164,16 +183,18 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ costs
     def calibrate(self, folder: Path) -> Costs:
         """Measure, or read from `folder`, what steps cost here. Takes a few seconds the first time."""
-        self.costs = load_or_calibrate(folder, self._costs_key(), _Bench(self), self._widest(), self.draft is not None)
+        self.costs = load_or_calibrate(folder, self._costs_key(), _Bench(self), self._widest(), self.drafts)
         return self.costs
 
     def known_costs(self, folder: Path) -> Costs | None:
         """What was measured here before, if it was; measures nothing."""
-        return kept(folder / f"{self._costs_key()}.json", self._widest(), self.draft is not None)
+        return kept(folder / f"{self._costs_key()}.json", self._widest(), self.drafts)
 
     def _costs_key(self) -> str:
         names = (self.target.fingerprint, self.draft_fingerprint, self.settings.models.precision, self.target.speed)
-        return cache_key(*names)
+        make = self._make_drafter
+        own = [] if make is None else [getattr(make, "__module__", ""), getattr(make, "__qualname__", "")]
+        return cache_key(*names, *own)
 
     def _widest(self) -> int:
         return max(self.settings.speculative.max_draft_tokens, NGRAM_DEPTH)
@@ -188,7 +209,7 @@ class _Bench:
 
     def __init__(self, engine: Engine) -> None:
         prompt = [1 + i % 97 for i in range(WARM_CONTEXT)]
-        self._session = engine.session(prompt, Options(law=Law(), num_draft_tokens=1 if engine.draft else 0))
+        self._session = engine.session(prompt, Options(law=Law(), num_draft_tokens=1 if engine.drafts else 0))
         while not self._session.prefill():
             pass
         self._drafter = self._session.state.drafter

@@ -10,13 +10,19 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-KINDS = ("ce", "kl", "mixed", "acceptance")
+from specl.shared.config import LOSSES
+from specl.shared.errors import SpecLoraError
+from specl.shared.hooks import is_hook, load_hook
+
+KINDS = LOSSES
 EPSILON = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """`temperature` softens both sides of KL; `alpha` is KL's share of `mixed`."""
+    """`temperature` softens both sides of KL; `alpha` is KL's share of `mixed`. `kind` may be `module:name` of one's own loss:
+    called with float32 logits [m, columns], the Teacher and these settings, it returns loss and validity (0 or 1) of each row.
+    """
 
     kind: str = "mixed"
     temperature: float = 1.0
@@ -50,7 +56,18 @@ def position_losses(logits: mx.array, teacher: Teacher, settings: LossSettings) 
         # total variation alone has no gradient to start from: KL carries it until acceptance is up
         weight = mx.exp(-3.0 * mx.stop_gradient((overlap * valid).sum() / mx.maximum(valid.sum(), 1)))
         return weight * kl + (1 - weight) * (1 - overlap), valid
+    if is_hook(settings.kind):
+        return _own(settings, logits, teacher)
     raise ValueError(f"loss must be one of {', '.join(KINDS)}, not {settings.kind!r}")
+
+
+def _own(settings: LossSettings, logits: mx.array, teacher: Teacher) -> tuple[mx.array, mx.array]:
+    losses, valid = load_hook(settings.kind, "training.loss.type")(logits, teacher, settings)
+    rows = (logits.shape[0],)
+    if losses.shape != rows or valid.shape != rows:
+        shapes = f"{tuple(losses.shape)} and {tuple(valid.shape)}"
+        raise SpecLoraError(f"the loss {settings.kind} must return two arrays of shape {rows}, not {shapes}")
+    return losses, valid
 
 
 def weighted_mean(losses: mx.array, valid: mx.array, weights: mx.array) -> mx.array:

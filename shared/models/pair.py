@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from specl.shared.config import Settings
 from specl.shared.errors import ModelError
+from specl.shared.hooks import load_hook
 from specl.shared.models import memory
 from specl.shared.models.head import HeadDraft, is_head, load_head
 from specl.shared.models.load import LanguageModel, check_pair, load, resolve
 
 if TYPE_CHECKING:
     from specl.shared.engine.engine import Engine
+    from specl.shared.engine.own_drafter import Complain, MakeDrafter
 
 SHIPPED = Path(__file__).parent / "drafts"
 
@@ -66,9 +68,15 @@ def estimate_pair(settings: Settings, target: Path, draft: Path | None) -> tuple
 
 
 def load_pair(
-    settings: Settings, models: Path, say: Callable[[str], None] = lambda message: None, training: bool = False
+    settings: Settings,
+    models: Path,
+    say: Callable[[str], None] = lambda message: None,
+    training: bool = False,
+    make_drafter: "MakeDrafter | None" = None,
+    complain: "Complain | None" = None,
 ) -> "Engine":
     """An engine with the settings' target and draft; with `training`, for a process that trains beside the one that serves.
+    `make_drafter` (else the one that speculative.drafter names) and `complain`: see engine/own_drafter.
 
     Raises ModelError, before anything is loaded, where memory cannot hold that.
     """
@@ -83,5 +91,9 @@ def load_pair(
         say(f"memory is not checked: {error}")
     else:
         memory.check(found, settings, machine, training)
+    make = None
+    if settings.speculative.drafter is not None and not training:
+        make = load_hook(settings.speculative.drafter, "speculative.drafter")
     target = load(name, models, precision, say, path)
-    return Engine(target, load_draft(settings.models.draft.name, target, models, precision, say), settings)
+    drafted_by = load_draft(settings.models.draft.name, target, models, precision, say)
+    return Engine(target, drafted_by, settings, make_drafter or make, complain)

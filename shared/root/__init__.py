@@ -6,12 +6,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from specl.shared.client import Client as Client
+    from specl.shared.notebook import Answer as Answer
+    from specl.shared.notebook import Engine as Engine
+
+_WHERE = {"Client": "client", "Engine": "notebook", "Answer": "notebook"}
 
 
 def __getattr__(name: str) -> object:
-    """Load `Client` on first use, so that `import specl` stays light."""
-    if name == "Client":
-        from specl.shared.client import Client
+    """Load `Client`, `Engine` and `Answer` on first use, so that `import specl` stays light."""
+    if name in _WHERE:
+        from importlib import import_module
 
-        return Client
+        return getattr(import_module(f"specl.shared.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'specl' has no attribute {name!r}")

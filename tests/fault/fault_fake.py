@@ -67,7 +67,7 @@ def fake_model(name: str, seed: int, near: Any = None) -> Any:
     return Slowed(name, Path("."), model, CharacterTokenizer(), config, f"fake-{name}", "characters", delay_s=delay)
 
 
-def fake_pair(settings: Any, models: Path, say: Any = None, training: bool = False) -> Any:
+def fake_pair(settings: Any, models: Path, say: Any = None, training: bool = False, **more: Any) -> Any:
     """What `load_pair` gives, without loading anything."""
     from specl.shared.engine.engine import Engine
 

@@ -1,7 +1,11 @@
 """Who may come in, and what every answer says to browsers."""
 
+import socket
+import time
+
 import httpx2 as httpx
 import pytest
+from fault_house import wait_until
 
 from specl.daemons.gateway.guard import Rate, host_name
 from specl.daemons.gateway.service import check_exposure
@@ -112,3 +116,72 @@ def test_too_many_requests_are_a_429(lone):
 
 def test_host_names_are_read_as_browsers_write_them():
     assert host_name("Localhost:80") == "localhost" and host_name("[::1]:80") == "::1" and host_name("[") == ""
+
+
+def raw(url, *parts, wait_s=0.2):
+    """Send parts with pauses over a bare socket; what came back and how long until the server closed."""
+    host, port = url.removeprefix("http://").split(":")
+    start = time.monotonic()
+    with socket.create_connection((host, int(port)), timeout=15) as connection:
+        said = b""
+        try:
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(wait_s)
+            while piece := connection.recv(65536):
+                said += piece
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        return said, time.monotonic() - start
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 500\r\n"
+
+
+def test_headers_and_bodies_that_trickle_in_are_cut_off(lone):
+    url = lone("gateway: {port: 0, request_timeout_s: 1}\n").ready()
+    for parts in ([], [b"GET"], [b"GET / HT"] + [b"x"] * 30):
+        said, seconds = raw(url, *parts)
+        assert said == b"" and 0.9 < seconds < 10, parts
+    said, seconds = raw(url, HEAD + b"\r\n", *[b"{"] * 30)
+    assert said.startswith(b"HTTP/1.1 408") and b"request_timeout_s" in said and seconds < 10
+    with httpx.Client(base_url=url, timeout=10) as http:
+        assert http.get("/").status_code == 200  # others are served all the while
+
+
+def test_a_long_answer_to_a_prompt_request_is_not_cut_off(lone):
+    url = lone("gateway: {port: 0, request_timeout_s: 0.5}\n").ready()
+    with httpx.Client(base_url=url, timeout=10) as http, http.stream("GET", "/api/events") as events:
+        pieces, start = events.iter_bytes(), time.monotonic()
+        next(pieces)
+        with httpx.Client(base_url=url, timeout=10) as other:
+            time.sleep(1.5)
+            other.get("/")
+        assert not events.is_closed
+        while time.monotonic() - start < 2:
+            next(pieces)  # raises StopIteration where the server ended it
+
+
+def test_open_pages_are_counted_by_address_and_given_back(lone):
+    url = lone("gateway: {port: 0, max_event_streams: 3, max_event_streams_per_address: 2}\n").ready()
+
+    def open_page():
+        http = httpx.Client(base_url=url, timeout=10)
+        answer = http.send(http.build_request("GET", "/api/events"), stream=True)
+        if answer.status_code == 200:
+            next(answer.iter_bytes())
+        return http, answer
+
+    pages = [open_page() for _ in range(3)]
+    assert [answer.status_code for _, answer in pages] == [200, 200, 429]
+    assert "per_address" in pages[2][1].read().decode()
+    pages[0][0].close()
+    wait_until(lambda: _opens(open_page), 20, "a closed page makes room for another")
+    for http, _ in pages:
+        http.close()
+
+
+def _opens(open_page):
+    http, answer = open_page()
+    http.close()
+    return answer.status_code == 200

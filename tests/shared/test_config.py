@@ -122,3 +122,26 @@ def test_every_documented_key_can_be_set_to_its_default():
         value = config.Settings()
         for key in keys:
             value = getattr(value, key)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gateway: {token: s3cret}\n",
+        "gateway: {token: [s3cret]}\n",
+        "gateway: [token, s3cret]\n",
+        "gateway: s3cret\n",
+        "gateway:\n  token: s3cret-s3cret-s3cret\n  token: s3cret-s3cret-other\n",
+        "gateway: {tokn: s3cret-s3cret-s3cret}\n",
+        "gateway: {token: s3cret, port: far}\n",
+    ],
+)
+def test_a_secret_is_never_repeated(text):
+    with pytest.raises(ConfigError) as caught:
+        config.parse(text, FILE)
+    assert "s3cret" not in f"{caught.value} {caught.value.hint}" and str(caught.value).startswith("settings.yaml:")
+
+
+def test_settings_in_a_traceback_or_log_do_not_show_the_token():
+    settings = config.parse("gateway: {token: s3cret-s3cret-s3cret}\n", FILE)
+    assert settings.gateway.token and "s3cret" not in f"{settings!r} {settings}"

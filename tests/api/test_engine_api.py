@@ -1,0 +1,185 @@
+"""`from specl import Engine`: what a notebook sees."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from specl import Engine
+from specl.shared.engine.drafters import NOTHING, Draft
+from specl.shared.engine.law import point_mass
+from specl.shared.errors import AdapterRejected, ConfigError, ModelError, RequestRejected, SpecLoraError
+from tests.fakes import run_python
+
+WISH = {"max_tokens": 12, "temperature": 0, "ngram": False}
+
+
+@pytest.fixture(scope="module")
+def engine(model_folder, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECL_VAR", str(tmp_path_factory.mktemp("var")))
+        made = Engine.load(str(model_folder), str(model_folder), calibrate=False)
+        yield made
+        made.close()
+
+
+def test_import_specl_loads_next_to_nothing():
+    heavy = "{'numpy', 'mlx', 'zmq', 'pydantic', 'ruamel', 'sqlalchemy', 'click', 'specl.shared'}"
+    done = run_python(f"import sys, specl; print({heavy} & set(sys.modules))")
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def test_the_pieces_are_the_text_and_the_last_answer_knows_itself(engine):
+    pieces = list(engine.stream("hello", **WISH))
+    assert "".join(pieces) == engine.last.text == engine.generate("hello", **WISH).text
+    assert len(engine.last.tokens) == 12 and engine.last.finish_reason == "length"
+    # the draft is the target itself: every guess stands
+    assert engine.last.stats["model_accepted"] == engine.last.stats["model_drafted"] > 0
+
+
+def test_a_draft_changes_no_word_and_a_seed_is_one_text(engine):
+    plain = engine.generate("hello there", **WISH, num_draft_tokens=0)
+    assert engine.generate("hello there", **WISH, num_draft_tokens=4).tokens == plain.tokens
+    drawn = [engine.generate("hi", **WISH | {"temperature": 0.9}, seed=5, num_draft_tokens=k).tokens for k in (0, 4)]
+    assert drawn[0] == drawn[1]
+
+
+def test_the_chat_template_and_the_system_message_are_applied(engine):
+    alone = engine.generate("hello", **WISH).stats["prompt_tokens"]
+    with_system = engine.generate("hello", **WISH, system="Be brief.").stats["prompt_tokens"]
+    as_messages = engine.generate(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}], **WISH
+    )
+    assert alone > len("hello") and with_system > alone and as_messages.stats["prompt_tokens"] == with_system
+
+
+def test_a_stop_string_ends_the_answer_before_itself(engine):
+    whole = engine.generate("hello", **WISH).text
+    stop = whole[3:5]
+    answer = engine.generate("hello", **WISH, stop=stop)
+    assert answer.text == whole[: whole.index(stop)] and answer.finish_reason == "stop"
+
+
+def test_leaving_a_stream_keeps_what_was_made(engine):
+    for _ in engine.stream("a story", **WISH | {"max_tokens": 100}):
+        break
+    assert engine.last.finish_reason == "cancelled" and 0 < len(engine.last.tokens) < 100
+    assert engine.generate("a story", **WISH).finish_reason == "length"
+
+
+def test_stats_add_up(engine):
+    before = engine.stats()
+    answer = engine.generate("count", **WISH)
+    after = engine.stats()
+    assert after["answers"] == before["answers"] + 1 and after["tokens"] == before["tokens"] + len(answer.tokens)
+    assert after["acceptance_rate"] == round(after["model_accepted"] / after["model_drafted"], 4)
+
+
+@pytest.mark.parametrize(
+    "wish, word",
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"max_token": 5}, "max_token"),
+    ],
+)
+def test_a_wrong_wish_is_refused_before_the_first_piece(engine, wish, word):
+    with pytest.raises(RequestRejected, match=word):
+        engine.stream("hi", **wish)
+
+
+def test_another_thread_and_a_closed_engine_are_told_so(model_folder):
+    with Engine.load(str(model_folder), calibrate=False) as engine:
+        said = []
+
+        def use():
+            try:
+                engine.generate("hi", **WISH)
+            except SpecLoraError as error:
+                said.append(str(error))
+
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+        assert "thread" in said[0]
+        with pytest.raises(AdapterRejected, match="no adapter 'best'"):
+            engine.use_adapter("best")
+    with pytest.raises(SpecLoraError, match="closed"):
+        engine.generate("hi")
+
+
+def test_a_model_that_is_not_there_is_one_sentence():
+    with pytest.raises(ModelError, match="/nowhere"):
+        Engine.load("/nowhere")
+
+
+class Oracle:
+    """Knows the whole text beforehand and, where told to, breaks a rule."""
+
+    def __init__(self, tokens, spoil=lambda draft: draft):
+        self.tokens, self.spoil, self.length, self.prompt = tokens, spoil, 0, None
+
+    def extend(self, tokens, states):
+        assert states is None
+        self.prompt = len(tokens) if self.prompt is None else self.prompt
+        self.length += len(tokens)
+
+    def rewind(self, length):
+        self.length = length
+
+    def propose(self, k, draw):
+        # the first emitted token comes after the prompt and before anything was told
+        tokens = self.tokens[self.length - self.prompt :][:k]
+        draft = Draft(tokens, [point_mass(t) for t in tokens], [1.0] * len(tokens), "whatever")
+        return self.spoil(draft) if tokens else NOTHING
+
+
+def with_oracle(model_folder, plain, spoil=lambda draft: draft):
+    return Engine.load(str(model_folder), drafter=lambda target, draft: Oracle(plain.tokens, spoil), calibrate=False)
+
+
+def test_ones_own_drafter_is_counted_as_the_model_drafter_and_changes_no_word(engine, model_folder):
+    plain = engine.generate("hello", **WISH, num_draft_tokens=0)
+    with with_oracle(model_folder, plain) as own:
+        answer = own.generate("hello", **WISH, num_draft_tokens=3)
+    assert answer.tokens == plain.tokens
+    assert answer.stats["model_accepted"] == answer.stats["model_drafted"] == 9 and answer.stats["rounds"] == 3
+
+
+@pytest.mark.parametrize(
+    "spoil, word",
+    [
+        (lambda d: replace(d, tokens=[9999] * len(d.tokens)), "vocabulary"),
+        (lambda d: replace(d, laws=[point_mass(t + 1) for t in d.tokens]), "does not hold it"),
+        (lambda d: replace(d, laws=d.laws[1:]), "laws"),
+        (lambda d: replace(d, tokens=d.tokens * 9, laws=d.laws * 9, confidences=d.confidences * 9), "asked for"),
+    ],
+)
+def test_a_drafter_that_breaks_a_rule_is_told_which(engine, model_folder, spoil, word):
+    plain = engine.generate("hello", **WISH, num_draft_tokens=0)
+    with with_oracle(model_folder, plain, spoil) as own, pytest.raises(SpecLoraError, match=word):
+        own.generate("hello", **WISH, num_draft_tokens=3)
+
+
+def test_what_is_no_drafter_is_refused_at_load(model_folder):
+    with pytest.raises(ConfigError, match="extend, propose, rewind"):
+        Engine.load(str(model_folder), drafter=lambda target, draft: object(), calibrate=False)
+
+
+def test_in_a_daemon_a_broken_drafter_costs_speed_and_nothing_else(engine, model_folder):
+    from specl.shared import config
+    from specl.shared.engine.decode import Options
+    from specl.shared.engine.engine import Engine as Core
+    from specl.shared.models.load import load
+
+    def fail(draft):
+        raise KeyError("a bug")
+
+    plain = engine.generate("hello", **WISH, num_draft_tokens=0)
+    heard = []
+    target = load(str(model_folder), model_folder)
+    core = Core(target, None, config.Settings(), lambda t, d: Oracle(plain.tokens, fail), heard.append)
+    _, prompt = core.encode_chat([{"role": "user", "content": "hello"}])
+    made = [t for part in core.generate(prompt, Options(max_tokens=12, num_draft_tokens=3, ngram=False)) for t in part]
+    assert made == plain.tokens and [str(error) for error in heard] == ["'a bug'"]

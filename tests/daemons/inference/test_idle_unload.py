@@ -1,0 +1,112 @@
+"""`memory.idle_unload_minutes`: the models go when nobody asks and come back with the next request, the adapter too."""
+
+import gc
+import sqlite3
+import time
+import weakref
+
+import pytest
+from fault_fake import fake_pair, publish_adapter
+from fault_house import SETTINGS, wait_until
+
+from specl.daemons.inference.worker import Worker
+from specl.shared import config
+from specl.shared.errors import ModelError
+
+IDLE = SETTINGS + "memory: {idle_unload_minutes: 0.01}\n"  # 0.6 s
+
+
+def let_go(house):
+    return lambda: house.status("inference").get("models", {}).get("loaded") is False
+
+
+def test_they_go_come_back_and_answer_the_same_with_the_same_adapter(house):
+    house.set(IDLE)
+    publish_adapter(house.paths.adapters, "000001")
+    house.start("inference")
+    house.start("collector")
+    house.ready("inference")
+    before = house.ask("hello")
+    wait_until(let_go(house), 10, "the models are let go")
+    seen = house.status("inference")
+    assert seen["state"] == "ready" and seen["adapter"]["active"] == "000001"
+    places = []
+    with house.client() as client:
+        text = "".join(client.stream("hello", on_place=places.append))
+        after = client.last
+    assert text == before.text and before.adapter_id == after.adapter_id == "000001"
+    assert places[0] == 0, "who asks is told to wait"
+    house.acked.append(after.generation_id)
+    wait_until(let_go(house), 10, "the models are let go again")
+    publish_adapter(house.paths.adapters, "000002")  # announced to nobody who could load it
+    changed = house.ask("hello")
+    assert changed.adapter_id == "000002"
+    house.settle()
+    wait_until(lambda: len(house.stored("activations")) == 2, 10, "both activations are stored")
+    with sqlite3.connect(f"file:{house.paths.store}?mode=ro", uri=True) as db:
+        rows = db.execute("SELECT event, adapter_id, previous_id FROM activations ORDER BY n").fetchall()
+    db.close()
+    assert rows == [("activated", "000001", ""), ("activated", "000002", "000001")]
+
+
+def test_a_command_for_the_adapter_brings_them_back(house):
+    house.set(IDLE)
+    publish_adapter(house.paths.adapters, "000001")
+    house.start("inference")
+    house.ready("inference")
+    wait_until(let_go(house), 10, "the models are let go")
+    with house.client() as client:
+        reply = client.set_adapter("")
+    assert reply.ok and house.status("inference")["adapter"]["active"] == ""
+
+
+@pytest.fixture
+def worker(house, monkeypatch):
+    """A worker in this thread, with an idle time that is up at once."""
+    import specl.daemons.inference.worker as module
+
+    monkeypatch.setattr(module, "load_pair", fake_pair)
+    said = []
+    made = Worker(
+        house.paths, config.parse(IDLE, house.file), None, lambda peer, message: said.append(message), lambda: None
+    )
+    made.said = said
+    made._load()
+    return made
+
+
+def test_nothing_holds_the_weights_once_they_are_let_go(worker):
+    weights = weakref.ref(worker.engine.target.model)
+    worker._unload_if_idle()
+    assert worker.engine is not None, "not before its time"
+    worker._idle_since = time.monotonic() - 1
+    worker._unload_if_idle()
+    gc.collect()
+    assert worker.unloaded and weights() is None
+
+
+def test_models_that_cannot_come_back_are_a_refusal_and_the_next_request_tries_again(worker, monkeypatch):
+    import specl.daemons.inference.worker as module
+    from specl.daemons.inference.answer import Job
+    from specl.shared.wire import Ask, Sampling
+
+    def job(id):
+        ask = Ask(request_id=id, messages=[{"role": "user", "content": "hi"}], prompt="", max_tokens=4, sampling=Sampling(),
+                  mode="detailed", client="me")  # fmt: skip
+        return Job(b"peer", ask, time.monotonic())
+
+    def no_room(*arguments, **more):
+        raise ModelError("the models need 9 GB; 2 GB are free")
+
+    worker._idle_since = time.monotonic() - 1
+    worker._unload_if_idle()
+    monkeypatch.setattr(module, "load_pair", no_room)
+    worker._enqueue(job("a"))
+    assert worker.said[-1].request_id == "a" and "9 GB" in worker.said[-1].message and worker.unloaded
+    monkeypatch.setattr(module, "load_pair", fake_pair)
+    worker._enqueue(job("b"))
+    assert not worker.unloaded and [waiting.ask.request_id for waiting in worker.waiting] == ["b"]
+
+
+def test_by_default_they_stay():
+    assert config.Settings().memory.idle_unload_minutes == 0
