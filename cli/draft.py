@@ -99,6 +99,8 @@ def _prompts(file: str | None) -> tuple[list[Any], str]:
     show_default=True,
     help="Its own steps it learns to follow; a third costs half as much time again.",
 )
+@click.option("--learning-rate", type=click.FloatRange(1e-6, 1e-1), default=1e-3, show_default=True)
+@click.option("--begin", type=click.Path(exists=True, file_okay=False), help="A head draft of this target to go on from.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--out", type=click.Path(file_okay=False), help="Where the draft goes (default: var/models/drafts/NAME-head)."
@@ -112,6 +114,8 @@ def build(
     hot: int,
     epochs: int,
     depths: int,
+    learning_rate: float,
+    begin: str | None,
     seed: int,
     out: str | None,
     work: str | None,
@@ -123,6 +127,7 @@ def build(
     """
     from specl.shared import prompts
     from specl.shared.learning.distil import BuildSettings, build_head
+    from specl.shared.models.head import load_head
     from specl.shared.models.load import load, to_stderr
 
     seconds = seconds_of(limit)
@@ -135,17 +140,25 @@ def build(
     training, digest = _prompts(file)
     about = {
         "command": f"specl-ctl draft build --target {short} --tokens {tokens} --time {limit} --hot {hot}"
-        f" --epochs {epochs} --depths {depths} --seed {seed}",
+        f" --epochs {epochs} --depths {depths} --learning-rate {learning_rate:g} --seed {seed}"
+        + (f" --begin {Path(begin).name}" if begin else ""),
         "prompts_sha256": digest,
         "prompt_kinds": sorted({prompt.kind for prompt in training}),
         "heldout_sha256": prompts.sha256("heldout"),
     }
     build_settings = BuildSettings(
-        tokens=tokens, seconds=seconds, hot_size=hot, epochs=epochs, depths=depths, seed=seed
+        tokens=tokens,
+        seconds=seconds,
+        hot_size=hot,
+        epochs=epochs,
+        depths=depths,
+        learning_rate=learning_rate,
+        seed=seed,
     )
+    started = load_head(Path(begin), begin, loaded) if begin else None
     workshop = Path(work) if work else folder.with_name(f".{folder.name}.work")
     made, score, manifest = build_head(
-        loaded, training, prompts.load("heldout"), workshop, folder, build_settings, about, _Teller()
+        loaded, training, prompts.load("heldout"), workshop, folder, build_settings, about, _Teller(), started
     )
     click.echo("", err=True)
     _table(made, score.by_depth, manifest, settings, paths.costs)

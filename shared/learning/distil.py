@@ -4,9 +4,10 @@ Every stage leaves files under its work folder and skips what is already there, 
 A time limit is shared out between generating and training; what there is when it ends is what the draft is made of.
 """
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,19 +72,26 @@ def _groups(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
     return [ordered[i : i + BATCH_ROWS] for i in range(0, len(ordered), BATCH_ROWS)]
 
 
+def _passes(prompts: Sequence[Prompt], settings: BuildSettings) -> Iterator[list[Prompt]]:
+    """Groups of all prompts; then of all prompts again, sampled, for as long as text is wanted."""
+    yield from _groups(prompts)
+    for number in itertools.count(2):
+        yield from _groups([Prompt(f"{p.id}#{number}", p.tokens, settings.temperature) for p in prompts])
+
+
 def generate(
     target: LanguageModel,
-    prompts: Sequence[Prompt],
+    groups: Iterable[list[Prompt]],
     folder: Path,
     name: str,
     settings: BuildSettings,
     deadline: float,
     tell: Tell,
 ) -> list[Path]:
-    """Answer prompts in batches of 32 into shards; stops at the token budget or the deadline (monotonic seconds)."""
+    """Answer groups of prompts into a shard each; stops at the token budget or the deadline (monotonic seconds)."""
     shards, done, start = [], 0, time.monotonic()
     made = 0
-    for number, group in enumerate(_groups(prompts)):
+    for number, group in enumerate(groups):
         path = folder / f"{name}-{number:05d}.npz"
         if done >= settings.tokens or (not path.exists() and time.monotonic() > deadline and shards):
             break
@@ -136,6 +144,7 @@ def train(
             batches.next()
     start, first, smooth, begun = time.monotonic(), None, None, loop.step_number
     while loop.step_number < total and time.monotonic() < deadline:
+        loop.time_share = (time.monotonic() - start) / max(deadline - start, 1e-9)
         loss = loop.step([batches.next()])
         first = loss if first is None else first
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
@@ -162,17 +171,21 @@ def build_head(
     settings: BuildSettings,
     about: dict[str, Any],
     tell: Tell = lambda progress: None,
+    begin: HeadDraft | None = None,
 ) -> tuple[HeadDraft, Agreement, dict[str, Any]]:
-    """The whole pipeline. Returns the draft as written, its held-out agreement (greedy prompts) and its manifest."""
+    """The whole pipeline, from `begin`'s weights where given. Returns the draft as written, its held-out agreement (greedy prompts) and its manifest."""
     work.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     heldout = encode_prompts(target, heldout_prompts[:HELDOUT_PROMPTS], settings, sampled=False)
-    judged = generate(target, heldout, work, "held-out", settings, start + 0.1 * settings.seconds, tell)
+    judged = generate(target, _groups(heldout), work, "held-out", settings, start + 0.1 * settings.seconds, tell)
     prompts = encode_prompts(target, train_prompts, settings)
-    shards = generate(target, prompts, work, "training", settings, start + GENERATE_SHARE * settings.seconds, tell)
+    groups = _passes(prompts, settings)
+    shards = generate(target, groups, work, "training", settings, start + GENERATE_SHARE * settings.seconds, tell)
     examples = [example for shard in shards for example in load_shard(shard) if example.rows > 1]
     hot = hot_vocabulary(examples, settings.hot_size, int(target.config["vocab_size"]))
     draft = new_head(target, hot)
+    if begin is not None:
+        draft.head.update(begin.head.parameters())
     figures = train(draft, examples, work, settings, start + settings.seconds, tell)
     tests = [example for shard in judged for example in load_shard(shard) if example.rows > 1]
     score = agreement(Learner(draft), tests, depths=3)
