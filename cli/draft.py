@@ -214,11 +214,12 @@ def _table(target: "LanguageModel", built: "Built", settings: config.Settings, c
             seconds[k] += session.tally.decode_s
             tokens[k] += len(session.output)
     plain, drafted = tokens[0] / seconds[0], tokens[None] / seconds[None]
-    expected = expected_rate(measured, built.by_depth, settings.speculative.max_draft_tokens)
+    expected = expected_rate(measured, built.by_depth.acceptance, settings.speculative.max_draft_tokens)
     manifest = built.manifest
     click.echo(f"trained on {manifest['training_tokens']} tokens of {manifest['training_prompts']} answers")
     click.echo(
-        "held-out acceptance by depth, each given the one before: " + ", ".join(f"{v:.3f}" for v in built.by_depth)
+        "held-out acceptance by depth, each given the one before: "
+        + ", ".join(f"{v:.3f}" for v in built.by_depth.acceptance)
     )
     click.echo(
         f"one draft token {1000 * measured.draft_s(1):.1f} ms, one plain step {1000 * measured.verify_s(1):.1f} ms; "

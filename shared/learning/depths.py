@@ -5,6 +5,7 @@ tokens, the draft saw just what teacher forcing shows it. Greedy texts only; a s
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,16 +13,26 @@ from specl.shared.learning.examples import Batch, Example, collate
 from specl.shared.learning.learner import Learner, score_rows
 
 
-def acceptance_by_depth(
-    learner: Learner, examples: Sequence[Example], depths: int = 3, batch_size: int = 8
-) -> tuple[float, ...]:
-    """One conditional rate a depth over the greedy `examples`; 0 where nothing got that far."""
-    stood, tried = np.zeros(depths), np.zeros(depths)
+@dataclass(frozen=True, slots=True)
+class ByDepth:
+    """`acceptance`: of the tokens that were drafted because all before them stood. `agreement`: at every place, whatever the
+    draft itself would have said before it. One rate a depth; 0 where nothing got that far.
+    """
+
+    acceptance: tuple[float, ...]
+    agreement: tuple[float, ...]
+
+
+def by_depth(learner: Learner, examples: Sequence[Example], depths: int = 3, batch_size: int = 8) -> ByDepth:
+    """Both over the greedy `examples`."""
+    stood, tried, hit, judged = (np.zeros(depths) for _ in range(4))
     texts = sorted((example for example in examples if example.greedy), key=lambda example: len(example.tokens))
     for start in range(0, len(texts), batch_size):
         hits = _hits(learner, collate(texts[start : start + batch_size]), depths)
         alive = hits[0] >= 0
         for depth in range(depths):
+            hit[depth] += (hits[depth] == 1).sum()
+            judged[depth] += (hits[depth] >= 0).sum()
             # a draft that begins at place p guesses place p + depth at this depth
             row = np.full_like(hits[0], -1)
             row[:, : row.shape[1] - depth] = hits[depth][:, depth:]
@@ -29,7 +40,11 @@ def acceptance_by_depth(
             tried[depth] += alive.sum()
             alive &= row == 1
             stood[depth] += alive.sum()
-    return tuple(float(s / max(t, 1)) for s, t in zip(stood, tried, strict=True))
+    return ByDepth(_rates(stood, tried), _rates(hit, judged))
+
+
+def _rates(parts: np.ndarray, wholes: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(part / max(whole, 1)) for part, whole in zip(parts, wholes, strict=True))
 
 
 def _hits(learner: Learner, batch: Batch, depths: int) -> list[np.ndarray]:

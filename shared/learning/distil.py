@@ -18,9 +18,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from specl.shared.errors import ModelError
-from specl.shared.learning.depths import acceptance_by_depth
+from specl.shared.learning.depths import ByDepth, by_depth
 from specl.shared.learning.examples import Example, hot_vocabulary
-from specl.shared.learning.learner import Learner, agreement
+from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.own import OwnText, capture, forget
 from specl.shared.learning.progress import Progress, Tell
@@ -33,7 +33,7 @@ from specl.shared.models.load import LanguageModel, load
 BATCH_ROWS = 32
 SORT_WINDOW = 8  # batches sorted by length together: little padding, prompts still mixed
 GENERATE_SHARE = 0.6  # of the time limit
-CHECKPOINT_EVERY = 200
+CHECKPOINT_S = 60.0
 HELDOUT_PROMPTS = 96
 REPLAY_TEXTS = 200
 KINDS = ("head", "layers")
@@ -76,7 +76,7 @@ class Built:
     """A finished build: the draft as written and read again, its held-out acceptance by depth, its manifest."""
 
     draft: HeadDraft | LanguageModel
-    by_depth: tuple[float, ...]
+    by_depth: ByDepth
     manifest: dict[str, Any]
 
 
@@ -190,6 +190,7 @@ def train(
         for _ in range(loop.step_number):
             batches.next()
     start, begun = time.monotonic(), loop.step_number
+    saved = start
 
     def figures() -> dict[str, Any]:
         seconds = round(before + time.monotonic() - start, 1)
@@ -203,8 +204,9 @@ def train(
         pace = (time.monotonic() - start) / (loop.step_number - begun)
         left = min(pace * (total - loop.step_number), max(0.0, deadline - time.monotonic()))
         tell(Progress("training", loop.step_number, total, left, f"loss {smooth:.3f}"))
-        if loop.step_number % CHECKPOINT_EVERY == 0:
+        if time.monotonic() - saved > CHECKPOINT_S:
             loop.save(checkpoint, {**figures(), "plan": plan})
+            saved = time.monotonic()
     loop.save(checkpoint, {**figures(), "plan": plan})
     return figures()
 
@@ -273,6 +275,7 @@ def build(
     examples = general + own
     if settings.kind == "head":
         hot = hot_vocabulary(examples, settings.hot_size, int(target.config["vocab_size"]))
+        mx.random.seed(settings.seed)
         draft = new_head(target, hot)
         if begin is not None:
             draft.head.update(begin.head.parameters())
@@ -280,7 +283,7 @@ def build(
         draft = new_layers(target, settings.layers)
     figures = train(draft, examples, work, settings, start + settings.seconds, tell)
     tests = read_examples(target, judged, settings.kind)
-    by_depth = acceptance_by_depth(Learner(draft), tests)
+    judged_at = by_depth(Learner(draft), tests)
     if embedding_digest(target) != shared:
         raise ModelError(
             f"the embedding of {target.name} changed while its draft was trained: this is a fault of the program"
@@ -297,14 +300,14 @@ def build(
         "own_texts": len(own),
         "training": figures,
         "heldout_prompts": len(tests),
-        "heldout_agreement_by_depth": [round(v, 4) for v in agreement(Learner(draft), tests, depths=3).by_depth],
-        "heldout_acceptance_by_depth": [round(value, 4) for value in by_depth],
+        "heldout_agreement_by_depth": [round(value, 4) for value in judged_at.agreement],
+        "heldout_acceptance_by_depth": [round(value, 4) for value in judged_at.acceptance],
         "hours": round((time.monotonic() - start) / 3600, 3),
     }
     if settings.kind == "head":
         manifest["hot_coverage_heldout"] = _coverage(tests, draft.hot)
     manifest = json.loads(json.dumps(manifest))
-    built = Built(_write(draft, target, out, manifest, general, settings.seed), by_depth, manifest)
+    built = Built(_write(draft, target, out, manifest, general, settings.seed), judged_at, manifest)
     forget(work)
     return built
 

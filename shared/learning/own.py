@@ -46,6 +46,9 @@ def capture(
     wanted = {text.id for text in texts}
     held: dict[str, Example] = {}
     for path in sorted(work.glob("own-*.npz")):
+        if path.name.endswith(".partial.npz"):  # its writer was killed
+            path.unlink()
+            continue
         found = load_shard(path)
         if all(example.id in wanted and (example.states is not None) >= with_states for example in found):
             held |= {example.id: example for example in found}
