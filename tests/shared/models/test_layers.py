@@ -12,7 +12,7 @@ from specl.shared.models.layers import layers_config, new_layers, pick_layers, s
 from specl.shared.models.load import check_pair, load
 from specl.shared.models.lora import LoraShape, choose_layers, fuse, linear_layers
 from specl.shared.models.pair import load_draft, resolve_draft
-from tests.shared.learning.conftest import write_target
+from tests.stored import write_target
 
 
 @pytest.fixture(scope="module", params=["plain", "untied", "quantised"])
