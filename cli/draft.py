@@ -1,6 +1,5 @@
 """`specl-ctl draft build`: a draft out of the target itself, with progress, resumable, ending in a measured table."""
 
-import json
 import re
 import sys
 import time
@@ -14,8 +13,9 @@ from specl.shared.errors import ConfigError
 from specl.shared.paths import find_paths
 
 if TYPE_CHECKING:
-    from specl.shared.learning.distil import Progress
-    from specl.shared.models.head import HeadDraft
+    from specl.shared.learning.distil import BuildSettings, Built, Texts
+    from specl.shared.learning.progress import Progress
+    from specl.shared.models.load import LanguageModel
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 MEASURED_PROMPTS = 8
@@ -56,126 +56,149 @@ def draft() -> None:
     """Build a draft model out of the target."""
 
 
-def _prompts(file: str | None) -> tuple[list[Any], str]:
-    """The shipped training prompts, or a file's: one prompt a line, or JSONL with `messages` or `prompt`."""
-    from specl.shared import prompts
-
-    if file is None:
-        return prompts.load("train"), prompts.sha256("train")
-    import hashlib
-
-    data = Path(file).read_bytes()
-    items = []
-    for number, line in enumerate(data.decode("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line) if line.lstrip().startswith("{") else {"prompt": line}
-            messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{file}:{number}: neither a prompt nor JSON with `messages` or `prompt`") from error
-        items.append(prompts.ShippedPrompt(f"line-{number}", "own", messages))
-    return items, hashlib.sha256(data).hexdigest()
-
-
 @draft.command()
 @click.option("--target", default=None, help="A folder, a hub name or smollm2-135m; the settings' target otherwise.")
 @click.option(
+    "--kind",
+    type=click.Choice(["head", "layers"]),
+    default="head",
+    show_default=True,
+    help="head: one layer that reads the target's states. layers: some of the target's own layers, an ordinary model.",
+)
+@click.option("--layers", default="5", show_default=True, help="For layers: how many, or which (0,1,2,28,29).")
+@click.option(
     "--prompts",
     "file",
-    type=click.Path(exists=True, dir_okay=False),
-    help="Your own prompts instead of the shipped 4,000.",
+    metavar="FILE",
+    help="Your own prompts instead of the shipped 4,000; with --from-store a FILE, or the word `shipped`, adds prompts.",
 )
+@click.option("--from-store", is_flag=True, help="Learn from your own traffic (held-out conversations left out).")
 @click.option(
     "--tokens", type=click.IntRange(1000), default=200_000, show_default=True, help="Tokens that the target writes."
 )
 @click.option("--time", "limit", default="1h", show_default=True, help="Stop after this long with what there is.")
-@click.option("--hot", type=click.IntRange(64), default=6144, show_default=True, help="Size of the hot vocabulary.")
+@click.option(
+    "--hot", type=click.IntRange(64), default=6144, show_default=True, help="Size of a head's hot vocabulary."
+)
 @click.option("--epochs", type=click.IntRange(1), default=6, show_default=True)
 @click.option(
     "--depths",
     type=click.IntRange(1, 8),
     default=2,
     show_default=True,
-    help="Its own steps it learns to follow; a third costs half as much time again.",
+    help="Own steps that a head learns to follow; a third costs half as much time again.",
 )
 @click.option("--learning-rate", type=click.FloatRange(1e-6, 1e-1), default=1e-3, show_default=True)
+@click.option(
+    "--loss", type=click.Choice(["acceptance", "kl", "tv", "mixed", "ce"]), default="acceptance", show_default=True
+)
 @click.option(
     "--begin", type=click.Path(exists=True, file_okay=False), help="A head draft of this target to go on from."
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
-    "--out", type=click.Path(file_okay=False), help="Where the draft goes (default: var/models/drafts/NAME-head)."
+    "--out", type=click.Path(file_okay=False), help="Where the draft goes (default: var/models/drafts/NAME-KIND)."
 )
 @click.option("--work", type=click.Path(file_okay=False), help="Where a stopped build goes on (default: beside --out).")
-def build(
-    target: str | None,
-    file: str | None,
-    tokens: int,
-    limit: str,
-    hot: int,
-    epochs: int,
-    depths: int,
-    learning_rate: float,
-    begin: str | None,
-    seed: int,
-    out: str | None,
-    work: str | None,
-) -> None:
-    """Distil a one-layer `head` draft out of the target: it writes text, the draft learns to guess it.
+def build(target: str | None, limit: str, out: str | None, work: str | None, **wish: Any) -> None:
+    """Distil a draft out of the target: it writes text, the draft learns to guess it.
 
     A stopped build goes on where it was when the same command is run again. The draft is ready for
     `models.draft.name` in the settings file.
     """
-    from specl.shared import prompts
-    from specl.shared.learning.distil import BuildSettings, build_head
+    from specl.shared.learning.distil import build as distil
     from specl.shared.models.head import load_head
     from specl.shared.models.load import load, to_stderr
 
     seconds = seconds_of(limit)
     settings, paths = config.load(), find_paths()
+    if wish["begin"] and wish["kind"] != "head":
+        raise ConfigError(
+            "--begin goes on from a head draft; a layers draft always begins with the target's own layers"
+        )
     name = target or settings.models.target.name
     loaded = load(name, paths.models, settings.models.precision, to_stderr)
     short = Path(name).name
-    folder = Path(out) if out else paths.models / "drafts" / f"{short}-head"
+    chosen = _settings(wish, loaded, seconds)
+    texts, about = _texts(wish, loaded, settings, paths.store)
+    about = {"command": _command(short, limit, wish), **about}
+    folder = Path(out) if out else paths.models / "drafts" / f"{short}-{wish['kind']}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    training, digest = _prompts(file)
-    about = {
-        "command": f"specl-ctl draft build --target {short} --tokens {tokens} --time {limit} --hot {hot}"
-        f" --epochs {epochs} --depths {depths} --learning-rate {learning_rate:g} --seed {seed}"
-        + (f" --begin {Path(begin).name}" if begin else ""),
-        "prompts_sha256": digest,
-        "prompt_kinds": sorted({prompt.kind for prompt in training}),
-        "heldout_sha256": prompts.sha256("heldout"),
-    }
-    build_settings = BuildSettings(
-        tokens=tokens,
-        seconds=seconds,
-        hot_size=hot,
-        epochs=epochs,
-        depths=depths,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
-    started = load_head(Path(begin), begin, loaded) if begin else None
+    begin = load_head(Path(wish["begin"]), wish["begin"], loaded) if wish["begin"] else None
     workshop = Path(work) if work else folder.with_name(f".{folder.name}.work")
-    made, score, manifest = build_head(
-        loaded, training, prompts.load("heldout"), workshop, folder, build_settings, about, _Teller(), started
-    )
+    built = distil(loaded, texts, workshop, folder, chosen, about, _Teller(), begin)
     click.echo("", err=True)
-    _table(made, score.by_depth, manifest, settings, paths.costs)
+    _table(loaded, built, settings, paths.costs)
     click.echo(f"models:\n  draft: {{name: {folder}}}")
 
 
-def _table(
-    made: "HeadDraft", by_depth: tuple[float, ...], manifest: dict[str, Any], settings: config.Settings, costs: Path
-) -> None:
+def _settings(wish: dict[str, Any], target: "LanguageModel", seconds: float) -> "BuildSettings":
+    """What the options ask for. Raises ConfigError for layers that the target does not have."""
+    from specl.shared.learning.distil import BuildSettings
+    from specl.shared.learning.losses import LossSettings
+    from specl.shared.models.layers import pick_layers
+
+    kind = wish["kind"]
+    total = int(target.config["num_hidden_layers"])
+    return BuildSettings(
+        kind=kind,
+        layers=pick_layers(wish["layers"], total) if kind == "layers" else (),
+        tokens=wish["tokens"],
+        seconds=seconds,
+        hot_size=wish["hot"],
+        epochs=wish["epochs"],
+        depths=wish["depths"] if kind == "head" else 1,
+        learning_rate=wish["learning_rate"],
+        loss=LossSettings(wish["loss"]),
+        seed=wish["seed"],
+    )
+
+
+def _texts(
+    wish: dict[str, Any], target: "LanguageModel", settings: config.Settings, store: Path
+) -> tuple["Texts", dict[str, Any]]:
+    """What is learned from, and what a manifest says of it."""
+    from specl.cli.draft_texts import SHIPPED, prompts_of, texts_of_store
+    from specl.shared import prompts
+    from specl.shared.learning.distil import Texts
+
+    own = texts_of_store(store, settings, target.fingerprint, target.name) if wish["from_store"] else []
+    file = wish["file"] or (None if own else SHIPPED)
+    items, digest = prompts_of(file) if file else ([], None)
+    about = {
+        "prompts_sha256": digest,
+        "prompt_kinds": sorted({prompt.kind for prompt in items} | ({"own traffic"} if own else set())),
+        "heldout_sha256": prompts.sha256("heldout"),
+    }
+    if own:
+        click.echo(f"{len(own)} answers of your own traffic to learn from", err=True)
+    return Texts(items, prompts.load("heldout"), own), about
+
+
+def _command(target: str, limit: str, wish: dict[str, Any]) -> str:
+    """The command line that makes the same draft again; no path of this machine is in it."""
+    parts = [f"specl-ctl draft build --target {target} --kind {wish['kind']}"]
+    parts += (
+        [f"--layers {wish['layers']}"]
+        if wish["kind"] == "layers"
+        else [f"--hot {wish['hot']} --depths {wish['depths']}"]
+    )
+    parts += [f"--prompts {Path(wish['file']).name}"] if wish["file"] else []
+    parts += ["--from-store"] if wish["from_store"] else []
+    parts += [f"--tokens {wish['tokens']} --time {limit} --epochs {wish['epochs']} --loss {wish['loss']}"]
+    parts += [f"--learning-rate {wish['learning_rate']:g} --seed {wish['seed']}"]
+    parts += [f"--begin {Path(wish['begin']).name}"] if wish["begin"] else []
+    return " ".join(parts)
+
+
+def _table(target: "LanguageModel", built: "Built", settings: config.Settings, costs: Path) -> None:
     """What was made, and what it does here: measured on held-out prompts, plain and drafted in turn."""
     from specl.shared import prompts
     from specl.shared.engine.decode import Options
     from specl.shared.engine.engine import Engine
+    from specl.shared.learning.gate import expected_rate
 
-    engine = Engine(made.target, made, settings)
+    engine = Engine(target, built.draft, settings)
     costs.mkdir(parents=True, exist_ok=True)
     measured = engine.calibrate(costs)
     seconds, tokens = {0: 0.0, None: 0.0}, {0: 0, None: 0}
@@ -191,10 +214,16 @@ def _table(
             seconds[k] += session.tally.decode_s
             tokens[k] += len(session.output)
     plain, drafted = tokens[0] / seconds[0], tokens[None] / seconds[None]
+    expected = expected_rate(measured, built.by_depth.acceptance, settings.speculative.max_draft_tokens)
+    manifest = built.manifest
     click.echo(f"trained on {manifest['training_tokens']} tokens of {manifest['training_prompts']} answers")
-    click.echo("held-out agreement by depth: " + ", ".join(f"{value:.3f}" for value in by_depth))
     click.echo(
-        f"one draft token {1000 * measured.draft_s(1):.1f} ms, one plain step {1000 * measured.verify_s(1):.1f} ms"
+        "held-out acceptance by depth, each given the one before: "
+        + ", ".join(f"{v:.3f}" for v in built.by_depth.acceptance)
+    )
+    click.echo(
+        f"one draft token {1000 * measured.draft_s(1):.1f} ms, one plain step {1000 * measured.verify_s(1):.1f} ms; "
+        f"these promise {expected * measured.verify_s(1):.2f}x plain"
     )
     click.echo(
         f"plain {plain:.1f} tok/s, drafted {drafted:.1f} tok/s: {drafted / plain:.2f}x ({MEASURED_PROMPTS} held-out prompts, greedy)"

@@ -20,7 +20,7 @@ from specl.shared.errors import ConfigError
 from specl.shared.hooks import is_hook
 
 SECRETS = {("gateway",), ("gateway", "token")}  # what was given there is never repeated in an error
-LOSSES = ("ce", "kl", "mixed", "acceptance")
+LOSSES = ("ce", "kl", "tv", "mixed", "acceptance")
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -91,7 +91,7 @@ class Lora(_Section):
 class Loss(_Section):
     """What a step minimises."""
 
-    type: str = Field("mixed", description="ce, kl, mixed, acceptance, or `module:name` of your own (docs/api.md)")
+    type: str = Field("mixed", description="ce, kl, tv, mixed, acceptance, or `module:name` of your own (docs/api.md)")
     temperature: Annotated[float, Field(gt=0)] = 1.0
     alpha: Share = Field(0.5, description="mixed: weight of KL against cross-entropy")
     top_k_logits: Annotated[int, Field(ge=1, le=256)] = Field(

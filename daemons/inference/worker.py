@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from specl.daemons.inference.answer import Job, acceptance_rate, to_done, to_generation
+from specl.daemons.inference.answer import Job, to_done, to_generation
 from specl.daemons.inference.lookout import Lookout, held_out_before
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.swap import AdapterSwap

@@ -17,7 +17,6 @@ from specl.shared.engine.engine import Engine
 from specl.shared.hidden import HiddenSpool
 from specl.shared.learning.examples import Example, is_held_out
 from specl.shared.learning.traffic import load_shard, recapture, save_shard
-from specl.shared.models.head import HeadDraft
 from specl.shared.store import Store, StoredGeneration
 
 LONGEST = 512  # tokens of an example; the rest of a long text is left out
@@ -128,7 +127,7 @@ class Gatherer:
     def replay(self, folder: Path) -> list[Example]:
         """General texts of the target that came with the draft, captured once and kept in `folder`."""
         draft = self.engine.draft
-        source = draft.path / "replay.npz" if isinstance(draft, HeadDraft) and draft.path else None
+        source = draft.path / "replay.npz" if draft is not None and draft.path else None
         if source is None or not source.is_file():
             return []
         kept = folder / f"replay-{self.engine.draft_fingerprint}.npz"
@@ -148,7 +147,7 @@ class Gatherer:
                     ids,
                     logprobs,
                     np.ones(len(ids), np.float32),
-                    states,
+                    states if self.engine.reads_states else None,
                 )
             )
         save_shard(kept, examples)

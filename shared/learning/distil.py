@@ -1,40 +1,52 @@
-"""`draft build`: a head draft out of the target itself. Generate, choose a hot vocabulary, train, evaluate, write.
+"""`draft build`: a draft out of the target itself. Generate, choose a hot vocabulary, train, evaluate, write.
 
 Every stage leaves files under its work folder and skips what is already there, so a stopped build goes on where it was.
 A time limit is shared out between generating and training; what there is when it ends is what the draft is made of.
 """
 
+import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from specl.shared.errors import ModelError
+from specl.shared.learning.depths import ByDepth, by_depth
 from specl.shared.learning.examples import Example, hot_vocabulary
-from specl.shared.learning.learner import Agreement, Learner, agreement
+from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
+from specl.shared.learning.own import OwnText, capture, forget
+from specl.shared.learning.progress import Progress, Tell
 from specl.shared.learning.steps import Batches, StepLoop, StepSettings, about_checkpoint
-from specl.shared.learning.traffic import Prompt, answer, load_shard, save_shard
+from specl.shared.learning.traffic import Prompt, answer, load_shard, recapture, save_shard
 from specl.shared.models.head import HeadDraft, load_head, new_head, save_head
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.layers import new_layers, save_layers
+from specl.shared.models.load import LanguageModel, load
 
 BATCH_ROWS = 32
 SORT_WINDOW = 8  # batches sorted by length together: little padding, prompts still mixed
 GENERATE_SHARE = 0.6  # of the time limit
-CHECKPOINT_EVERY = 200
+CHECKPOINT_S = 60.0
 HELDOUT_PROMPTS = 96
 REPLAY_TEXTS = 200
+KINDS = ("head", "layers")
 
 
 @dataclass(frozen=True, slots=True)
 class BuildSettings:
-    """What a build is made of. `tokens` counts generated tokens; `seconds` limits everything."""
+    """What a build is made of. `tokens` counts generated tokens; `seconds` limits everything. `layers` are the target's
+    that a `layers` draft has; `hot_size` and `depths` are a head's.
+    """
 
+    kind: str = "head"
+    layers: tuple[int, ...] = ()
     tokens: int = 200_000
     seconds: float = 3600.0
     hot_size: int = 6144
@@ -51,17 +63,21 @@ class BuildSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a build is: `done` of `total` (tokens or steps), seconds left by the current pace, and a note."""
+class Texts:
+    """What a build learns from and is judged by: prompts that the target answers, and texts that it wrote before."""
 
-    stage: str
-    done: int
-    total: int
-    left_s: float
-    note: str = ""
+    prompts: Sequence[Any]
+    heldout: Sequence[Any]
+    own: Sequence[OwnText] = ()
 
 
-Tell = Callable[[Progress], None]
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A finished build: the draft as written and read again, its held-out acceptance by depth, its manifest."""
+
+    draft: HeadDraft | LanguageModel
+    by_depth: ByDepth
+    manifest: dict[str, Any]
 
 
 def _groups(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
@@ -104,7 +120,8 @@ def generate(
                 pace = made / (time.monotonic() - start)
                 tell(Progress(f"writing {name} text", done, settings.tokens, (settings.tokens - done) / pace))
 
-            save_shard(path, answer(target, group, settings.answer_tokens, settings.top_k, True, rng, tick))
+            with_states = settings.kind == "head"
+            save_shard(path, answer(target, group, settings.answer_tokens, settings.top_k, with_states, rng, tick))
         else:
             done += sum(example.rows for example in load_shard(path))
         shards.append(path)
@@ -128,21 +145,57 @@ def encode_prompts(
     return [encoded[i] for i in rng.permutation(len(encoded))] if sampled else encoded
 
 
+def read_examples(target: LanguageModel, shards: Sequence[Path], kind: str) -> list[Example]:
+    """What shards hold, as this kind of draft needs it: a head reads states, which are captured where a shard has none."""
+    examples = []
+    for shard in shards:
+        for example in load_shard(shard):
+            if example.rows < 2:
+                continue
+            states = example.states if kind == "head" else None
+            if kind == "head" and states is None:
+                states, _, _ = recapture(target, example.tokens, example.prompt_length, 1, with_law=False)
+            examples.append(example.with_states(states))
+    return examples
+
+
 def train(
-    draft: HeadDraft, examples: Sequence[Example], folder: Path, settings: BuildSettings, deadline: float, tell: Tell
+    draft: HeadDraft | LanguageModel,
+    examples: Sequence[Example],
+    folder: Path,
+    settings: BuildSettings,
+    deadline: float,
+    tell: Tell,
 ) -> dict[str, Any]:
-    """Train until the epochs or the time are over; resumes from its checkpoint. Returns steps, seconds and losses."""
+    """Train until the epochs or the time are over; resumes from its checkpoint. Returns steps, seconds and losses.
+
+    Raises ModelError for a checkpoint of another training.
+    """
     learner = Learner(draft)
     per_epoch = max(1, len(examples) // settings.batch_size)
     total = per_epoch * settings.epochs
     batches = Batches(examples, (), settings.batch_size, 0.0, settings.seed)
     loop = StepLoop(learner, settings.loss, StepSettings(settings.learning_rate, total, depths=settings.depths))
-    checkpoint = folder / "checkpoint"
-    if about_checkpoint(checkpoint) is not None:
+    checkpoint, plan = folder / "checkpoint", _plan(settings)
+    first, smooth, before = None, None, 0.0
+    about = about_checkpoint(checkpoint)
+    if about is not None:
+        if about.get("plan", plan) != plan:
+            raise ModelError(
+                f"{folder} holds a training that was begun otherwise: {_differences(about['plan'], plan)}",
+                "give the same options to go on with it, or another --work to begin anew",
+            )
         loop.resume(checkpoint)
+        first, smooth, before = about.get("loss_first"), about.get("loss_last"), about.get("seconds", 0.0)
         for _ in range(loop.step_number):
             batches.next()
-    start, first, smooth, begun = time.monotonic(), None, None, loop.step_number
+    start, begun = time.monotonic(), loop.step_number
+    saved = start
+
+    def figures() -> dict[str, Any]:
+        seconds = round(before + time.monotonic() - start, 1)
+        return {"steps": loop.step_number, "seconds": seconds, "loss_first": first, "loss_last": smooth}
+
     while loop.step_number < total and time.monotonic() < deadline:
         loop.time_share = (time.monotonic() - start) / max(deadline - start, 1e-9)
         loss = loop.step([batches.next()])
@@ -151,70 +204,144 @@ def train(
         pace = (time.monotonic() - start) / (loop.step_number - begun)
         left = min(pace * (total - loop.step_number), max(0.0, deadline - time.monotonic()))
         tell(Progress("training", loop.step_number, total, left, f"loss {smooth:.3f}"))
-        if loop.step_number % CHECKPOINT_EVERY == 0:
-            loop.save(checkpoint, {})
-    loop.save(checkpoint, {})
-    return {
-        "steps": loop.step_number,
-        "seconds": round(time.monotonic() - start, 1),
-        "loss_first": first,
-        "loss_last": smooth,
-    }
+        if time.monotonic() - saved > CHECKPOINT_S:
+            loop.save(checkpoint, {**figures(), "plan": plan})
+            saved = time.monotonic()
+    loop.save(checkpoint, {**figures(), "plan": plan})
+    return figures()
 
 
-def build_head(
+def _plan(settings: BuildSettings) -> dict[str, Any]:
+    """What a checkpoint cannot be carried over: everything that shapes weights, data order or schedule but their length."""
+    names = ["kind", "layers", "batch_size", "learning_rate", "loss", "seed"]
+    names += ["hot_size", "depths"] if settings.kind == "head" else []
+    return json.loads(json.dumps({name: value for name, value in asdict(settings).items() if name in names}))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {old.get(name)} (now {new.get(name)})" for name in new if old.get(name) != new[name])
+
+
+def check_work(work: Path, origin: dict[str, Any]) -> None:
+    """Remember what `work` is for. Raises ModelError where it was begun for something else, whose text it holds."""
+    path = work / "origin.json"
+    try:
+        held = json.loads(path.read_text())
+    except FileNotFoundError:
+        path.write_text(json.dumps(origin))
+        return
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged", f"remove {work}, or give another --work") from error
+    if held != origin:
+        raise ModelError(
+            f"{work} holds a build that was begun otherwise: {_differences(held, origin)}",
+            "give the same options to go on with it, or another --work to begin anew",
+        )
+
+
+def embedding_digest(target: LanguageModel) -> str:
+    """sha256 over the target's embedding and head in memory: what every draft shares and no training may touch."""
+    digest = hashlib.sha256()
+    for holder, name in ((target.model.model, "embed_tokens"), (target.model, "lm_head")):
+        if name in holder:
+            for _, value in sorted(tree_flatten(holder[name].parameters())):
+                digest.update(np.array(value.view(mx.uint8), copy=False))
+    return digest.hexdigest()
+
+
+def build(
     target: LanguageModel,
-    train_prompts: Sequence[Any],
-    heldout_prompts: Sequence[Any],
+    texts: Texts,
     work: Path,
     out: Path,
     settings: BuildSettings,
     about: dict[str, Any],
     tell: Tell = lambda progress: None,
     begin: HeadDraft | None = None,
-) -> tuple[HeadDraft, Agreement, dict[str, Any]]:
-    """The whole pipeline, from `begin`'s weights where given. Returns the draft as written, its held-out agreement (greedy
-    prompts) and its manifest.
-    """
+) -> Built:
+    """The whole pipeline, a head from `begin`'s weights where given. Raises ModelError where the target itself was changed."""
     work.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    heldout = encode_prompts(target, heldout_prompts[:HELDOUT_PROMPTS], settings, sampled=False)
+    work.chmod(0o700)  # it may hold what a user wrote
+    start, shared = time.monotonic(), embedding_digest(target)
+    check_work(work, {"target": target.fingerprint, "prompts": about.get("prompts_sha256"), "seed": settings.seed})
+    heldout = encode_prompts(target, texts.heldout[:HELDOUT_PROMPTS], settings, sampled=False)
     judged = generate(target, _groups(heldout), work, "held-out", settings, start + 0.1 * settings.seconds, tell)
-    prompts = encode_prompts(target, train_prompts, settings)
-    groups = _passes(prompts, settings)
-    shards = generate(target, groups, work, "training", settings, start + GENERATE_SHARE * settings.seconds, tell)
-    examples = [example for shard in shards for example in load_shard(shard) if example.rows > 1]
-    hot = hot_vocabulary(examples, settings.hot_size, int(target.config["vocab_size"]))
-    draft = new_head(target, hot)
-    if begin is not None:
-        draft.head.update(begin.head.parameters())
+    deadline, shards = start + GENERATE_SHARE * settings.seconds, []
+    own = capture(target, texts.own, work, settings.top_k, settings.kind == "head", deadline, tell)
+    if texts.prompts:
+        groups = _passes(encode_prompts(target, texts.prompts, settings), settings)
+        shards = generate(target, groups, work, "training", settings, deadline, tell)
+    general = read_examples(target, shards, settings.kind)
+    examples = general + own
+    if settings.kind == "head":
+        hot = hot_vocabulary(examples, settings.hot_size, int(target.config["vocab_size"]))
+        mx.random.seed(settings.seed)
+        draft = new_head(target, hot)
+        if begin is not None:
+            draft.head.update(begin.head.parameters())
+    else:
+        draft = new_layers(target, settings.layers)
     figures = train(draft, examples, work, settings, start + settings.seconds, tell)
-    tests = [example for shard in judged for example in load_shard(shard) if example.rows > 1]
-    score = agreement(Learner(draft), tests, depths=3)
+    tests = read_examples(target, judged, settings.kind)
+    judged_at = by_depth(Learner(draft), tests)
+    if embedding_digest(target) != shared:
+        raise ModelError(
+            f"the embedding of {target.name} changed while its draft was trained: this is a fault of the program"
+        )
     manifest = {
         **about,
-        "kind": "head",
+        "kind": settings.kind,
         "target": target.name,
         "target_fingerprint": target.fingerprint,
+        "target_embedding_sha256": shared,
         "settings": asdict(settings),
         "training_prompts": len(examples),
         "training_tokens": int(sum(example.rows for example in examples)),
+        "own_texts": len(own),
         "training": figures,
-        "hot_coverage_heldout": _coverage(tests, hot),
         "heldout_prompts": len(tests),
-        "heldout_agreement_by_depth": [round(value, 4) for value in score.by_depth],
+        "heldout_agreement_by_depth": [round(value, 4) for value in judged_at.agreement],
+        "heldout_acceptance_by_depth": [round(value, 4) for value in judged_at.acceptance],
         "hours": round((time.monotonic() - start) / 3600, 3),
     }
-    save_head(draft, out, json.loads(json.dumps(manifest)))
-    save_replay(examples, out / "replay.npz", settings.seed)
-    return load_head(out, out.name, target), score, manifest
+    if settings.kind == "head":
+        manifest["hot_coverage_heldout"] = _coverage(tests, draft.hot)
+    manifest = json.loads(json.dumps(manifest))
+    built = Built(_write(draft, target, out, manifest, general, settings.seed), judged_at, manifest)
+    forget(work)
+    return built
+
+
+def _write(
+    draft: HeadDraft | LanguageModel,
+    target: LanguageModel,
+    out: Path,
+    manifest: dict[str, Any],
+    general: Sequence[Example],
+    seed: int,
+) -> HeadDraft | LanguageModel:
+    """The draft's folder, whole, and what it holds read again."""
+
+    def beside(folder: Path) -> None:
+        save_replay(general, folder / "replay.npz", seed)
+
+    if isinstance(draft, HeadDraft):
+        save_head(draft, out, manifest, beside)
+        return load_head(out, out.name, target)
+    save_layers(draft, target, out, manifest, beside)
+    return load(out.name, out.parent, path=out)
 
 
 def save_replay(examples: Sequence[Example], path: Path, seed: int) -> None:
-    """Token ids of some training texts: what the trainer replays so that general text is not forgotten."""
+    """Token ids of some training texts: what the trainer replays so that general text is not forgotten.
+
+    Never a user's own: a purge does not reach what comes with a draft.
+    """
     rng = np.random.default_rng(seed)
     greedy = [example for example in examples if example.greedy]
     chosen = [greedy[i] for i in rng.permutation(len(greedy))[:REPLAY_TEXTS]]
+    if not chosen:
+        return
     np.savez_compressed(
         path,
         tokens=np.concatenate([example.tokens for example in chosen]).astype(np.uint32),

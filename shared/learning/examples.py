@@ -6,7 +6,7 @@ they are stored.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,10 @@ class Example:
     def rows(self) -> int:
         """Output positions."""
         return len(self.tokens) - self.prompt_length
+
+    def with_states(self, states: np.ndarray | None) -> "Example":
+        """The same with these states."""
+        return replace(self, states=states)
 
     def clipped(self, limit: int) -> "Example":
         """The first `limit` tokens of it."""

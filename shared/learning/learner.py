@@ -16,6 +16,7 @@ from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
 
 CHUNK_FLOATS = 16 * 1024 * 1024  # logits a chunk: 512 x 151,936 would be 311 MB a copy, and a step makes several
+CHUNK_ROWS = 128  # of a whole vocabulary at most
 DEPTH_WEIGHT = 0.8  # of each depth against the one before (EAGLE-3)
 
 
@@ -77,6 +78,13 @@ class Learner:
             result.append((flat[mx.array(rows * out.shape[1] + places)], pick))
         return result
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of logits that are held together."""
+        if self.is_head:
+            return max(1, CHUNK_FLOATS // len(self.draft.hot))
+        return max(1, min(CHUNK_ROWS, CHUNK_FLOATS // len(self._columns)))
+
     def logits(self, rows: mx.array) -> mx.array:
         """Scores of the draft's columns."""
         return self.draft.logits(rows)
@@ -92,8 +100,7 @@ class Learner:
 
     def _chunked_loss(self, rows: mx.array, batch: Batch, pick: np.ndarray, settings: LossSettings) -> mx.array:
         """As one piece where the logits are small, else in chunks whose logits are recomputed in the backward pass."""
-        columns = len(self.draft.hot) if self.is_head else len(self._columns)
-        size = max(1, CHUNK_FLOATS // columns)
+        size = self.rows_at_once
 
         def piece(part: mx.array, teacher: Teacher) -> tuple[mx.array, mx.array]:
             losses, valid = position_losses(self.logits(part), teacher, settings)
@@ -129,7 +136,7 @@ def agreement(
         batch = collate([examples[i] for i in members])
         sampled = np.array([not examples[i].greedy for i in members])
         for depth, (rows, pick) in enumerate(learner.outputs(batch, depths)):
-            score = _scores(learner, rows, batch, pick, sampled)
+            score = score_rows(learner, rows, batch, pick, sampled)
             depth_hits[depth] += score.sum()
             depth_rows[depth] += len(score)
             if depth == 0:
@@ -139,9 +146,9 @@ def agreement(
     return Agreement(hits, positions, tuple(float(h / max(r, 1)) for h, r in zip(depth_hits, depth_rows, strict=True)))
 
 
-def _scores(learner: Learner, rows: mx.array, batch: Batch, pick: np.ndarray, sampled: np.ndarray) -> np.ndarray:
+def score_rows(learner: Learner, rows: mx.array, batch: Batch, pick: np.ndarray, sampled: np.ndarray) -> np.ndarray:
     """1 or 0 for greedy rows, the overlap for sampled ones."""
-    size = max(1, CHUNK_FLOATS // len(learner._columns))
+    size = learner.rows_at_once
     scores = []
     for start in range(0, len(pick), size):
         part = pick[start : start + size]

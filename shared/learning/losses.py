@@ -1,4 +1,4 @@
-"""What a step minimises: cross-entropy, KL on the target's top-k with its tail, both mixed, or the acceptance itself.
+"""What a step minimises: cross-entropy, KL on the target's top-k with its tail, both mixed, total variation, or acceptance.
 
 All vectorised over positions (a loss that calls `.item()` a position has no gradient). A draft with a hot vocabulary scores
 a subset of tokens: the teacher is renormalised over it, its remaining mass being one tail outcome, else KL is infinite.
@@ -49,6 +49,8 @@ def position_losses(logits: mx.array, teacher: Teacher, settings: LossSettings) 
     kl, overlap, valid = _kl_and_overlap(logits, teacher, settings.temperature)
     if settings.kind == "kl":
         return kl, valid
+    if settings.kind == "tv":
+        return 1 - overlap, valid
     if settings.kind == "mixed":
         ce, labelled = _cross_entropy(logits, teacher)
         return settings.alpha * kl + (1 - settings.alpha) * ce * labelled, valid

@@ -10,6 +10,7 @@ head's own output in its place, and predicts token p+1. What it does not know: c
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mlx.utils import tree_flatten
 from specl.shared.errors import ModelError
 from specl.shared.models.fast import ONE_CALL, draft_stack, on_cpu, speed_up
 from specl.shared.models.load import DENSE_ROWS, FEW_ROWS, LanguageModel
+from specl.shared.models.whole import whole
 
 MODEL_TYPE = "speclora_head"
 
@@ -279,27 +281,20 @@ def new_head(target: LanguageModel, hot: np.ndarray, name: str = "new") -> HeadD
     return HeadDraft(name, None, head, shape, target, hot, "")
 
 
-def save_head(draft: HeadDraft, folder: Path, manifest: dict[str, Any]) -> None:
-    """Write a draft directory (bf16 weights, hot vocabulary, config, manifest) whole, by rename.
+def save_head(
+    draft: HeadDraft, folder: Path, manifest: dict[str, Any], beside: Callable[[Path], None] = lambda folder: None
+) -> None:
+    """Write a draft directory (bf16 weights, hot vocabulary, config, manifest) whole, by rename. `beside` adds files.
 
     bf16, because the native kernels read it as it is: half the memory traffic of fp32 a draft step.
     """
-    scratch = folder.with_name(f".{folder.name}.partial")
-    scratch.mkdir(parents=True, exist_ok=True)
     weights = {name: value.astype(mx.bfloat16) for name, value in tree_flatten(draft.head.parameters())}
-    mx.save_safetensors(str(scratch / "model.safetensors"), weights, metadata={"format": "mlx"})
-    np.save(scratch / "hot_vocab.npy", draft.hot.astype(np.uint32))
-    (scratch / "config.json").write_text(json.dumps({"model_type": MODEL_TYPE, **asdict(draft.shape)}, indent=2))
-    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        folder.rename(old)
-        scratch.rename(folder)
-        for path in old.iterdir():
-            path.unlink()
-        old.rmdir()
-    else:
-        scratch.rename(folder)
+    with whole(folder) as scratch:
+        mx.save_safetensors(str(scratch / "model.safetensors"), weights, metadata={"format": "mlx"})
+        np.save(scratch / "hot_vocab.npy", draft.hot.astype(np.uint32))
+        (scratch / "config.json").write_text(json.dumps({"model_type": MODEL_TYPE, **asdict(draft.shape)}, indent=2))
+        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        beside(scratch)
 
 
 def is_head(folder: Path) -> bool:

@@ -210,7 +210,8 @@ def _check_rewindable(name: str, model: nn.Module) -> None:
         raise ModelError(f"{name} uses {', '.join(bad)}, which cannot rewind, so it cannot be served speculatively")
 
 
-def _dense_fp32(model: nn.Module) -> nn.Module:
+def dense_fp32(model: nn.Module) -> nn.Module:
+    """A loaded model, quantised or not, in fp32; the same object, computed only when evaluated."""
     model.set_dtype(mx.float32)  # scales first, so that dequantising happens in fp32
     model = dequantize_model(model)
     model.set_dtype(mx.float32)
@@ -241,7 +242,7 @@ def load(
     blocks, speed = {}, "as loaded"
     if precision == "fp32" or (precision == "auto" and on_cpu()):
         blocks = blocks_of(model) if on_cpu() else {}
-        model = _dense_fp32(model)
+        model = dense_fp32(model)
     mx.eval(model.parameters())
     if on_cpu():
         speed = speed_up(model, blocks)

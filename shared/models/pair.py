@@ -19,9 +19,10 @@ SHIPPED = Path(__file__).parent / "drafts"
 
 
 def draft_folder(name: str, models: Path) -> Path | None:
-    """Where a head draft of this name lies: a folder, one built under var/models, or a shipped one."""
-    for folder in (Path(name).expanduser(), models / "drafts" / name, SHIPPED / name):
-        if is_head(folder):
+    """Where a draft of this name lies: a head's folder, one of either kind built under var/models, or a shipped one."""
+    built = models / "drafts" / name
+    for folder in (Path(name).expanduser(), built, SHIPPED / name):
+        if is_head(folder) or (folder is built and (folder / "config.json").is_file()):
             return folder
     return None
 

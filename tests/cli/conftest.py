@@ -69,6 +69,15 @@ def filled():
 
 
 @pytest.fixture(scope="session")
+def stored(tmp_path_factory):
+    """A target on disk: a random model with a tokenizer."""
+    from tests.stored import write_target
+
+    model = write_target(tmp_path_factory.mktemp("models") / "target", tied=True, quantised=False)
+    return lambda: model
+
+
+@pytest.fixture(scope="session")
 def running():
     """A run directory with real inference and collector daemons around a random one-layer model."""
     from fault_house import House, Zygote

@@ -1,0 +1,114 @@
+"""What `specl-ctl draft build` learns from: the shipped prompts, a file's, or what the store holds of the user's own traffic."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specl.shared.config import Settings
+from specl.shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from specl.shared.learning.own import OwnText
+    from specl.shared.store import StoredGeneration
+
+SHIPPED = "shipped"
+
+
+def prompts_of(file: str) -> tuple[list[Any], str]:
+    """The prompts in `file` (one a line, or JSONL with `messages` or `prompt`), or the shipped ones, and their sha256.
+
+    Raises ConfigError that names file and line.
+    """
+    from specl.shared import prompts
+
+    if file == SHIPPED:
+        return prompts.load("train"), prompts.sha256("train")
+    try:
+        data = Path(file).expanduser().read_bytes()
+        lines = data.decode("utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(
+            f"--prompts {file} cannot be read: {error.strerror}", "give a file of prompts, or the word `shipped`"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text (byte {error.start})") from error
+    items = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line) if line.lstrip().startswith("{") else {"prompt": line}
+            messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{file}:{number}: neither a prompt nor JSON with `messages` or `prompt`") from error
+        items.append(prompts.ShippedPrompt(f"line-{number}", "own", messages))
+    if not items:
+        raise ConfigError(f"{file} has no prompts")
+    return items, hashlib.sha256(data).hexdigest()
+
+
+def texts_of_store(path: Path, settings: Settings, fingerprint: str, name: str) -> list["OwnText"]:
+    """The answers of this target in the store that a draft may learn from: not from conversations that are held out for
+    judging adapters, not older than retention allows, and whole (statistics and redacted records have no tokens).
+
+    Raises ConfigError that says why where there is none.
+    """
+    from specl.shared.learning.examples import is_held_out
+    from specl.shared.store import Store
+
+    if not path.is_file():
+        raise ConfigError(f"there is nothing to learn from: no store at {path} yet", "use the server first")
+    since = time.time() - 86400 * settings.records.retention_days if settings.records.retention_days else 0.0
+    counts = dict.fromkeys(("bare", "other", "old", "held"), 0)
+    found: dict[bytes, OwnText] = {}
+    store = Store(path, read_only=True)
+    try:
+        for row in store.each():
+            values = row.values
+            if reason := _unusable(values, fingerprint, since):
+                counts[reason] += 1
+            elif is_held_out(values["conversation_id"], settings.training.heldout_share):
+                counts["held"] += 1
+            else:
+                text = _text(row)
+                found[text.tokens.tobytes()] = text
+    finally:
+        store.close()
+    if not found:
+        raise _nothing(counts, settings, name)
+    return list(found.values())
+
+
+def _unusable(values: dict[str, Any], fingerprint: str, since: float) -> str:
+    if len(values["output_tokens"]) <= 4 or not values["prompt_tokens"]:
+        return "bare"
+    if values["target_fingerprint"] != fingerprint:
+        return "other"
+    return "old" if values["created_at"] < since else ""
+
+
+def _text(row: "StoredGeneration") -> "OwnText":
+    import numpy as np
+
+    from specl.shared.learning.own import OwnText
+
+    values = row.values
+    prompt, output = (np.frombuffer(values[name], "<u4") for name in ("prompt_tokens", "output_tokens"))
+    return OwnText(values["id"], np.concatenate([prompt, output]), len(prompt), values["temperature"] == 0)
+
+
+def _nothing(counts: dict[str, int], settings: Settings, name: str) -> ConfigError:
+    """Why the store has nothing for a draft, in one sentence."""
+    said = {
+        "bare": "without tokens (statistics only, redacted, or empty)",
+        "other": f"written by another target than {name}",
+        "old": f"older than records.retention_days ({settings.records.retention_days:g})",
+        "held": "held out for judging adapters",
+    }
+    parts = [f"{count} {said[key]}" for key, count in counts.items() if count]
+    hint = "use the server for a while, or build from --prompts"
+    if settings.records.keep == "statistics":
+        hint = "records.keep is `statistics`, so no text is kept: build from --prompts, or set it to `content`"
+    return ConfigError(f"the store has nothing to learn from: {'; '.join(parts) or 'it is empty'}", hint)

@@ -1,0 +1,139 @@
+"""`draft build` from the user's own traffic: what it may use, and what it says where there is nothing."""
+
+import time
+
+import pytest
+
+from specl.cli.draft_texts import prompts_of, texts_of_store
+from specl.shared import config, prompts
+from specl.shared.errors import ConfigError
+from specl.shared.learning.examples import is_held_out
+from specl.shared.paths import find_paths
+from specl.shared.store import Store
+from tests.fakes import make_generation, to_row, tokens_blob
+
+NOW = time.time()
+TRAINED = [f"talk-{n}" for n in range(60) if not is_held_out(f"talk-{n}", 0.2)]
+HELD = [f"talk-{n}" for n in range(60) if is_held_out(f"talk-{n}", 0.2)]
+
+
+@pytest.fixture
+def kept():
+    """`kept(records)`: a store that holds them; its path."""
+
+    def write(*records):
+        path = find_paths().create().store
+        store = Store(path)
+        store.add_rows([to_row(record) for record in records])
+        store.close()
+        return path
+
+    return write
+
+
+def record(id, **changes):
+    number = int("".join(c for c in id if c.isdigit()) or 0)
+    values = {
+        "conversation_id": TRAINED[number % 40],
+        "created_at": NOW - 3600,
+        "prompt_tokens": tokens_blob([1, 70, 71, number + 10]),
+    }
+    return make_generation(id, **(values | changes))
+
+
+def found(path, **records):
+    settings = config.load()
+    settings = settings.model_copy(update={"records": settings.records.model_copy(update=records)})
+    return texts_of_store(path, settings, "t0", "target")
+
+
+def test_prompt_and_answer_are_taken_as_the_target_saw_them(kept):
+    (text,) = found(kept(record("a1", sampling={"temperature": 0.7, "top_p": 1.0})))
+    assert text.tokens.tolist() == [1, 70, 71, 11, 1, 2, 3, 4, 5]
+    assert (text.id, text.prompt_length, text.greedy) == ("a1", 4, False)
+
+
+def test_held_out_conversations_other_targets_and_repeats_are_left_out(kept):
+    path = kept(
+        record("a1"),
+        record("a2", conversation_id=HELD[0]),
+        record("a3", target_fingerprint="t1"),
+        record("b1"),  # the same text as a1
+        record("a4", output_tokens=tokens_blob([9]), output_ids=[9]),
+        record("a5"),
+    )
+    assert sorted(text.id for text in found(path)) == ["a5", "b1"]
+
+
+def test_retention_holds_even_before_the_collector_has_purged(kept):
+    path = kept(record("a1", created_at=NOW - 20 * 86400), record("a2"))
+    assert len(found(path)) == 2
+    assert [text.id for text in found(path, retention_days=7)] == ["a2"]
+    assert found(path, retention_days=30)[0].id == "a1"
+
+
+def test_where_there_is_nothing_it_says_why(kept):
+    with pytest.raises(ConfigError, match="no store at"):
+        found(find_paths().store)
+    bare = {"prompt_tokens": b"", "output_tokens": b"", "sources": b"", "top_k": None, "disagreements": []}
+    path = kept(record("a1", **bare), record("a2", conversation_id=HELD[1]), record("a3", target_fingerprint="t1"))
+    with pytest.raises(ConfigError) as caught:
+        found(path, keep="statistics")
+    said = str(caught.value)
+    assert "1 without tokens" in said and "1 held out" in said and "1 written by another target" in said
+    assert "statistics" in caught.value.hint and "--prompts" in caught.value.hint
+
+
+def test_an_empty_store_has_nothing(kept):
+    with pytest.raises(ConfigError, match="it is empty"):
+        found(kept())
+
+
+def test_prompts_are_a_file_or_the_shipped_ones(tmp_path):
+    assert len(prompts_of("shipped")[0]) == len(prompts.load("train"))
+    file = tmp_path / "mine.txt"
+    file.write_text('one\n\n{"messages": [{"role": "user", "content": "two"}]}\n{"prompt": "three"}\n')
+    items, digest = prompts_of(str(file))
+    assert [item.messages[-1]["content"] for item in items] == ["one", "two", "three"]
+    assert digest != prompts.sha256("train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompts", "nowhere.txt"], "cannot be read"),
+        (["--layers", "99", "--kind", "layers"], "--layers 99"),
+        (["--time", "soon"], "a time is written like"),
+        (["--from-store"], "no store at"),
+        (["--kind", "layers", "--begin", "."], "--begin goes on from a head"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(specl, stored, monkeypatch, arguments, said):
+    monkeypatch.setattr("specl.shared.models.load.load", lambda *given, **more: stored())
+    outcome = specl("draft", "build", *arguments)
+    assert outcome.exit_code == 2
+    assert said in outcome.stderr and "Traceback" not in outcome.stderr
+
+
+def test_the_whole_command_makes_a_draft_that_the_settings_accept(specl, stored, monkeypatch, tmp_path):
+    from specl.shared.learning import distil
+    from specl.shared.models import load
+
+    target = stored()
+    real = load.load
+    monkeypatch.setattr(distil, "HELDOUT_PROMPTS", 4)
+    monkeypatch.setattr("specl.cli.draft.MEASURED_PROMPTS", 1)
+    monkeypatch.setattr(
+        load, "load", lambda name, *given, **more: target if name == "it" else real(name, *given, **more)
+    )
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join(f"say {n} things" for n in range(10)))
+    out = tmp_path / "made"
+    outcome = specl(
+        *("draft", "build", "--target", "it", "--kind", "layers", "--layers", "0,3", "--prompts", file),
+        *("--tokens", "1000", "--epochs", "1", "--time", "5m", "--out", out),
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "held-out acceptance by depth" in outcome.stdout and f"name: {out}" in outcome.stdout
+    assert (out / "model.safetensors").is_file()
+    assert "one draft token" in outcome.stdout and "these promise" in outcome.stdout
