@@ -106,7 +106,7 @@ class Server:
         _bind(self._publisher, publish)
         self._waker, self._waked = self._wake_pair()
         self._subscribers: dict[zmq.Socket, Callable[[Any], None]] = {}
-        self._asking: dict[zmq.Socket, Callable[[Any], None]] = {}
+        self._asking: dict[zmq.Socket, Callable[[bytes], None]] = {}
         self.malformed = 0
 
     def _authenticate(self, keys: Keys) -> "ThreadAuthenticator":
@@ -140,10 +140,10 @@ class Server:
         """A function that sends to another daemon; answers arrive at `handle` while polling."""
         socket, unanswered = self._ask_socket(endpoint), 0
 
-        def heard(message: Any) -> None:
+        def heard(data: bytes) -> None:
             nonlocal unanswered
-            unanswered = 0
-            handle(message)
+            unanswered = 0  # whatever it is, the line is not dead
+            handle(decode(data))
 
         def send(message: Any) -> None:
             nonlocal socket, unanswered
@@ -186,7 +186,7 @@ class Server:
             elif socket in self._subscribers:
                 self._drain(socket, lambda frames, s=socket: self._subscribers[s](decode(frames[-1])))
             elif socket in self._asking:
-                self._drain(socket, lambda frames, s=socket: self._asking[s](decode(frames[-1])))
+                self._drain(socket, lambda frames, s=socket: self._asking[s](frames[-1]))
 
     def _drain(self, socket: zmq.Socket, take: Callable[[list[bytes]], None], framed: bool = False) -> None:
         # bounded, so that one flood cannot starve the other sockets
