@@ -97,6 +97,9 @@ class Gain(Learning):
                 self.console.print(line)
         else:
             report |= {"before": {way: Side(rows).figures() for way, rows in before.items()}}
+            figures = report["before"]
+            for label, figure, _, form in FIGURES:
+                self.console.print(f"  before, {label:34}" + one(figures[_way(figure)].get(figure), form).rjust(9))
         passes = {
             name: {way: [asdict(row) for row in rows] for way, rows in p.items()} for name, p in self.passes.items()
         }
@@ -111,11 +114,16 @@ def gain_lines(report: dict[str, Any]) -> Iterator[str]:
     which = {"agreement": "agreement_gain", "acceptance": "acceptance_gain"}
     which |= {"speed": "speed_ratio", "speed_to_plain": "speed_ratio_to_plain"}
     for label, figure, change, form in FIGURES:
-        way = "auto" if figure in ("tokens_per_second", "speed_to_plain", "tokens_a_round") else "fixed"
+        way = _way(figure)
         note = f"{label} ({'k chosen by costs' if way == 'auto' else 'k = 4'})"
         sides = [one(report[side][way].get(figure), form) for side in ("before", "after")]
         yield f"  {note:42}" + cells(*sides, spread(report.get(which.get(change, "")), change))
     yield f"texts that differ between before and after: {report['words']['different']} of {report['words']['compared']}"
+
+
+def _way(figure: str) -> str:
+    """Speeds are of the automatic k, the draft's own figures of the fixed one."""
+    return "fixed" if figure in ("agreement", "acceptance") else "auto"
 
 
 def _progress(done: int, total: int, start: float, note: str) -> Progress:
