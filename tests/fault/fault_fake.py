@@ -92,9 +92,9 @@ def _rising(score: Any) -> Any:
     """Agreement that rises with every look: random models learn little, and publishing is what is to be seen."""
     looks = [0]
 
-    def look(*arguments: Any) -> Any:
+    def look(*arguments: Any, **more: Any) -> Any:
         looks[0] += 1
-        found = score(*arguments)
+        found = score(*arguments, **more)
         return replace(found, hits=found.positions * min(1.0, 0.1 + 0.3 * (looks[0] - 1)))
 
     return look

@@ -147,3 +147,20 @@ def test_what_is_no_adapter_directory_is_a_users_mistake(house, tmp_path):
     assert done.returncode == 3 and "honcho start" in done.stderr
     assert not list(house.paths.adapters.glob(".new-*"))
     shutil.rmtree(folder)
+
+
+def test_a_bad_one_forced_in_by_hand_is_rolled_back_within_twenty_requests(house):
+    house.set(SETTINGS.replace("num_draft_tokens: 2", "num_draft_tokens: 2, ngram: false"))
+    publish_adapter(house.paths.adapters, "000001", scale=1.0)
+    Adapters(house.paths.adapters).set_current("")
+    house.start("inference")
+    house.ready("inference")
+    with house.client() as client:
+        plain = [house.ask(f"question {n}", client, max_tokens=24).text for n in range(8)]
+        assert client.set_adapter("000001").ok
+        requests = 0
+        while house.status("inference")["adapter"]["active"]:
+            assert house.ask(f"question {requests % 8}", client, max_tokens=24).text == plain[requests % 8]
+            requests += 1
+            assert requests <= 20, house.status("inference")["adapter"]
+    assert "live acceptance" in Adapters(house.paths.adapters).rolled_back()["000001"]
