@@ -87,8 +87,8 @@ def test_tensors_that_cannot_be_used_are_named(tmp_path, engine, how, reason):
         read_foreign(publish_adapter(tmp_path, "000001", **how), engine)
 
 
-def control(house, *arguments):
-    command = [str(Path(sys.executable).parent / "specl-ctl"), "adapters", "import", *arguments]
+def control(house, *arguments, command="import"):
+    command = [str(Path(sys.executable).parent / "specl-ctl"), "adapters", command, *arguments]
     return subprocess.run(command, env=os.environ | house.environment(), capture_output=True, text=True, timeout=120)
 
 
@@ -135,6 +135,11 @@ def test_through_the_daemons_a_good_one_drafts_and_a_bad_one_leaves_a_verdict(ho
         ("promoted", "import theirs", "000001"),
     ]
     assert not list(house.paths.adapters.glob(".new-*"))
+    listed = control(house, "--all", command="list").stdout
+    assert listed.count("rejected") == 2 and "current" in listed, listed
+    shown = control(house, command="show").stdout
+    assert "promoted (import theirs)" in shown and "activated, promoted" in shown, shown
+    print(listed, shown)
 
 
 def test_what_is_no_adapter_directory_is_a_users_mistake(house, tmp_path):
