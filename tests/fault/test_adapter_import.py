@@ -162,7 +162,8 @@ def test_a_bad_one_forced_in_by_hand_is_rolled_back_within_twenty_requests(house
     house.ready("inference")
     with house.client() as client:
         plain = [house.ask(f"question {n}", client, max_tokens=24).text for n in range(8)]
-        assert client.set_adapter("000001").ok
+        with house.client() as other:
+            assert other.set_adapter("000001").ok
         requests = 0
         while house.status("inference")["adapter"]["active"]:
             assert house.ask(f"question {requests % 8}", client, max_tokens=24).text == plain[requests % 8]
