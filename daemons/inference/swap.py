@@ -163,6 +163,7 @@ class AdapterSwap:
 
     def _leave(self, id: str) -> None:
         """CURRENT names an adapter that was rolled back: go to the one before it, or to none."""
+        self._drafted_before = None  # there is no way back to that
         back = self.adapters.resolve("previous")
         gone = self.adapters.rolled_back()
         back = "" if back in gone else back

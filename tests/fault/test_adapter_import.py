@@ -87,8 +87,8 @@ def test_tensors_that_cannot_be_used_are_named(tmp_path, engine, how, reason):
         read_foreign(publish_adapter(tmp_path, "000001", **how), engine)
 
 
-def control(house, *arguments):
-    command = [str(Path(sys.executable).parent / "specl-ctl"), "adapters", "import", *arguments]
+def control(house, *arguments, command="import"):
+    command = [str(Path(sys.executable).parent / "specl-ctl"), "adapters", command, *arguments]
     return subprocess.run(command, env=os.environ | house.environment(), capture_output=True, text=True, timeout=120)
 
 
@@ -135,6 +135,11 @@ def test_through_the_daemons_a_good_one_drafts_and_a_bad_one_leaves_a_verdict(ho
         ("promoted", "import theirs", "000001"),
     ]
     assert not list(house.paths.adapters.glob(".new-*"))
+    listed = control(house, "--all", command="list").stdout
+    assert listed.count("rejected") == 2 and "current" in listed, listed
+    shown = control(house, command="show").stdout
+    assert "promoted (import theirs)" in shown and "activated, promoted" in shown, shown
+    print(listed, shown)
 
 
 def test_what_is_no_adapter_directory_is_a_users_mistake(house, tmp_path):
@@ -147,3 +152,21 @@ def test_what_is_no_adapter_directory_is_a_users_mistake(house, tmp_path):
     assert done.returncode == 3 and "honcho start" in done.stderr
     assert not list(house.paths.adapters.glob(".new-*"))
     shutil.rmtree(folder)
+
+
+def test_a_bad_one_forced_in_by_hand_is_rolled_back_within_twenty_requests(house):
+    house.set(SETTINGS.replace("num_draft_tokens: 2", "num_draft_tokens: 2, ngram: false"))
+    publish_adapter(house.paths.adapters, "000001", scale=1.0)
+    Adapters(house.paths.adapters).set_current("")
+    house.start("inference")
+    house.ready("inference")
+    with house.client() as client:
+        plain = [house.ask(f"question {n}", client, max_tokens=24).text for n in range(8)]
+        with house.client() as other:
+            assert other.set_adapter("000001").ok
+        requests = 0
+        while house.status("inference")["adapter"]["active"]:
+            assert house.ask(f"question {requests % 8}", client, max_tokens=24).text == plain[requests % 8]
+            requests += 1
+            assert requests <= 20, house.status("inference")["adapter"]
+    assert "live acceptance" in Adapters(house.paths.adapters).rolled_back()["000001"]

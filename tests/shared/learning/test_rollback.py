@@ -69,8 +69,12 @@ def test_killed_between_the_mark_and_current_it_is_still_not_tried_again(made):
     adapters.set_previous(first)
     adapters.set_current(second)
     adapters.mark_rolled_back(second, "it disappointed")
+    before = Lookout(paths.root / "watch.json")
+    before.load("draft", "target")
+    before.changed(second, "", first)
     swap, _, _ = start(paths)
     assert swap.engine.adapter_id == first == adapters.current()
+    assert adapters.resolve("previous") == "" == swap.previous
 
 
 def test_by_hand_a_rolled_back_adapter_may_be_activated_again(made):
