@@ -157,7 +157,7 @@ def test_a_head_learns_from_the_shards_of_a_layers_build(stored, tmp_path):
     bare, full = load_shard(shard), read_examples(stored(), [shard], "head")
     assert bare[0].states is None
     for example in full:
-        direct = stored().states(mx.array([example.tokens[:-1].astype(np.int64)]))[0]
+        direct = stored().states(mx.array(example.tokens[None, :-1].astype(np.int64)))[0]
         assert np.allclose(example.states, np.array(direct), atol=2e-2)
 
 
