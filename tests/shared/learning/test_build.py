@@ -54,6 +54,7 @@ def test_a_build_makes_a_draft_that_learned_and_leaves_the_target_as_it_was(stor
     assert figures["loss_last"] < figures["loss_first"] and figures["steps"] == 12 * (
         built.manifest["training_prompts"] // 4
     )
+    assert figures["tokens_seen"] == pytest.approx(12 * built.manifest["training_tokens"], rel=0.1)
     assert built.manifest["target_embedding_sha256"] == before == embedding_digest(target)
     assert isinstance(built.draft, HeadDraft) == (settings.kind == "head")
     assert len(built.by_depth.acceptance) == 3
