@@ -216,7 +216,11 @@ def _table(target: "LanguageModel", built: "Built", settings: config.Settings, c
     plain, drafted = tokens[0] / seconds[0], tokens[None] / seconds[None]
     expected = expected_rate(measured, built.by_depth.acceptance, settings.speculative.max_draft_tokens)
     manifest = built.manifest
-    click.echo(f"trained on {manifest['training_tokens']} tokens of {manifest['training_prompts']} answers")
+    figures = manifest["training"]
+    click.echo(
+        f"{figures['steps']} steps over {figures['tokens_seen']} tokens; there are {manifest['training_tokens']}"
+        f" of {manifest['training_prompts']} answers"
+    )
     click.echo(
         "held-out acceptance by depth, each given the one before: "
         + ", ".join(f"{v:.3f}" for v in built.by_depth.acceptance)

@@ -13,7 +13,7 @@ from tests.fakes import write_tokenizer
 SHAPE = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 96, "num_attention_heads": 4,
     "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 320, "rope_theta": 10000.0,
-    "max_position_embeddings": 512, "eos_token_id": 298,
+    "max_position_embeddings": 4096, "eos_token_id": 298,
 }  # fmt: skip
 
 

@@ -167,7 +167,7 @@ def train(
     deadline: float,
     tell: Tell,
 ) -> dict[str, Any]:
-    """Train until the epochs or the time are over; resumes from its checkpoint. Returns steps, seconds and losses.
+    """Train until the epochs or the time are over; resumes from its checkpoint. Returns steps, tokens seen, seconds and losses.
 
     Raises ModelError for a checkpoint of another training.
     """
@@ -177,7 +177,7 @@ def train(
     batches = Batches(examples, (), settings.batch_size, 0.0, settings.seed)
     loop = StepLoop(learner, settings.loss, StepSettings(settings.learning_rate, total, depths=settings.depths))
     checkpoint, plan = folder / "checkpoint", _plan(settings)
-    first, smooth, before = None, None, 0.0
+    first, smooth, before, seen = None, None, 0.0, 0
     about = about_checkpoint(checkpoint)
     if about is not None:
         if about.get("plan", plan) != plan:
@@ -187,6 +187,7 @@ def train(
             )
         loop.resume(checkpoint)
         first, smooth, before = about.get("loss_first"), about.get("loss_last"), about.get("seconds", 0.0)
+        seen = about.get("tokens_seen", 0)
         for _ in range(loop.step_number):
             batches.next()
     start, begun = time.monotonic(), loop.step_number
@@ -194,11 +195,14 @@ def train(
 
     def figures() -> dict[str, Any]:
         seconds = round(before + time.monotonic() - start, 1)
-        return {"steps": loop.step_number, "seconds": seconds, "loss_first": first, "loss_last": smooth}
+        losses = {"loss_first": first, "loss_last": smooth}
+        return {"steps": loop.step_number, "tokens_seen": seen, "seconds": seconds, **losses}
 
     while loop.step_number < total and time.monotonic() < deadline:
         loop.time_share = (time.monotonic() - start) / max(deadline - start, 1e-9)
-        loss = loop.step([batches.next()])
+        group = batches.next()
+        loss = loop.step([group])
+        seen += sum(example.rows for example in group)
         first = loss if first is None else first
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
         pace = (time.monotonic() - start) / (loop.step_number - begun)

@@ -21,7 +21,7 @@ def test_the_checker_finds_nothing_wrong():
     assert done.returncode == 0 and "passed (0 problems)" in done.stdout, done.stdout[-1500:]
 
 
-@pytest.mark.parametrize(("one", "other"), combinations(prompts.SETS, 2))
+@pytest.mark.parametrize(("one", "other"), list(combinations(prompts.SETS, 2)))
 def test_no_two_sets_share_a_run_of_eight_words(one, other):
     found = []
     for name in (one, other):

@@ -54,6 +54,7 @@ def test_a_build_makes_a_draft_that_learned_and_leaves_the_target_as_it_was(stor
     assert figures["loss_last"] < figures["loss_first"] and figures["steps"] == 12 * (
         built.manifest["training_prompts"] // 4
     )
+    assert figures["tokens_seen"] == pytest.approx(12 * built.manifest["training_tokens"], rel=0.1)
     assert built.manifest["target_embedding_sha256"] == before == embedding_digest(target)
     assert isinstance(built.draft, HeadDraft) == (settings.kind == "head")
     assert len(built.by_depth.acceptance) == 3
@@ -157,7 +158,7 @@ def test_a_head_learns_from_the_shards_of_a_layers_build(stored, tmp_path):
     bare, full = load_shard(shard), read_examples(stored(), [shard], "head")
     assert bare[0].states is None
     for example in full:
-        direct = stored().states(mx.array([example.tokens[:-1].astype(np.int64)]))[0]
+        direct = stored().states(mx.array(example.tokens[None, :-1].astype(np.int64)))[0]
         assert np.allclose(example.states, np.array(direct), atol=2e-2)
 
 
