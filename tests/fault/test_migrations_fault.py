@@ -11,18 +11,21 @@ from specl.shared.store import Store
 from specl.shared.wire import Row, encode
 
 
+NOW = store_module.SCHEMA_VERSION
+
+
 @pytest.fixture
 def older(tmp_path, monkeypatch):
-    """A store of schema 1 with a row that is still in its write-ahead log, and a program that knows schema 2."""
+    """A store of today's schema with a row that is still in its write-ahead log, and a program that knows one more."""
     path = tmp_path / "store.db"
     store = Store(path)
     store.add_rows([Row("a", "Generation", encode(generation("a")))])
 
-    def _m002(connection):
+    def _next(connection):
         connection.exec_driver_sql("ALTER TABLE generations ADD COLUMN mood TEXT")
 
-    monkeypatch.setattr(store_module, "SCHEMA_VERSION", 2)
-    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, _m002))
+    monkeypatch.setattr(store_module, "SCHEMA_VERSION", NOW + 1)
+    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, _next))
     yield path
     store.close()
 
@@ -35,7 +38,7 @@ def version(path):
 def test_an_older_store_is_copied_and_upgraded(older):
     store = Store(older)
     (backup,) = store.backups()
-    assert version(older) == 2 and version(backup) == 1
+    assert version(older) == NOW + 1 and version(backup) == NOW
     assert backup.stat().st_mode & 0o077 == 0
     with sqlite3.connect(older) as db:
         assert db.execute("SELECT id, mood FROM generations").fetchall() == [("a", None)]
@@ -50,16 +53,16 @@ def test_an_upgrade_that_fails_changes_nothing(older, monkeypatch):
         connection.exec_driver_sql("ALTER TABLE generations ADD COLUMN mood TEXT")
         connection.exec_driver_sql("SELECT nonsense")
 
-    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS[:1], broken))
+    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS[:NOW], broken))
     with pytest.raises(StoreError):
         Store(older)
-    assert version(older) == 1
+    assert version(older) == NOW
     with sqlite3.connect(older) as db:
         assert "mood" not in [row[1] for row in db.execute("PRAGMA table_info(generations)")]
 
 
 def test_an_older_store_is_not_upgraded_by_a_reader(older):
-    with pytest.raises(StoreError, match="older schema 1"):
+    with pytest.raises(StoreError, match=f"older schema {NOW}"):
         Store(older, read_only=True)
 
 
