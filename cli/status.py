@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from specl.shared.client import Client
 from specl.shared.config import Settings
 from specl.shared.paths import ROLES
@@ -37,7 +38,9 @@ def render(found: dict[str, Any], settings: Settings) -> "Table":
     if address := found["gateway"]["address"]:
         table.add_row("gateway", f"[green]{found['gateway']['state']}[/] ({address})")
     queue, acceptance, failures = found["queue"], found["acceptance"], found["failures"]
-    idle = "" if found["models"].get("loaded", True) or found["inference"]["state"] != "ready" else " (let go while idle)"
+    idle = (
+        "" if found["models"].get("loaded", True) or found["inference"]["state"] != "ready" else " (let go while idle)"
+    )
     table.add_row("models", f"{found['models']['target']} drafted by {found['models']['draft'] or 'nothing'}{idle}")
     table.add_row("queue", f"{queue['in_flight']} in flight, {queue['depth']} waiting")
     table.add_row("acceptance", f"rolling {_share(acceptance['rolling'])}, lifetime {_share(acceptance['lifetime'])}")

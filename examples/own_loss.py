@@ -9,7 +9,7 @@ import mlx.optimizers as optim
 from specl.shared.learning.losses import LossSettings, Teacher
 
 
-def reverse_kl(logits, teacher, settings):
+def reverse_kl(logits: mx.array, teacher: Teacher, settings: LossSettings) -> tuple[mx.array, mx.array]:
     """KL(draft || target) over the target's top-k, a loss and a validity (0 or 1) for each row of `logits` [m, columns].
 
     `teacher.columns` [m, k] says which columns the top-k are (-1: not in the draft's vocabulary), `teacher.logprobs` their
@@ -19,7 +19,9 @@ def reverse_kl(logits, teacher, settings):
     columns = mx.maximum(teacher.columns, 0)
     log_q = mx.take_along_axis(logits, columns, axis=1) - mx.logsumexp(logits, axis=1, keepdims=True)
     q = mx.exp(log_q) * inside
-    outside = mx.maximum(1.0 - q.sum(axis=1), 1e-9)  # what the draft gives to all else, where the target gives next to nothing
+    outside = mx.maximum(
+        1.0 - q.sum(axis=1), 1e-9
+    )  # what the draft gives to all else, where the target gives next to nothing
     losses = (q * (log_q - teacher.logprobs)).sum(axis=1) + outside * (mx.log(outside) + 9.0)
     return losses, (inside.sum(axis=1) > 0).astype(mx.float32)
 

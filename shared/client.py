@@ -40,6 +40,7 @@ HEARTBEAT_S = 1.0
 SILENCE_S = 20.0  # a daemon that is there answers a heartbeat at once; one that died is back well before
 COMMAND_S = 60.0
 
+
 class Client:
     """Talks to the daemons of one run directory. Raises DaemonUnreachable, RequestRejected and their kin."""
 

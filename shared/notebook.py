@@ -8,7 +8,7 @@ One thread: MLX's arrays belong to the thread that made them.
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 

@@ -6,7 +6,6 @@ Joins the engine's vocabulary to the wire's; nothing else does.
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 

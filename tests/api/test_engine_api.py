@@ -136,9 +136,7 @@ class Oracle:
 
 
 def with_oracle(model_folder, plain, spoil=lambda draft: draft):
-    return Engine.load(
-        str(model_folder), drafter=lambda target, draft: Oracle(plain.tokens, spoil), calibrate=False
-    )
+    return Engine.load(str(model_folder), drafter=lambda target, draft: Oracle(plain.tokens, spoil), calibrate=False)
 
 
 def test_ones_own_drafter_is_counted_as_the_model_drafter_and_changes_no_word(engine, model_folder):

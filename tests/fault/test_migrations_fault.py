@@ -10,7 +10,6 @@ from specl.shared.errors import StoreError, StoreTooNew
 from specl.shared.store import Store
 from specl.shared.wire import Row, encode
 
-
 NOW = store_module.SCHEMA_VERSION
 
 
