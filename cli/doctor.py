@@ -81,11 +81,8 @@ def _ports() -> Iterator[Finding]:
     for setting, host, port, ours in wanted:
         taken = _is_taken(host, port)
         if taken and not ours:
-            yield (
-                (WARN if setting == "gateway.port" else BAD),
-                "port",
-                f"{port} of {host} is taken by another program: set {setting}, or end that program",
-            )
+            level = WARN if setting == "gateway.port" else BAD  # the others do without the gateway
+            yield level, "port", f"{port} of {host} is taken by another program: set {setting}, or end that program"
         else:
             yield OK, "port", f"{port} of {host} is {'ours' if taken else 'free'}"
 
