@@ -1,16 +1,18 @@
 """`specl-ctl doctor`: what this machine has, what is wrong, and what to do about it."""
 
+import errno
 import os
 import platform
 import shutil
+import socket
 from collections.abc import Iterator
 from importlib.metadata import version
 
 import click
 
 from specl.shared import config
-from specl.shared.errors import SpecLoraError
-from specl.shared.paths import ROLES, find_paths
+from specl.shared.errors import ConfigError, SpecLoraError
+from specl.shared.paths import DAEMONS, ROLES, find_paths
 from specl.shared.process import holder_of, is_locked
 
 OK, WARN, BAD = "ok", "warn", "bad"
@@ -56,12 +58,46 @@ def _folders() -> Iterator[Finding]:
     paths = find_paths().create()
     free = shutil.disk_usage(paths.root).free / 2**30
     yield (OK if free > 2 else WARN), "disk", f"{free:.1f} GiB free at {paths.root}"
-    for role in ROLES:
+    for role in DAEMONS if config.load().gateway.enabled else ROLES:
         if is_locked(paths.run, role):
             yield OK, role, f"runs (pid {holder_of(paths.run, role)})"
         else:
             yield WARN, role, "does not run; start it with `honcho start`"
     paths.socket("inference-pub")
+    models = [path for path in paths.models.iterdir() if path.is_dir()] if paths.models.is_dir() else []
+    taken = sum(file.stat().st_size for folder in models for file in folder.rglob("*") if file.is_file()) / 1e9
+    yield OK, "models", f"{len(models)} folders, {taken:.1f} GB at {paths.models}"
+
+
+def _ports() -> Iterator[Finding]:
+    """The TCP ports that the settings name: ours, free, or another program's."""
+    settings, paths = config.load(), find_paths()
+    wanted: list[tuple[str, str, int, bool]] = []
+    if settings.gateway.enabled and settings.gateway.port:
+        wanted.append(("gateway.port", settings.gateway.host, settings.gateway.port, is_locked(paths.run, "gateway")))
+    if settings.bus.transport == "tcp":
+        for place, role in enumerate(role for role in ROLES for _ in range(2)):
+            wanted.append(("bus.port", settings.bus.host, settings.bus.port + place, is_locked(paths.run, role)))
+    for setting, host, port, ours in wanted:
+        taken = _is_taken(host, port)
+        if taken and not ours:
+            level = WARN if setting == "gateway.port" else BAD  # the others do without the gateway
+            yield level, "port", f"{port} of {host} is taken by another program: set {setting}, or end that program"
+        else:
+            yield OK, "port", f"{port} of {host} is {'ours' if taken else 'free'}"
+
+
+def _is_taken(host: str, port: int) -> bool:
+    """Whether somebody listens there. Raises ConfigError for an address that this machine does not have."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return True
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return False
 
 
 def _settings() -> Iterator[Finding]:
@@ -117,7 +153,7 @@ def _costs() -> Iterator[Finding]:
 def doctor() -> None:
     """Check machine, BLAS, disk, locks, settings and models, and say what to do. Exit code 1 where something is broken."""
     worst = OK
-    for check in (_machine, _blas, _folders, _settings, _memory, _costs):
+    for check in (_machine, _blas, _folders, _ports, _settings, _memory, _costs):
         try:
             findings = list(check())
         except SpecLoraError as error:

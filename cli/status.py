@@ -5,25 +5,27 @@ Useful with every daemon down: the store, CURRENT and the locks are read from di
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from specl.shared.client import Client
 from specl.shared.config import Settings
 from specl.shared.paths import ROLES
 from specl.shared.status import collect
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def render(found: dict[str, Any], settings: Settings) -> Table:
+def render(found: dict[str, Any], settings: Settings) -> "Table":
     """The same for a person."""
+    from rich.table import Table  # --json goes without
+
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
@@ -73,12 +75,19 @@ def status(as_object: bool, watch: bool) -> None:
     with Client() as client:
         if not watch:
             found = collect(client)
-            click.echo(json.dumps(found)) if as_object else Console().print(render(found, client.settings))
+            if as_object:
+                click.echo(json.dumps(found))
+                return
+            from rich.console import Console
+
+            Console().print(render(found, client.settings))
             return
         if as_object:
             while True:
                 click.echo(json.dumps(collect(client)))
                 time.sleep(1)
+        from rich.live import Live
+
         with Live(render(collect(client), client.settings), refresh_per_second=2) as live:
             while True:
                 time.sleep(1)

@@ -4,33 +4,35 @@ For the daemons: `speculative: {drafter: "own_drafter:make"}` in the settings, w
 """
 
 import sys
+from collections.abc import Sequence
 
 from specl import Engine
-from specl.shared.engine.drafters import NOTHING, Draft
+from specl.shared.engine.drafters import NOTHING, Draft, Draw
 from specl.shared.engine.law import point_mass
+from specl.shared.models.load import LanguageModel
 
 
 class Bigrams:
     """One a request. The three methods are all that is needed; `reads_states = True` would get the target's states as well."""
 
-    def __init__(self):
-        self.text = []
-        self.after = {}
+    def __init__(self) -> None:
+        self.text: list[int] = []
+        self.after: dict[int, int] = {}
 
-    def extend(self, tokens, states):
+    def extend(self, tokens: Sequence[int], states: object) -> None:
         """The text grew: the prompt first, then every round's tokens."""
         for token in tokens:
             if self.text:
                 self.after[self.text[-1]] = token
             self.text.append(token)
 
-    def rewind(self, length):
+    def rewind(self, length: int) -> None:
         """Only the first `length` tokens still stand."""
         text = self.text[:length]
         self.text, self.after = [], {}
         self.extend(text, None)
 
-    def propose(self, k, draw):
+    def propose(self, k: int, draw: Draw) -> Draft:
         """At most k tokens; for each the law it was drawn from (here: it could be no other) and a confidence."""
         tokens, last = [], self.text[-1]
         while len(tokens) < k and last in self.after:
@@ -41,7 +43,7 @@ class Bigrams:
         return Draft(tokens, [point_mass(token) for token in tokens], [1.0] * len(tokens), "model")
 
 
-def make(target, draft):
+def make(target: LanguageModel, draft: object) -> Bigrams:
     """Called for every request, with the target and the configured draft (or None)."""
     return Bigrams()
 

@@ -9,7 +9,7 @@ import mlx.optimizers as optim
 from specl.shared.learning.losses import LossSettings, Teacher
 
 
-def reverse_kl(logits, teacher, settings):
+def reverse_kl(logits: mx.array, teacher: Teacher, settings: LossSettings) -> tuple[mx.array, mx.array]:
     """KL(draft || target) over the target's top-k, a loss and a validity (0 or 1) for each row of `logits` [m, columns].
 
     `teacher.columns` [m, k] says which columns the top-k are (-1: not in the draft's vocabulary), `teacher.logprobs` their

@@ -32,6 +32,8 @@ def _store_summary(answers: dict[str, Any], paths: Paths, problems: list[str]) -
     """The collector's view, or our own where it is down (only then is sqlalchemy imported)."""
     if answers.get("collector", {}).get("summary"):
         return answers["collector"]["summary"]
+    if not paths.store.exists():
+        return {}
     from dataclasses import asdict
 
     from specl.shared.errors import StoreError
@@ -44,8 +46,7 @@ def _store_summary(answers: dict[str, Any], paths: Paths, problems: list[str]) -
         finally:
             store.close()
     except StoreError as error:
-        if paths.store.exists():
-            problems.append(str(error))
+        problems.append(str(error))
         return {}
 
 

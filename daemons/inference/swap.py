@@ -39,8 +39,9 @@ class AdapterSwap:
     @property
     def active(self) -> str:
         """The adapter that drafts, or that will when the models are back; empty for none."""
-        if self.engine is not None:
-            return self.engine.adapter_id
+        engine = self.engine  # once: `status` reads this from another thread
+        if engine is not None:
+            return engine.adapter_id
         return self._in_use.id if self._in_use is not None else ""
 
     def let_go(self) -> None:

@@ -22,7 +22,7 @@ from specl.shared.engine.own_drafter import Complain, MakeDrafter, OwnDrafter, r
 from specl.shared.engine.past import PastAnswers
 from specl.shared.engine.prefix import Entry, PrefixCache
 from specl.shared.engine.text import HOLD
-from specl.shared.errors import RequestRejected
+from specl.shared.errors import ConfigError, RequestRejected
 from specl.shared.models.fast import on_cpu, speed_up
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
@@ -56,7 +56,7 @@ class Engine:
     ) -> None:
         self.target, self.draft, self.settings = target, draft, settings
         self._make_drafter, self._complain = make_drafter, complain or raise_it
-        own = self._new_drafter() if make_drafter is not None else None  # a wrong one is told of now
+        own = self._own_drafter() if make_drafter is not None else None  # a wrong one is told of now
         self._keeps_states = self.reads_states or (own is not None and own.reads_states)
         self.costs: Costs | None = None
         self.adapter_id = ""
@@ -131,11 +131,21 @@ class Engine:
 
     def _new_drafter(self) -> Drafter | None:
         if self._make_drafter is not None:
-            made = self._make_drafter(self.target, self.draft)
-            return OwnDrafter(made, int(self.target.config["vocab_size"]), self._complain)
+            try:
+                return self._own_drafter()
+            except ConfigError as error:
+                self._complain(error)
+                return None
         if isinstance(self.draft, HeadDraft):
             return HeadDrafter(self.draft)
         return ModelDrafter(self.draft) if self.draft is not None else None
+
+    def _own_drafter(self) -> OwnDrafter:
+        try:
+            made = self._make_drafter(self.target, self.draft)
+        except Exception as error:  # somebody else's code
+            raise ConfigError(f"the drafter cannot be made ({type(error).__name__}: {error})") from error
+        return OwnDrafter(made, int(self.target.config["vocab_size"]), self._complain)
 
     def retire(self, session: Session, adapter_id: str, rendered: str = "", reserved: int = 0) -> None:
         """Keep a finished session's caches for the next turn. `rendered` is the text of its prompt and answer: a later prompt

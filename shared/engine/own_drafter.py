@@ -64,7 +64,7 @@ class OwnDrafter:
             return None
         try:
             result = method(*arguments)
-            if isinstance(result, Draft):
+            if method == self._inner.propose:
                 self._check(result, arguments[0])
             return result
         except MemoryError:
@@ -75,8 +75,10 @@ class OwnDrafter:
             return None
 
     def _check(self, draft: Draft, k: int) -> None:
-        tokens, laws, confidences = draft.tokens, draft.laws, draft.confidences
         who = type(self._inner).__name__
+        if not isinstance(draft, Draft):
+            raise SpecLoraError(f"{who} proposed a {type(draft).__name__}, not a Draft")
+        tokens, laws, confidences = draft.tokens, draft.laws, draft.confidences
         if len(tokens) > k:
             raise SpecLoraError(f"{who} proposed {len(tokens)} tokens where {k} were asked for")
         if not len(tokens) == len(laws) == len(confidences):

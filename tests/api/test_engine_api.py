@@ -3,11 +3,13 @@
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from specl import Engine
+from specl.shared.engine.acceptance import block
 from specl.shared.engine.drafters import NOTHING, Draft
-from specl.shared.engine.law import point_mass
+from specl.shared.engine.law import Distribution, point_mass
 from specl.shared.errors import AdapterRejected, ConfigError, ModelError, RequestRejected, SpecLoraError
 from tests.fakes import run_python
 
@@ -153,6 +155,7 @@ def test_ones_own_drafter_is_counted_as_the_model_drafter_and_changes_no_word(en
         (lambda d: replace(d, tokens=[9999] * len(d.tokens)), "vocabulary"),
         (lambda d: replace(d, laws=[point_mass(t + 1) for t in d.tokens]), "does not hold it"),
         (lambda d: replace(d, laws=d.laws[1:]), "laws"),
+        (lambda d: d.tokens, "not a Draft"),
         (lambda d: replace(d, tokens=d.tokens * 9, laws=d.laws * 9, confidences=d.confidences * 9), "asked for"),
     ],
 )
@@ -165,6 +168,26 @@ def test_a_drafter_that_breaks_a_rule_is_told_which(engine, model_folder, spoil,
 def test_what_is_no_drafter_is_refused_at_load(model_folder):
     with pytest.raises(ConfigError, match="extend, propose, rewind"):
         Engine.load(str(model_folder), drafter=lambda target, draft: object(), calibrate=False)
+
+
+def test_a_drafter_that_cannot_be_made_is_refused_at_load(model_folder):
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        Engine.load(str(model_folder), drafter=lambda target, draft: 1 / 0, calibrate=False)
+
+
+def test_fixed_guesses_leave_the_law_of_sampled_tokens_alone():
+    """Block verification with point masses, as a drafter of one's own has them: pairs come as the target's law says."""
+    first, second = np.array([0.5, 0.3, 0.2]), np.array([[0.1, 0.6, 0.3], [0.7, 0.2, 0.1], [0.3, 0.3, 0.4]])
+    rng, ids, n = np.random.default_rng(0), np.arange(3), 20_000
+    rows = [Distribution(ids, first), Distribution(ids, second[0]), Distribution(ids, second[1])]
+    counts = np.zeros((3, 3))
+    for _ in range(n):
+        verdict = block(lambda i: rows[i], [0, 1], [point_mass(0), point_mass(1)], rng.random)
+        made = [0, 1][: verdict.accepted] + [verdict.token]
+        after = Distribution(ids, second[made[0]])
+        counts[made[0], made[1] if len(made) > 1 else after.draw(rng.random())] += 1
+    expected = n * first[:, None] * second
+    assert ((counts - expected) ** 2 / expected).sum() < 26.1  # chi-square, 8 degrees of freedom, p = 0.001
 
 
 def test_in_a_daemon_a_broken_drafter_costs_speed_and_nothing_else(engine, model_folder):

@@ -183,6 +183,30 @@ def test_acceptance_by_day_weighs_by_tokens_and_counts_the_model_drafter_alone(s
     ]
 
 
+def test_imported_rows_have_no_speed_and_do_not_pull_the_mean_down(store, path):
+    add(store, make_generation("a", created_at=0.0), make_generation("b", created_at=1.0, tokens_per_second=0.0))
+    assert [row["tokens_per_second"] for row in ask(path, "SELECT * FROM acceptance_by_day")] == [12.5]
+    assert store.summary().rolling_tokens_per_second == 12.5
+    add(store, make_generation("c", created_at=200_000.0, tokens_per_second=0.0))
+    assert ask(path, "SELECT * FROM acceptance_by_day")[-1]["tokens_per_second"] is None
+
+
+def test_a_store_of_the_first_schema_gets_the_new_view_and_keeps_its_rows(tmp_path, monkeypatch):
+    import specl.shared.store as module
+
+    with monkeypatch.context() as patch:
+        first = module._VIEWS["acceptance_by_day"].replace("nullif(tokens_per_second, 0)", "tokens_per_second")
+        patch.setitem(module._VIEWS, "acceptance_by_day", first)
+        patch.setattr(module, "SCHEMA_VERSION", 1)
+        old = Store(tmp_path / "old.db")
+        add(old, make_generation("a"), make_generation("b", tokens_per_second=0.0))
+        assert old.sql("SELECT tokens_per_second AS v FROM acceptance_by_day") == [{"v": 6.25}]
+        old.close()
+    new = Store(tmp_path / "old.db")
+    assert new.sql("SELECT tokens_per_second AS v, generations AS n FROM acceptance_by_day") == [{"v": 12.5, "n": 2}]
+    new.close()
+
+
 def test_costliest_tokens_are_counted_by_pair(store, path):
     add(
         store,
