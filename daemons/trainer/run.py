@@ -37,7 +37,8 @@ MIN_EXAMPLES = 4
 PIECE_TOKENS = 256  # of one forward and backward: what a request may have to wait for
 CHECKPOINT_S = 20.0
 SAME_WORK = 0.75  # of the generations of a checkpoint and a new run that both have
-DEPTHS = 3
+DEPTHS = 3  # of a head's own steps: scored
+TRAINED_DEPTHS = 2  # and trained, as `draft build` does: the third costs half as much time again
 _log = log.get("training")
 
 
@@ -185,7 +186,7 @@ class TrainingJob:
         total = max(1, math.ceil(len(fresh) * training.num_epochs / fresh_a_step))
         loss = LossSettings(training.loss.type, training.loss.temperature, training.loss.alpha)
         checkpointing = self.settings.memory.gradient_checkpointing
-        steps = StepSettings(training.learning_rate, total, depths=DEPTHS, checkpointing=checkpointing)
+        steps = StepSettings(training.learning_rate, total, depths=TRAINED_DEPTHS, checkpointing=checkpointing)
         loop = StepLoop(learner, loss, steps)
         checkpoint = checkpoints.checkpoint_folder(self.folder)
         self._resume(loop, checkpoint, batches)

@@ -52,9 +52,10 @@ from specl.shared.wire import (
 
 TICK_S = 0.5
 LOOK_S = 5.0  # between looks at the store
-RETRY_S = 300.0  # after a run that had too little, or failed
+RETRY_S = 300.0  # after work that failed
+WANTING_S = 60.0  # after a run that had too little: more may have come
 DISK_RETRY_S = 15.0  # after one that found no room
-SCORE_BATCH = 16
+SCORE_BATCH = 64
 TRIALS_TOLD = 8  # imports whose verdicts `status` still has
 RUN, IMPORT = "run", "import"
 _log = log.get("trainer")
@@ -145,8 +146,8 @@ class Trainer:
         if (enough or self._again) and time.monotonic() >= self._not_before:
             self._work.put(self._again or f"{self.pending} failures")
             self._again = ""
-        elif unscored and self.turnstile.quiet and time.monotonic() >= self._no_score_before:
-            self._work.put("score")
+        elif unscored and time.monotonic() >= self._no_score_before:
+            self._work.put("score")  # it waits for a quiet moment itself: a look every 5 s would miss most of them
         elif not self._slice_made and self.pending and self.settings.training.enabled and self.turnstile.quiet:
             self._slice_made = True  # tried once; a run makes what is still missing
             self._work.put("regression")
@@ -330,7 +331,7 @@ class Trainer:
                 "verdict": outcome.verdict, "reason": outcome.reason, "adapter_id": outcome.adapter_id,
             }  # fmt: skip
         elif outcome.verdict in ("no_data", "no_verdict", "failed"):
-            self._not_before = time.monotonic() + RETRY_S
+            self._hold_off(what, RETRY_S if outcome.verdict == "failed" else WANTING_S)
         self._record(outcome)
         _log.info("training.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)
 
@@ -351,6 +352,7 @@ class Trainer:
 
     def _score(self) -> None:
         """Teacher-forced agreement of generations that were parked: without it they would never count as failures."""
+        self.turnstile.pass_through()
         store = Store(self.paths.store, read_only=True)
         self.live.state = "scoring"
         try:
