@@ -182,7 +182,8 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class Ask:
     """Generate. `messages` go through the chat template; `prompt` alone is sent as it is (no template).
-    `client` says whose past answers may draft this one; nobody's where it is empty.
+    `client` says whose past answers may draft this one; nobody's where it is empty. `logprobs` asks for each token's
+    log-probability and so many alternatives; None for neither.
     """
 
     request_id: str
@@ -198,6 +199,7 @@ class Ask:
     ngram: bool | None = None
     deadline_s: float | None = None
     client: str = ""
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +225,29 @@ class Queued:
 
 
 @dataclass(frozen=True, slots=True)
+class Weighed:
+    """A token as text and bytes (none where it is part of a character), and what the target gives it: a natural logarithm,
+    at temperature 1.
+    """
+
+    text: str
+    raw: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLaw:
+    """An emitted token and the target's likeliest ones in its place, best first."""
+
+    chosen: Weighed
+    top: list[Weighed]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """Text that is now certain, and the tokens it came from with their sources. `lengths` has the characters of `text` that
-    each token made certain; what is left over came with the end.
+    each token made certain; what is left over came with the end. `laws`, where they were asked for, leave out a token that
+    ends the answer.
     """
 
     request_id: str
@@ -233,6 +255,7 @@ class Delta:
     tokens: list[int]
     sources: bytes
     lengths: list[int] = field(default_factory=list)
+    laws: list[TokenLaw] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
 """Answers of ours in OpenAI's shapes, with our statistics in `speclora`. Pure: records in, JSON out."""
 
+import itertools
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from specl.daemons.gateway.errors import Refusal
-from specl.shared.wire import Done
+from specl.shared.wire import Done, TokenLaw, Weighed
 
 REASONS = {"stop": "stop", "length": "length"}
 END = b"data: [DONE]\n\n"
@@ -44,19 +46,50 @@ def statistics(done: Done) -> dict[str, Any]:
     }
 
 
+def _weighed(token: Weighed) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw) or None}
+
+
+def chat_logprobs(laws: Sequence[TokenLaw]) -> dict[str, Any]:
+    """`logprobs` of a chat choice."""
+    content = [_weighed(law.chosen) | {"top_logprobs": [_weighed(token) for token in law.top]} for law in laws]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(laws: Sequence[TokenLaw], start: int) -> dict[str, Any]:
+    """`logprobs` of a plain completion whose text so far has `start` characters."""
+    offsets = itertools.accumulate((len(law.chosen.text) for law in laws), initial=start)
+    return {
+        "tokens": [law.chosen.text for law in laws],
+        "token_logprobs": [law.chosen.logprob for law in laws],
+        # of tokens with one text the likeliest counts
+        "top_logprobs": [{token.text: token.logprob for token in reversed(law.top)} for law in laws],
+        "text_offset": list(offsets)[: len(laws)],
+    }
+
+
 class Shape:
     """One answer's envelope: chat or plain completion, whole or in chunks."""
 
-    def __init__(self, request_id: str, model: str, chat: bool) -> None:
+    def __init__(self, request_id: str, model: str, chat: bool, logprobs: bool = False) -> None:
         self._chat, self._model, self._created = chat, model, int(time.time())
+        self._logprobs, self._offset = logprobs, 0
         self._id = ("chatcmpl-" if chat else "cmpl-") + request_id
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
-    def whole(self, done: Done) -> dict[str, Any]:
+    def _laws(self, laws: Sequence[TokenLaw]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        if self._chat:
+            return chat_logprobs(laws)
+        start, self._offset = self._offset, self._offset + sum(len(law.chosen.text) for law in laws)
+        return text_logprobs(laws, start)
+
+    def whole(self, done: Done, laws: Sequence[TokenLaw]) -> dict[str, Any]:
         """The answer to a request without `stream`."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason(done)}
+        choice: dict[str, Any] = {"index": 0, "logprobs": self._laws(laws), "finish_reason": finish_reason(done)}
         if self._chat:
             choice["message"] = {"role": "assistant", "content": done.text, "refusal": None}
         else:
@@ -64,9 +97,11 @@ class Shape:
         kind = "chat.completion" if self._chat else "text_completion"
         return self._envelope(kind, [choice]) | {"usage": usage(done), "speclora": statistics(done)}
 
-    def chunk(self, text: str, first: bool = False, reason: str | None = None) -> dict[str, Any]:
+    def chunk(
+        self, text: str, first: bool = False, reason: str | None = None, laws: Sequence[TokenLaw] = ()
+    ) -> dict[str, Any]:
         """One piece of a stream; the last has the reason."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
+        choice: dict[str, Any] = {"index": 0, "logprobs": None if reason else self._laws(laws), "finish_reason": reason}
         if self._chat:
             content = {} if reason else {"content": text}
             choice["delta"] = ({"role": "assistant"} if first else {}) | content

@@ -25,7 +25,7 @@ from specl.shared.access import Addresses
 from specl.shared.config import Settings
 from specl.shared.errors import SpecLoraError
 from specl.shared.paths import Paths
-from specl.shared.wire import Delta, Done
+from specl.shared.wire import Delta, Done, TokenLaw
 
 EVENT_STREAM = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}}
 STATIC = {
@@ -63,14 +63,15 @@ class Completions:
         wish = read_wish(await _json(request), self._settings, chat)
         if self._active >= self._settings.gateway.max_streams:
             raise Refusal(429, f"{self._active} answers are being made (gateway.max_streams)", code="busy")
-        shape = Shape(wish.ask.request_id, served_names(self._settings)[0], chat)
+        wants_laws = wish.ask.logprobs is not None
+        shape = Shape(wish.ask.request_id, served_names(self._settings)[0], chat, wants_laws)
         pieces = self._pieces(wish)
         try:
             # nothing is sent before the first piece: until then a failure still has a status of its own
             first = await _unless_gone(request, anext(pieces))
             if wish.stream:
                 return StreamingResponse(self._stream(wish, shape, first, pieces), **EVENT_STREAM)
-            done = await _unless_gone(request, _last(first, pieces))
+            done, laws = await _unless_gone(request, _last(first, pieces))
         except BaseException as error:
             await pieces.aclose()
             if isinstance(error, SpecLoraError):
@@ -78,7 +79,7 @@ class Completions:
             if isinstance(error, ClientDisconnect):
                 return Response(status_code=499)  # nobody reads it; nginx's word for it in our metrics
             raise
-        return JSONResponse(shape.whole(done))
+        return JSONResponse(shape.whole(done, laws))
 
     async def _pieces(self, wish: Wish) -> Pieces:
         """The answer's pieces, counted; closing it cancels."""
@@ -106,8 +107,8 @@ class Completions:
         async with aclosing(pieces):
             try:
                 while isinstance(piece, Delta):
-                    if piece.text:
-                        yield event(shape.chunk(piece.text, first))
+                    if piece.text or piece.laws:
+                        yield event(shape.chunk(piece.text, first, laws=piece.laws))
                         first = False
                     piece = await anext(pieces)
                 for chunk in shape.last(piece, wish.usage, first):
@@ -117,10 +118,13 @@ class Completions:
         yield END
 
 
-async def _last(piece: Delta | Done, pieces: Pieces) -> Done:
+async def _last(piece: Delta | Done, pieces: Pieces) -> tuple[Done, list[TokenLaw]]:
+    """The end of an answer, and the laws of all its tokens."""
+    laws: list[TokenLaw] = []
     while isinstance(piece, Delta):
+        laws += piece.laws
         piece = await anext(pieces)
-    return piece
+    return piece, laws
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:

@@ -10,13 +10,14 @@ from specl.shared.config import Settings
 from specl.shared.wire import Ask, Sampling
 
 MOST_STOPS = 16
+MOST_LOGPROBS = 20
 SEED_LIMIT = 2**63
 ALIASES = ("speclora", "default")
 # fields that change nothing about the answer here
 ACCOUNTING = {"user", "safety_identifier", "metadata", "prompt_cache_key", "service_tier"}
 # fields that may be sent as long as they ask for nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,),
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), 
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
     "modalities": (["text"],), "parallel_tool_calls": (True, False), "web_search_options": (),
@@ -24,8 +25,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 COMMON = {
     "model", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "max_tokens", "top_k", "min_p", "speclora", "store",
+    "logprobs",
 }  # fmt: skip
-CHAT = COMMON | {"messages", "max_completion_tokens"}
+CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
 TEXT = COMMON | {"prompt"}
 OURS = {"mode": str, "record": bool, "num_draft_tokens": int, "ngram": bool, "conversation_id": str}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -182,6 +184,17 @@ def _usage(body: dict[str, Any], stream: bool) -> bool:
     return _flag(options, "include_usage")
 
 
+def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
+    """How many alternatives of each token are wanted; None for no log-probabilities at all."""
+    if not chat:
+        return _whole(body, "logprobs", 0, MOST_LOGPROBS, None)
+    wanted = _flag(body, "logprobs")
+    count = _whole(body, "top_logprobs", 0, MOST_LOGPROBS, 0)
+    if count and not wanted:
+        raise _bad("top_logprobs", "needs `logprobs: true`")
+    return count if wanted else None
+
+
 def _client(body: dict[str, Any]) -> str:
     """Whose past answers may draft this one: the end user that the request names, or nobody's."""
     name = body.get("safety_identifier") or body.get("user")
@@ -214,6 +227,7 @@ def read_wish(body: Any, settings: Settings, chat: bool) -> Wish:
         sampling=sampling,
         stop=_stops(body),
         client=_client(body),
+        logprobs=_logprobs(body, chat),
         **ours,
     )
     return Wish(ask, stream, _usage(body, stream))

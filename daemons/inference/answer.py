@@ -5,15 +5,18 @@ Joins the engine's vocabulary to the wire's; nothing else does.
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from specl.shared.engine.capture import Told
 from specl.shared.engine.decode import Session
 from specl.shared.engine.engine import Engine
 from specl.shared.engine.statistics import statistics
-from specl.shared.engine.text import TextStream
-from specl.shared.wire import Ask, Disagreement, Done, Generation, TopK
+from specl.shared.engine.text import HOLD, TextStream
+from specl.shared.models.load import LanguageModel
+from specl.shared.wire import Ask, Disagreement, Done, Generation, TokenLaw, TopK, Weighed
 
 CONTEXT_TOKENS = 16  # before a disagreement
 
@@ -136,3 +139,17 @@ def to_done(job: Job, engine: Engine) -> Done:
         record_note="",
         stats=statistics(job.session, engine.costs, job.ttft_ms),
     )
+
+
+def token_laws(target: LanguageModel, tokens: Sequence[int], told: Sequence[Told]) -> list[TokenLaw]:
+    """What a client sees of `told` (empty where nothing was asked for); a token that ends the answer is left out."""
+
+    def weighed(token: int, logprob: float) -> Weighed:
+        text = target.tokenizer.decode([token])
+        return Weighed(text, b"" if HOLD in text else text.encode(), round(logprob, 6))
+
+    return [
+        TokenLaw(weighed(token, row.logprob), [weighed(*pair) for pair in zip(row.ids, row.logprobs, strict=True)])
+        for token, row in zip(tokens, told, strict=False)
+        if token not in target.stop_tokens
+    ]

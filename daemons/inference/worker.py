@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from specl.daemons.inference.answer import Job, to_done, to_generation
+from specl.daemons.inference.answer import Job, to_done, to_generation, token_laws
 from specl.daemons.inference.lookout import Lookout, held_out_before
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.swap import AdapterSwap
@@ -277,6 +277,7 @@ class Worker(threading.Thread):
             num_draft_tokens=fixed,
             ngram=settings.speculative.ngram if ask.ngram is None else ask.ngram,
             owner=ask.client if ask.record else "",
+            logprobs=ask.logprobs,
             capture_k=settings.training.loss.top_k_logits if self._detailed(ask) else 0,
         )
         try:
@@ -319,7 +320,8 @@ class Worker(threading.Thread):
         kept = session.output[before:]
         if kept:
             sources = bytes(session.sources[before:])
-            self.emit(job.peer, Delta(job.ask.request_id, "".join(pieces), kept, sources, lengths))
+            laws = token_laws(self.engine.target, kept, session.told[before:])
+            self.emit(job.peer, Delta(job.ask.request_id, "".join(pieces), kept, sources, lengths, laws))
         if session.finish_reason:
             self._finish(job, "")
 

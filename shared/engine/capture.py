@@ -4,6 +4,7 @@ Only rows up to and including the first rejection: what follows is conditioned o
 rows of a round are read at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -20,6 +21,23 @@ def largest(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndar
         return np.array(stats.ids), np.array(stats.logits), np.array(stats.logsumexp)
     ids = np.stack([top_indices(row, k) for row in logits])
     return ids, np.take_along_axis(logits, ids, axis=1), log_sum_exp(logits)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a client may see of one position: the emitted token's log-probability, and the likeliest tokens with theirs."""
+
+    logprob: float
+    ids: list[int]
+    logprobs: list[float]
+
+
+def told(logits: np.ndarray, tokens: Sequence[int], count: int) -> list[Told]:
+    """For rows [n, vocabulary] that predicted `tokens` [n]: natural log-probabilities at temperature 1, `count` alternatives."""
+    ids, values, totals = largest(logits, max(count, 1))
+    chosen = logits[np.arange(len(tokens)), list(tokens)] - totals
+    rows = zip(chosen.tolist(), ids[:, :count].tolist(), (values - totals[:, None])[:, :count].tolist(), strict=True)
+    return [Told(*row) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)

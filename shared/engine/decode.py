@@ -17,7 +17,7 @@ import numpy as np
 from mlx_lm.models.cache import trim_prompt_cache
 
 from specl.shared.engine.acceptance import Verdict, block, coupled, greedy, rejection
-from specl.shared.engine.capture import Capture, RejectedDraft
+from specl.shared.engine.capture import Capture, RejectedDraft, Told, told
 from specl.shared.engine.costs import AcceptanceEstimate, KChooser, Stopper
 from specl.shared.engine.drafters import NOTHING, Draft, Drafter, Draw, NgramDrafter
 from specl.shared.engine.law import Law, distribution, position_noise
@@ -32,7 +32,7 @@ NGRAM_DEPTH = 15  # 16 rows: a long copy is worth a wide check, and the costs sa
 @dataclass(frozen=True, slots=True)
 class Options:
     """What one request wants. `num_draft_tokens` None lets costs decide; `capture_k` 0 keeps aggregates only;
-    `owner` is whose past answers may draft this one.
+    `owner` is whose past answers may draft this one. `logprobs` tells the client each token's and so many alternatives'.
     """
 
     law: Law = field(default_factory=Law)
@@ -41,6 +41,7 @@ class Options:
     ngram: bool = True
     capture_k: int = 0
     owner: str = ""
+    logprobs: int | None = None
 
 
 @dataclass(slots=True)
@@ -116,6 +117,7 @@ class Session:
         self.finish_reason: str | None = None
         self.tally = Tally(reused_tokens=state.cached)
         self.capture = Capture(options.capture_k) if options.capture_k else None
+        self.told: list[Told] = []  # one an output token, where they were asked for
         self._limit = min(options.max_tokens, target.context_length - len(prompt))
         self._ngram = NgramDrafter(past) if options.ngram else None
         rng = np.random.default_rng()
@@ -287,6 +289,8 @@ class Session:
         elif judged:
             for estimate in (self.ngram_estimate, self._ngram_here):
                 estimate.update(judged, accepted, self._match - self._ngram.MIN)
+        if self.options.logprobs is not None:
+            self.told += told(logits[:count], emitted, self.options.logprobs)
         if self.capture is not None:
             self.capture.rows(logits[:count])
             if accepted < len(draft.tokens) and count == accepted + 1:
@@ -312,7 +316,7 @@ class Session:
         surplus = len(self.output) - length
         if surplus <= 0:
             return
-        del self.output[length:], self.sources[length:]
+        del self.output[length:], self.sources[length:], self.told[length:]
         self._rewind(len(self.state.text) - surplus)
         if self.capture is not None:
             self.capture.cut(length)

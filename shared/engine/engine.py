@@ -28,6 +28,7 @@ from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
 from specl.shared.models.lora import LoraShape, Pristine, Weights, fuse
 
+MOST_LOGPROBS = 20  # alternatives of a token that a client may ask for, as with OpenAI
 WARM_CONTEXT = 128  # tokens in the caches while costs are measured
 
 
@@ -110,6 +111,8 @@ class Engine:
             raise RequestRejected(
                 f"the prompt has {len(prompt)} tokens; the context of {self.target.name} holds {self.target.context_length}"
             )
+        if options.logprobs is not None and not 0 <= options.logprobs <= MOST_LOGPROBS:
+            raise RequestRejected(f"logprobs must be from 0 to {MOST_LOGPROBS}, not {options.logprobs}")
         options.law.check()
         state = self.prefixes.take(prompt, self.adapter_id)
         if state is None:

@@ -98,8 +98,8 @@ def test_models_are_listed(client):
 
 
 UNSUPPORTED = {
-    "tools": [{"type": "function", "function": {"name": "f"}}], "logit_bias": {"5": 1}, "n": 2, "logprobs": True,
-    "top_logprobs": 3, "frequency_penalty": 0.5, "presence_penalty": -1, "response_format": {"type": "json_object"},
+    "tools": [{"type": "function", "function": {"name": "f"}}], "logit_bias": {"5": 1}, "n": 2,
+    "frequency_penalty": 0.5, "presence_penalty": -1, "response_format": {"type": "json_object"},
     "functions": [{"name": "f"}], "nonsense": 1, "audio": {"voice": "x"},
 }  # fmt: skip
 
@@ -112,9 +112,36 @@ def test_what_is_not_supported_is_refused_by_name(http, field):
     assert f"`{field}`" in error["message"]
 
 
-def test_logprobs_zero_of_plain_completions_is_a_wish_too(http):
-    answer = http.post("/v1/completions", json={"prompt": "a", "logprobs": 0})
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "logprobs"
+def test_log_probabilities_of_a_chat_are_those_of_its_tokens(client):
+    wish = ASK | {"logprobs": True, "top_logprobs": 3, "temperature": 0}
+    choice = client.chat.completions.create(**wish).choices[0]
+    rows = choice.logprobs.content
+    assert rows and "".join(row.token for row in rows) == choice.message.content
+    for row in rows:
+        assert len(row.top_logprobs) == 3 and row.top_logprobs[0].logprob == row.logprob <= 0  # greedy: the likeliest
+        assert bytes(row.bytes).decode() == row.token
+    streamed = [
+        row for chunk in client.chat.completions.create(**wish, stream=True) for choice in chunk.choices
+        for row in (choice.logprobs.content if choice.logprobs else [])
+    ]  # fmt: skip
+    assert [row.token for row in streamed] == [row.token for row in rows]
+
+
+def test_log_probabilities_of_a_plain_completion_count_characters(client):
+    wish = {"model": "speclora", "prompt": "a", "logprobs": 2, "max_tokens": 12, "temperature": 0}
+    choice = client.completions.create(**wish).choices[0]
+    told = choice.logprobs
+    assert "".join(told.tokens) == choice.text and told.text_offset[0] == 0
+    assert all(
+        choice.text[start:].startswith(token) for start, token in zip(told.text_offset, told.tokens, strict=True)
+    )
+    assert all(max(top.values()) == own for top, own in zip(told.top_logprobs, told.token_logprobs, strict=True))
+
+
+def test_alternatives_without_log_probabilities_are_refused(http):
+    for wish in ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": 2}):
+        answer = http.post("/v1/chat/completions", json=ASK | wish)
+        assert answer.status_code == 400 and "logprobs" in answer.json()["error"]["param"], answer.text
 
 
 BAD = {
