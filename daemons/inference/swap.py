@@ -1,10 +1,11 @@
 """Which adapter drafts. Start-up, announcement and a slow tick all do the same: look at CURRENT, verify, fuse, say so.
 
-Runs on the MLX thread, between rounds. A refused adapter is not tried again while its files are the same; the old one
+Runs on the MLX thread, between rounds; what takes longer than a round is done in pieces, one between two rounds, while the
+old adapter goes on drafting. A refused adapter is not tried again while its files are the same; the old one
 keeps serving, whatever is wrong with the new one. Only a user's command moves CURRENT from here.
 """
 
-import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 from specl.shared import log
 from specl.shared.adapters import Adapters
 from specl.shared.crash import crash_point
-from specl.shared.engine.adapter_files import load_adapter
+from specl.shared.engine.adapter_files import loading
 from specl.shared.engine.engine import Engine, LoadedAdapter
 from specl.shared.errors import AdapterRejected
 from specl.shared.paths import Paths
+from specl.shared.pieces import Pieces, Stopwatch, T, at_once
 from specl.shared.wire import Reply
 
 REMEMBERED = 32  # refusals that `status` shows
@@ -34,8 +36,34 @@ class AdapterSwap:
         self.previous = ""
         self._drafted_before: str | None = None
         self._in_use: LoadedAdapter | None = None
+        self._before_switch = ""
         self.rejected: dict[str, str] = {}
+        self._tasks: deque[tuple[Pieces[Any], Callable[[Any], None]]] = deque()
 
+    # ------------------------------------------------------------------------------------------------ in pieces
+    @property
+    def under_way(self) -> bool:
+        """Whether a switch waits for its next piece."""
+        return bool(self._tasks)
+
+    def advance(self) -> None:
+        """One piece of the oldest switch."""
+        pieces, then = self._tasks[0]
+        try:
+            next(pieces)
+        except StopIteration as end:
+            self._tasks.popleft()
+            then(end.value)
+
+    def finish(self) -> None:
+        """All that is under way, now."""
+        while self._tasks:
+            self.advance()
+
+    def _do(self, pieces: Pieces[T], then: Callable[[T], None] = lambda result: None) -> None:
+        self._tasks.append((pieces, then))
+
+    # ------------------------------------------------------------------------------------------------ reasons to look
     @property
     def active(self) -> str:
         """The adapter that drafts, or that will when the models are back; empty for none."""
@@ -55,13 +83,13 @@ class AdapterSwap:
         self.follow_current()
 
     def hear(self, id: str, path: str) -> None:
-        """An announcement: refused where it points anywhere but into the adapters folder, else a reason to look."""
+        """An announcement: refused where it points anywhere but into the adapters folder, else a reason to look, in pieces."""
         try:
             self.adapters.confine(Path(path))
         except AdapterRejected as error:
             self._refuse(id, str(error))
             return
-        self.follow_current()
+        self._do(self._following())
 
     def start(self, drafted_before: str | None) -> None:
         """Look at CURRENT for the first time. `drafted_before` drafted when the last daemon ended (None: nobody knows):
@@ -73,6 +101,10 @@ class AdapterSwap:
 
     def follow_current(self) -> None:
         """Draft with what CURRENT names, if that is not what drafts already."""
+        self._do(self._following())
+        self.finish()
+
+    def _following(self) -> Pieces[None]:
         try:
             wanted = self.adapters.named()
         except AdapterRejected as error:
@@ -80,21 +112,21 @@ class AdapterSwap:
             return
         self.rejected.pop("CURRENT", None)
         if wanted and wanted in self.adapters.rolled_back():  # killed between the mark and CURRENT
-            self._leave(wanted)
+            yield from self._leave(wanted)
             return
         if wanted != self.engine.adapter_id and wanted not in self.rejected:
-            self._use(wanted, "restart" if wanted == self._drafted_before else "announced")
+            yield from self._use(wanted, "restart" if wanted == self._drafted_before else "announced")
 
-    def _use(self, id: str, reason: str) -> str:
+    def _use(self, id: str, reason: str) -> Pieces[str]:
         """Switch to `id` (empty: none). Why not, or empty."""
-        start = time.perf_counter()
-        before = self.engine.adapter_id or self._drafted_before or ""
+        watch = Stopwatch()
         try:
-            self._switch(id)
+            yield from watch.over(self._switch(id))
         except AdapterRejected as error:
             self._refuse(id, str(error))
             return str(error)
-        pause_ms = round(1000 * (time.perf_counter() - start), 1)
+        before, self._before_switch = self._before_switch, ""
+        pause_ms = round(1000 * watch.longest_s, 1)
         if reason == "restart":
             self.previous = before = self.adapters.resolve("previous")
         else:
@@ -107,18 +139,20 @@ class AdapterSwap:
             adapter=id or None,
             previous=before or None,
             form=self.engine.adapter_form,
-            ms=pause_ms,
+            pause_ms=pause_ms,
+            ms=round(1000 * watch.total_s, 1),
         )
         event = "activated" if id else "unloaded"
         self._activated(event, id, before, reason, {"form": self.engine.adapter_form, "pause_ms": pause_ms})
         return ""
 
-    def _switch(self, id: str) -> None:
+    def _switch(self, id: str) -> Pieces[None]:
         """Load and use `id`. Raises AdapterRejected for whatever is wrong with it, after what drafted before drafts again."""
-        adapter = self._load(id) if id else None
+        adapter = (yield from self._load(id)) if id else None
         crash_point("swap.before_activate")
+        self._before_switch = self.engine.adapter_id or self._drafted_before or ""
         try:
-            self.engine.use_adapter(adapter)
+            yield from self.engine.taking(adapter)
         except MemoryError:
             raise
         except Exception as error:
@@ -126,9 +160,10 @@ class AdapterSwap:
             raise self._unforeseen(id, error) from error
         self._in_use = adapter
 
-    def _load(self, id: str) -> LoadedAdapter:
+    def _load(self, id: str) -> Pieces[LoadedAdapter]:
         try:
-            return load_adapter(self.adapters, self.adapters.folder / id, self.engine)[0]
+            adapter, _ = yield from loading(self.adapters, self.adapters.folder / id, self.engine)
+            return adapter
         except (AdapterRejected, MemoryError):
             raise
         except Exception as error:  # the last belt: a file that no check foresaw must not end the daemon
@@ -142,15 +177,18 @@ class AdapterSwap:
     def roll_back(self, reason: str) -> None:
         """The active adapter disappointed: mark it, so that it is not tried again, and draft with the one before."""
         id = self.engine.adapter_id
+        self.finish()
+        if self.engine.adapter_id != id:  # another one was on its way and has taken its place
+            return
         back = self.previous if self.previous not in self.adapters.rolled_back() else ""
         try:
             self.adapters.mark_rolled_back(id, reason)
         except OSError as error:
             _log.error("rollback.not_written", adapter=id, reason=str(error))
-        if back and self._use(back, f"adapter {id} was rolled back"):
+        if back and at_once(self._use(back, f"adapter {id} was rolled back")):
             back = ""
         if not back:
-            self._use("", f"adapter {id} was rolled back")
+            at_once(self._use("", f"adapter {id} was rolled back"))
         try:
             self.adapters.set_current(back)
         except OSError as error:
@@ -162,13 +200,13 @@ class AdapterSwap:
         _log.warning("adapter.rolled_back", adapter=id, to=back or None, reason=reason)
         self._activated("rolled_back", id, back, reason, {})
 
-    def _leave(self, id: str) -> None:
+    def _leave(self, id: str) -> Pieces[None]:
         """CURRENT names an adapter that was rolled back: go to the one before it, or to none."""
         self._drafted_before = None  # there is no way back to that
         back = self.adapters.resolve("previous")
         gone = self.adapters.rolled_back()
         back = "" if back in gone else back
-        if back != self.engine.adapter_id and self._use(back, f"adapter {id} was rolled back"):
+        if back != self.engine.adapter_id and (yield from self._use(back, f"adapter {id} was rolled back")):
             back = ""
         with suppress(OSError):  # a full disk: the next tick tries again
             self.adapters.set_current(back)
@@ -185,6 +223,16 @@ class AdapterSwap:
 
     def by_hand(self, wish: str) -> Reply:
         """A user's choice: an id, an alias, `previous`, or empty for none. CURRENT moves only if the adapter is usable."""
+        replies: list[Reply] = []
+        self.wished(wish, replies.append)
+        self.finish()
+        return replies[0]
+
+    def wished(self, wish: str, answer: Callable[[Reply], None]) -> None:
+        """`by_hand` in pieces."""
+        self._do(self._by_hand(wish), answer)
+
+    def _by_hand(self, wish: str) -> Pieces[Reply]:
         id = wish
         if wish == "previous":
             id = self.previous or self.adapters.resolve("previous") or self._parent()
@@ -198,7 +246,7 @@ class AdapterSwap:
             how = "by hand, once more"
             with suppress(OSError):
                 self.adapters.mark_rolled_back(id, "")
-        if id != self.engine.adapter_id and (problem := self._use(id, how)):
+        if id != self.engine.adapter_id and (problem := (yield from self._use(id, how))):
             return Reply(False, problem)
         try:
             self.adapters.set_current(id)

@@ -80,7 +80,7 @@ class Worker(threading.Thread):
             except SpecLoraError as error:
                 self.emit(peer, Reply(False, str(error)))
             else:
-                self.emit(peer, self.swap.by_hand(wish.adapter))
+                self.swap.wished(wish.adapter, lambda reply: self.emit(peer, reply))
 
         self.call(change)
 
@@ -175,8 +175,12 @@ class Worker(threading.Thread):
         _log.info("models.unloaded", idle_minutes=minutes)
 
     def _turn(self) -> None:
-        """Everything that waits in the inbox, then one round of every active request."""
+        """Everything that waits in the inbox, a piece of a switch under way, then one round of every active request."""
+        if not self.busy:
+            self.swap.finish()
         self._run_inbox(block=not self.busy)
+        if self.swap.under_way:
+            self.swap.advance()
         self._admit()
         for job in list(self.active):
             if self._expired(job):

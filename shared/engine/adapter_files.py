@@ -19,7 +19,8 @@ from specl.shared.adapters import Adapters, Manifest
 from specl.shared.engine.engine import Engine, LoadedAdapter
 from specl.shared.errors import AdapterRejected
 from specl.shared.models.head import HeadDraft
-from specl.shared.models.lora import LoraShape, Weights, change_norm, problems
+from specl.shared.models.lora import LoraShape, Weights, examining, norming
+from specl.shared.pieces import Pieces, at_once
 
 
 def write_files(folder: Path, shape: LoraShape, weights: Weights, hot: np.ndarray | None) -> None:
@@ -82,10 +83,16 @@ def read_shape(folder: Path) -> LoraShape:
 
 def load_adapter(adapters: Adapters, path: str | Path, engine: Engine) -> tuple[LoadedAdapter, Manifest]:
     """Verify everything about an adapter for this engine's draft and read it. Raises AdapterRejected with the reasons."""
+    return at_once(loading(adapters, path, engine))
+
+
+def loading(adapters: Adapters, path: str | Path, engine: Engine) -> Pieces[tuple[LoadedAdapter, Manifest]]:
+    """`load_adapter` in pieces."""
     draft = engine.draft
     if draft is None:
         raise AdapterRejected("there is no draft model to adapt")
     manifest = adapters.verify(path, engine.draft_fingerprint, engine.target.tokenizer_fingerprint)
+    yield
     folder = adapters.folder / manifest.id
     shape = read_shape(folder)
     try:
@@ -94,16 +101,17 @@ def load_adapter(adapters: Adapters, path: str | Path, engine: Engine) -> tuple[
     except (OSError, ValueError, RuntimeError) as error:
         raise AdapterRejected(f"adapter {manifest.id}: its weights cannot be read: {error}") from error
     hot = read_hot(folder / "hot_vocab.npy") if "hot_vocab.npy" in manifest.files else None
-    if found := misfits(engine, shape, weights, hot):
+    yield
+    if found := (yield from misfits(engine, shape, weights, hot)):
         raise AdapterRejected(f"adapter {manifest.id}: " + "; ".join(found))
     return LoadedAdapter(manifest.id, shape, weights, hot.astype(np.int64) if hot is not None else None), manifest
 
 
-def misfits(engine: Engine, shape: LoraShape, weights: Weights, hot: np.ndarray | None) -> list[str]:
+def misfits(engine: Engine, shape: LoraShape, weights: Weights, hot: np.ndarray | None) -> Pieces[list[str]]:
     """Everything that keeps these tensors from being an adapter for `engine`'s draft. Empty means usable."""
-    found = problems(engine.draft_module, shape, weights)
+    found = yield from examining(engine.draft_module, shape, weights)
     if not found:
-        norm = change_norm(shape, weights)
+        norm = yield from norming(shape, weights)
         found = ["it changes nothing: every weight change is zero"] if norm == 0 else []
         found += [] if math.isfinite(norm) else ["its weight changes overflow together"]
     draft = engine.draft

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 
 from specl.shared import config
 from specl.shared.engine.costs import AcceptanceEstimate, Costs, KChooser, cache_key, kept, load_or_calibrate
@@ -26,7 +27,8 @@ from specl.shared.errors import ConfigError, RequestRejected
 from specl.shared.models.fast import on_cpu, speed_up
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
-from specl.shared.models.lora import LoraShape, Pristine, Weights, fuse
+from specl.shared.models.lora import LoraShape, Pristine, Weights, fusing
+from specl.shared.pieces import Pieces, at_once
 
 MOST_LOGPROBS = 20  # alternatives of a token that a client may ask for, as with OpenAI
 WARM_CONTEXT = 128  # tokens in the caches while costs are measured
@@ -175,16 +177,30 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ adapters
     def use_adapter(self, adapter: LoadedAdapter | None) -> None:
         """Draft with `adapter`, or with the pristine draft. Between two rounds; the target is never touched."""
+        at_once(self.taking(adapter))
+
+    def taking(self, adapter: LoadedAdapter | None) -> Pieces[None]:
+        """`use_adapter` in pieces shorter than a round, between which rounds may run: all is made beside what drafts, and
+        only the end exchanges it.
+        """
         if self._pristine is None:
             return
-        self._pristine.restore()
-        form = "none"
+        form, layers, scorer = "none", {}, None
         if isinstance(self.draft, HeadDraft):
             hot = adapter.hot if adapter is not None and adapter.hot is not None else self._pristine_hot
             if hot is not self.draft.hot:
-                self.draft.set_hot(hot)
+                scorer = yield from self.draft.scorer(hot)
+                yield
         if adapter is not None:
-            form = fuse(self.draft_module, adapter.shape, adapter.weights)
+            form, layers = yield from fusing(self._pristine.layers, adapter.shape, adapter.weights)
+            for layer in layers.values():
+                if isinstance(self.draft, HeadDraft):
+                    self.draft.speed_up_layer(layer)
+                    yield
+        self._pristine.restore()
+        self.draft_module.update_modules(tree_unflatten(list(layers.items())))
+        if scorer is not None:
+            self.draft.hot, self.draft.output = scorer
         # together and last: `status` reads them from another thread
         self.adapter_id, self.adapter_form = adapter.id if adapter is not None else "", form
         if isinstance(self.draft, HeadDraft):

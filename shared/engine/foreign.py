@@ -20,6 +20,7 @@ from specl.shared.engine.engine import Engine, LoadedAdapter
 from specl.shared.errors import AdapterRejected
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.lora import LoraShape, Weights
+from specl.shared.pieces import at_once
 
 PARTS = (".lora_a", ".lora_b")
 
@@ -69,7 +70,7 @@ def read_foreign(folder: Path, engine: Engine) -> Foreign:
     hot = read_hot(folder / "hot_vocab.npy") if (folder / "hot_vocab.npy").exists() else None
     if hot is not None and not isinstance(engine.draft, HeadDraft):
         problems.append("it has a hot vocabulary; the draft has none")
-    problems += misfits(engine, shape, weights, hot)
+    problems += at_once(misfits(engine, shape, weights, hot))
     if problems:
         raise AdapterRejected("; ".join(problems))
     return Foreign(

@@ -46,6 +46,19 @@ def speed_up(
     return f"native {instruction_set()}: {formats}" + (f", {ONE_CALL}" if result.fused else "")
 
 
+class _Holder(nn.Module):
+    """Gives a lone layer a path."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+def speed_up_layer(layer: nn.Module, blocks: Any = None, weights: str = "auto") -> None:
+    """`speed_up` for one layer that belongs to no model yet; `blocks` are its own, where its file had any."""
+    speed_up(_Holder(layer), {"layer": blocks} if blocks is not None else {}, fuse=False, weights=weights)
+
+
 def draft_stack(head: nn.Module, embedding: mx.array) -> Any:
     """A head draft as one native call, or None where that is not possible; `embedding` is its target's, dense fp32."""
     from specl.shared.native import available, drafting

@@ -21,9 +21,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from specl.shared.errors import ModelError
-from specl.shared.models.fast import ONE_CALL, draft_stack, on_cpu, speed_up
+from specl.shared.models.fast import ONE_CALL, draft_stack, on_cpu, speed_up, speed_up_layer
 from specl.shared.models.load import DENSE_ROWS, FEW_ROWS, LanguageModel
 from specl.shared.models.whole import whole
+from specl.shared.pieces import Pieces, at_once
 
 MODEL_TYPE = "speclora_head"
 
@@ -169,14 +170,6 @@ def _later(x: mx.array, count: int) -> mx.array:
     return mx.concatenate([mx.zeros_like(x[:, :, :count]), x[:, :, :-count]], axis=2)
 
 
-class _Holder(nn.Module):
-    """Gives a lone layer a path."""
-
-    def __init__(self, output: nn.Linear) -> None:
-        super().__init__()
-        self.output = output
-
-
 @dataclass(slots=True)
 class HeadDraft:
     """A head bound to its target: what the model drafter runs. `hot` [h] are token ids, sorted.
@@ -196,25 +189,35 @@ class HeadDraft:
     _stack: Any = field(init=False, default=None)  # the head as one native call, where that is possible
 
     def __post_init__(self) -> None:
-        self._bind(self.hot)
+        self.hot, self.output = at_once(self._scorer(self.hot))
 
     def set_hot(self, hot: np.ndarray) -> None:
         """Score another hot vocabulary. Raises ModelError unless it has the same size and valid, distinct tokens."""
+        self.hot, self.output = at_once(self.scorer(hot))
+
+    def scorer(self, hot: np.ndarray) -> Pieces[tuple[np.ndarray, nn.Linear]]:
+        """`hot` sorted and the layer that scores it, made in pieces beside those in use: assign both. Raises as `set_hot`."""
         size = int(self.target.config["vocab_size"])
         hot = np.unique(np.asarray(hot, dtype=np.int64))
         if len(hot) != self.shape.hot_size or hot[0] < 0 or hot[-1] >= size:
             raise ModelError(f"a hot vocabulary needs {self.shape.hot_size} distinct tokens below {size}")
-        self._bind(hot)
+        return (yield from self._scorer(hot))
 
-    def _bind(self, hot: np.ndarray) -> None:
-        self.hot = hot
-        self.output = nn.Linear(self.shape.hidden_size, len(hot), bias=False)
-        self.output.weight = self.target.head_rows(mx.array(hot)).astype(self.dtype)
-        mx.eval(self.output.weight)
+    def _scorer(self, hot: np.ndarray) -> Pieces[tuple[np.ndarray, nn.Linear]]:
+        output = nn.Linear(self.shape.hidden_size, 1, bias=False)
+        output.weight = self.target.head_rows(mx.array(hot)).astype(self.dtype)
+        mx.eval(output.weight)
+        yield
         if on_cpu():
             blocks = self.target.head_blocks(hot)
-            # a module of one layer, so that it can be sped up under a name
-            speed_up(_Holder(self.output), {"output": blocks} if blocks is not None else {}, fuse=False)
+            yield
+            speed_up_layer(output, blocks)
+        return hot, output
+
+    def speed_up_layer(self, layer: nn.Module) -> None:
+        """What `speed_up` does for a layer of the head, before it is there."""
+        if on_cpu():
+            speed_up_layer(layer, weights="bf16")
 
     def speed_up(self) -> str:
         """Let few rows be computed natively where that is possible; call again after the layers changed."""

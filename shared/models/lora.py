@@ -13,6 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from specl.shared.errors import AdapterRejected
+from specl.shared.pieces import Pieces, at_once
 
 Weights = dict[str, mx.array]
 FIDELITY_LIMIT = 0.1  # share of an adapter's effect that fusing may lose (FACTS: fp32 0, fp16 0.02-0.2, 4-bit > 3)
@@ -94,6 +95,11 @@ def lora_weights(module: nn.Module) -> Weights:
 
 def problems(module: nn.Module, shape: LoraShape, weights: Weights) -> list[str]:
     """Everything that keeps `weights` from being an adapter for `module`: names, kinds, shapes, values. Empty means usable."""
+    return at_once(examining(module, shape, weights))
+
+
+def examining(module: nn.Module, shape: LoraShape, weights: Weights) -> Pieces[list[str]]:
+    """`problems`, a layer a piece."""
     layers, found, expected = linear_layers(module), [], set()
     for key in shape.keys:
         expected |= {f"{key}.lora_a", f"{key}.lora_b"}
@@ -107,6 +113,7 @@ def problems(module: nn.Module, shape: LoraShape, weights: Weights) -> list[str]
         if not wrong and not _all_finite(_change(key, shape, weights).astype(_compute_dtype(layers[key]))):
             wrong = [f"{key}: its weight change overflows"]
         found += wrong
+        yield
     found += [f"{name} is not part of this adapter" for name in sorted(weights.keys() - expected)]
     return found
 
@@ -133,7 +140,16 @@ def _change(key: str, shape: LoraShape, weights: Weights) -> mx.array:
 
 def change_norm(shape: LoraShape, weights: Weights) -> float:
     """Frobenius norm of all weight changes together: sqrt(sum ||scale * A B||^2)."""
-    return math.hypot(*(mx.linalg.norm(_change(key, shape, weights)).item() for key in shape.keys))
+    return at_once(norming(shape, weights))
+
+
+def norming(shape: LoraShape, weights: Weights) -> Pieces[float]:
+    """`change_norm`, a layer a piece."""
+    norms = []
+    for key in shape.keys:
+        norms.append(mx.linalg.norm(_change(key, shape, weights)).item())
+        yield
+    return math.hypot(*norms)
 
 
 def _compute_dtype(layer: nn.Module) -> mx.Dtype:
@@ -154,16 +170,32 @@ def fuse(module: nn.Module, shape: LoraShape, weights: Weights) -> str:
     Returns `fused` or `unfused`. Evaluates everything, so that the next forward pays nothing. The pristine layers stay
     reachable through `Pristine`, which the caller made before.
     """
-    attach(module, shape, weights)
-    layers = {name: child for name, child in module.named_modules() if isinstance(child, LoRALinear)}
-    if any(isinstance(child.linear, nn.QuantizedLinear) for child in layers.values()):
-        return "unfused"
-    made = {name: _fused(child, shape.scale) for name, child in layers.items()}
-    if max(_lost(layers[name], made[name]) for name in made) >= FIDELITY_LIMIT:
-        return "unfused"
-    module.update_modules(tree_unflatten(list(made.items())))
-    mx.eval(module.parameters())
-    return "fused"
+    detach(module)
+    form, layers = at_once(fusing(linear_layers(module), shape, weights))
+    module.update_modules(tree_unflatten(list(layers.items())))
+    return form
+
+
+def fusing(
+    layers: dict[str, nn.Module], shape: LoraShape, weights: Weights
+) -> Pieces[tuple[str, dict[str, nn.Module]]]:
+    """Layers that compute with the adapter, made beside the pristine `layers` one at a time: `fused` or `unfused`, and they."""
+    beside, made, lost = {}, {}, 0.0
+    for key in shape.keys:
+        beside[key] = _beside(layers[key], key, shape, weights)
+        if not isinstance(layers[key], nn.QuantizedLinear):
+            made[key] = _fused(beside[key], shape.scale)
+            yield
+            lost = max(lost, _lost(beside[key], made[key]))
+        yield
+    whole = len(made) == len(beside) and lost < FIDELITY_LIMIT
+    return ("fused", made) if whole else ("unfused", beside)
+
+
+def _beside(base: nn.Module, key: str, shape: LoraShape, weights: Weights) -> LoRALinear:
+    layer = LoRALinear.from_base(base, r=shape.rank, dropout=shape.dropout, scale=shape.scale)
+    layer.lora_a, layer.lora_b = weights[f"{key}.lora_a"], weights[f"{key}.lora_b"]
+    return layer
 
 
 def _fused(layer: LoRALinear, scale: float) -> nn.Linear:
@@ -194,6 +226,11 @@ class Pristine:
         self._layers = [
             (name, child) for name, child in linear_layers(module).items() if not isinstance(child, LoRALinear)
         ]
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """They, by dotted name."""
+        return dict(self._layers)
 
     def restore(self) -> None:
         """Undo any adapter."""

@@ -64,7 +64,7 @@ class Daemon:
             if self.worker.failure:
                 raise self.worker.failure
             time.sleep(0.05)
-        self.worker.swap.by_hand = self._timed(self.worker.swap.by_hand, self.pauses)
+        self.worker.swap.advance = self._timed(self.worker.swap.advance, self.pauses)
 
     @property
     def worker(self) -> "working.Worker":
@@ -207,9 +207,9 @@ def _measured(daemon: Daemon, requests: int, swaps: int, tokens: int) -> dict:
         marks = Adapters(daemon.paths.adapters).rolled_back()
         return {
             "requests": load.done, "failed": len(load.failed), "failures": sorted(set(load.failed))[:5],
-            "texts_changed": load.changed, "swaps": len(pauses), "swaps_refused": refused,
+            "texts_changed": load.changed, "swaps": swaps, "pieces": len(pauses), "swaps_refused": refused,
             "pause": percentiles(pauses), "round": percentiles(daemon.rounds[daemon_rounds:]),
-            "pause_in_rounds": round(float(np.median(pauses) / np.median(daemon.rounds[daemon_rounds:])), 3),
+            "pause_in_rounds": round(float(np.percentile(pauses, 99) / np.median(daemon.rounds[daemon_rounds:])), 3),
             "base_identical": daemon.base_hash() == before, "rolled_back_by_the_watch": len(marks),
             "mlx_active_mb": [round(active, 2), round(daemon.active_mb(), 2)],
             "rss_mb": [round(level, 1) for level in levels],

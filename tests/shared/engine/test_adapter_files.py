@@ -337,16 +337,16 @@ def test_an_error_that_no_check_foresaw_is_a_refusal_too(adapters, engine, swap,
     logits, hot = drafting(engine)
     path = publish(adapters, engine)
     if where == "load":
-        monkeypatch.setattr(adapter_files, "problems", lambda *_: 1 / 0)
+        monkeypatch.setattr(adapter_files, "examining", lambda *_: 1 / 0)
     else:
-        real = Engine.use_adapter
+        real = Engine.taking
 
         def half(self, adapter):
-            real(self, adapter)
+            yield from real(self, adapter)
             if adapter is not None and adapter.id == path.name:
                 raise ZeroDivisionError("division by zero")
 
-        monkeypatch.setattr(Engine, "use_adapter", half)
+        monkeypatch.setattr(Engine, "taking", half)
     swap.follow_current()
     assert "could not be loaded (ZeroDivisionError: division by zero)" in swap.rejected[path.name]
     assert engine.adapter_id == "000001"
@@ -355,9 +355,25 @@ def test_an_error_that_no_check_foresaw_is_a_refusal_too(adapters, engine, swap,
     assert not swap.by_hand(path.name).ok
 
 
+def test_an_announced_adapter_comes_in_pieces_and_the_old_one_drafts_meanwhile(adapters, engine, swap):
+    publish(adapters, engine, hot=HOT + 1)
+    swap.follow_current()
+    logits, hot = drafting(engine)
+    path = publish(adapters, engine)
+    swap.hear(path.name, str(path))
+    pieces = 0
+    while swap.under_way:
+        now, now_hot = drafting(engine)
+        assert engine.adapter_id == "000001" and (now == logits).all() and (now_hot == hot).all()
+        swap.advance()
+        pieces += 1
+    assert engine.adapter_id == path.name and pieces > 5
+    assert not (drafting(engine)[0] == logits).all()
+
+
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 def test_what_is_not_the_candidates_fault_is_not_hidden(adapters, engine, swap, monkeypatch, error):
     publish(adapters, engine)
-    monkeypatch.setattr(adapter_files, "problems", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(adapter_files, "examining", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(error):
         swap.follow_current()

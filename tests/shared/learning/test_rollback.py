@@ -16,14 +16,20 @@ from tests.shared.learning.test_adapter_marks import publish
 class FakeEngine:
     adapter_id, adapter_form = "", "none"
 
-    def use_adapter(self, adapter):
+    def taking(self, adapter):
+        yield
         self.adapter_id = adapter or ""
+
+
+def loading(adapters, path, engine):
+    yield
+    return path.name, None
 
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     paths = Paths(tmp_path, tmp_path).create()
-    monkeypatch.setattr(swapping, "load_adapter", lambda adapters, path, engine: (path.name, None))
+    monkeypatch.setattr(swapping, "loading", loading)
     adapters = Adapters(paths.adapters)
     return paths, adapters, publish(adapters, 0.5), publish(adapters, 0.6)
 
