@@ -211,7 +211,7 @@ class HeadDraft:
         if on_cpu():
             blocks = self.target.head_blocks(hot)
             yield
-            speed_up_layer(output, blocks)
+            speed_up_layer(output, blocks, "exact" if self.target.head_is_blocks else "auto")
         return hot, output
 
     def speed_up_layer(self, layer: nn.Module) -> None:

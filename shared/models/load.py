@@ -116,6 +116,13 @@ class LanguageModel:
         name = "lm_head" if hasattr(self.model, "lm_head") else "model.embed_tokens"
         return self.blocks[name].rows(ids) if name in self.blocks else None
 
+    @property
+    def head_is_blocks(self) -> bool:
+        """Whether the output matrix was packed from its blocks, and so found to be the same numbers bit for bit."""
+        layer = self.model.lm_head if hasattr(self.model, "lm_head") else self.model.model.embed_tokens
+        packed = getattr(layer, "_packed", None)
+        return packed is not None and packed.of(layer.weight) and packed.matrix.format not in ("f32", "bf16")
+
     def head_rows(self, ids: mx.array) -> mx.array:
         """The rows of the output matrix that score `ids`, dense, [n, hidden]."""
         layer = self.model.lm_head if hasattr(self.model, "lm_head") else self.model.model.embed_tokens

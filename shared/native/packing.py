@@ -12,7 +12,7 @@ import numpy as np
 
 from specl.shared.native.extension import native
 
-Weights = Literal["auto", "f32", "bf16", "q8", "q4"]
+Weights = Literal["auto", "exact", "f32", "bf16", "q8", "q4"]
 Matrix = object  # specl.shared.native._native.Matrix, unknown to the type checker
 
 
@@ -88,7 +88,13 @@ def affine_from_mlx(weight: mx.array, scales: mx.array, biases: mx.array, *, bit
 
 
 def pack(dense: mx.array, weights: Weights = "auto", exact: Affine | None = None) -> Matrix:
-    """A matrix for the kernels. "auto": `exact` if it is just `dense`, else bf16 if that loses nothing, else fp32."""
+    """A matrix for the kernels. "auto": `exact` if it is just `dense`, else bf16 if that loses nothing, else fp32. "exact":
+    `exact`, which the caller knows to be `dense`: rows of a matrix that was compared whole.
+    """
+    if weights == "exact" and exact is not None:
+        return pack_affine(exact)
+    if weights == "exact":
+        weights = "auto"
     if weights == "auto":
         if exact is not None and exact.values.shape == dense.shape:
             packed = pack_affine(exact)
