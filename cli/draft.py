@@ -78,7 +78,7 @@ def draft() -> None:
 )
 @click.option("--time", "limit", default="1h", show_default=True, help="Stop after this long with what there is.")
 @click.option(
-    "--hot", type=click.IntRange(64), default=6144, show_default=True, help="Size of a head's hot vocabulary."
+    "--hot", type=click.IntRange(64), default=8192, show_default=True, help="Size of a head's hot vocabulary."
 )
 @click.option("--epochs", type=click.IntRange(1), default=6, show_default=True)
 @click.option(

@@ -49,7 +49,7 @@ class BuildSettings:
     layers: tuple[int, ...] = ()
     tokens: int = 200_000
     seconds: float = 3600.0
-    hot_size: int = 6144
+    hot_size: int = 8192
     answer_tokens: int = 160
     top_k: int = 32
     sampled_share: float = 0.35

@@ -33,7 +33,9 @@ def chosen(count):
 
 def write_reference(file, prompts, tokens):
     """In this process: mlx_lm.stream_generate (what mlx_lm.generate prints) over token prompts."""
+    import mlx.core as mx
     from mlx_lm import stream_generate
+    from mlx_lm.generate import generation_stream
 
     from specl.shared.models.load import load
 
@@ -45,6 +47,7 @@ def write_reference(file, prompts, tokens):
         found.append([step.token for step in steps])
         print(f"reference {place + 1} of {len(prompts)}", file=sys.stderr, flush=True)
     file.write_text(json.dumps(found))
+    mx.synchronize(generation_stream)  # a step is still in flight; a process that ends under it crashes in its BLAS
 
 
 def reference(engine, prompts, tokens, cache):
