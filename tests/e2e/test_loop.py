@@ -14,7 +14,7 @@ import time
 from contextlib import closing
 
 from specl.shared.prompts import reserved
-from tests.e2e.conftest import stop, wait_until
+from tests.e2e.conftest import REPOSITORY, stop, wait_until
 
 KIND = "record-to-json"
 LIVE = 32
@@ -89,6 +89,13 @@ def test_a_client_killed_mid_stream_frees_its_slot(system):
     asking.kill()
     asking.communicate()
     wait_until(lambda: system.status()["queue"]["in_flight"] == 0, 10, "the slot is free")
+
+
+def test_the_clients_example_runs(system):
+    example = REPOSITORY / "examples" / "ask_daemons.py"
+    done = subprocess.run([sys.executable, example], env=system.environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "recorded: True" in done.stdout and "'inference': " in done.stdout
 
 
 def test_bad_requests_are_refused_in_one_line(system):
