@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from specl.shared.bench.scratch import MlxServer, ScratchDaemons
 from specl.shared.bench.sets import BenchPrompt
 from specl.shared.engine.law import Law
+from specl.shared.wire import Purge
 
 Complete = Callable[[BenchPrompt], int]
 
@@ -61,7 +62,7 @@ def measure_crowds(
     turns: int,
     tell: Callable[[str], None] = lambda note: None,
 ) -> list[CrowdFigures]:
-    """For each number of clients, `turns` times each way in alternating order."""
+    """For each number of clients, `turns` times each way in alternating order; ours forgets every time what it answered before."""
 
     def ours() -> Complete:
         client = daemons.client()
@@ -79,7 +80,11 @@ def measure_crowds(
         for turn in range(turns):
             tell(f"{clients} clients, turn {turn + 1} of {turns}")
             order = [ours, theirs] if turn % 2 == 0 else [theirs, ours]
-            rates = {side: crowd_rate(side, clients, items) for side in order}
+            rates = {}
+            for side in order:
+                with daemons.client() as client:
+                    client.command("inference", Purge([], None, ""))
+                rates[side] = crowd_rate(side, clients, items)
             pairs.append((rates[ours], rates[theirs]))
         found.append(
             CrowdFigures(clients, max(a for a, _ in pairs), max(b for _, b in pairs), [a / b for a, b in pairs])

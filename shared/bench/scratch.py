@@ -71,7 +71,7 @@ class ScratchDaemons:
             "SPECL_CONFIG": str(file),
             "SPECL_MODELS": str(models),
         }
-        environment["SPECL_DIE_WITH_PARENT"] = "1"
+        environment["SPECL_DIE_WITH_PARENT"] = str(os.getpid())
         self._log = self.folder / "output.txt"
         with open(self._log, "wb") as out:
             self._processes = [

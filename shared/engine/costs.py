@@ -21,14 +21,14 @@ from typing import Protocol
 import numpy as np
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-PROBE_EVERY = 24  # parked rounds before the first probe; one that fails doubles the pause, one that stands quarters it
+PROBE_EVERY = 8  # parked rounds before the first probe; one that fails doubles the pause, one that stands quarters it
 PROBE_AT_LEAST, PROBE_AT_MOST = 4, 384  # a probe costs one to three steps: the draft reads all it has missed
 EXPLORE_EVERY = 16  # refusals by confidence before one is drafted all the same, so that a bad start is unlearned
 BUCKETS = 10  # of confidence
-ENTER_GAIN = 1.1  # drafting must promise this much over plain before it starts again
-STAY_GAIN = 1.05  # and this much to go on: a round that drafts costs some per cent more than its measured parts
+ENTER_GAIN = 1.04  # drafting must promise this much over plain before it starts again
+STAY_GAIN = 1.0  # and this much to go on
 MEMORY = 48.0  # tested tokens a depth remembers
-PRIOR = 4.0  # and what the prior counts for
+PRIOR = 6.0  # and what the prior counts for
 
 
 @dataclass(frozen=True, slots=True)

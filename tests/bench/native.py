@@ -50,9 +50,12 @@ def bind_openblas() -> str:
 def shaped(mlx_model: ModuleType, **sizes: Any) -> Any:
     """A random model, evaluated."""
     import mlx.core as mx
+    from mlx.utils import tree_map
 
     mx.random.seed(0)
     model = mlx_model.Model(mlx_model.ModelArgs(rms_norm_eps=1e-5, **sizes))
+    # numbers that bf16 holds, as those of published checkpoints are
+    model.update(tree_map(lambda value: value.astype(mx.bfloat16).astype(mx.float32), model.parameters()))
     mx.eval(model.parameters())
     return model
 

@@ -68,7 +68,7 @@ def main():
             ratios.append(second / first)
             print(
                 f"first {1000 * first:.0f} ms ({before['prompt_tokens']} tokens), second {1000 * second:.0f} ms"
-                f" ({after['reused_tokens']} of {after['prompt_tokens']} reused): {second / first:.3f}"
+                f" ({after['reused_prompt_tokens']} of {after['prompt_tokens']} reused): {second / first:.3f}"
             )
     print(f"median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
