@@ -12,8 +12,9 @@ import hashlib
 import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import msgpack
@@ -466,11 +467,16 @@ def describe(data: bytes) -> str:
     return f"{len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()[:12]}"
 
 
+_SCALARS = {str, bytes, int, float, bool, type(None)}
+
+
 def _plain(value: Any) -> Any:
+    if type(value) in _SCALARS:
+        return value
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: _plain(getattr(value, name)) for name in _hints(type(value))}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [item if type(item) in _SCALARS else _plain(item) for item in value]
     return value
 
 
@@ -491,31 +497,47 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _build(cls: type, body: Any, where: str) -> Any:
-    hints = _hints(cls)
-    if not isinstance(body, dict) or body.keys() != hints.keys():
+    checks = _checks(cls)
+    if not isinstance(body, dict) or body.keys() != checks.keys():
         raise WireError(f"{where}: wrong fields")
-    return cls(**{name: _check(hint, body[name], f"{where}.{name}") for name, hint in hints.items()})
+    return cls(**{name: check(body[name], f"{where}.{name}") for name, check in checks.items()})
 
 
-def _check(hint: Any, value: Any, where: str) -> Any:
-    """`value` if it is what `hint` declares; integers stand for floats."""
-    if (hint is str or hint is bytes or hint is bool) and type(value) is hint:
-        return value
+@cache
+def _checks(cls: type) -> dict[str, Callable[[Any, str], Any]]:
+    return {name: _checker(hint) for name, hint in _hints(cls).items()}
+
+
+@cache
+def _checker(hint: Any) -> Callable[[Any, str], Any]:
+    """What gives a value back if it is what `hint` declares, and raises WireError if not; integers stand for floats."""
     if isinstance(hint, types.UnionType):
-        if value is None and type(None) in hint.__args__:
-            return None
-        return _check(next(arm for arm in hint.__args__ if arm is not type(None)), value, where)
+        check = _checker(next(arm for arm in hint.__args__ if arm is not type(None)))
+        may_lack = type(None) in hint.__args__
+        return lambda value, where: None if value is None and may_lack else check(value, where)
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
+        return lambda value, where: _build(hint, value, where)
     if typing.get_origin(hint) is list:
-        if not isinstance(value, list):
-            raise WireError(f"{where}: not a list")
-        (item,) = typing.get_args(hint)
-        return [_check(item, v, where) for v in value]
+        return partial(_check_list, *typing.get_args(hint))
     if typing.get_origin(hint) is dict:
-        if not isinstance(value, dict):
-            raise WireError(f"{where}: not a map")
-        return _json(value, where, 0)
+        return _check_map
+    return partial(_check_scalar, hint)
+
+
+def _check_list(item: Any, value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise WireError(f"{where}: not a list")
+    check = _checker(item)
+    return [check(v, where) for v in value]
+
+
+def _check_map(value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise WireError(f"{where}: not a map")
+    return _json(value, where, 0)
+
+
+def _check_scalar(hint: type, value: Any, where: str) -> Any:
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is not hint:
