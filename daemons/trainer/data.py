@@ -22,7 +22,7 @@ from specl.shared.store import Store, StoredGeneration
 LONGEST = 512  # tokens of an example; the rest of a long text is left out
 HELDOUT_MOST = 100
 HELDOUT_DAYS = 30
-REPLAY_TEXTS = 96
+REPLAY_PART = 96  # texts captured at once: about 20 s on two cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,33 +125,39 @@ class Gatherer:
         )
 
     def replay(self, folder: Path) -> list[Example]:
-        """General texts of the target that came with the draft, captured once and kept in `folder`."""
+        """General texts of the target that came with the draft, as many as were captured so far: the first part at least."""
+        parts = self._replay_parts(folder)
+        if parts and not parts[0][0].is_file():
+            self.capture_replay(folder)
+        return [example for path, _ in parts if path.is_file() for example in load_shard(path)]
+
+    def capture_replay(self, folder: Path) -> bool:
+        """Capture the next part of them and keep it in `folder`; whether there is more to capture."""
+        missing = [part for part in self._replay_parts(folder) if not part[0].is_file()]
+        for path, texts in missing[:1]:
+            examples = []
+            for tokens, prompt_length in texts:
+                self._pause()
+                k = self.settings.training.loss.top_k_logits
+                states, ids, logprobs = recapture(self.engine.target, tokens, prompt_length, k)
+                name, weights = f"{path.stem}-{len(examples)}", np.ones(len(ids), np.float32)
+                kept = states if self.engine.reads_states else None
+                examples.append(Example(name, tokens, prompt_length, ids, logprobs, weights, kept))
+            save_shard(path, examples)
+        return len(missing) > 1
+
+    def _replay_parts(self, folder: Path) -> list[tuple[Path, list[tuple[np.ndarray, int]]]]:
+        """Files and the texts that belong in them."""
         draft = self.engine.draft
         source = draft.path / "replay.npz" if draft is not None and draft.path else None
         if source is None or not source.is_file():
             return []
-        kept = folder / f"replay-{self.engine.draft_fingerprint}.npz"
-        if kept.is_file():
-            return load_shard(kept)
-        examples = []
-        for tokens, prompt_length in _texts(source)[:REPLAY_TEXTS]:
-            self._pause()
-            states, ids, logprobs = recapture(
-                self.engine.target, tokens, prompt_length, self.settings.training.loss.top_k_logits
-            )
-            examples.append(
-                Example(
-                    f"replay-{len(examples)}",
-                    tokens,
-                    prompt_length,
-                    ids,
-                    logprobs,
-                    np.ones(len(ids), np.float32),
-                    states if self.engine.reads_states else None,
-                )
-            )
-        save_shard(kept, examples)
-        return examples
+        texts = _texts(source)
+        stem = f"replay-{self.engine.draft_fingerprint}"
+        return [
+            (folder / f"{stem}-{start:04d}.npz", texts[start : start + REPLAY_PART])
+            for start in range(0, len(texts), REPLAY_PART)
+        ]
 
 
 def _texts(path: Path) -> list[tuple[np.ndarray, int]]:

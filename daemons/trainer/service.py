@@ -345,10 +345,16 @@ class Trainer:
         self.server.wake()
 
     def _regression(self) -> None:
-        """Make the regression slice while nobody waits, so that the first run need not."""
+        """Make the regression slice and a part of the texts to replay while nobody waits, so that a run need not."""
         self.live.state = "preparing"
         count = self.settings.training.regression_prompts
         RegressionSlice(self.paths.regression, self._loaded(), count, self.turnstile.pass_through).examples()
+        store = Store(self.paths.store, read_only=True)
+        try:
+            more = self._gatherer(store).capture_replay(self.paths.training)
+        finally:
+            store.close()
+        self._slice_made = not more  # the next part in the next quiet moment, unless a run comes first
 
     def _score(self) -> None:
         """Teacher-forced agreement of generations that were parked: without it they would never count as failures."""
