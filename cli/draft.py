@@ -172,7 +172,7 @@ def _texts(
     }
     if own:
         click.echo(f"{len(own)} answers of your own traffic to learn from", err=True)
-    return Texts(items, prompts.load("heldout"), own), about
+    return Texts(items, prompts.load("heldout"), own, prompts.may_train), about
 
 
 def _command(target: str, limit: str, wish: dict[str, Any]) -> str:

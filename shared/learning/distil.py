@@ -8,8 +8,9 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlx.utils import tree_flatten
 from specl.shared.errors import ModelError
 from specl.shared.learning.depths import ByDepth, by_depth
 from specl.shared.learning.examples import Example, hot_vocabulary
+from specl.shared.learning.invent import invent
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.own import OwnText, capture, forget
@@ -29,14 +31,18 @@ from specl.shared.learning.traffic import Prompt, answer, load_shard, recapture,
 from specl.shared.models.head import HeadDraft, load_head, new_head, save_head
 from specl.shared.models.layers import new_layers, save_layers
 from specl.shared.models.load import LanguageModel, load
+from specl.shared.prompts import ShippedPrompt
 
 BATCH_ROWS = 32
 SORT_WINDOW = 8  # batches sorted by length together: little padding, prompts still mixed
 GENERATE_SHARE = 0.6  # of the time limit
 CHECKPOINT_S = 60.0
 HELDOUT_PROMPTS = 96
+INVENTING_TEMPERATURE = 1.0
 REPLAY_TEXTS = 600  # 96 were not enough: four minutes of training had each ten times, and general text fell by 0.02
+REPLAY_SHARE = 0.1  # of the answers at most: they are kept out of training
 KINDS = ("head", "layers")
+Group = Callable[[], list[Prompt]]  # made when it is needed: a shard that is there needs no prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +70,15 @@ class BuildSettings:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What a build learns from and is judged by: prompts that the target answers, and texts that it wrote before."""
+    """What a build learns from and is judged by: prompts that the target answers, and texts that it wrote before.
+
+    Where more text is wanted than the prompts give, the target invents prompts; `wanted` may refuse some.
+    """
 
     prompts: Sequence[Any]
     heldout: Sequence[Any]
     own: Sequence[OwnText] = ()
+    wanted: Callable[[str], bool] = lambda text: True
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,24 +90,44 @@ class Built:
     manifest: dict[str, Any]
 
 
-def _groups(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+def _groups(prompts: Sequence[Prompt]) -> list[Group]:
     window = BATCH_ROWS * SORT_WINDOW
     ordered: list[Prompt] = []
     for start in range(0, len(prompts), window):
         ordered += sorted(prompts[start : start + window], key=lambda prompt: len(prompt.tokens))
-    return [ordered[i : i + BATCH_ROWS] for i in range(0, len(ordered), BATCH_ROWS)]
+    return [partial(ordered.__getitem__, slice(i, i + BATCH_ROWS)) for i in range(0, len(ordered), BATCH_ROWS)]
 
 
-def _passes(prompts: Sequence[Prompt], settings: BuildSettings) -> Iterator[list[Prompt]]:
-    """Groups of all prompts; then of all prompts again, sampled, for as long as text is wanted."""
+def _passes(target: LanguageModel, texts: Texts, settings: BuildSettings) -> Iterator[Group]:
+    """Groups of all prompts; then, for as long as text is wanted, of what the target invents: of the prompts again, sampled,
+    where it invents nothing.
+    """
+    prompts = encode_prompts(target, texts.prompts, settings)
     yield from _groups(prompts)
-    for number in itertools.count(2):
-        yield from _groups([Prompt(f"{p.id}#{number}", p.tokens, settings.temperature) for p in prompts])
+    again = [replace(prompt, id=f"{prompt.id}#again", temperature=settings.temperature) for prompt in prompts]
+    repeats = itertools.cycle(_groups(again))
+    for number in itertools.count():
+        yield partial(_invented, target, texts.wanted, settings, number, next(repeats))
+
+
+def _invented(
+    target: LanguageModel, wanted: Callable[[str], bool], settings: BuildSettings, number: int, instead: Group
+) -> list[Prompt]:
+    """One group of invented prompts, `instead` where hardly any came about."""
+    rng = np.random.default_rng([settings.seed, 1, number])
+    made = invent(target, BATCH_ROWS, INVENTING_TEMPERATURE, rng, wanted)
+    if len(made) < BATCH_ROWS // 4:
+        return instead()
+    items = [
+        ShippedPrompt(f"own-{number}-{n}", "invented", [{"role": "user", "content": text}])
+        for n, text in enumerate(made)
+    ]
+    return encode_prompts(target, items, settings, rng=rng)
 
 
 def generate(
     target: LanguageModel,
-    groups: Iterable[list[Prompt]],
+    groups: Iterable[Group],
     folder: Path,
     name: str,
     settings: BuildSettings,
@@ -121,7 +151,8 @@ def generate(
                 tell(Progress(f"writing {name} text", done, settings.tokens, (settings.tokens - done) / pace))
 
             with_states = settings.kind == "head"
-            save_shard(path, answer(target, group, settings.answer_tokens, settings.top_k, with_states, rng, tick))
+            made_now = answer(target, group(), settings.answer_tokens, settings.top_k, with_states, rng, tick)
+            save_shard(path, made_now)
         else:
             done += sum(example.rows for example in load_shard(path))
         shards.append(path)
@@ -129,10 +160,14 @@ def generate(
 
 
 def encode_prompts(
-    target: LanguageModel, prompts: Sequence[Any], settings: BuildSettings, sampled: bool = True
+    target: LanguageModel,
+    prompts: Sequence[Any],
+    settings: BuildSettings,
+    sampled: bool = True,
+    rng: np.random.Generator | None = None,
 ) -> list[Prompt]:
     """Shipped or user prompts through the chat template; a share is answered at temperature, the rest greedily."""
-    rng = np.random.default_rng(settings.seed)
+    rng = rng or np.random.default_rng(settings.seed)
     encoded = []
     for prompt in prompts:
         text = target.tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
@@ -273,9 +308,9 @@ def build(
     deadline, shards = start + GENERATE_SHARE * settings.seconds, []
     own = capture(target, texts.own, work, settings.top_k, settings.kind == "head", deadline, tell)
     if texts.prompts:
-        groups = _passes(encode_prompts(target, texts.prompts, settings), settings)
-        shards = generate(target, groups, work, "training", settings, deadline, tell)
+        shards = generate(target, _passes(target, texts, settings), work, "training", settings, deadline, tell)
     general = read_examples(target, shards, settings.kind)
+    general, replay = set_aside(general)
     examples = general + own
     if settings.kind == "head":
         hot = hot_vocabulary(examples, settings.hot_size, int(target.config["vocab_size"]))
@@ -311,7 +346,7 @@ def build(
     if settings.kind == "head":
         manifest["hot_coverage_heldout"] = _coverage(tests, draft.hot)
     manifest = json.loads(json.dumps(manifest))
-    built = Built(_write(draft, target, out, manifest, general, settings.seed), judged_at, manifest)
+    built = Built(_write(draft, target, out, manifest, replay), judged_at, manifest)
     forget(work)
     return built
 
@@ -321,13 +356,12 @@ def _write(
     target: LanguageModel,
     out: Path,
     manifest: dict[str, Any],
-    general: Sequence[Example],
-    seed: int,
+    replay: Sequence[Example],
 ) -> HeadDraft | LanguageModel:
     """The draft's folder, whole, and what it holds read again."""
 
     def beside(folder: Path) -> None:
-        save_replay(general, folder / "replay.npz", seed)
+        save_replay(replay, folder / "replay.npz")
 
     if isinstance(draft, HeadDraft):
         save_head(draft, out, manifest, beside)
@@ -336,21 +370,31 @@ def _write(
     return load(out.name, out.parent, path=out)
 
 
-def save_replay(examples: Sequence[Example], path: Path, seed: int) -> None:
-    """Token ids of some training texts: what the trainer replays so that general text is not forgotten.
+def set_aside(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """What to train on, and greedy answers to replay later, which this draft shall not know by heart: the last, which a draft
+    that it began from has not seen either.
+    """
+    most = min(REPLAY_TEXTS, int(REPLAY_SHARE * len(examples)))
+    greedy = [i for i, example in enumerate(examples) if example.greedy]
+    kept = set(greedy[len(greedy) - most :] if most < len(greedy) else greedy)
+    return (
+        [example for i, example in enumerate(examples) if i not in kept],
+        [example for i, example in enumerate(examples) if i in kept],
+    )
+
+
+def save_replay(examples: Sequence[Example], path: Path) -> None:
+    """Token ids of texts kept out of training: what the trainer replays so that general text is not forgotten.
 
     Never a user's own: a purge does not reach what comes with a draft.
     """
-    rng = np.random.default_rng(seed)
-    greedy = [example for example in examples if example.greedy]
-    chosen = [greedy[i] for i in rng.permutation(len(greedy))[:REPLAY_TEXTS]]
-    if not chosen:
+    if not examples:
         return
     np.savez_compressed(
         path,
-        tokens=np.concatenate([example.tokens for example in chosen]).astype(np.uint32),
-        lengths=np.array([len(example.tokens) for example in chosen], np.uint32),
-        prompt_lengths=np.array([example.prompt_length for example in chosen], np.uint32),
+        tokens=np.concatenate([example.tokens for example in examples]).astype(np.uint32),
+        lengths=np.array([len(example.tokens) for example in examples], np.uint32),
+        prompt_lengths=np.array([example.prompt_length for example in examples], np.uint32),
     )
 
 

@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from specl.shared.prompts.reserved import TRACES
+
+GRAM = 8  # words in a row that no training text shares with what judges
 SETS = ("train", "heldout", "regression", "bench/general", "bench/code", "bench/copy", "bench/adversarial")
 
 
@@ -36,3 +41,20 @@ def load(name: str) -> list[ShippedPrompt]:
 def sha256(name: str) -> str:
     """The set's hash, as reports quote it."""
     return hashlib.sha256(path_of(name).read_bytes()).hexdigest()
+
+
+def runs(text: str) -> set[tuple[str, ...]]:
+    """All runs of eight words of a text."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)}
+
+
+@cache
+def _judging() -> frozenset[tuple[str, ...]]:
+    messages = [message for name in SETS if name != "train" for prompt in load(name) for message in prompt.messages]
+    return frozenset().union(*(runs(message["content"]) for message in messages))
+
+
+def may_train(text: str) -> bool:
+    """Whether an invented prompt shares no eight words with a judging set and has no trace of a reserved kind."""
+    return not TRACES.search(text) and _judging().isdisjoint(runs(text))

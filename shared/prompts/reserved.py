@@ -16,12 +16,14 @@ Only ``random.Random.random`` is used, whose sequence for a given string seed is
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 
-__all__ = ["KINDS", "SPLITS", "prompts"]
+__all__ = ["KINDS", "SPLITS", "TRACES", "prompts"]
 
 KINDS: tuple[str, ...] = ("record-to-json", "sql-from-a-sentence", "log-line-summary")
 SPLITS: tuple[str, ...] = ("live", "unseen")
+TRACES = re.compile(r"json|sql|select .* from|log line|log entr|stack trace|yaml|csv", re.IGNORECASE)
 
 # Every list below is cut in two: of each four neighbours, three belong to "live" and one to "unseen".
 _VALUES: dict[str, list[str]] = {

@@ -11,6 +11,7 @@ from specl.shared.learning import distil
 from specl.shared.learning.depths import ByDepth, by_depth
 from specl.shared.learning.distil import BuildSettings, Texts, embedding_digest, read_examples
 from specl.shared.learning.own import OwnText
+from specl.shared.learning.steps import Batches
 from specl.shared.learning.traffic import load_shard
 from specl.shared.models.head import HeadDraft
 from specl.shared.prompts import ShippedPrompt
@@ -160,6 +161,47 @@ def test_a_head_learns_from_the_shards_of_a_layers_build(stored, tmp_path):
     for example in full:
         direct = stored().states(mx.array(example.tokens[None, :-1].astype(np.int64)))[0]
         assert np.allclose(example.states, np.array(direct), atol=2e-2)
+
+
+def texts_in(folder):
+    with np.load(folder / "draft" / "replay.npz") as file:
+        ends = np.cumsum(file["lengths"])
+        return {file["tokens"][end - size : end].tobytes() for end, size in zip(ends, file["lengths"], strict=True)}
+
+
+def test_what_is_replayed_later_is_never_trained_on(stored, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(distil, "Batches", lambda *given: trained.extend(given[0]) or Batches(*given))
+    run(stored(), tmp_path, LAYERS)
+    kept = texts_in(tmp_path)
+    assert len(kept) == len(trained) // 9  # a tenth of all
+    assert not kept & {example.tokens.astype(np.uint32).tobytes() for example in trained if example.greedy}
+
+
+def test_more_text_than_the_prompts_give_comes_from_invented_prompts_and_is_made_once(stored, tmp_path, monkeypatch):
+    asked_for = []
+
+    def invent(target, count, temperature, rng, wanted):
+        asked_for.append(rng.bit_generator.state["state"]["state"])
+        return [f"tell me more about the rain, please {n} {len(asked_for)}" for n in range(count)]
+
+    monkeypatch.setattr(distil, "invent", invent)
+    more = replace(LAYERS, tokens=40 * 12 + 300)
+    run(stored(), tmp_path, more)
+    ids = [e.id for path in sorted((tmp_path / "work").glob("training-*.npz")) for e in load_shard(path)]
+    assert {id.split("-")[0] for id in ids[40:]} == {"own"} and len(ids) > 60
+    made = len(asked_for)
+    assert len(set(asked_for)) == made >= 1
+    run(stored(), tmp_path, more)
+    assert len(asked_for) == made
+
+
+def test_a_target_that_cannot_invent_answers_the_prompts_again_sampled(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(distil, "invent", lambda *given: [])
+    run(stored(), tmp_path, replace(LAYERS, tokens=40 * 12 + 300))
+    found = [e for path in sorted((tmp_path / "work").glob("training-*.npz")) for e in load_shard(path)]
+    again = [example for example in found if example.id.endswith("#again")]
+    assert len(again) > 20 and not any(example.greedy for example in again)
 
 
 # ---------------------------------------------------------------------------------------------------- own traffic

@@ -1,0 +1,75 @@
+"""Prompts that a target invents: whole, wanted, of one seed; and what keeps judging sets out of training."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from specl.shared import prompts
+from specl.shared.errors import ModelError
+from specl.shared.learning import invent as inventing
+from specl.shared.learning.invent import LONGEST, invent
+from specl.shared.prompts import reserved
+
+HOT = 50.0  # a random model says one token only at 1
+
+
+class Ends:
+    """The random target, with enough words that end a turn for turns to end."""
+
+    def __init__(self, target):
+        self._target = target
+        self.stop_tokens = frozenset(range(0, int(target.config["vocab_size"]), 24))
+
+    def __getattr__(self, name):
+        return getattr(self._target, name)
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def test_invented_prompts_are_whole_distinct_and_the_same_for_a_seed(stored):
+    target = Ends(stored())
+    made = invent(target, 40, HOT, rng(), lambda text: True)
+    assert 5 < len(made) <= 40 and len(set(made)) == len(made)
+    assert (
+        made == invent(target, 40, HOT, rng(), lambda text: True) != invent(target, 40, HOT, rng(1), lambda text: True)
+    )
+    assert all(text == text.strip() and len(text) >= inventing.SHORTEST for text in made)
+
+
+def test_what_has_not_ended_is_dropped_and_what_is_not_wanted(stored):
+    target = Ends(stored())
+    target.stop_tokens = frozenset()
+    assert invent(target, 6, HOT, rng(), lambda text: True) == []
+    target = Ends(stored())
+    first, *rest = invent(target, 40, HOT, rng(), lambda text: True)
+    assert invent(target, 40, HOT, rng(), lambda text: text != first) == rest
+
+
+def test_the_model_is_asked_with_its_templates_own_beginning(stored, monkeypatch):
+    seen = []
+    monkeypatch.setattr(inventing, "answer", lambda target, tries, longest, *more: seen.append((tries, longest)) or [])
+    target = stored()
+    invent(target, 3, 0.9, rng(), lambda text: True)
+    ((tries, longest),) = seen
+    rendered = target.tokenizer.apply_chat_template([{"role": "user", "content": "rain"}], tokenize=False)
+    assert len(tries) == 3 and longest == LONGEST and {t.temperature for t in tries} == {0.9}
+    assert rendered.startswith(target.tokenizer.decode(tries[0].tokens))
+
+
+def test_a_template_that_hides_the_users_words_is_refused():
+    tokenizer = SimpleNamespace(apply_chat_template=lambda *given, **more: "fixed")
+    with pytest.raises(ModelError, match="chat template"):
+        invent(SimpleNamespace(tokenizer=tokenizer, name="odd"), 1, 1.0, rng(), lambda text: True)
+
+
+def test_nothing_of_a_judging_set_or_a_reserved_kind_may_be_trained_on():
+    for name in ("heldout", "regression", "bench/code"):
+        long = max((p.messages[-1]["content"] for p in prompts.load(name)), key=len)
+        assert not prompts.may_train(long) and not prompts.may_train(f"so {long} then")
+    for kind in reserved.KINDS:
+        assert not any(map(prompts.may_train, reserved.prompts(kind, 20)))
+    assert prompts.may_train("Can you suggest a method to deal with painful experiences that could help me heal?")
+    assert all(prompts.may_train(m["content"]) for p in prompts.load("train") for m in p.messages)
