@@ -174,6 +174,15 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
     return list({example.tokens.tobytes(): example for example in examples}.values())
 
 
+def pieces(group: Sequence[Example], most: int) -> list[list[Example]]:
+    """A batch in pieces of at most `most` tokens with padding, longest texts first; one text is never split."""
+    made: list[list[Example]] = []
+    for example in sorted(group, key=lambda item: -len(item.tokens)):
+        room = made and len(made[-1][0].tokens) * (len(made[-1]) + 1) <= most
+        made[-1].append(example) if room else made.append([example])
+    return made
+
+
 def describe(material: Material) -> str:
     """For a log line."""
     return json.dumps(

@@ -9,13 +9,14 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from specl.daemons.trainer.data import Gatherer, Material
+from specl.daemons.trainer.data import Gatherer, Material, pieces
+from specl.daemons.trainer.records import adapter_record, evaluations
 from specl.daemons.trainer.regression import RegressionSlice
 from specl.shared import checkpoints, log
 from specl.shared.adapters import Adapters, Manifest
@@ -29,15 +30,24 @@ from specl.shared.learning.learner import Learner, agreement
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import Batches, Deadline, StepLoop, StepSettings, about_checkpoint
 from specl.shared.models.head import HeadDraft
-from specl.shared.models.lora import LoraShape, attach, change_norm, choose_layers, lora_weights
+from specl.shared.models.lora import (
+    LoraShape,
+    Weights,
+    attach,
+    change_norm,
+    choose_layers,
+    lora_weights,
+    part_of_the_way,
+)
 from specl.shared.paths import Paths
-from specl.shared.wire import Adapter, Evaluation, TrainingRun
+from specl.shared.wire import TrainingRun
 
 MIN_EXAMPLES = 4
 PIECE_TOKENS = 256  # of one forward and backward: what a request may have to wait for
 CHECKPOINT_S = 20.0
 SAME_WORK = 0.75  # of the generations of a checkpoint and a new run that both have
 DEPTHS = 3  # of a head's own steps: scored
+SHARES = (1.0, 0.9, 0.8, 0.65, 0.5)  # of the way that are tried where all of it spoils general text
 TRAINED_DEPTHS = 2  # and trained, as `draft build` does: the third costs half as much time again
 _log = log.get("training")
 
@@ -95,6 +105,7 @@ class TrainingJob:
         self.replayed = 0  # texts of the draft's own replay set
         self.material = Material([], [], [], "")
         self.general: list[Example] = []
+        self._start: Weights | None = None  # A and B that training began with, where they are an adapter's
         self.parent_id = self.in_force = ""  # they differ where what CURRENT names cannot be used
         self.records: list[Any] = []
 
@@ -126,7 +137,7 @@ class TrainingJob:
         except FloatingPointError as error:
             return self._outcome("failed", str(error))
         self.live.state = "scoring"
-        return self._judge(learner, shape, before, self._score(learner))
+        return self._judge(learner, shape, before, *self._weighed(learner, before))
 
     def _score(self, learner: Learner) -> Scores:
         """The draft as it is now, on held-out traffic and on the regression slice."""
@@ -167,7 +178,8 @@ class TrainingJob:
             shape.keys,
             shape.alpha,
         )
-        attach(module, shape, parent.weights if same else None)
+        self._start = parent.weights if same else None
+        attach(module, shape, self._start)
         draft = self.engine.draft
         if isinstance(draft, HeadDraft):
             old = parent.hot if parent is not None and parent.hot is not None else draft.hot
@@ -194,7 +206,11 @@ class TrainingJob:
         deadline = Deadline(training.max_minutes * 60)
         saved = time.monotonic()
         while loop.step_number < total and not deadline.over:
-            groups = [group for _ in range(training.gradient_accumulation_steps) for group in _pieces(batches.next())]
+            groups = [
+                group
+                for _ in range(training.gradient_accumulation_steps)
+                for group in pieces(batches.next(), PIECE_TOKENS)
+            ]
             loop.time_share = deadline.share
             value = loop.step(groups, lambda: deadline.pause(self._pause()))
             self.tokens += sum(example.rows for group in groups for example in group)
@@ -243,13 +259,28 @@ class TrainingJob:
         checkpoints.forget(checkpoint)
 
     # ------------------------------------------------------------------------------------------------ the end of it
-    def _judge(self, learner: Learner, shape: LoraShape, before: Scores, after: Scores) -> Outcome:
+    def _weighed(self, learner: Learner, before: Scores) -> tuple[Scores, Verdict]:
+        """What was learned before the gate; where that spoils general text and nothing else is against it, less of the way.
+
+        Half of a change keeps more than half of what is gained and loses far less than half of the rest (docs/learning.md).
+        No chance is given to what learned nothing: the gain must be proven on all of the way first.
+        """
+        learned = lora_weights(learner.module)
+        tried: list[tuple[Scores, Verdict]] = []
+        for share in SHARES:
+            learner.module.load_weights(list(part_of_the_way(learned, share, self._start).items()), strict=False)
+            after = self._score(learner)
+            tried.append((after, self._verdict(before, after).of(share)))
+            if not tried[-1][1].only_spoils:
+                break
+            _log.info("gate.spoils", share=share, reason=tried[-1][1].reason)
+        return tried[-1] if tried[-1][1].verdict == "promoted" else tried[0]
+
+    def _judge(self, learner: Learner, shape: LoraShape, before: Scores, after: Scores, verdict: Verdict) -> Outcome:
         """Publish if the gate says so."""
         self._pause()  # the last chance to be told that the material is to be forgotten
-        verdict = self._verdict(before, after)
         id = self.adapters.next_id() if verdict.verdict == "promoted" else "candidate"
-        self.records += self._evaluations(self.parent_id, before, {})
-        self.records += self._evaluations(id, after, verdict.numbers())
+        self._keep_scores(id, before, after, verdict)
         if verdict.verdict != "promoted":
             return self._outcome(verdict.verdict, verdict.reason)
         self._write(id, learner, shape, (before.held_out, after.held_out), verdict)
@@ -257,6 +288,11 @@ class TrainingJob:
         outcome = self._outcome("promoted", verdict.reason, id)
         outcome.path = self.adapters.folder / id
         return outcome
+
+    def _keep_scores(self, id: str, before: Scores, after: Scores, verdict: Verdict) -> None:
+        """Both as records."""
+        for scored, scores, numbers in ((self.parent_id, before, {}), (id, after, verdict.numbers())):
+            self.records += evaluations(self.run_id, scored, scores.held_out, scores.general, numbers)
 
     def _verdict(self, before: Scores, after: Scores) -> Verdict:
         """What the gate says, with tokens a second through the costs that inference has measured, where it has."""
@@ -321,28 +357,6 @@ class TrainingJob:
             shutil.rmtree(scratch, ignore_errors=True)  # what a full disk has left; a published one has been renamed
         return manifest
 
-    def _evaluations(self, adapter_id: str, scores: Scores, details: dict[str, Any]) -> list[Evaluation]:
-        """One draft state as records: on held-out traffic, with the verdict's numbers, and on the regression slice."""
-        made = []
-        for subject, score in (("heldout", scores.held_out), ("regression", scores.general)):
-            if len(score.hits):
-                made.append(
-                    Evaluation(
-                        id=uuid.uuid4().hex,
-                        created_at=time.time(),
-                        subject=subject,
-                        generation_id="",
-                        training_run_id=self.run_id,
-                        adapter_id=adapter_id,
-                        generations=len(score.hits),
-                        positions=int(score.positions.sum()),
-                        agreement=round(score.value, 6),
-                        by_depth=[round(value, 6) for value in score.by_depth],
-                        details=details if subject == "heldout" else {},
-                    )
-                )
-        return made
-
     def _data(self) -> dict[str, int]:
         """What was learned from, counted."""
         counts = (len(self.material.failures), len(self.material.successes), self.replayed)
@@ -371,27 +385,3 @@ class TrainingJob:
             settings=training.model_dump(mode="json") | {"data": self._data()},
         )
         return Outcome(verdict, reason, adapter_id, None, [*self.records, run])
-
-
-def adapter_record(adapters: Adapters, manifest: Manifest) -> Adapter:
-    """What the store keeps of a published adapter."""
-    return Adapter(
-        manifest.id,
-        manifest.created_at,
-        manifest.kind,
-        manifest.parent_id,
-        manifest.training_run_id,
-        str(adapters.folder / manifest.id),
-        manifest.files.get("adapters.safetensors", ""),
-        manifest.base_fingerprint,
-        asdict(manifest),
-    )
-
-
-def _pieces(group: list[Example]) -> list[list[Example]]:
-    """A batch in pieces of at most PIECE_TOKENS, longest texts first; one text is never split."""
-    pieces: list[list[Example]] = []
-    for example in sorted(group, key=lambda item: -len(item.tokens)):
-        room = pieces and len(pieces[-1][0].tokens) * (len(pieces[-1]) + 1) <= PIECE_TOKENS
-        pieces[-1].append(example) if room else pieces.append([example])
-    return pieces

@@ -14,8 +14,9 @@ from typing import Any
 from specl.daemons.trainer.data import Gatherer
 from specl.daemons.trainer.facts import Facts
 from specl.daemons.trainer.politeness import Abandoned, Turnstile
+from specl.daemons.trainer.records import adapter_record
 from specl.daemons.trainer.regression import RegressionSlice
-from specl.daemons.trainer.run import Live, Outcome, TrainingJob, adapter_record
+from specl.daemons.trainer.run import Live, Outcome, TrainingJob
 from specl.daemons.trainer.trial import Trial, TrialJob
 from specl.shared import checkpoints, log
 from specl.shared.access import Addresses

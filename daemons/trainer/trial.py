@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specl.daemons.trainer.run import Outcome, Scores, TrainingJob, adapter_record
+from specl.daemons.trainer.records import adapter_record
+from specl.daemons.trainer.run import Outcome, Scores, TrainingJob
 from specl.shared.adapters import Manifest
 from specl.shared.engine.adapter_files import write_files
 from specl.shared.engine.foreign import Foreign, read_foreign
@@ -87,8 +88,7 @@ class TrialJob(TrainingJob):
         self._pause()
         promoted = verdict.verdict == "promoted"
         id = self.adapters.next_id() if promoted else "candidate"
-        self.records += self._evaluations(self.parent_id, before, {})
-        self.records += self._evaluations(id, after, verdict.numbers())
+        self._keep_scores(id, before, after, verdict)
         if not promoted:
             return self._outcome(verdict.verdict, verdict.reason)
         self._publish(id, foreign, before, after, verdict)

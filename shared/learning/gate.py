@@ -6,7 +6,7 @@ zero, and the regression slice (general text, no user data) may fall by less tha
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,9 @@ class Lineage:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`verdict` is one of VERDICTS; `low` and `high` bound the gain; the regression fields are null without a slice."""
+    """`verdict` is one of VERDICTS; `low` and `high` bound the gain; the regression fields are null without a slice; `share` is
+    how far of the way from the old weights to the learned ones was judged.
+    """
 
     verdict: str
     reason: str
@@ -62,11 +64,22 @@ class Verdict:
     regression_after: float | None = None
     rate_before: float | None = None
     rate_after: float | None = None
+    share: float = 1.0
+
+    @property
+    def only_spoils(self) -> bool:
+        """Whether all that stands against it is general text, so that less of it may do."""
+        fell = self.regression_before is not None and self.regression_before - self.regression_after >= MAX_FALL
+        return self.verdict == "rejected" and self.low > 0 and fell
 
     @property
     def gain(self) -> float:
         """Held-out agreement, after less before."""
         return self.after - self.before
+
+    def of(self, share: float) -> "Verdict":
+        """The same, about `share` of the way."""
+        return replace(self, share=share, reason=self.reason + (f"; {share:g} of the way" if share < 1 else ""))
 
     def numbers(self) -> dict[str, Any]:
         """All fields, rounded, for a record."""

@@ -93,6 +93,15 @@ def lora_weights(module: nn.Module) -> Weights:
     return found
 
 
+def part_of_the_way(weights: Weights, share: float, start: Weights | None = None) -> Weights:
+    """From `start` towards `weights` (Wortsman et al. 2022, arXiv 2109.01903). Without a `start` the way begins at no change at
+    all: B alone is scaled, which is exact, and A may be any.
+    """
+    if start is not None:
+        return {name: start[name] + share * (value - start[name]) for name, value in weights.items()}
+    return {name: share * value if name.endswith(".lora_b") else value for name, value in weights.items()}
+
+
 def problems(module: nn.Module, shape: LoraShape, weights: Weights) -> list[str]:
     """Everything that keeps `weights` from being an adapter for `module`: names, kinds, shapes, values. Empty means usable."""
     return at_once(examining(module, shape, weights))

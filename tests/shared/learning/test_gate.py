@@ -55,6 +55,17 @@ def test_general_text_may_fall_by_less_than_half_a_point(fall, verdict):
     assert judge(before, scores(before.hits + 4), 30, general).verdict == verdict
 
 
+def test_only_a_proven_gain_that_spoils_general_text_is_worth_less_of_the_way():
+    before, flat = drawn(0.5), scores([50.0], 100)
+    spoiled, gained = (flat, scores([40.0], 100)), scores(before.hits + 4)
+    assert judge(before, gained, 30, spoiled).only_spoils
+    assert not judge(before, gained, 30, (flat, flat)).only_spoils  # promoted
+    assert not judge(before, before, 30, spoiled).only_spoils  # nothing was learned
+    assert not judge(before, gained, 30).only_spoils
+    half = judge(before, gained, 30, spoiled).of(0.5)
+    assert half.reason.endswith("0.5 of the way") and half.numbers()["share"] == 0.5
+
+
 @pytest.mark.parametrize("field", ["base", "tokenizer", "parent"])
 def test_another_base_tokenizer_or_parent_is_refused_whatever_it_scores(field):
     current = Lineage("a", "b", "000001")

@@ -20,6 +20,7 @@ from specl.shared.models.lora import (
     fuse,
     linear_layers,
     lora_weights,
+    part_of_the_way,
     problems,
 )
 
@@ -233,3 +234,26 @@ def test_the_change_norm_is_the_frobenius_norm_of_all_changes_together():
     assert change_norm(shape, weights) == pytest.approx(expected, rel=1e-5)
     zero = {name: value * (0 if name.endswith("b") else 1) for name, value in weights.items()}
     assert change_norm(shape, zero) == 0
+
+
+# ---------------------------------------------------------------------------------------------------- part of the way
+def test_part_of_the_way_from_no_change_is_that_part_of_the_change():
+    module = block("fp32")
+    shape, weights = some_lora(module)
+    pristine = Pristine(module)
+    plain = {key: np.array(layer.weight) for key, layer in linear_layers(module).items()}
+    for share in (0.0, 0.65, 1.0):
+        fuse(module, shape, part_of_the_way(weights, share))
+        for key, layer in linear_layers(module).items():
+            a, b = (np.array(weights[f"{key}.lora_{part}"]) for part in "ab")
+            assert np.allclose(np.array(layer.weight) - plain[key], share * shape.scale * (a @ b).T, atol=1e-5)
+        pristine.restore()
+
+
+def test_part_of_the_way_from_an_adapter_begins_at_that_adapter():
+    module = block("fp32")
+    shape, start = some_lora(module)
+    _, learned = some_lora(module, scale=0.4)
+    for share, expected in ((0.0, start), (1.0, learned)):
+        found = part_of_the_way(learned, share, start)
+        assert all(mx.allclose(found[name], expected[name], atol=1e-6).item() for name in expected)

@@ -1,0 +1,50 @@
+"""What a run leaves in the store about an adapter: how it scored, and what was published."""
+
+import time
+import uuid
+from dataclasses import asdict
+from typing import Any
+
+from specl.shared.adapters import Adapters, Manifest
+from specl.shared.learning.gate import Agreement
+from specl.shared.wire import Adapter, Evaluation
+
+
+def evaluations(
+    run_id: str, adapter_id: str, held_out: Agreement, general: Agreement, details: dict[str, Any]
+) -> list[Evaluation]:
+    """One draft state as records: on held-out traffic, with the verdict's numbers, and on the regression slice."""
+    made = []
+    for subject, score in (("heldout", held_out), ("regression", general)):
+        if len(score.hits):
+            made.append(
+                Evaluation(
+                    id=uuid.uuid4().hex,
+                    created_at=time.time(),
+                    subject=subject,
+                    generation_id="",
+                    training_run_id=run_id,
+                    adapter_id=adapter_id,
+                    generations=len(score.hits),
+                    positions=int(score.positions.sum()),
+                    agreement=round(score.value, 6),
+                    by_depth=[round(value, 6) for value in score.by_depth],
+                    details=details if subject == "heldout" else {},
+                )
+            )
+    return made
+
+
+def adapter_record(adapters: Adapters, manifest: Manifest) -> Adapter:
+    """What the store keeps of a published adapter."""
+    return Adapter(
+        manifest.id,
+        manifest.created_at,
+        manifest.kind,
+        manifest.parent_id,
+        manifest.training_run_id,
+        str(adapters.folder / manifest.id),
+        manifest.files.get("adapters.safetensors", ""),
+        manifest.base_fingerprint,
+        asdict(manifest),
+    )
