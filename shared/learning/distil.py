@@ -119,7 +119,7 @@ def _invented(
     if len(made) < BATCH_ROWS // 4:
         return instead()
     items = [
-        ShippedPrompt(f"own-{number}-{n}", "invented", [{"role": "user", "content": text}])
+        ShippedPrompt(f"invented-{number}-{n}", "invented", [{"role": "user", "content": text}])
         for n, text in enumerate(made)
     ]
     return encode_prompts(target, items, settings, rng=rng)
@@ -337,6 +337,7 @@ def build(
         "training_prompts": len(examples),
         "training_tokens": int(sum(example.rows for example in examples)),
         "own_texts": len(own),
+        "answers_to_invented_prompts": sum(example.id.startswith("invented-") for example in general),
         "training": figures,
         "heldout_prompts": len(tests),
         "heldout_agreement_by_depth": [round(value, 4) for value in judged_at.agreement],
