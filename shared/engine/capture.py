@@ -7,20 +7,9 @@ rows of a round are read at once.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import mlx.core as mx
 import numpy as np
 
-from specl.shared.engine.law import log_sum_exp, top_indices
-from specl.shared.native import available, row_stats
-
-
-def largest(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places and values of the k largest of every row, largest first, [n, k], and log-sum-exp [n]; in C++ where it is built."""
-    if available() and logits.dtype == np.float32:
-        stats = row_stats(mx.array(logits), min(k, logits.shape[1]))
-        return np.array(stats.ids), np.array(stats.logits), np.array(stats.logsumexp)
-    ids = np.stack([top_indices(row, k) for row in logits])
-    return ids, np.take_along_axis(logits, ids, axis=1), log_sum_exp(logits)
+from specl.shared.engine.law import largest
 
 
 @dataclass(frozen=True, slots=True)

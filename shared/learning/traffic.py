@@ -11,8 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from specl.shared.engine.capture import largest
-from specl.shared.engine.law import log_sum_exp, top_indices
+from specl.shared.engine.law import largest, log_sum_exp, top_indices
 from specl.shared.errors import ModelError
 from specl.shared.learning.examples import Example
 from specl.shared.models.load import FEW_ROWS, LanguageModel
