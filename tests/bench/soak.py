@@ -1,14 +1,19 @@
 """A house under load with everything going wrong at once, for minutes or hours. `python tests/bench/soak.py --minutes 30`.
 
 Faults, drawn with a printed seed: kill -9 of inference, collector or trainer, SIGSTOP of the collector, restarts at random
-crash points, hostile frames. At the end nothing accepted may be missing or doubled, and memory and open files of a last
-undisturbed stretch must be flat. Also measured: what recording adds to an answer (asks with and without it in turn).
+crash points, hostile frames. The trainer trains meanwhile, its adapters are swapped in. At the end nothing accepted may be
+missing or doubled, and memory and open files of a last undisturbed stretch must be flat. Also measured: what recording adds
+to an answer (asks with and without it in turn).
+
+A daemon that has just been started maps its libraries and loads its models with the first work it gets, so the stretch begins
+when every daemon has done each kind of its work once. Flat is judged by medians: of the whole stretch and of its second half.
 """
 
 import argparse
 import json
 import random
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -17,16 +22,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "fault"))
 
 import zmq
-from fault_house import House, Zygote, percentile, process_figures
+from fault_house import SETTINGS, House, Zygote, percentile, process_figures, wait_until
 from test_delivery import COLLECTOR_POINTS, INFERENCE_POINTS
 from test_frames import hostile
 
+from specl.shared.adapters import Adapters
 from specl.shared.errors import SpecLoraError
 
 ROLES = ("inference", "collector", "trainer")
 BREATH_S = (2.0, 8.0)  # between two faults
 CALM_SHARE = 0.25  # of the time at the end, without faults
-MOST_MIB, MOST_FILES = 16, 4  # that a daemon may gain in it
+MOST_MIB, MOST_FILES = 16, 4  # that a daemon may gain in it; half of that in its second half
+LOOK_S = 5.0
+WARM_S = 300.0  # until the trainer has scored and trained
+# small limits, so that what a run works with is as much as it will ever be before the calm begins
+TRAINING = """\
+training: {enabled: true, idle_seconds: 0.05, min_failure_cases: 20, max_failure_cases: 100, replay_buffer_size: 100,
+  heldout_share: 0.4, num_epochs: 2, max_minutes: 0.3, min_heldout_generations: 5, regression_prompts: 0}
+"""
+SOAK = "".join(TRAINING if line.startswith("training:") else line for line in SETTINGS.splitlines(keepends=True))
 
 
 class Soak:
@@ -93,13 +107,55 @@ class Soak:
                     socket.send(hostile(self.rng))
                 socket.close()
 
-    def figures(self) -> dict[str, tuple[float, int]]:
-        """MiB and open files by role."""
-        return {role: process_figures(daemon.pid) for role, daemon in self.running.items()}
+    def warm(self) -> float:
+        """Wait until the trainer that runs now has trained and scored; seconds that took."""
+        began = time.monotonic()
+        for role in ROLES:
+            self.house.ready(role, 60)
+        for table in ("training_runs", "evaluations"):
+            so_far = len(self.house.stored(table))
+            wait_until(lambda t=table, n=so_far: len(self.house.stored(t)) > n, WARM_S, f"one more of {table}")
+        return time.monotonic() - began
+
+    def watch(self, seconds: float) -> dict[str, list[tuple[float, int]]]:
+        """MiB and open files by role, every few seconds."""
+        end = time.monotonic() + seconds
+        curves: dict[str, list[tuple[float, int]]] = {role: [] for role in ROLES}
+        while time.monotonic() < end:
+            for role, daemon in self.running.items():
+                curves[role].append(process_figures(daemon.pid))
+            time.sleep(LOOK_S)
+        return curves
+
+    def untold(self) -> set[str]:
+        """Adapters on the disk that the store does not know."""
+        wait_until(lambda: not self.house.waiting("trainer"), 60, "the trainer's outbox empties")
+        return set(Adapters(self.house.paths.adapters).ids()) - set(self.house.stored("adapters"))
 
     def close(self) -> None:
         """Let go of the sockets."""
         self._context.destroy(linger=0)
+
+
+def gained(values: list[float]) -> tuple[float, float]:
+    """From the first fifth to the last, and from the middle to the last, each by its median."""
+    fifth, middle = max(1, len(values) // 5), len(values) // 2
+    last = statistics.median(values[-fifth:])
+    return last - statistics.median(values[:fifth]), last - statistics.median(values[middle : middle + fifth])
+
+
+def judge(curves: dict[str, list[tuple[float, int]]]) -> tuple[dict[str, object], list[str]]:
+    """What to print of the calm stretch, and the daemons that were not flat."""
+    report: dict[str, object] = {"grew_MiB": {}, "grew_files": {}, "curve_MiB": {}}
+    growing = []
+    for role, curve in curves.items():
+        memory, files = gained([point[0] for point in curve]), gained([float(point[1]) for point in curve])
+        report["grew_MiB"][role] = [round(value, 1) for value in memory]
+        report["grew_files"][role] = list(files)
+        report["curve_MiB"][role] = [round(point[0], 1) for point in curve[:: max(1, len(curve) // 12)]]
+        if any(memory[n] > MOST_MIB / (n + 1) or files[n] > MOST_FILES / (n + 1) for n in (0, 1)):
+            growing.append(role)
+    return report, growing
 
 
 def main() -> None:
@@ -111,7 +167,7 @@ def main() -> None:
     wanted = parser.parse_args()
     print(f"seed {wanted.seed}", flush=True)
     zygote = Zygote()
-    house = House(zygote)
+    house = House(zygote, SOAK)
     soak = Soak(house, random.Random(wanted.seed))
     stop = threading.Event()
     try:
@@ -124,15 +180,10 @@ def main() -> None:
         while time.monotonic() < calm_from:
             time.sleep(soak.rng.uniform(*BREATH_S))
             soak.fault()
-        for role in ROLES:
-            house.ready(role, 60)
+        warm_s = soak.warm()
         soak.recorded.clear()
         soak.unrecorded.clear()
-        time.sleep(min(10.0, wanted.minutes * 6))  # first answers fill caches
-        before = soak.figures()
-        while time.monotonic() < start + wanted.minutes * 60:
-            time.sleep(0.5)
-        after = soak.figures()
+        curves = soak.watch(wanted.minutes * 60 * CALM_SHARE)
         stop.set()
         for thread in threads:
             thread.join(timeout=30)
@@ -143,21 +194,19 @@ def main() -> None:
             "served": len(house.latencies) + len(soak.probed), "refused": dict(house.refusals),
             "accepted": len(house.acked), "lost": len(set(house.acked) - set(stored)), "doubled": len(stored) - len(set(stored)),
             "settled_s": round(settled, 2),
+            "trained": len(house.stored("training_runs")), "adapters": len(house.stored("adapters")),
+            "adapters_untold": len(soak.untold()), "warm_s": round(warm_s, 1),
             "calm_minutes": round(wanted.minutes * CALM_SHARE, 1),
-            "grew_MiB": {role: round(after[role][0] - before[role][0], 1) for role in ROLES},
-            "grew_files": {role: after[role][1] - before[role][1] for role in ROLES},
             "recorded_ms": [round(1000 * percentile(soak.recorded, share), 1) for share in (0.5, 0.99)],
             "unrecorded_ms": [round(1000 * percentile(soak.unrecorded, share), 1) for share in (0.5, 0.99)],
         }  # fmt: skip
         for number, name in ((0, "p50"), (1, "p99")):
             report[f"added_{name}_ms"] = round(report["recorded_ms"][number] - report["unrecorded_ms"][number], 1)
-        print(json.dumps(report), flush=True)
+        flatness, growing = judge(curves)
+        print(json.dumps(report | flatness), flush=True)
         house.check()
-        growing = [
-            role for role in ROLES if report["grew_MiB"][role] > MOST_MIB or report["grew_files"][role] > MOST_FILES
-        ]
-        if growing:
-            sys.exit(f"not flat: {', '.join(growing)}")
+        if growing or report["adapters_untold"]:
+            sys.exit(f"not flat: {', '.join(growing) or 'none'}; adapters untold: {report['adapters_untold']}")
     finally:
         stop.set()
         soak.close()
