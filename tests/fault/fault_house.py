@@ -82,7 +82,7 @@ class Zygote:
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=60)  # a machine that does much else lets it wait for its last second of work
 
 
 class Daemon:
