@@ -34,7 +34,8 @@ BREATH_S = (2.0, 8.0)  # between two faults
 CALM_SHARE = 0.25  # of the time at the end, without faults
 MOST_MIB, MOST_FILES = 16, 4  # that a daemon may gain in it; half of that in its second half
 LOOK_S = 5.0
-WARM_S = 300.0  # until the trainer has scored and trained
+WARM_S = 600.0  # until the trainer has scored and trained
+WARM_TABLES = ("training_runs", "evaluations")
 ASKED_S, QUIET_S = 16.0, 5.0  # by turns: the trainer works while nobody asks
 # small limits, so that what a run works with is as much as it will ever be before the calm begins
 TRAINING = """\
@@ -120,13 +121,20 @@ class Soak:
                 socket.close()
 
     def warm(self) -> float:
-        """Wait until the trainer that runs now has trained and scored; seconds that took."""
+        """Wait until the trainer that runs now has trained and scored, while nobody asks; seconds that took."""
         began = time.monotonic()
         for role in ROLES:
             self.house.ready(role, 60)
-        for table in ("training_runs", "evaluations"):
-            so_far = len(self.house.stored(table))
-            wait_until(lambda t=table, n=so_far: len(self.house.stored(t)) > n, WARM_S, f"one more of {table}")
+        with self.house.client() as client:
+            client.train(now=True)
+        so_far = [len(self.house.stored(table)) for table in WARM_TABLES]
+
+        def done() -> bool:
+            self.hold.set()
+            return all(len(self.house.stored(table)) > n for table, n in zip(WARM_TABLES, so_far, strict=True))
+
+        wait_until(done, WARM_S, f"one more of each of {', '.join(WARM_TABLES)}")
+        self.hold.clear()
         return time.monotonic() - began
 
     def watch(self, seconds: float) -> dict[str, list[tuple[float, int]]]:
