@@ -174,7 +174,9 @@ def test_f4_an_hour_without_a_collector_drains_quickly(house, figures, count):
     house.start("collector")
     house.ready("collector")
     start = time.monotonic()
-    wait_until(lambda: house.status("inference")["outbox"]["pending"] == 0, 300, "the backlog drains")
+    # half a second without an answer says nothing on a machine that does much else
+    pending = lambda: house.status("inference").get("outbox", {}).get("pending")  # noqa: E731
+    wait_until(lambda: pending() == 0, 300, "the backlog drains")
     seconds = time.monotonic() - start
     after, _ = process_figures(inference.pid)
     house.settle()
