@@ -1,8 +1,9 @@
 """ZeroMQ: publish, subscribe, ask and answer, wake-ups. The only file that imports zmq; knows no meaning of a message.
 
 A publication is a hint and may be lost; an answer to a vanished client is dropped. Malformed frames are counted, logged by
-length and hash, and dropped, never fatal; one far beyond the size limit is cut off by libzmq with its connection. An ipc path
-can be stolen by a second bind, so callers lock before they bind. Where there are keys, both sides must show theirs.
+length and hash, and dropped, never fatal; one far beyond the size limit is cut off by libzmq with its connection, and the
+line is made anew. An ipc path can be stolen by a second bind, so callers lock before they bind. Where there are keys, both
+sides must show theirs.
 """
 
 import os
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 SEND_QUEUE = 1000
 LAST_WORDS_MS = 200  # for answers on their way when a daemon stops
-MOST_UNANSWERED = 5  # requests, before their socket is made anew
+LOST_S = 1.0  # without a connection, before a line is made anew
 ANSWER_QUEUE = 64  # frames one peer may have waiting at a daemon: with MAX_FRAME, the bound on its memory
 _log = log.get("bus")
 
@@ -83,13 +84,47 @@ def _bind(socket: zmq.Socket, endpoint: Endpoint) -> None:
 
 
 def _connect(socket: zmq.Socket, endpoint: Endpoint) -> None:
-    # a frame that is too long ends a connection for good where this side made it, so `decode` may refuse a few as well
+    # a frame that is too long ends a connection, so `decode` may refuse a few as well
     socket.setsockopt(zmq.MAXMSGSIZE, 4 * MAX_FRAME)
     if endpoint.keys is not None:
         socket.curve_serverkey = endpoint.keys.server_public.encode()
         socket.curve_publickey = endpoint.keys.client_public.encode()
         socket.curve_secretkey = endpoint.keys.client_secret.encode()
     socket.connect(endpoint.address)
+
+
+class _Line:
+    """A socket of a server that connects outwards; `take` gets the bytes of each message.
+
+    libzmq comes back to a peer that was away, and never to one that sent a frame beyond the limit. It does not say which it
+    was, so whatever has been without a connection for a while is made anew.
+    """
+
+    def __init__(self, make: Callable[[], zmq.Socket], take: Callable[[bytes], None]) -> None:
+        self._make, self.take = make, take
+        self._open()
+
+    def _open(self) -> None:
+        self.socket = self._make()
+        self._events = self.socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
+        self._lost_at: float | None = None
+
+    def mend(self, now: float) -> None:
+        """Make it anew where it is due."""
+        from zmq.utils.monitor import recv_monitor_message  # asyncio comes with it; only daemons have lines
+
+        while self._events.poll(0):
+            lost = recv_monitor_message(self._events)["event"] == zmq.EVENT_DISCONNECTED
+            self._lost_at = now if lost else None
+        if self._lost_at is not None and now - self._lost_at >= LOST_S:
+            self.close()
+            self._open()
+
+    def close(self) -> None:
+        """Close both sockets."""
+        self.socket.disable_monitor()
+        self._events.close(linger=0)
+        self.socket.close(linger=0)
 
 
 class Server:
@@ -105,8 +140,8 @@ class Server:
         _bind(self._router, answer)
         _bind(self._publisher, publish)
         self._waker, self._waked = self._wake_pair()
-        self._subscribers: dict[zmq.Socket, Callable[[Any], None]] = {}
-        self._asking: dict[zmq.Socket, Callable[[bytes], None]] = {}
+        self._lines: list[_Line] = []
+        self._mended_at = 0.0
         self.malformed = 0
 
     def _authenticate(self, keys: Keys) -> "ThreadAuthenticator":
@@ -131,42 +166,33 @@ class Server:
 
     def subscribe(self, endpoint: Endpoint, handle: Callable[[Any], None]) -> None:
         """Hear what another daemon publishes; it may come and go."""
-        socket = _socket(self._context, zmq.SUB)
-        socket.setsockopt(zmq.SUBSCRIBE, b"")
-        _connect(socket, endpoint)
-        self._subscribers[socket] = handle
+
+        def make() -> zmq.Socket:
+            socket = _socket(self._context, zmq.SUB)
+            socket.setsockopt(zmq.SUBSCRIBE, b"")
+            _connect(socket, endpoint)
+            return socket
+
+        self._lines.append(_Line(make, lambda data: handle(decode(data))))
 
     def asker(self, endpoint: Endpoint, handle: Callable[[Any], None]) -> Callable[[Any], None]:
         """A function that sends to another daemon; answers arrive at `handle` while polling."""
-        socket, unanswered = self._ask_socket(endpoint), 0
 
-        def heard(data: bytes) -> None:
-            nonlocal unanswered
-            unanswered = 0  # whatever it is, the line is not dead
-            handle(decode(data))
+        def make() -> zmq.Socket:
+            socket = _socket(self._context, zmq.DEALER)
+            # without a peer nothing may queue: a request that waits for a dead daemon would arrive stale
+            socket.setsockopt(zmq.IMMEDIATE, 1)
+            _connect(socket, endpoint)
+            return socket
+
+        line = _Line(make, lambda data: handle(decode(data)))
+        self._lines.append(line)
 
         def send(message: Any) -> None:
-            nonlocal socket, unanswered
-            if (
-                unanswered >= MOST_UNANSWERED
-            ):  # libzmq does not come again to a peer that once sent a frame beyond the limit
-                del self._asking[socket]
-                socket.close(linger=0)
-                socket, unanswered = self._ask_socket(endpoint), 0
-                self._asking[socket] = heard
-            unanswered += 1
             with suppress(zmq.Again):
-                socket.send(encode(message), zmq.NOBLOCK)
+                line.socket.send(encode(message), zmq.NOBLOCK)
 
-        self._asking[socket] = heard
         return send
-
-    def _ask_socket(self, endpoint: Endpoint) -> zmq.Socket:
-        socket = _socket(self._context, zmq.DEALER)
-        # without a peer nothing may queue: a request that waits for a dead daemon would arrive stale
-        socket.setsockopt(zmq.IMMEDIATE, 1)
-        _connect(socket, endpoint)
-        return socket
 
     def poll(self, timeout_s: float, handle: Callable[[bytes, Any], None]) -> None:
         """Wait up to `timeout_s`, then hand every waiting request to `handle(peer, message)` and every publication and
@@ -174,7 +200,9 @@ class Server:
         """
         poller = zmq.Poller()
         poller.register(self._waked, zmq.POLLIN)
-        for socket in (self._router, *self._subscribers, *self._asking):
+        self._mend()
+        lines = {line.socket: line for line in self._lines}
+        for socket in (self._router, *lines):
             poller.register(socket, zmq.POLLIN)
         ready = dict(poller.poll(int(max(0.0, timeout_s) * 1000)))
         if self._waked in ready:
@@ -183,10 +211,15 @@ class Server:
         for socket in ready:
             if socket is self._router:
                 self._drain(socket, lambda frames: handle(frames[0], decode(frames[-1])), framed=True)
-            elif socket in self._subscribers:
-                self._drain(socket, lambda frames, s=socket: self._subscribers[s](decode(frames[-1])))
-            elif socket in self._asking:
-                self._drain(socket, lambda frames, s=socket: self._asking[s](frames[-1]))
+            elif socket in lines:
+                self._drain(socket, lambda frames, line=lines[socket]: line.take(frames[-1]))
+
+    def _mend(self) -> None:
+        now = time.monotonic()
+        if now - self._mended_at >= LOST_S / 2:
+            self._mended_at = now
+            for line in self._lines:
+                line.mend(now)
 
     def _drain(self, socket: zmq.Socket, take: Callable[[list[bytes]], None], framed: bool = False) -> None:
         # bounded, so that one flood cannot starve the other sockets

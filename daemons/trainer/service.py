@@ -3,7 +3,6 @@
 The loop thread owns the sockets and the outbox; the MLX thread owns the models, loaded when first needed.
 """
 
-import gc
 import queue
 import shutil
 import threading
@@ -31,6 +30,7 @@ from specl.shared.hidden import HiddenSpool
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.models import blas
 from specl.shared.models.pair import load_pair
+from specl.shared.models.release import give_back
 from specl.shared.outbox import Outbox
 from specl.shared.paths import DISK_REFUSES, Paths
 from specl.shared.privacy import is_meant
@@ -300,12 +300,13 @@ class Trainer:
 
     def _loaded(self) -> Engine:
         if self._engine is None:
-            self.live.state = "loading"
+            wanted_for, self.live.state = self.live.state, "loading"
             blas.set_threads(self.settings.training.threads)
             self._engine = load_pair(self.settings, self.paths.models, training=True)
             if self._engine.draft is None:
                 self._engine = None
                 raise SpecLoraError("there is no draft model to train", "set models.draft.name")
+            self.live.state = wanted_for
         return self._engine
 
     def _gatherer(self, store: Store) -> Gatherer:
@@ -326,7 +327,7 @@ class Trainer:
             outcome = job.run()
         finally:
             store.close()
-            gc.collect()
+            give_back()  # a run takes many times what scoring does
         if isinstance(what, Trial):
             self.trials[what.run_id] = {
                 "verdict": outcome.verdict, "reason": outcome.reason, "adapter_id": outcome.adapter_id,

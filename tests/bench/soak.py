@@ -1,14 +1,19 @@
 """A house under load with everything going wrong at once, for minutes or hours. `python tests/bench/soak.py --minutes 30`.
 
 Faults, drawn with a printed seed: kill -9 of inference, collector or trainer, SIGSTOP of the collector, restarts at random
-crash points, hostile frames. At the end nothing accepted may be missing or doubled, and memory and open files of a last
-undisturbed stretch must be flat. Also measured: what recording adds to an answer (asks with and without it in turn).
+crash points, hostile frames. The trainer trains meanwhile, its adapters are swapped in. At the end nothing accepted may be
+missing or doubled, and memory and open files of a last undisturbed stretch must be flat. Also measured: what recording adds
+to an answer (asks with and without it in turn).
+
+A daemon that has just been started maps its libraries and loads its models with the first work it gets, so the stretch begins
+when every daemon has done each kind of its work once. Flat is judged by medians: of the whole stretch and of its second half.
 """
 
 import argparse
 import json
 import random
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -17,16 +22,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "fault"))
 
 import zmq
-from fault_house import House, Zygote, percentile, process_figures
+from fault_house import SETTINGS, House, Zygote, percentile, process_figures, wait_until
 from test_delivery import COLLECTOR_POINTS, INFERENCE_POINTS
 from test_frames import hostile
 
+from specl.shared.adapters import Adapters
 from specl.shared.errors import SpecLoraError
 
 ROLES = ("inference", "collector", "trainer")
 BREATH_S = (2.0, 8.0)  # between two faults
 CALM_SHARE = 0.25  # of the time at the end, without faults
-MOST_MIB, MOST_FILES = 16, 4  # that a daemon may gain in it
+MOST_MIB, MOST_FILES = 16, 4  # that a daemon may gain in it; half of that in its second half
+LOOK_S = 5.0
+WARM_S = 600.0  # until the trainer has scored and trained
+WARM_TABLES = ("training_runs", "evaluations")
+ASKED_S, QUIET_S = 16.0, 5.0  # by turns: the trainer works while nobody asks
+# small limits, so that what a run works with is as much as it will ever be before the calm begins
+TRAINING = """\
+training: {enabled: true, idle_seconds: 0.2, min_failure_cases: 20, max_failure_cases: 100, replay_buffer_size: 100,
+  heldout_share: 0.4, num_epochs: 2, max_minutes: 0.3, min_heldout_generations: 5, regression_prompts: 0}
+"""
+SOAK = "".join(TRAINING if line.startswith("training:") else line for line in SETTINGS.splitlines(keepends=True))
 
 
 class Soak:
@@ -39,12 +55,23 @@ class Soak:
         self.recorded: list[float] = []
         self.unrecorded: list[float] = []
         self.probed: list[str] = []  # generations of the probe
+        self.hold = threading.Event()  # nobody asks
         self._context = zmq.Context()
+
+    def tide(self, stop: threading.Event) -> None:
+        """Times of asking and quiet times by turns."""
+        while not stop.wait(ASKED_S):
+            self.hold.set()
+            stop.wait(QUIET_S)
+            self.hold.clear()
 
     def probe(self, stop: threading.Event) -> None:
         """Asks with and without recording in turn, for the difference."""
         client, turn = self.house.client(), 0
         while not stop.is_set():
+            if self.hold.is_set():
+                stop.wait(0.1)
+                continue
             turn += 1
             began = time.monotonic()
             try:
@@ -93,13 +120,81 @@ class Soak:
                     socket.send(hostile(self.rng))
                 socket.close()
 
-    def figures(self) -> dict[str, tuple[float, int]]:
-        """MiB and open files by role."""
-        return {role: process_figures(daemon.pid) for role, daemon in self.running.items()}
+    def warm(self) -> float:
+        """Wait until the trainer that runs now has trained and scored, while nobody asks; seconds that took."""
+        began = time.monotonic()
+        for role in ROLES:
+            self.house.ready(role, 60)
+        with self.house.client() as client:
+            client.train(now=True)
+        so_far = [len(self.house.stored(table)) for table in WARM_TABLES]
+
+        def done() -> bool:
+            self.hold.set()
+            return all(len(self.house.stored(table)) > n for table, n in zip(WARM_TABLES, so_far, strict=True))
+
+        wait_until(done, WARM_S, f"one more of each of {', '.join(WARM_TABLES)}")
+        self.hold.clear()
+        return time.monotonic() - began
+
+    def watch(self, seconds: float) -> dict[str, list[tuple[float, int]]]:
+        """MiB and open files by role, every few seconds."""
+        end = time.monotonic() + seconds
+        curves: dict[str, list[tuple[float, int]]] = {role: [] for role in ROLES}
+        while time.monotonic() < end:
+            for role, daemon in self.running.items():
+                curves[role].append(process_figures(daemon.pid))
+            time.sleep(LOOK_S)
+        return curves
+
+    def untold(self) -> set[str]:
+        """Adapters on the disk that the store does not know."""
+        wait_until(lambda: not self.house.waiting("trainer"), 60, "the trainer's outbox empties")
+        return set(Adapters(self.house.paths.adapters).ids()) - set(self.house.stored("adapters"))
+
+    def report(self) -> dict[str, object]:
+        """Let everything settle; what was asked, accepted, lost and doubled, and what recording cost."""
+        house, settled, untold = self.house, self.house.settle(60), self.untold()
+        stored, trained = house.stored(), len(house.stored("training_runs"))
+        recorded, unrecorded = (
+            [round(1000 * percentile(values, share), 1) for share in (0.5, 0.99)]
+            for values in (self.recorded, self.unrecorded)
+        )
+        return {
+            "faults": self.faults,
+            "served": len(house.latencies) + len(self.probed), "refused": dict(house.refusals),
+            "accepted": len(house.acked), "lost": len(set(house.acked) - set(stored)), "doubled": len(stored) - len(set(stored)),
+            "settled_s": round(settled, 2),
+            "trained": trained, "runs_lost": max(0, house.output("trainer").count("training.done") - trained),
+            "adapters": len(house.stored("adapters")), "adapters_untold": len(untold),
+            "recorded_ms": recorded, "unrecorded_ms": unrecorded,
+            "added_p50_ms": round(recorded[0] - unrecorded[0], 1), "added_p99_ms": round(recorded[1] - unrecorded[1], 1),
+        }  # fmt: skip
 
     def close(self) -> None:
         """Let go of the sockets."""
         self._context.destroy(linger=0)
+
+
+def gained(values: list[float]) -> tuple[float, float]:
+    """From the first fifth to the last, and from the middle to the last, each by its median."""
+    fifth, middle = max(1, len(values) // 5), len(values) // 2
+    last = statistics.median(values[-fifth:])
+    return last - statistics.median(values[:fifth]), last - statistics.median(values[middle : middle + fifth])
+
+
+def judge(curves: dict[str, list[tuple[float, int]]]) -> tuple[dict[str, object], list[str]]:
+    """What to print of the calm stretch, and the daemons that were not flat."""
+    report: dict[str, object] = {"grew_MiB": {}, "grew_files": {}, "curve_MiB": {}}
+    growing = []
+    for role, curve in curves.items():
+        memory, files = gained([point[0] for point in curve]), gained([float(point[1]) for point in curve])
+        report["grew_MiB"][role] = [round(value, 1) for value in memory]
+        report["grew_files"][role] = list(files)
+        report["curve_MiB"][role] = [round(point[0], 1) for point in curve[:: max(1, len(curve) // 12)]]
+        if any(memory[n] > MOST_MIB / (n + 1) or files[n] > MOST_FILES / (n + 1) for n in (0, 1)):
+            growing.append(role)
+    return report, growing
 
 
 def main() -> None:
@@ -111,51 +206,34 @@ def main() -> None:
     wanted = parser.parse_args()
     print(f"seed {wanted.seed}", flush=True)
     zygote = Zygote()
-    house = House(zygote)
+    house = House(zygote, SOAK)
     soak = Soak(house, random.Random(wanted.seed))
     stop = threading.Event()
     try:
         for role in ROLES:
             house.ready(role, 60)
-        threads = [*house.load(stop, wanted.rate), threading.Thread(target=soak.probe, args=(stop,), daemon=True)]
-        threads[-1].start()
+        threads = house.load(stop, wanted.rate, hold=soak.hold)
+        for work in (soak.probe, soak.tide):
+            threads.append(threading.Thread(target=work, args=(stop,), daemon=True))
+            threads[-1].start()
         start = time.monotonic()
         calm_from = start + wanted.minutes * 60 * (1 - CALM_SHARE)
         while time.monotonic() < calm_from:
             time.sleep(soak.rng.uniform(*BREATH_S))
             soak.fault()
-        for role in ROLES:
-            house.ready(role, 60)
+        warm_s = soak.warm()
         soak.recorded.clear()
         soak.unrecorded.clear()
-        time.sleep(min(10.0, wanted.minutes * 6))  # first answers fill caches
-        before = soak.figures()
-        while time.monotonic() < start + wanted.minutes * 60:
-            time.sleep(0.5)
-        after = soak.figures()
+        curves = soak.watch(wanted.minutes * 60 * CALM_SHARE)
         stop.set()
         for thread in threads:
             thread.join(timeout=30)
-        settled = house.settle(60)
-        stored = house.stored()
-        report = {
-            "minutes": round((time.monotonic() - start) / 60, 1), "seed": wanted.seed, "faults": soak.faults,
-            "served": len(house.latencies) + len(soak.probed), "refused": dict(house.refusals),
-            "accepted": len(house.acked), "lost": len(set(house.acked) - set(stored)), "doubled": len(stored) - len(set(stored)),
-            "settled_s": round(settled, 2),
-            "calm_minutes": round(wanted.minutes * CALM_SHARE, 1),
-            "grew_MiB": {role: round(after[role][0] - before[role][0], 1) for role in ROLES},
-            "grew_files": {role: after[role][1] - before[role][1] for role in ROLES},
-            "recorded_ms": [round(1000 * percentile(soak.recorded, share), 1) for share in (0.5, 0.99)],
-            "unrecorded_ms": [round(1000 * percentile(soak.unrecorded, share), 1) for share in (0.5, 0.99)],
-        }  # fmt: skip
-        for number, name in ((0, "p50"), (1, "p99")):
-            report[f"added_{name}_ms"] = round(report["recorded_ms"][number] - report["unrecorded_ms"][number], 1)
-        print(json.dumps(report), flush=True)
+        report = {"minutes": round((time.monotonic() - start) / 60, 1), "seed": wanted.seed} | soak.report()
+        report |= {"warm_s": round(warm_s, 1), "calm_minutes": round(wanted.minutes * CALM_SHARE, 1)}
+        flatness, growing = judge(curves)
+        print(json.dumps(report | flatness), flush=True)
         house.check()
-        growing = [
-            role for role in ROLES if report["grew_MiB"][role] > MOST_MIB or report["grew_files"][role] > MOST_FILES
-        ]
+        assert not report["adapters_untold"] and not report["runs_lost"], "a record of the trainer is lost"
         if growing:
             sys.exit(f"not flat: {', '.join(growing)}")
     finally:

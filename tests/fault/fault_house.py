@@ -82,7 +82,7 @@ class Zygote:
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=60)  # a machine that does much else lets it wait for its last second of work
 
 
 class Daemon:
@@ -185,12 +185,19 @@ class House:
             self.acked.append(done.generation_id)
         return done
 
-    def load(self, stop: threading.Event, rate: float, workers: int = 2, **wish: Any) -> list[threading.Thread]:
-        """Ask `rate` times a second from `workers` threads until `stop`; refusals are counted by kind."""
+    def load(
+        self, stop: threading.Event, rate: float, workers: int = 2, hold: threading.Event | None = None, **wish: Any
+    ) -> list[threading.Thread]:
+        """Ask `rate` times a second from `workers` threads until `stop`; refusals are counted by kind. Nobody asks while `hold`
+        is set.
+        """
 
         def work(number: int) -> None:
             client, count = self.client(), 0
             while not stop.is_set():
+                if hold is not None and hold.is_set():
+                    stop.wait(0.1)
+                    continue
                 began, count = time.monotonic(), count + 1
                 try:
                     self.ask(f"worker {number} asks {count}", client, **wish)

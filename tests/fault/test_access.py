@@ -1,6 +1,7 @@
 """Who may connect: private folders and files, keys wherever TCP leaves this machine, and nobody with another key."""
 
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,10 +12,11 @@ from fault_house import HERE, SETTINGS, wait_until
 from fault_proxy import _free_ports
 
 from specl.shared.access import Addresses, is_loopback, read_keys, write_keys
-from specl.shared.bus import new_keys
+from specl.shared.bus import Server, new_keys
+from specl.shared.client import Client
 from specl.shared.config import Bus
 from specl.shared.errors import ConfigError, DaemonUnreachable
-from specl.shared.paths import ROLES
+from specl.shared.paths import ROLES, Paths
 from specl.shared.wire import GetStatus, encode
 
 
@@ -96,6 +98,23 @@ def test_with_keys_only_their_holders_are_answered(house, transport):
     write_keys(house.paths.keys, new_keys())
     with pytest.raises(DaemonUnreachable), house.client() as client:
         client.ask("with the wrong key")
+
+
+def test_a_client_elsewhere_needs_the_client_key_and_no_more(house, tmp_path):
+    house.set(SETTINGS + f"bus: {{transport: tcp, host: 127.0.0.1, port: {_free_ports(6)}}}\n")
+    write_keys(house.paths.keys, new_keys())
+    house.start("inference")
+    house.ready("inference")
+    elsewhere = Paths(tmp_path / "var", tmp_path / "models").create()
+    with pytest.raises(DaemonUnreachable), Client(elsewhere, house.settings) as client:
+        client.ask("without any key", max_tokens=2)
+    elsewhere.keys.mkdir(exist_ok=True)
+    shutil.copy(house.paths.keys / "client.json", elsewhere.keys)
+    with Client(elsewhere, house.settings) as client:
+        assert client.ask("from elsewhere", max_tokens=2).tokens == 2
+    with pytest.raises(ConfigError, match="can connect, not serve"):
+        addresses = Addresses(elsewhere, Bus(transport="tcp", port=_free_ports(2)))
+        Server(addresses.answer("inference"), addresses.publish("inference"))
 
 
 def _answered(address, server=None, own=None):

@@ -55,10 +55,12 @@ def gateway(house):
         except (OSError, ValueError):
             return None
 
-    process.url = urlsplit(wait_until(address, 40, "the gateway listens"))
-    yield process
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=10)
+    try:
+        process.url = urlsplit(wait_until(address, 40, "the gateway listens"))
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=10)
 
 
 def body(rng):

@@ -5,12 +5,11 @@ import sqlite3
 import pytest
 from fault_house import generation, wait_until
 
-import specl.shared.store as store_module
 from specl.shared.errors import StoreError, StoreTooNew
-from specl.shared.store import Store
+from specl.shared.store import Store, schema
 from specl.shared.wire import Row, encode
 
-NOW = store_module.SCHEMA_VERSION
+NOW = schema.SCHEMA_VERSION
 
 
 @pytest.fixture
@@ -23,8 +22,8 @@ def older(tmp_path, monkeypatch):
     def _next(connection):
         connection.exec_driver_sql("ALTER TABLE generations ADD COLUMN mood TEXT")
 
-    monkeypatch.setattr(store_module, "SCHEMA_VERSION", NOW + 1)
-    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, _next))
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", NOW + 1)
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, _next))
     yield path
     store.close()
 
@@ -52,7 +51,7 @@ def test_an_upgrade_that_fails_changes_nothing(older, monkeypatch):
         connection.exec_driver_sql("ALTER TABLE generations ADD COLUMN mood TEXT")
         connection.exec_driver_sql("SELECT nonsense")
 
-    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS[:-1], broken))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS[:-1], broken))
     with pytest.raises(StoreError):
         Store(older)
     assert version(older) == NOW

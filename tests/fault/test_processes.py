@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import time
 import pytest
 from fault_house import HERE, SETTINGS, wait_until
 
-from specl.shared.paths import ROLES
-from specl.shared.process import holder_of, is_locked
+from specl.shared.paths import DAEMONS, ROLES
+from specl.shared.process import BACKOFF_S, holder_of, is_locked
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -69,7 +70,7 @@ def test_f15_daemons_stop_within_five_seconds_in_the_middle_of_work(house, figur
 class Tree:
     """`honcho start` as a user runs it, with the fake models put in by a sitecustomize on the path."""
 
-    def __init__(self, house, site):
+    def __init__(self, house, site, more=""):
         (site / "sitecustomize.py").write_text(
             "import sys\n"
             "if 'specl.daemons.inference' in sys.argv or any('daemons.inference' in a or 'daemons.trainer' in a for a in sys.orig_argv):\n"
@@ -78,6 +79,7 @@ class Tree:
         (site / "Procfile").write_text((HERE.parent.parent / "Procfile").read_text().replace("python", sys.executable))
         environment = os.environ | house.environment() | {"PYTHONPATH": f"{site}:{HERE}", "OPENBLAS_NUM_THREADS": "1"}
         self.house = house
+        house.file.write_text(SETTINGS + "gateway: {port: 0}\n" + more)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "honcho", "-f", str(site / "Procfile"), "start"],
             env=environment, cwd=site, stdout=open(house.outputs / "honcho.out", "wb"), stderr=subprocess.STDOUT,
@@ -95,17 +97,18 @@ class Tree:
     def ready(self):
         for role in ROLES:
             self.house.ready(role, 60)
+        wait_until(lambda: is_locked(self.house.paths.run, "gateway"), 60, "the gateway is there")
 
     def all_gone(self):
-        return not any(is_locked(self.house.paths.run, role) for role in ROLES)
+        return not any(is_locked(self.house.paths.run, role) for role in DAEMONS)
 
 
 @pytest.fixture
 def tree(house, tmp_path):
     made = []
 
-    def start():
-        made.append(Tree(house, tmp_path))
+    def start(more=""):
+        made.append(Tree(house, tmp_path, more))
         return made[-1]
 
     yield start
@@ -142,6 +145,25 @@ def test_f15_a_dead_daemon_comes_back_and_the_tree_stops_cleanly(house, figures,
     assert stop_s < 5
 
 
+def test_f15_a_daemon_that_dies_at_every_start_is_started_less_and_less_often(house, figures):
+    keeper = subprocess.Popen(
+        [sys.executable, "-m", "specl.daemons.keep", "collector"],
+        env=os.environ | house.environment(SPECL_CRASH_AT="fetch.before_request"),
+        stdout=open(house.outputs / "keeper.out", "wb"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    said = lambda: [int(n) for n in re.findall(r"again_in_s=(\d+)", house.output("keeper"))]  # noqa: E731
+    try:
+        began = time.monotonic()
+        wait_until(lambda: len(said()) >= 4, 60, "it died four times")
+        seconds = time.monotonic() - began
+    finally:
+        keeper.terminate()
+        code = keeper.wait(timeout=10)
+    figures(F15_pauses_s=said()[:4], four_deaths_in_s=seconds)
+    assert said()[:4] == list(BACKOFF_S[:4]) and seconds >= sum(BACKOFF_S[:3])
+    assert code == 0 and not is_locked(house.paths.run, "collector")
+
+
 def test_f15_no_orphan_survives_honcho_or_a_keeper(house, figures, tree):
     running = tree()
     running.ready()
@@ -161,8 +183,7 @@ def test_f15_no_orphan_survives_honcho_or_a_keeper(house, figures, tree):
 
 
 def test_f15_a_settings_error_is_said_once_and_not_retried(house, tree):
-    house.file.write_text(SETTINGS + "nonsense: 1\n")
-    running = tree()
+    running = tree("nonsense: 1\n")
     running.process.wait(timeout=30)
     said = (house.outputs / "honcho.out").read_text()
     assert "unknown setting `nonsense`" in said

@@ -104,6 +104,19 @@ def test_a_purge_by_pattern_leaves_no_byte_behind(house, figures, running):
     figures(purge_s=seconds, daemons="running" if running else "down")
 
 
+def test_a_purge_empties_the_caches_of_the_running_daemon(house):
+    house.start("inference")
+    house.start("collector")
+    house.ready("inference")
+    with house.client() as client:
+        again = [house.ask(SECRET, client).stats["reused_prompt_tokens"] for _ in range(2)]
+        house.settle()
+        specl(house, "store", "purge", "--pattern", SECRET, "--yes")
+        after = house.ask(SECRET, client, record=False).stats["reused_prompt_tokens"]
+    assert again[0] == 0 and again[1] >= len(SECRET), "a second question finds the first one's prompt in the cache"
+    assert after == 0, "the purge left it there"
+
+
 def test_a_purge_finds_records_on_their_way(house):
     house.start("inference")
     house.ready("inference")

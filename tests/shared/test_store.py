@@ -5,9 +5,8 @@ import stat
 
 import pytest
 
-import specl.shared.store as store_module
 from specl.shared.errors import StoreError
-from specl.shared.store import Store
+from specl.shared.store import Store, schema, views
 from specl.shared.wire import Row
 from tests.fakes import (
     make_activation,
@@ -192,12 +191,10 @@ def test_imported_rows_have_no_speed_and_do_not_pull_the_mean_down(store, path):
 
 
 def test_a_store_of_the_first_schema_gets_the_new_view_and_keeps_its_rows(tmp_path, monkeypatch):
-    import specl.shared.store as module
-
     with monkeypatch.context() as patch:
-        first = module._VIEWS["acceptance_by_day"].replace("nullif(tokens_per_second, 0)", "tokens_per_second")
-        patch.setitem(module._VIEWS, "acceptance_by_day", first)
-        patch.setattr(module, "SCHEMA_VERSION", 1)
+        first = views.VIEWS["acceptance_by_day"].replace("nullif(tokens_per_second, 0)", "tokens_per_second")
+        patch.setitem(views.VIEWS, "acceptance_by_day", first)
+        patch.setattr(schema, "SCHEMA_VERSION", 1)
         old = Store(tmp_path / "old.db")
         add(old, make_generation("a"), make_generation("b", tokens_per_second=0.0))
         assert old.sql("SELECT tokens_per_second AS v FROM acceptance_by_day") == [{"v": 6.25}]
@@ -266,7 +263,7 @@ def test_adapter_history_has_data_interval_regression_and_activations(store, pat
 
 
 def test_a_store_of_schema_one_gets_the_new_views_and_keeps_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "SCHEMA_VERSION", 1)
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 1)
     old = Store(tmp_path / "old.db")
     add(old, make_training_run("t1"))
     with pytest.raises(StoreError):

@@ -1,0 +1,162 @@
+"""What is asked of the store: figures for `status`, rows for the trainer, stories of adapters, everything for an export."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from specl.shared.store.file import StoreFile
+from specl.shared.store.rows import StoredGeneration, exported
+from specl.shared.store.schema import disagreements, generations, training_runs
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Counts and rates that `status` shows."""
+
+    generations: int
+    disagreements: int
+    failures: int
+    pending_failures: int
+    quarantined: int
+    lifetime_acceptance: float | None
+    rolling_acceptance: float | None
+    rolling_tokens_per_second: float | None
+    by_adapter: dict[str, float | None]
+    last_verdict: dict[str, Any] | None
+
+
+class Questions(StoreFile):
+    """The readers' part of the store."""
+
+    def summary(self, rolling: int = 50) -> Summary:
+        """Everything `status` shows of the store."""
+        g = generations.c
+        (totals,) = self._all(
+            sa.select(
+                sa.func.count().label("n"),
+                sa.func.sum(g.model_drafted).label("d"),
+                sa.func.sum(g.model_accepted).label("a"),
+            )
+        )
+        recent = self._all(
+            sa.select(g.model_drafted, g.model_accepted, g.tokens_per_second).order_by(g.n.desc()).limit(rolling)
+        )
+        by_adapter = self._all(
+            sa.select(
+                g.adapter_id, sa.func.sum(g.model_drafted).label("d"), sa.func.sum(g.model_accepted).label("a")
+            ).group_by(g.adapter_id)
+        )
+        runs = self._all(sa.select(training_runs).order_by(training_runs.c.n.desc()).limit(1))
+        drafted = sum(row["model_drafted"] for row in recent)
+        speeds = [row["tokens_per_second"] for row in recent if row["tokens_per_second"] > 0]  # imported ones have none
+        return Summary(
+            generations=totals["n"],
+            disagreements=self._count("disagreements"),
+            failures=self._count("failures"),
+            pending_failures=self.pending_failures(),
+            quarantined=self._count("quarantine"),
+            lifetime_acceptance=_rate(totals["a"], totals["d"]),
+            rolling_acceptance=_rate(sum(row["model_accepted"] for row in recent), drafted),
+            rolling_tokens_per_second=sum(speeds) / len(speeds) if speeds else None,
+            by_adapter={row["adapter_id"] or "none": _rate(row["a"], row["d"]) for row in by_adapter},
+            last_verdict=_verdict(runs[0]) if runs else None,
+        )
+
+    def _count(self, name: str) -> int:
+        return self._all(sa.select(sa.func.count().label("n")).select_from(sa.text(name)))[0]["n"]
+
+    def adapter_runs(self) -> list[dict[str, Any]]:
+        """What `adapter_history` has, newest first."""
+        return self.sql("SELECT * FROM adapter_history")
+
+    def activations_of(self, adapter_id: str) -> list[dict[str, Any]]:
+        """When and by whom an adapter was used or sent away, oldest first."""
+        return self.sql("SELECT * FROM adapter_activations WHERE adapter_id = :id", id=adapter_id)
+
+    def pending_failures(self) -> int:
+        """Failures stored since the last training run that used any."""
+        (row,) = self.sql(
+            "SELECT count(*) AS n FROM failures f JOIN generations g ON g.id = f.id WHERE g.n > coalesce((SELECT max(x.n) "
+            "FROM generations x JOIN training_runs t ON t.last_generation = x.id), 0)"
+        )
+        return row["n"]
+
+    def generation(self, id: str) -> StoredGeneration | None:
+        """One generation, by its id or an unambiguous beginning of it."""
+        rows = self._all(sa.select(generations).where(generations.c.id.startswith(id, autoescape=True)).limit(2))
+        if len(rows) != 1:
+            return None
+        return StoredGeneration(rows[0], self._disagreements_of([rows[0]["id"]]).get(rows[0]["id"], []))
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Those of `ids` that are no generation here (any more)."""
+        found: set[str] = set()
+        for start in range(0, len(ids), 500):
+            query = sa.select(generations.c.id).where(generations.c.id.in_(ids[start : start + 500]))
+            found.update(row["id"] for row in self._all(query))
+        return [id for id in ids if id not in found]
+
+    def _disagreements_of(self, ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for start in range(0, len(ids), 500):
+            query = sa.select(disagreements).where(disagreements.c.generation_id.in_(ids[start : start + 500]))
+            for row in self._all(query.order_by(disagreements.c.n)):
+                found.setdefault(row["generation_id"], []).append(row)
+        return found
+
+    def recent_generations(self, limit: int, trainable: bool = False, since: float = 0.0) -> list[StoredGeneration]:
+        """The newest first. `trainable` wants those with the target's top-k."""
+        query = (
+            sa.select(generations)
+            .where(generations.c.created_at >= since)
+            .order_by(generations.c.n.desc())
+            .limit(limit)
+        )
+        if trainable:
+            query = query.where(generations.c.top_ids.is_not(None))
+        rows = self._all(query)
+        lines = self._disagreements_of([row["id"] for row in rows])
+        return [StoredGeneration(row, lines.get(row["id"], [])) for row in rows]
+
+    def unscored(self, limit: int) -> list[StoredGeneration]:
+        """Generations with neither figure yet: parked, so that only teacher-forced agreement can tell."""
+        query = (
+            sa.select(generations)
+            .where(
+                generations.c.acceptance_rate.is_(None),
+                generations.c.agreement.is_(None),
+                generations.c.top_ids.is_not(None),
+            )
+            .order_by(generations.c.n.desc())
+            .limit(limit)
+        )
+        return [StoredGeneration(row, []) for row in self._all(query)]
+
+    def each(self) -> Iterator[StoredGeneration]:
+        """Every generation, oldest first, read in small pieces."""
+        last = 0
+        while rows := self._all(
+            sa.select(generations).where(generations.c.n > last).order_by(generations.c.n).limit(200)
+        ):
+            lines = self._disagreements_of([row["id"] for row in rows])
+            for row in rows:
+                yield StoredGeneration(row, lines.get(row["id"], []))
+            last = rows[-1]["n"]
+
+    def export(self) -> Iterator[dict[str, Any]]:
+        """Every generation in the sources' JSONL shape, oldest first."""
+        for row in self.each():
+            yield exported(row.values, row.disagreements)
+
+
+def _verdict(run: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: run[name]
+        for name in ("created", "verdict", "reason", "adapter_id", "parent_id", "examples", "steps", "loss_last")
+    }
+
+
+def _rate(part: float | None, whole: float | None) -> float | None:
+    return round(part / whole, 4) if whole else None

@@ -1,0 +1,98 @@
+"""Records as rows and rows as records: what of a delivered record goes into which column, and what is no record at all."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from specl.shared.errors import WireError
+from specl.shared.store.schema import TABLES, quarantine
+from specl.shared.wire import Generation, Record, Row, decode, kind_of
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGeneration:
+    """A row as the trainer and the command line read it."""
+
+    values: dict[str, Any]
+    disagreements: list[dict[str, Any]]
+
+
+def iso(moment: float) -> str:
+    """A moment as the store writes it beside the number."""
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _row_of(record: Record) -> dict[str, Any]:
+    """A record's values under its table's column names."""
+    row = {name: getattr(record, name) for name in record.__slots__ if name not in ("disagreements", "top_k")}
+    row["created"] = iso(record.created_at)
+    for name, value in row.items():
+        if isinstance(value, (dict, list)):
+            row[name] = json.dumps(value, ensure_ascii=False)
+    if isinstance(record, Generation):
+        row["agreement"] = None
+        row["temperature"] = float(record.sampling.get("temperature", 0.0))
+        # a record without its text still says how long it was
+        row["output_count"] = len(record.output_tokens) // 4 or sum(record.stats.get("tokens_by_source", {}).values())
+        top = record.top_k
+        row |= {
+            "top_k": top.k if top else None,
+            "top_ids": top.ids if top else None,
+            "top_logprobs": top.logprobs if top else None,
+            "tail": top.tail if top else None,
+            "entropy": top.entropy if top else None,
+        }
+    return row
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A delivered record as rows: one of `table`, and `lines` of disagreements."""
+
+    table: sa.Table
+    columns: dict[str, Any]
+    lines: Sequence[dict[str, Any]] = ()
+
+
+def read(row: Row) -> Incoming:
+    """What `row` holds; what is no record is a row of the quarantine."""
+    try:
+        record = decode(row.body)
+        if type(record) not in TABLES or kind_of(record) != row.kind or record.id != row.id:
+            raise WireError(f"not the record it is labelled as ({row.kind})")
+        columns = _row_of(record)
+    except (WireError, ValueError, TypeError, OverflowError, OSError) as error:  # a moment or number out of range
+        reason = f"{type(error).__name__}: {error}"
+        values = {"id": row.id, "kind": row.kind, "created": iso(time.time()), "reason": reason, "raw": row.body}
+        return Incoming(quarantine, values)
+    return Incoming(TABLES[type(record)], columns, _lines_of(record) if isinstance(record, Generation) else ())
+
+
+def _lines_of(record: Generation) -> list[dict[str, Any]]:
+    return [
+        {name: getattr(item, name) for name in item.__slots__ if name != "context_tokens"}
+        | {"generation_id": record.id, "context_tokens": json.dumps(item.context_tokens)}
+        for item in record.disagreements
+    ]
+
+
+def exported(row: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """A generation in the sources' JSONL shape."""
+    names = ("position", "draft_token", "target_token", "draft_confidence", "target_confidence")
+    messages = json.loads(row["messages"])
+    return {
+        "id": row["id"],
+        "prompt": messages[-1]["content"] if messages else row["prompt"],
+        "target_output": row["output"],
+        "acceptance_rate": row["acceptance_rate"],
+        "timestamp": row["created"],
+        "disagreements": [
+            {name: line[name] for name in names} | {"context_tokens": json.loads(line["context_tokens"])}
+            for line in lines
+        ],
+    }

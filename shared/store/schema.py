@@ -1,0 +1,184 @@
+"""Tables of the store and how an older one becomes today's: one step a version, all in one transaction.
+
+What a released step does never changes; a new wish is a new step.
+"""
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from specl.shared.store.views import ADAPTER_ACTIVATIONS, ADAPTER_HISTORY, VIEWS
+from specl.shared.wire import Activation, Adapter, Evaluation, Generation, TrainingRun
+
+SCHEMA_VERSION = 3
+_meta = sa.MetaData()
+_Text, _Int, _Real, _Blob = sa.Text, sa.Integer, sa.Float, sa.LargeBinary
+
+
+def _column(name: str, kind: Any, **more: Any) -> sa.Column:
+    return sa.Column(name, kind, nullable=more.pop("nullable", False), **more)
+
+
+generations = sa.Table(
+    "generations",
+    _meta,
+    sa.Column("n", _Int, primary_key=True),
+    _column("id", _Text, unique=True),
+    _column("conversation_id", _Text, index=True),
+    _column("created_at", _Real, index=True),
+    _column("created", _Text),
+    _column("mode", _Text),
+    _column("prompt", _Text),
+    _column("output", _Text),
+    _column("messages", _Text),
+    _column("acceptance_rate", _Real, nullable=True),
+    _column("agreement", _Real, nullable=True),
+    _column("drafted", _Int),
+    _column("accepted", _Int),
+    _column("model_drafted", _Int),
+    _column("model_accepted", _Int),
+    _column("rounds", _Int),
+    _column("output_count", _Int),
+    _column("tokens_per_second", _Real),
+    _column("ttft_ms", _Real),
+    _column("finish_reason", _Text),
+    _column("adapter_id", _Text),
+    _column("target_model", _Text),
+    _column("draft_model", _Text),
+    _column("target_fingerprint", _Text),
+    _column("draft_fingerprint", _Text),
+    _column("sampling", _Text),
+    _column("temperature", _Real),
+    _column("stats", _Text),
+    _column("prompt_tokens", _Blob),
+    _column("output_tokens", _Blob),
+    _column("sources", _Blob),
+    _column("top_k", _Int, nullable=True),
+    _column("top_ids", _Blob, nullable=True),
+    _column("top_logprobs", _Blob, nullable=True),
+    _column("tail", _Blob, nullable=True),
+    _column("entropy", _Blob, nullable=True),
+)
+disagreements = sa.Table(
+    "disagreements",
+    _meta,
+    sa.Column("n", _Int, primary_key=True),
+    _column("generation_id", _Text, index=True),
+    _column("position", _Int),
+    _column("draft_token", _Int),
+    _column("target_token", _Int),
+    _column("draft_text", _Text),
+    _column("target_text", _Text),
+    _column("draft_confidence", _Real),
+    _column("target_confidence", _Real),
+    _column("drafter", _Text),
+    _column("depth", _Int),
+    _column("context_tokens", _Text),
+)
+adapters = sa.Table(
+    "adapters",
+    _meta,
+    sa.Column("n", _Int, primary_key=True),
+    _column("id", _Text, unique=True),
+    _column("created_at", _Real),
+    _column("created", _Text),
+    _column("kind", _Text),
+    _column("parent_id", _Text),
+    _column("training_run_id", _Text),
+    _column("path", _Text),
+    _column("sha256", _Text),
+    _column("base_fingerprint", _Text),
+    _column("manifest", _Text),
+)
+training_runs = sa.Table(
+    "training_runs",
+    _meta,
+    sa.Column("n", _Int, primary_key=True),
+    _column("id", _Text, unique=True),
+    _column("created_at", _Real),
+    _column("created", _Text),
+    _column("finished_at", _Real),
+    _column("trigger", _Text),
+    _column("verdict", _Text),
+    _column("reason", _Text),
+    _column("parent_id", _Text),
+    _column("adapter_id", _Text),
+    _column("examples", _Int),
+    _column("steps", _Int),
+    _column("tokens", _Int),
+    _column("loss_first", _Real, nullable=True),
+    _column("loss_last", _Real, nullable=True),
+    _column("last_generation", _Text),
+    _column("settings", _Text),
+)
+evaluations = sa.Table(
+    "evaluations",
+    _meta,
+    sa.Column("n", _Int, primary_key=True),
+    _column("id", _Text, unique=True),
+    _column("created_at", _Real),
+    _column("created", _Text),
+    _column("subject", _Text),
+    _column("generation_id", _Text),
+    _column("training_run_id", _Text),
+    _column("adapter_id", _Text),
+    _column("generations", _Int),
+    _column("positions", _Int),
+    _column("agreement", _Real),
+    _column("by_depth", _Text),
+    _column("details", _Text),
+)
+activations = sa.Table(
+    "activations",
+    _meta,
+    sa.Column("n", _Int, primary_key=True),
+    _column("id", _Text, unique=True),
+    _column("created_at", _Real),
+    _column("created", _Text),
+    _column("event", _Text),
+    _column("adapter_id", _Text),
+    _column("previous_id", _Text),
+    _column("reason", _Text),
+    _column("details", _Text),
+)
+quarantine = sa.Table(
+    "quarantine",
+    _meta,
+    sa.Column("n", _Int, primary_key=True),
+    _column("id", _Text, unique=True),
+    _column("kind", _Text),
+    _column("created", _Text),
+    _column("reason", _Text),
+    _column("raw", _Blob),
+)
+thresholds = sa.Table("settings", _meta, sa.Column("name", _Text, primary_key=True), _column("value", _Text))
+TABLES: dict[type, sa.Table] = {
+    Generation: generations,
+    Activation: activations,
+    TrainingRun: training_runs,
+    Evaluation: evaluations,
+    Adapter: adapters,
+}
+
+
+def _m001(connection: sa.Connection) -> None:
+    """Tables, indexes and views as first released."""
+    _meta.create_all(connection)
+    for name, query in VIEWS.items():
+        connection.exec_driver_sql(f"CREATE VIEW {name} AS {query}")
+
+
+def _m002(connection: sa.Connection) -> None:
+    """An adapter's whole story: data, interval and regression in `adapter_history`; `adapter_activations`."""
+    connection.exec_driver_sql("DROP VIEW adapter_history")
+    connection.exec_driver_sql(f"CREATE VIEW adapter_history AS {ADAPTER_HISTORY}")
+    connection.exec_driver_sql(f"CREATE VIEW adapter_activations AS {ADAPTER_ACTIVATIONS}")
+
+
+def _m003(connection: sa.Connection) -> None:
+    """Imported rows have no speed and no longer count as standing still."""
+    connection.exec_driver_sql("DROP VIEW acceptance_by_day")
+    connection.exec_driver_sql(f"CREATE VIEW acceptance_by_day AS {VIEWS['acceptance_by_day']}")
+
+
+MIGRATIONS = (_m001, _m002, _m003)
