@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 ENOUGH_TOKENS = 200  # model-drafted tokens that end a watch
 EVERY = 8  # one round in so many keeps k >= 1 while a watch is on
-MOST_REQUESTS = 20  # and it ends after so many requests, whatever was drafted
+MOST_REQUESTS = 20  # and it ends after so many requests with a draft in them, however few were drafted
 LEAST_TOKENS = 40  # below this nothing is said before the end of the watch
 SIGMAS = 2.0  # a shortfall must be this many standard errors beyond `SLACK`
 SLACK = 0.02  # of acceptance: the baseline is measured too
@@ -76,8 +76,8 @@ class Watch:
         return self.drafted < ENOUGH_TOKENS and self.rounds % EVERY == 0
 
     def add(self, tested: list[int], accepted: list[int]) -> None:
-        """Count a finished request that this adapter drafted for."""
-        self.requests += 1
+        """Count a finished request; one for which nothing was drafted says nothing."""
+        self.requests += any(tested)
         self.seen.add(tested, accepted)
 
     def shortfall(self) -> tuple[float, float, float]:
