@@ -72,12 +72,6 @@ def _own(settings: LossSettings, logits: mx.array, teacher: Teacher) -> tuple[mx
     return losses, valid
 
 
-def weighted_mean(losses: mx.array, valid: mx.array, weights: mx.array) -> mx.array:
-    """Mean over valid rows, each with its weight."""
-    scale = valid * weights
-    return (losses * scale).sum() / mx.maximum(scale.sum(), EPSILON)
-
-
 def _cross_entropy(logits: mx.array, teacher: Teacher) -> tuple[mx.array, mx.array]:
     valid = (teacher.label >= 0).astype(mx.float32)
     label = mx.maximum(teacher.label, 0)

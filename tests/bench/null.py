@@ -94,18 +94,18 @@ class World:
 
 
 class Builtin:
-    """SmolLM2 and its shipped head: answers to one reserved kind, and to general prompts. As World otherwise."""
+    """SmolLM2 and its shipped head: answers to a reserved kind, and to general prompts. As World otherwise."""
 
-    def __init__(self, kind: str = reserved.KINDS[0]) -> None:
+    def __init__(self, kind_prompts: int = KIND_PROMPTS, general_prompts: int = GENERAL_PROMPTS) -> None:
         self.settings = config.load().training
         self.engine = load_pair(config.load(), find_paths().models, to_stderr)
         self.learner = Learner(self.engine.draft)
         self.learner.module.freeze()
         self.hot = self.engine.draft.hot
         rng = np.random.default_rng(0)
-        asked = [[{"role": "user", "content": text}] for text in reserved.prompts(kind, KIND_PROMPTS)]
+        asked = [[{"role": "user", "content": text}] for text in reserved.prompts(reserved.KINDS[0], kind_prompts)]
         self.pool = self._answers(asked, rng)
-        general = [item.messages for item in prompts.load("regression")[:GENERAL_PROMPTS]]
+        general = [item.messages for item in prompts.load("regression")[:general_prompts]]
         self.regression = self._answers(general, rng)
         self.scored = agreement(self.learner, self.regression)
 
