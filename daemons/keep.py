@@ -4,7 +4,7 @@ import sys
 
 from specl.shared import log
 from specl.shared.paths import DAEMONS
-from specl.shared.process import EX_CONFIG, keep
+from specl.shared.process import EX_CONFIG, keep, step_back
 
 
 def main() -> int:
@@ -13,6 +13,8 @@ def main() -> int:
         print(f"usage: python -m specl.daemons.keep {'|'.join(DAEMONS)}", file=sys.stderr)
         return EX_CONFIG
     log.set_up(f"keep-{sys.argv[1]}", None)
+    if sys.argv[1] == "trainer":
+        step_back()
     return keep(sys.argv[1])
 
 

@@ -146,6 +146,17 @@ def honcho() -> int | None:
     return pid if pid > 1 else None
 
 
+def step_back() -> None:
+    """The lowest priority there is. Where Linux shares the processor out by session first (autogroup, on by default on many
+    systems), nice counts within a session only, and honcho gives every daemon one of its own: seen with two busy loops on one
+    core, nice 19 took as much as nice 0. So a session's own leader steps back with its whole session.
+    """
+    os.nice(19)
+    if os.getsid(0) == os.getpid():
+        with suppress(OSError):
+            Path("/proc/self/autogroup").write_text("19")
+
+
 def keep(role: str) -> int:
     """Run `python -m specl.daemons.ROLE` and run it again when it dies; the exit code is for honcho.
 

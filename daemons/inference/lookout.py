@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from specl.shared.errors import AdapterRejected
 from specl.shared.learning.watch import Depths, Watch
 
 REMEMBERED = 2000  # tested tokens of the active adapter; older ones fade
+KNOWN = 3  # adapters whose counts are kept, in case they come back
 BASELINE = 600  # of those, what a watch compares with: recent enough to be the same kind of traffic
 
 
@@ -32,6 +33,8 @@ class Memory:
     seen: Depths
     watch: Watch | None
     last: dict[str, Any]
+    broken_off: Watch | None = None
+    known: dict[str, Depths] = field(default_factory=dict)
 
 
 _MEMORY = TypeAdapter(Memory)
@@ -47,6 +50,8 @@ class Lookout:
         self.seen = Depths()
         self.watch: Watch | None = None
         self.last: dict[str, Any] = {}
+        self.broken_off: Watch | None = None  # of an adapter that was replaced before it had proved itself
+        self.known: dict[str, Depths] = {}  # what the last few did: it counts again when one comes back
 
     def load(self, draft: str, target: str) -> str | None:
         """Go on with what the last process counted for this pair; the adapter that it drafted with, None if nobody knows."""
@@ -58,23 +63,41 @@ class Lookout:
         if kept is None or (kept.draft, kept.target) != self._pair:
             return None
         self.adapter, self.seen, self.watch, self.last = kept.adapter, kept.seen, kept.watch, kept.last
+        self.broken_off, self.known = kept.broken_off, kept.known
         return kept.adapter
 
     def settle(self, adapter: str) -> None:
         """The daemon is up and `adapter` drafts: what was counted for another one is not its own."""
         if adapter != self.adapter:
-            self.adapter, self.seen, self.watch = adapter, Depths(), None
+            self.adapter, self.seen, self.watch = adapter, self.known.get(adapter, Depths()), None
         self._save()
 
     def changed(self, adapter: str, watched: str, previous: str, promised: Depths | None = None) -> None:
         """`adapter` drafts from now on. `watched` names it where it has to prove itself against what `previous` did: on live
         traffic, or, where that has not drafted yet, as the gate measured it (`promised`). With neither nothing is claimed.
+
+        One that has not proved itself is no measure for the next: that is held to what the first was held to. Where the
+        first comes back, its watch goes on.
         """
-        baseline = self.seen if any(self.seen.tested) else promised or Depths()
-        known = watched and any(baseline.tested)
-        self.watch = Watch(watched, previous, baseline.faded(BASELINE)) if known else None
-        self.adapter, self.seen = adapter, Depths()
+        if self.watch is not None:
+            baseline, self.broken_off = self.watch.baseline, self.watch
+        else:
+            baseline = self.seen if any(self.seen.tested) else promised or Depths()
+            self._remember()
+        self.watch, unfinished = None, self.broken_off
+        if unfinished is not None and unfinished.adapter_id == adapter:
+            self.watch, self.broken_off = unfinished, None
+        if watched and any(baseline.tested):
+            self.watch = Watch(watched, previous, baseline.faded(BASELINE))
+        self.adapter, self.seen = adapter, self.known.get(adapter, Depths())
         self._save()
+
+    def _remember(self) -> None:
+        """What the adapter that goes has done."""
+        if any(self.seen.tested):
+            self.known.pop(self.adapter, None)
+            self.known[self.adapter] = self.seen.faded(BASELINE)
+            self.known = dict(list(self.known.items())[-KNOWN:])
 
     def forces(self) -> bool:
         """Whether the next round must draft at least one token."""
@@ -103,7 +126,7 @@ class Lookout:
     def _save(self) -> None:
         if self._path is None:
             return
-        memory = Memory(*self._pair, self.adapter, self.seen, self.watch, self.last)
+        memory = Memory(*self._pair, self.adapter, self.seen, self.watch, self.last, self.broken_off, self.known)
         scratch = self._path.with_name(f".{self._path.name}")
         with suppress(OSError):  # a full disk must not end an answer
             scratch.write_text(json.dumps(asdict(memory)))

@@ -1,13 +1,11 @@
 """`python -m specl.daemons.trainer`: at the lowest priority there is."""
 
-import os
-
 from specl.daemons.run import leave, run_daemon
 from specl.daemons.trainer.service import Trainer
 from specl.shared.bus import Server
 from specl.shared.config import Settings
 from specl.shared.paths import Paths
-from specl.shared.process import StopFlag
+from specl.shared.process import StopFlag, step_back
 
 
 def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> None:
@@ -16,5 +14,5 @@ def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> No
 
 
 if __name__ == "__main__":
-    os.nice(19)
+    step_back()
     leave(run_daemon("trainer", main))

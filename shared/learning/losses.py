@@ -72,17 +72,29 @@ def _own(settings: LossSettings, logits: mx.array, teacher: Teacher) -> tuple[mx
     return losses, valid
 
 
-def weighted_mean(losses: mx.array, valid: mx.array, weights: mx.array) -> mx.array:
-    """Mean over valid rows, each with its weight."""
-    scale = valid * weights
-    return (losses * scale).sum() / mx.maximum(scale.sum(), EPSILON)
+@mx.custom_function
+def _totals(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """Log-sum-exp of each row, and its gradient in the logits, which is the softmax: exp is computed once for both. On a
+    CPU's 49,152 columns exp costs nearly as much as the product that made the logits (30 of 40 ms for 64 rows).
+    """
+    q = mx.softmax(logits, axis=1)
+    return logits.max(axis=1) - mx.log(q.max(axis=1)), q
+
+
+@_totals.vjp
+def _(logits: mx.array, given: tuple[mx.array, mx.array], made: tuple[mx.array, mx.array]) -> mx.array:
+    return given[0][:, None] * made[1]
+
+
+def _log_sum_exp(logits: mx.array) -> mx.array:
+    return _totals(logits)[0]
 
 
 def _cross_entropy(logits: mx.array, teacher: Teacher) -> tuple[mx.array, mx.array]:
     valid = (teacher.label >= 0).astype(mx.float32)
     label = mx.maximum(teacher.label, 0)
     chosen = mx.take_along_axis(logits, label[:, None], axis=1)[:, 0]
-    return (mx.logsumexp(logits, axis=1) - chosen) * valid, valid
+    return (_log_sum_exp(logits) - chosen) * valid, valid
 
 
 def _kl_and_overlap(logits: mx.array, teacher: Teacher, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
@@ -94,11 +106,11 @@ def _kl_and_overlap(logits: mx.array, teacher: Teacher, temperature: float) -> t
     p = mx.exp(teacher.logprobs) * inside
     # the tail is what lies beyond the top k; top-k tokens that the draft cannot say are left out and the rest renormalised
     tail = mx.maximum(1.0 - mx.exp(teacher.logprobs).sum(axis=1), 0.0)
-    q = mx.exp(mx.take_along_axis(logits, columns, axis=1) - mx.logsumexp(logits, axis=1, keepdims=True)) * inside
+    q = mx.exp(mx.take_along_axis(logits, columns, axis=1) - _log_sum_exp(logits)[:, None]) * inside
     overlap = mx.minimum(p, q).sum(axis=1)
     if temperature != 1.0:
         scaled = logits / temperature
-        q = mx.exp(mx.take_along_axis(scaled, columns, axis=1) - mx.logsumexp(scaled, axis=1, keepdims=True)) * inside
+        q = mx.exp(mx.take_along_axis(scaled, columns, axis=1) - _log_sum_exp(scaled)[:, None]) * inside
         p, tail = _soften(p, tail, temperature)
     total = p.sum(axis=1) + tail
     p, tail = p / mx.maximum(total[:, None], EPSILON), tail / mx.maximum(total, EPSILON)

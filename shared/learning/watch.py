@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 ENOUGH_TOKENS = 200  # model-drafted tokens that end a watch
 EVERY = 8  # one round in so many keeps k >= 1 while a watch is on
-MOST_REQUESTS = 20  # and it ends after so many requests, whatever was drafted
-LEAST_TOKENS = 40  # below this nothing is said before the end of the watch
+MOST_REQUESTS = 20  # after so many it is judged by whatever was drafted
+LEAST_TOKENS = 40  # fewer say nothing before that, and never end a watch in the adapter's favour
 SIGMAS = 2.0  # a shortfall must be this many standard errors beyond `SLACK`
 SLACK = 0.02  # of acceptance: the baseline is measured too
 
@@ -68,7 +68,8 @@ class Watch:
     @property
     def over(self) -> bool:
         """Whether enough was seen."""
-        return self.drafted >= ENOUGH_TOKENS or self.requests >= MOST_REQUESTS
+        late = self.requests >= MOST_REQUESTS and self.drafted >= LEAST_TOKENS
+        return late or self.drafted >= ENOUGH_TOKENS
 
     def forces(self) -> bool:
         """Whether this round must draft at least one token; call once a round."""
@@ -100,7 +101,7 @@ class Watch:
 
     def disappointment(self) -> str:
         """Why the adapter should go, in a sentence with its numbers; empty while it may stay."""
-        if self.drafted < LEAST_TOKENS and not self.over:
+        if self.drafted < LEAST_TOKENS and self.requests < MOST_REQUESTS:
             return ""
         seen, expected, error = self.shortfall()
         if seen + SLACK + SIGMAS * error >= expected:

@@ -1,12 +1,14 @@
 """Does the gate promote what learned nothing? Adapters trained on permuted targets before the real gate, and their control.
 
-    python tests/bench/null.py [--decisions 40] [--controls 8] [--steps 30] [--json FILE]
+    python tests/bench/null.py [--model tiny|builtin] [--decisions 40] [--controls 8] [--steps 30] [--minutes 60] [--json FILE]
 
-A random two-layer Llama is the target; a head draft of it is built on its general text. Each decision has conversations of
-its own: LoRA trains on some, the gate judges on others and on a regression slice of general text. Null: every target (token and law)
-is permuted across the positions of all training records, held-out untouched; so the tokens' frequencies are all there is to
-learn. Control: the same without the permutation. Exit code 0: at most one of the nulls in 40 was promoted, and the control
-shows that the gate does promote what did learn.
+`tiny`: a random two-layer Llama is the target; a head draft of it is built on its general text, and each decision has
+conversations of its own. `builtin`: SmolLM2 and the head that ships, with the settings' recipe; a decision draws its
+conversations from a pool of answers to reserved prompts. LoRA trains on some, the gate judges on others and on a regression
+slice of general text. Null: every target (token and law) is permuted across the positions of all training records, held-out
+untouched; so the tokens' frequencies are all there is to learn. Control: the same without the permutation. Exit code 0: at most
+one of the nulls in 40 was promoted, and the control's interval lies above zero. (`builtin` replays nothing, so that the control
+loses general text, and the slice keeps it from being promoted.)
 """
 
 import argparse
@@ -16,25 +18,39 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from specl.shared.learning.examples import Example
+from specl.shared.models import blas  # noqa: F401, I001 - binds the BLAS before mlx loads
+import mlx.core as mx
+
+from specl.shared import config, prompts
+from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.gate import Verdict, judge
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import Batches, StepLoop, StepSettings
 from specl.shared.learning.traffic import Prompt, answer
 from specl.shared.models.head import HeadDraft, new_head
+from specl.shared.models.load import to_stderr
 from specl.shared.models.lora import LoraShape, attach, choose_layers, detach
+from specl.shared.models.pair import load_pair
+from specl.shared.paths import find_paths
+from specl.shared.prompts import reserved
 from tests.conftest import tiny_model
 
 VOCABULARY, PROMPT, OUTPUT, TOP_K = 97, 10, 16, 16
 MOTIF = 12  # tokens that the new kind's prompts are made of
 LEARNING_RATE = 2e-3
 DEPTHS = 2
+KIND_PROMPTS, GENERAL_PROMPTS = (
+    120,
+    64,
+)  # of the built-in model: a decision draws 80 of the first, all are scored on the second
+TOKENS = 32  # of each of its answers
+BATCH = 2
+MIXED = LossSettings()
 
 
 class World:
@@ -49,6 +65,19 @@ class World:
         train(self.learner, self.general(96, rng), build_steps, LEARNING_RATE, seed)
         self.regression = self.general(60, rng)
         self.draft.head.freeze()
+        self.scored = agreement(self.learner, self.regression)
+
+    def attach(self, training: list[Example]) -> None:
+        """Make the draft ready to learn from `training`."""
+        attach(self.learner.module, LoraShape(8, 16.0, 0.0, choose_layers(self.learner.module, "all")))
+
+    def learn(self, training: list[Example], steps: int, seed: int) -> None:
+        """A training run."""
+        train(self.learner, training, steps, LEARNING_RATE, seed)
+
+    def detach(self) -> None:
+        """The pristine draft again."""
+        detach(self.learner.module)
 
     def general(self, count: int, rng: np.random.Generator) -> list[Example]:
         """Answers to prompts of any tokens."""
@@ -64,10 +93,61 @@ class World:
         return answer(self.target, asked, OUTPUT, TOP_K, True, rng)
 
 
-def train(learner: Learner, examples: list[Example], steps: int, rate: float, seed: int) -> None:
+class Builtin:
+    """SmolLM2 and its shipped head: answers to a reserved kind, and to general prompts. As World otherwise."""
+
+    def __init__(self, kind_prompts: int = KIND_PROMPTS, general_prompts: int = GENERAL_PROMPTS) -> None:
+        self.settings = config.load().training
+        self.engine = load_pair(config.load(), find_paths().models, to_stderr)
+        self.learner = Learner(self.engine.draft)
+        self.learner.module.freeze()
+        self.hot = self.engine.draft.hot
+        rng = np.random.default_rng(0)
+        asked = [[{"role": "user", "content": text}] for text in reserved.prompts(reserved.KINDS[0], kind_prompts)]
+        self.pool = self._answers(asked, rng)
+        general = [item.messages for item in prompts.load("regression")[:general_prompts]]
+        self.regression = self._answers(general, rng)
+        self.scored = agreement(self.learner, self.regression)
+
+    def _answers(self, conversations: list[list[dict]], rng: np.random.Generator) -> list[Example]:
+        asked = [Prompt(str(n), self.engine.encode_chat(one)[1]) for n, one in enumerate(conversations)]
+        return answer(self.engine.target, asked, TOKENS, TOP_K, True, rng)
+
+    def new_kind(self, count: int, rng: np.random.Generator) -> list[Example]:
+        """Drawn from the pool."""
+        return [self.pool[n] for n in rng.permutation(len(self.pool))[:count]]
+
+    def attach(self, training: list[Example]) -> None:
+        """LoRA and a hot vocabulary refreshed from `training`, as the trainer does."""
+        lora, draft = self.settings.lora, self.engine.draft
+        wanted = choose_layers(self.learner.module, lora.target_modules)
+        attach(self.learner.module, LoraShape(lora.rank, lora.alpha, lora.dropout, wanted))
+        vocabulary = int(self.engine.target.config["vocab_size"])
+        self.learner.set_hot(hot_vocabulary(training, draft.shape.hot_size, vocabulary, keep=self.hot))
+
+    def learn(self, training: list[Example], steps: int, seed: int) -> None:
+        """A training run by the settings, without replay: that would teach it something true."""
+        loss = LossSettings(self.settings.loss.type, self.settings.loss.temperature, self.settings.loss.alpha)
+        train(self.learner, training, steps, self.settings.learning_rate, seed, loss, BATCH)
+
+    def detach(self) -> None:
+        """The pristine draft again."""
+        self.engine.use_adapter(None)
+        self.learner.set_hot(self.hot)
+
+
+def train(
+    learner: Learner,
+    examples: list[Example],
+    steps: int,
+    rate: float,
+    seed: int,
+    loss: LossSettings = MIXED,
+    batch: int = 8,
+) -> None:
     """What a training run does, without its daemon."""
-    batches = Batches(examples, [], 8, 0.0, seed)
-    loop = StepLoop(learner, LossSettings(), StepSettings(rate, steps, depths=DEPTHS))
+    batches = Batches(examples, [], batch, 0.0, seed)
+    loop = StepLoop(learner, loss, StepSettings(rate, steps, depths=DEPTHS))
     for _ in range(steps):
         loop.step([batches.next()])
 
@@ -87,22 +167,21 @@ def permuted(examples: list[Example], rng: np.random.Generator) -> list[Example]
     return made
 
 
-def decide(world: World, number: int, shuffle: bool, steps: int) -> Verdict:
+def decide(world: World | Builtin, number: int, shuffle: bool, steps: int) -> Verdict:
     """One run: train on 40 records, judge on 40 others."""
     rng = np.random.default_rng([7, number])
     examples = world.new_kind(80, rng)
     training, held_out = examples[:40], examples[40:]
     training = permuted(training, rng) if shuffle else training
-    before = [agreement(world.learner, part) for part in (held_out, world.regression)]
-    module = world.learner.module
+    before = agreement(world.learner, held_out)
     mx.random.seed(number)
-    attach(module, LoraShape(8, 16.0, 0.0, choose_layers(module, "all")))
+    world.attach(training)
     try:
-        train(world.learner, training, steps, LEARNING_RATE, number)
+        world.learn(training, steps, number)
         after = [agreement(world.learner, part) for part in (held_out, world.regression)]
     finally:
-        detach(module)
-    return judge(before[0], after[0], 30, (before[1], after[1]))
+        world.detach()
+    return judge(before, after[0], 30, (world.scored, after[1]))
 
 
 def summary(verdicts: list[Verdict]) -> dict:
@@ -121,23 +200,32 @@ def summary(verdicts: list[Verdict]) -> dict:
 def main() -> int:
     """Run both arms, print their figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("tiny", "builtin"), default="tiny")
     parser.add_argument("--decisions", type=int, default=40)
     parser.add_argument("--controls", type=int, default=8, help="decisions of the control arm")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each decision")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no decision later than this")
     parser.add_argument("--json", type=Path, help="write the figures of every decision")
     wish = parser.parse_args()
     start = time.monotonic()
-    world = World()
-    arms = {}
+    world = World() if wish.model == "tiny" else Builtin()
+    arms: dict[str, list[Verdict]] = {}
     print(f"built {time.monotonic() - start:.0f} s", flush=True)
     for name, shuffle, count in (("control", False, wish.controls), ("null", True, wish.decisions)):
-        arms[name] = [decide(world, number, shuffle, wish.steps) for number in range(count)]
-        print(name, json.dumps(summary(arms[name])), f"{time.monotonic() - start:.0f} s", flush=True)
+        arms[name] = []
+        for number in range(count):
+            if time.monotonic() - start < 60 * wish.minutes:
+                arms[name].append(decide(world, number, shuffle, wish.steps))
+                print(name, number, arms[name][-1].reason, f"{time.monotonic() - start:.0f} s", flush=True)
+        print(
+            name, json.dumps(summary(arms[name]) if arms[name] else {}), f"{time.monotonic() - start:.0f} s", flush=True
+        )
     if wish.json:
         told = {name: {"summary": summary(arm), "verdicts": [v.numbers() for v in arm]} for name, arm in arms.items()}
         wish.json.write_text(json.dumps(told, indent=1))
-    null, control = (summary(arms[name])["promoted"] for name in ("null", "control"))
-    return 0 if null <= max(1, wish.decisions // 40) and 2 * control > wish.controls else 1
+    promoted = summary(arms["null"])["promoted"]
+    seen = sum(verdict.low > 0 for verdict in arms["control"])
+    return 0 if promoted <= max(1, len(arms["null"]) // 40) and 2 * seen > len(arms["control"]) else 1
 
 
 if __name__ == "__main__":

@@ -182,3 +182,48 @@ def test_by_hand_it_is_watched_once_and_whoever_insists_is_believed(made):
     assert swap.engine.adapter_id == "" and second in adapters.rolled_back()
     assert swap.by_hand(second).ok and lookout.watch is None and not adapters.rolled_back()
     assert swap.by_hand("previous").ok and lookout.watch is None
+
+
+def test_one_bad_adapter_after_another_is_held_to_what_was_good(made):
+    paths, adapters, first, second = made
+    adapters.set_current("")
+    swap, lookout, _ = start(paths)
+    lookout.saw([400], [240])
+    assert swap.by_hand(first).ok and lookout.saw([20], [0]) == ""
+    assert swap.by_hand(second).ok  # while the first is still watched: its own counts are no measure
+    assert lookout.watch.baseline.accepted == [240]
+    for bad, back in ((second, first), (first, "")):
+        assert lookout.watch.adapter_id == swap.engine.adapter_id == bad
+        requests, why = 0, ""
+        while not why:
+            requests, why = requests + 1, lookout.saw([20], [0])
+        assert requests <= 20
+        swap.roll_back(why)
+        assert swap.engine.adapter_id == back
+    assert lookout.watch is None and lookout.seen.accepted == [240]  # what was known of it counts again
+
+
+def test_at_once_after_a_rollback_the_next_is_watched_too_and_after_a_restart(made):
+    paths, adapters, first, second = made
+    adapters.set_current("")
+    swap, lookout, _ = start(paths)
+    lookout.saw([400], [240])
+    for id in (first, second):
+        assert swap.by_hand(id).ok and lookout.watch.adapter_id == id
+        why = ""
+        while not why:
+            why = lookout.saw([20], [0])
+        swap.roll_back(why)
+        swap, lookout, _ = start(paths)
+        assert lookout.seen.accepted == [240]
+
+
+def test_answers_with_few_drafts_are_judged_at_twenty_and_do_not_end_the_watch_in_its_favour():
+    lookout = Lookout()
+    lookout.saw([400], [240])
+    lookout.changed("000001", "000001", "")
+    assert not any(lookout.saw([], []) or lookout.saw([0, 0], [0, 0]) for _ in range(40))
+    assert lookout.status()["state"] == "watching" and not lookout.status()["drafted"]
+    lookout.changed("000002", "000002", "000001")
+    said = [lookout.saw([1], [0]) for _ in range(20)]
+    assert not any(said[:19]) and "20 requests" in said[19]

@@ -1,0 +1,32 @@
+"""The trainer's priority: the lowest within its session, and its session's lowest among others where it leads one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+AUTOGROUP = Path("/proc/self/autogroup")
+TELL = """
+import os
+from specl.shared.process import step_back
+step_back()
+print(os.nice(0), open("/proc/self/autogroup").read().split()[-1] if os.path.exists("/proc/self/autogroup") else "")
+"""
+
+
+def said(own_session):
+    done = subprocess.run([sys.executable, "-c", TELL], capture_output=True, text=True, start_new_session=own_session)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_nice_is_the_lowest():
+    assert said(False)[0] == said(True)[0] == "19"
+
+
+@pytest.mark.skipif(not AUTOGROUP.exists(), reason="this kernel does not share the processor out by session")
+def test_a_session_of_its_own_steps_back_as_a_whole_and_somebody_elses_does_not():
+    mine = AUTOGROUP.read_text().split()[-1]
+    assert said(True)[1] == "19"
+    assert said(False)[1] == mine == AUTOGROUP.read_text().split()[-1]
