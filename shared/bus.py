@@ -254,7 +254,9 @@ class Connection:
             self._socket.send(encode(message), zmq.NOBLOCK)
 
     def receive(self, timeout_s: float) -> Any:
-        """The next message, or DaemonUnreachable after `timeout_s`."""
+        """The next message, or DaemonUnreachable after `timeout_s`; SpecLoraError once it is closed."""
+        if self._socket.closed:
+            raise SpecLoraError(f"the connection to the {self._what} daemon was closed here")
         if not self._socket.poll(int(timeout_s * 1000)):
             raise DaemonUnreachable(f"the {self._what} daemon does not answer", self._hint)
         data = self._socket.recv()
@@ -271,8 +273,8 @@ class Connection:
         return self.receive(timeout_s)
 
     def close(self) -> None:
-        """Close; pending sends are dropped."""
-        self._socket.close(linger=0)
+        """Close; what was sent last, a cancellation, still has a moment to leave."""
+        self._socket.close(linger=LAST_WORDS_MS)
 
 
 class AsyncConnection:
