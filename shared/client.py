@@ -14,15 +14,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specl.shared.access import Addresses
 from specl.shared.bus import Connection, gather
 from specl.shared.chat import Messages, to_messages
-from specl.shared.config import Settings, load
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
 from specl.shared.paths import Paths, find_paths
 from specl.shared.process import holder_of, is_locked
+from specl.shared.remembered import load
 from specl.shared.wire import (
     Alive,
     Ask,
@@ -40,6 +40,9 @@ from specl.shared.wire import (
     TryAdapter,
 )
 
+if TYPE_CHECKING:
+    from specl.shared.config import Settings
+
 FIRST_ANSWER_S = 1.5  # a living daemon answers at once, whatever it is doing
 HEARTBEAT_S = 1.0
 SILENCE_S = 20.0  # a daemon that is there answers a heartbeat at once; one that died is back well before
@@ -52,9 +55,9 @@ class Client:
     `last` is the answer that ended last, of whichever thread; `ask` returns its own.
     """
 
-    def __init__(self, paths: Paths | None = None, settings: Settings | None = None) -> None:
+    def __init__(self, paths: Paths | None = None, settings: "Settings | None" = None) -> None:
         self.paths = paths or find_paths()
-        self.settings = settings or load()
+        self.settings = settings or load(self.paths)
         self.addresses = Addresses(self.paths, self.settings.bus)
         self.last: Done | None = None
         self._open: set[Connection] = set()
