@@ -97,7 +97,7 @@ function tiles(status) {
     tile("acceptance", share(acceptance.rolling), `${share(acceptance.lifetime)} in all`),
     tile("queue", queue.in_flight, `${queue.depth} waiting`),
     tile("adapter", adapter.active || "none", `before it ${adapter.previous || "none"}`),
-    tile("failures to learn from", failures.pending, `trains at ${failures.trigger}`),
+    tile("failures", failures.pending, `trains at ${failures.trigger}`),
     tile("answers kept", store.generations, `${store.disagreements} disagreements`),
   ];
 }
