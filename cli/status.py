@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from specl.shared.client import Client
-from specl.shared.config import Settings
 from specl.shared.paths import ROLES
 from specl.shared.status import collect
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from specl.shared.config import Settings
+
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def render(found: dict[str, Any], settings: Settings) -> "Table":
+def render(found: dict[str, Any], settings: "Settings") -> "Table":
     """The same for a person."""
     from rich.table import Table  # --json goes without
 

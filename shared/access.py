@@ -10,10 +10,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from specl.shared.config import Bus
 from specl.shared.errors import ConfigError
 from specl.shared.paths import ROLES, Paths
+
+if TYPE_CHECKING:
+    from specl.shared.config import Bus
 
 MAKE_KEYS = "make them with `specl-ctl keys make`, or set bus.host to 127.0.0.1"
 
@@ -91,7 +94,7 @@ class Addresses:
     Raises ConfigError for TCP beyond loopback without keys, and for a run directory whose name is too long for a socket.
     """
 
-    def __init__(self, paths: Paths, bus: Bus) -> None:
+    def __init__(self, paths: Paths, bus: "Bus") -> None:
         self._paths, self._bus = paths, bus
         self.keys = read_keys(paths.keys)
         if bus.transport == "tcp" and not is_loopback(bus.host) and self.keys is None:

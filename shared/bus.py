@@ -9,6 +9,7 @@ sides must show theirs.
 import os
 import stat
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,13 +24,12 @@ from specl.shared.paths import DISK_REFUSES
 from specl.shared.wire import MAX_FRAME, decode, describe, encode
 
 if TYPE_CHECKING:
-    import asyncio
-
     from zmq.auth.thread import ThreadAuthenticator
 
 SEND_QUEUE = 1000
 LAST_WORDS_MS = 200  # for answers on their way when a daemon stops
 LOST_S = 1.0  # without a connection, before a line is made anew
+_READABLE = int(zmq.POLLIN)
 ANSWER_QUEUE = 64  # frames one peer may have waiting at a daemon: with MAX_FRAME, the bound on its memory
 _log = log.get("bus")
 
@@ -287,16 +287,12 @@ class Connection:
             self._socket.send(encode(message), zmq.NOBLOCK)
 
     def receive(self, timeout_s: float) -> Any:
-        """The next message, or DaemonUnreachable after `timeout_s`."""
+        """The next message, or DaemonUnreachable after `timeout_s`; SpecLoraError once it is closed."""
+        if self._socket.closed:
+            raise SpecLoraError(f"the connection to the {self._what} daemon was closed here")
         if not self._socket.poll(int(timeout_s * 1000)):
             raise DaemonUnreachable(f"the {self._what} daemon does not answer", self._hint)
-        data = self._socket.recv()
-        try:
-            return decode(data)
-        except WireError as error:
-            raise DaemonUnreachable(
-                f"the {self._what} daemon speaks another version ({describe(data)})", "restart the daemons"
-            ) from error
+        return _decoded(self._socket.recv(), self._what)
 
     def request(self, message: Any, timeout_s: float) -> Any:
         """Send and wait for one answer."""
@@ -304,50 +300,89 @@ class Connection:
         return self.receive(timeout_s)
 
     def close(self) -> None:
-        """Close; pending sends are dropped."""
-        self._socket.close(linger=0)
+        """Close; what was sent last, a cancellation, still has a moment to leave."""
+        self._socket.close(linger=LAST_WORDS_MS)
 
 
 class AsyncConnection:
-    """A client's side for an asyncio program: one daemon, one task, a deadline on everything."""
+    """A client's side for an asyncio program: one daemon, one task, a deadline on everything.
+
+    A plain socket whose descriptor the loop watches: zmq.asyncio makes some futures and timers for each message, which cost more
+    than all that the gateway does with one.
+    """
 
     def __init__(self, endpoint: Endpoint, what: str) -> None:
-        import zmq.asyncio  # only the gateway needs it, and `status` should be quick
+        import asyncio
 
-        self._socket = _socket(zmq.asyncio.Context.instance(), zmq.DEALER)
+        self._loop = asyncio.get_running_loop()
+        self._socket = _socket(zmq.Context.instance(), zmq.DEALER)
         _connect(self._socket, endpoint)
         self._what = what
-        self._coming: asyncio.Future[bytes] | None = None
+        self._came: deque[bytes] = deque()
+        self._wanted: Any = None
+        self._deadline, self._alarm = 0.0, None
+        self._descriptor = int(self._socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._descriptor, self._take)
 
     def send(self, message: Any) -> None:
         """Hand over to the I/O thread; never waits."""
         with suppress(zmq.ZMQError):
-            # not the plain socket's send: that would swallow the edge which tells of a waiting message
-            self._socket.send(encode(message)).cancel()  # done by now, or nobody is there to take it
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        # the descriptor tells only of changes, and sending may have swallowed one
+        self._loop.call_soon(self._take)
 
-    async def receive(self, timeout_s: float) -> Any:
-        """The next message, or None after `timeout_s`. Raises DaemonUnreachable for one of another version."""
-        import asyncio
+    def _take(self) -> None:
+        """Everything that is there."""
+        if self._socket.closed:
+            return
+        while self._socket.getsockopt(zmq.EVENTS) & _READABLE:  # cheaper than to be told no by an exception
+            self._came.append(self._socket.recv(zmq.NOBLOCK))
+        if self._came and self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)
 
-        if self._coming is None:
-            self._coming = asyncio.ensure_future(self._socket.recv())
-        # the same future is waited for again after a timeout: one that is given up may take its message along
-        await asyncio.wait({self._coming}, timeout=timeout_s)
-        if not self._coming.done():
-            return None
-        data, self._coming = self._coming.result(), None
-        try:
-            return decode(data)
-        except WireError as error:
-            raise DaemonUnreachable(
-                f"the {self._what} daemon speaks another version ({describe(data)})", "restart the daemons"
-            ) from error
+    def _ring(self) -> None:
+        """One timer for many waits: a wait that ended well only moves the deadline."""
+        self._alarm = None
+        if self._wanted is None or self._wanted.done():
+            return
+        if self._loop.time() < self._deadline:
+            self._set_alarm()
+        else:
+            self._wanted.set_result(None)
+
+    def _set_alarm(self) -> None:
+        self._stop_alarm()
+        self._alarm = self._loop.call_at(self._deadline, self._ring)
+
+    def _stop_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    async def receive(self, timeout_s: float) -> list[Any]:
+        """The messages that are there, at least one; none after `timeout_s`. Raises DaemonUnreachable for another version's."""
+        if not self._came:
+            self._wanted, self._deadline = self._loop.create_future(), self._loop.time() + timeout_s
+            if self._alarm is None or self._alarm.when() > self._deadline:
+                self._set_alarm()
+            await self._wanted
+        frames = [self._came.popleft() for _ in range(len(self._came))]
+        return [_decoded(data, self._what) for data in frames]
 
     def close(self) -> None:
         """Close; what was sent last, a cancellation, still has a moment to leave."""
-        if self._coming is not None:
-            self._coming.cancel()
+        self._stop_alarm()
+        self._loop.remove_reader(self._descriptor)
         self._socket.close(linger=LAST_WORDS_MS)
+
+
+def _decoded(data: bytes, what: str) -> Any:
+    try:
+        return decode(data)
+    except WireError as error:
+        raise DaemonUnreachable(
+            f"the {what} daemon speaks another version ({describe(data)})", "restart the daemons"
+        ) from error
 
 
 def gather(questions: dict[str, tuple[Endpoint, Any]], timeout_s: float) -> dict[str, Any]:

@@ -4,21 +4,25 @@ with Client() as client:
     for event in client.stream("Why is the sky blue?"):
         print(event, end="")
     print(client.last.stats["acceptance_rate"])
+
+Each request has a connection of its own: what is still on its way to one that was left half-way, a late heartbeat, the end of a
+cancelled answer, can never be taken for the answer to the next. So threads may share a Client.
 """
 
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from specl.shared.access import Addresses
 from specl.shared.bus import Connection, gather
 from specl.shared.chat import Messages, to_messages
-from specl.shared.config import Settings, load
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
 from specl.shared.paths import Paths, find_paths
 from specl.shared.process import holder_of, is_locked
+from specl.shared.remembered import load
 from specl.shared.wire import (
     Alive,
     Ask,
@@ -36,6 +40,9 @@ from specl.shared.wire import (
     TryAdapter,
 )
 
+if TYPE_CHECKING:
+    from specl.shared.config import Settings
+
 FIRST_ANSWER_S = 1.5  # a living daemon answers at once, whatever it is doing
 HEARTBEAT_S = 1.0
 SILENCE_S = 20.0  # a daemon that is there answers a heartbeat at once; one that died is back well before
@@ -43,14 +50,17 @@ COMMAND_S = 60.0
 
 
 class Client:
-    """Talks to the daemons of one run directory. Raises DaemonUnreachable, RequestRejected and their kin."""
+    """Talks to the daemons of one run directory. Raises DaemonUnreachable, RequestRejected and their kin.
 
-    def __init__(self, paths: Paths | None = None, settings: Settings | None = None) -> None:
+    `last` is the answer that ended last, of whichever thread; `ask` returns its own.
+    """
+
+    def __init__(self, paths: Paths | None = None, settings: "Settings | None" = None) -> None:
         self.paths = paths or find_paths()
-        self.settings = settings or load()
+        self.settings = settings or load(self.paths)
         self.addresses = Addresses(self.paths, self.settings.bus)
         self.last: Done | None = None
-        self._connections: dict[str, Connection] = {}
+        self._open: set[Connection] = set()
 
     def __enter__(self) -> "Client":
         return self
@@ -59,15 +69,19 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close every connection."""
-        for connection in self._connections.values():
-            connection.close()
-        self._connections.clear()
+        """Close what streams that were left half-way still hold; the daemon gives them up."""
+        while self._open:
+            self._open.pop().close()
 
-    def _to(self, role: str) -> Connection:
-        if role not in self._connections:
-            self._connections[role] = Connection(self.addresses.answer(role), role)
-        return self._connections[role]
+    @contextmanager
+    def _connected(self, role: str) -> Iterator[Connection]:
+        connection = Connection(self.addresses.answer(role), role)
+        self._open.add(connection)
+        try:
+            yield connection
+        finally:
+            self._open.discard(connection)
+            connection.close()
 
     def _may_live(self, role: str) -> bool:
         """False where the role's lock says that no process holds it; elsewhere than here only silence can tell."""
@@ -111,51 +125,60 @@ class Client:
 
     def ask(self, prompt: str | Messages, **wish: Any) -> Done:
         """The whole answer at once."""
-        for _ in self.stream(prompt, **wish):
-            pass
-        assert self.last is not None
-        return self.last
+        *_, done = self._messages(self.request(prompt, **wish))
+        self.last = done
+        return done
 
     def deltas(self, ask: Ask, on_place: Callable[[int], None] = lambda place: None) -> Iterator[Delta]:
         """Pieces of one answer, until it is done. `on_place` hears the place in the queue whenever it changes."""
         self.last = None
-        connection = self._to("inference")
+        for message in self._messages(ask, on_place):
+            if isinstance(message, Done):
+                self.last = message
+            else:
+                yield message
+
+    def _messages(self, ask: Ask, on_place: Callable[[int], None] = lambda place: None) -> Iterator[Delta | Done]:
+        """Pieces, then the end. Closed early it cancels."""
+        with self._connected("inference") as connection:
+            finished = False
+            try:
+                for message in self._heard(connection, ask):
+                    if isinstance(message, Queued):
+                        on_place(message.place)
+                    elif isinstance(message, Failed):
+                        finished = True
+                        raise _error_of(message)
+                    else:
+                        finished = isinstance(message, Done)
+                        yield message
+            finally:
+                if not finished:
+                    connection.send(Cancel(ask.request_id))
+
+    def _heard(self, connection: Connection, ask: Ask) -> Iterator[Queued | Delta | Done | Failed]:
+        """What is said about one request, until its end, with a heartbeat from our side."""
         connection.send(ask)
         # a daemon that lives answers a status request at once, even while the models load: one deadline for "is it there"
         connection.send(GetStatus())
         waiting_since, alive_at, first = time.monotonic(), time.monotonic(), True
-        finished = False
-        try:
-            while True:
-                try:
-                    message = connection.receive(FIRST_ANSWER_S if first else HEARTBEAT_S)
-                except DaemonUnreachable:
-                    if first or time.monotonic() - waiting_since > SILENCE_S or not self._may_live("inference"):
-                        raise
-                    connection.send(GetStatus())
-                    message = None
-                first = False
-                if time.monotonic() - alive_at >= HEARTBEAT_S:
-                    connection.send(Alive(ask.request_id))
-                    alive_at = time.monotonic()
-                if message is None:
-                    continue
+        while True:
+            try:
+                message = connection.receive(FIRST_ANSWER_S if first else HEARTBEAT_S)
                 waiting_since = time.monotonic()
-                if getattr(message, "request_id", "") != ask.request_id:
-                    continue
-                if isinstance(message, Queued):
-                    on_place(message.place)
-                elif isinstance(message, Delta):
-                    yield message
-                elif isinstance(message, Failed):
-                    finished = True
-                    raise _error_of(message)
-                elif isinstance(message, Done):
-                    finished, self.last = True, message
+            except DaemonUnreachable:
+                if first or time.monotonic() - waiting_since > SILENCE_S or not self._may_live("inference"):
+                    raise
+                connection.send(GetStatus())
+                message = None
+            first = False
+            if time.monotonic() - alive_at >= HEARTBEAT_S:
+                connection.send(Alive(ask.request_id))
+                alive_at = time.monotonic()
+            if isinstance(message, (Queued, Delta, Done, Failed)) and message.request_id == ask.request_id:
+                yield message
+                if isinstance(message, (Done, Failed)):
                     return
-        finally:
-            if not finished:
-                connection.send(Cancel(ask.request_id))
 
     # ------------------------------------------------------------------------------------------------ commands
     def status(self, timeout_s: float = 0.4) -> dict[str, Any]:
@@ -183,9 +206,9 @@ class Client:
 
     def command(self, role: str, message: Any) -> Reply:
         """Send a command and wait for its outcome. Raises DaemonUnreachable within 1.5 s where nobody is there."""
-        connection = self._to(role)
-        connection.request(GetStatus(), FIRST_ANSWER_S)
-        reply = connection.request(message, COMMAND_S)
+        with self._connected(role) as connection:
+            connection.request(GetStatus(), FIRST_ANSWER_S)
+            reply = connection.request(message, COMMAND_S)
         if not isinstance(reply, Reply):
             raise SpecLoraError(f"the {role} daemon answered something else")
         return reply

@@ -3,10 +3,8 @@
 Every key has a default, so a file names only what it changes. The sources' names are kept (DESIGN: names and keys).
 """
 
-import os
 import re
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +16,7 @@ from ruamel.yaml.reader import ReaderError
 
 from specl.shared.errors import ConfigError
 from specl.shared.hooks import is_hook
+from specl.shared.remembered import default_file, settings_file
 
 SECRETS = {("gateway",), ("gateway", "token")}  # what was given there is never repeated in an error
 LOSSES = ("ce", "kl", "tv", "mixed", "acceptance")
@@ -233,17 +232,6 @@ class Settings(_Section):
     bus: Bus = Bus()
     gateway: Gateway = Gateway()
     logging: Logging = Logging()
-
-
-def default_file() -> Path:
-    """The shipped `configs/default.yaml`."""
-    return Path(str(files("specl.configs"))) / "default.yaml"
-
-
-def settings_file() -> Path:
-    """The file in force: `SPECL_CONFIG`, else the shipped default."""
-    named = os.environ.get("SPECL_CONFIG")
-    return Path(named).expanduser() if named else default_file()
 
 
 def _known_keys(path: tuple[str | int, ...]) -> list[str]:

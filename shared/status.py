@@ -6,13 +6,14 @@ Useful with every daemon down: the store, CURRENT and the locks are read from di
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specl.shared.adapters import Adapters
 from specl.shared.client import Client
-from specl.shared.config import Settings
 from specl.shared.paths import ROLES, Paths
 from specl.shared.process import holder_of, is_locked
+
+if TYPE_CHECKING:
+    from specl.shared.config import Settings
 
 START = "start it with `honcho start`"
 
@@ -75,7 +76,7 @@ def gateway_file(paths: Paths) -> Path:
     return paths.run / "gateway.json"
 
 
-def _gateway(settings: Settings, paths: Paths) -> dict[str, Any]:
+def _gateway(settings: "Settings", paths: Paths) -> dict[str, Any]:
     runs = settings.gateway.enabled and is_locked(paths.run, "gateway")  # switched off, its process only waits
     pid = holder_of(paths.run, "gateway") if runs else None
     found = {"state": "stopped", "pid": pid, "uptime_s": None, "address": None, "enabled": settings.gateway.enabled}
@@ -91,6 +92,13 @@ def _gateway(settings: Settings, paths: Paths) -> dict[str, Any]:
     return found | {"state": said["state"], "uptime_s": up, "address": said["address"], "problem": said["problem"]}
 
 
+def _current(paths: Paths) -> str:
+    """The adapter that inference would draft with if it ran."""
+    from specl.shared.adapters import Adapters  # with it comes a validator, and who is up says it anyway
+
+    return Adapters(paths.adapters).current()
+
+
 def collect(client: Client) -> dict[str, Any]:
     """Everything that `status` shows, under its documented keys."""
     paths, settings = client.paths, client.settings
@@ -99,7 +107,7 @@ def collect(client: Client) -> dict[str, Any]:
     summary = _store_summary(answers, paths, problems)
     daemons = {role: _daemon(answers.get(role), role, paths) for role in ROLES}
     inference, trainer = answers.get("inference", {}), answers.get("trainer", {})
-    adapter = inference.get("adapter") or {"active": Adapters(paths.adapters).current(), "previous": ""}
+    adapter = inference.get("adapter") or {"active": _current(paths), "previous": ""}
     gateway = _gateway(settings, paths)
     if gateway.get("problem"):
         problems.append(f"gateway: {gateway['problem']}")

@@ -497,15 +497,16 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _build(cls: type, body: Any, where: str) -> Any:
-    checks = _checks(cls)
+    checks = _checks(cls, where)
     if not isinstance(body, dict) or body.keys() != checks.keys():
         raise WireError(f"{where}: wrong fields")
-    return cls(**{name: check(body[name], f"{where}.{name}") for name, check in checks.items()})
+    return cls(**{name: check(body[name], place) for name, (check, place) in checks.items()})
 
 
 @cache
-def _checks(cls: type) -> dict[str, Callable[[Any, str], Any]]:
-    return {name: _checker(hint) for name, hint in _hints(cls).items()}
+def _checks(cls: type, where: str) -> dict[str, tuple[Callable[[Any, str], Any], str]]:
+    """By field: what checks it, and how it is named in an error (never by anything that came in)."""
+    return {name: (_checker(hint), f"{where}.{name}") for name, hint in _hints(cls).items()}
 
 
 @cache

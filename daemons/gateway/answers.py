@@ -3,11 +3,12 @@
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from specl.daemons.gateway.errors import Refusal
-from specl.shared.wire import Done, TokenLaw, Weighed
+from specl.shared.wire import Delta, Done, TokenLaw, Weighed
 
 REASONS = {"stop": "stop", "length": "length"}
 END = b"data: [DONE]\n\n"
@@ -74,6 +75,7 @@ class Shape:
     def __init__(self, request_id: str, model: str, chat: bool, logprobs: bool = False) -> None:
         self._chat, self._model, self._created = chat, model, int(time.time())
         self._logprobs, self._offset = logprobs, 0
+        self._first, self._around = True, ()
         self._id = ("chatcmpl-" if chat else "cmpl-") + request_id
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -97,21 +99,38 @@ class Shape:
         kind = "chat.completion" if self._chat else "text_completion"
         return self._envelope(kind, [choice]) | {"usage": usage(done), "speclora": statistics(done)}
 
-    def chunk(
-        self, text: str, first: bool = False, reason: str | None = None, laws: Sequence[TokenLaw] = ()
-    ) -> dict[str, Any]:
+    def events(self, pieces: Sequence[Delta | Done], wants_usage: bool) -> bytes:
+        """What a stream sends for `pieces`, which came together: one chunk for all their text, and the end where it is there."""
+        deltas = [piece for piece in pieces if isinstance(piece, Delta)]
+        text, laws = "".join(piece.text for piece in deltas), [law for piece in deltas for law in piece.laws]
+        sent = self._piece(text, laws) if text or laws else b""
+        if isinstance(done := pieces[-1], Done):
+            sent += b"".join(event(chunk) for chunk in self._last(done, wants_usage)) + END
+        return sent
+
+    def _piece(self, text: str, laws: Sequence[TokenLaw]) -> bytes:
+        if self._first or self._logprobs:
+            return event(self._chunk(text, laws=laws))
+        if not self._around:  # nothing but the text changes from here on
+            mark = uuid.uuid4().hex
+            self._around = tuple(event(self._chunk(mark)).split(json.dumps(mark).encode()))
+        before, after = self._around
+        return before + json.dumps(text, ensure_ascii=False).encode() + after
+
+    def _chunk(self, text: str, reason: str | None = None, laws: Sequence[TokenLaw] = ()) -> dict[str, Any]:
         """One piece of a stream; the last has the reason."""
         choice: dict[str, Any] = {"index": 0, "logprobs": None if reason else self._laws(laws), "finish_reason": reason}
         if self._chat:
             content = {} if reason else {"content": text}
-            choice["delta"] = ({"role": "assistant"} if first else {}) | content
+            choice["delta"] = ({"role": "assistant"} if self._first else {}) | content
         else:
             choice["text"] = text
+        self._first = False
         return self._envelope("chat.completion.chunk" if self._chat else "text_completion", [choice])
 
-    def last(self, done: Done, wants_usage: bool, first: bool) -> list[dict[str, Any]]:
+    def _last(self, done: Done, wants_usage: bool) -> list[dict[str, Any]]:
         """The chunks that end a stream: the reason with our statistics, then the usage where it was asked for."""
-        ending = self.chunk("", first, finish_reason(done)) | {"speclora": statistics(done)}
+        ending = self._chunk("", finish_reason(done)) | {"speclora": statistics(done)}
         if not wants_usage:
             return [ending]
         kind = "chat.completion.chunk" if self._chat else "text_completion"

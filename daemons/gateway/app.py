@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from specl.daemons.gateway.answers import END, Shape, error_event, event
+from specl.daemons.gateway.answers import END, Shape, error_event
 from specl.daemons.gateway.board import Board
 from specl.daemons.gateway.errors import Refusal, refusal_of
 from specl.daemons.gateway.guard import Guard
@@ -34,7 +34,7 @@ STATIC = {
     "/style.css": ("style.css", "text/css; charset=utf-8"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
-Pieces = AsyncIterator[Delta | Done]
+Pieces = AsyncIterator[list[Delta | Done]]  # what came at once; the very last is Done
 
 
 async def _json(request: Request) -> Any:
@@ -88,11 +88,11 @@ class Completions:
         ended = False
         try:
             async with aclosing(self._upstream.pieces(wish.ask)) as pieces:
-                async for piece in pieces:
-                    if isinstance(piece, Done):
+                async for batch in pieces:
+                    if isinstance(done := batch[-1], Done):
                         ended = True
-                        self._metrics.answered(piece)
-                    yield piece
+                        self._metrics.answered(done)
+                    yield batch
         except SpecLoraError:
             ended = True
             raise
@@ -102,29 +102,30 @@ class Completions:
             if not ended:
                 self._metrics.cancelled.inc()
 
-    async def _stream(self, wish: Wish, shape: Shape, piece: Delta | Done, pieces: Pieces) -> AsyncIterator[bytes]:
-        first = True
+    async def _stream(
+        self, wish: Wish, shape: Shape, batch: list[Delta | Done], pieces: Pieces
+    ) -> AsyncIterator[bytes]:
         async with aclosing(pieces):
             try:
-                while isinstance(piece, Delta):
-                    if piece.text or piece.laws:
-                        yield event(shape.chunk(piece.text, first, laws=piece.laws))
-                        first = False
-                    piece = await anext(pieces)
-                for chunk in shape.last(piece, wish.usage, first):
-                    yield event(chunk)
+                while True:
+                    events = shape.events(batch, wish.usage)
+                    if events:
+                        yield events
+                    if isinstance(batch[-1], Done):
+                        break
+                    batch = await anext(pieces)
             except SpecLoraError as error:
-                yield error_event(refusal_of(error))
-        yield END
+                yield error_event(refusal_of(error)) + END
 
 
-async def _last(piece: Delta | Done, pieces: Pieces) -> tuple[Done, list[TokenLaw]]:
+async def _last(batch: list[Delta | Done], pieces: Pieces) -> tuple[Done, list[TokenLaw]]:
     """The end of an answer, and the laws of all its tokens."""
     laws: list[TokenLaw] = []
-    while isinstance(piece, Delta):
-        laws += piece.laws
-        piece = await anext(pieces)
-    return piece, laws
+    while True:
+        laws += [law for piece in batch if isinstance(piece, Delta) for law in piece.laws]
+        if isinstance(done := batch[-1], Done):
+            return done, laws
+        batch = await anext(pieces)
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:

@@ -44,8 +44,8 @@ class Upstream:
         run = self._paths.run
         return not (run / "inference.lock").exists() or is_locked(run, "inference")
 
-    async def pieces(self, ask: Ask) -> AsyncIterator[Delta | Done]:
-        """Deltas as they come, then one Done. Closing it early cancels the request.
+    async def pieces(self, ask: Ask) -> AsyncIterator[list[Delta | Done]]:
+        """What has come since the last time, at least one piece; the very last is Done. Closing it early cancels the request.
 
         Raises DaemonUnreachable, RequestRejected, SpecLoraError.
         """
@@ -56,24 +56,25 @@ class Upstream:
         try:
             _send(connection, ask)
             connection.send(GetStatus())  # answered at once, even while models load: tells whether anyone is there
-            async for message in self._listen(connection, ask.request_id):
-                if isinstance(message, Failed):
-                    finished = True
-                    raise _error_of(message)
-                finished = isinstance(message, Done)
-                yield message
+            async for messages in self._listen(connection, ask.request_id):
+                finished = not isinstance(messages[-1], Delta)
+                if isinstance(failed := messages[-1], Failed):
+                    if messages[:-1]:
+                        yield messages[:-1]
+                    raise _error_of(failed)
+                yield messages
         finally:
             if not finished:
                 connection.send(Cancel(ask.request_id))
             connection.close()
 
-    async def _listen(self, connection: AsyncConnection, request_id: str) -> AsyncIterator[Delta | Done | Failed]:
+    async def _listen(self, connection: AsyncConnection, request_id: str) -> AsyncIterator[list[Delta | Done | Failed]]:
         """What is said about one request, with a heartbeat from our side, until its end."""
         first, heard_at, alive_at = True, time.monotonic(), time.monotonic()
         while True:
-            message = await connection.receive(FIRST_ANSWER_S if first else HEARTBEAT_S)
+            messages = await connection.receive(FIRST_ANSWER_S if first else HEARTBEAT_S)
             now = time.monotonic()
-            if message is None:
+            if not messages:
                 if first or now - heard_at > SILENCE_S or not self.may_live():
                     raise DaemonUnreachable("the inference daemon does not answer", REMEDY)
                 connection.send(GetStatus())
@@ -83,7 +84,8 @@ class Upstream:
             if now - alive_at >= HEARTBEAT_S:
                 connection.send(Alive(request_id))
                 alive_at = now
-            if isinstance(message, (Delta, Done, Failed)) and message.request_id == request_id:
-                yield message
-                if not isinstance(message, Delta):
+            about = [m for m in messages if isinstance(m, (Delta, Done, Failed)) and m.request_id == request_id]
+            if about:
+                yield about
+                if not isinstance(about[-1], Delta):
                     return

@@ -6,9 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from fault_house import House, Zygote
+
+from specl.shared import config, remembered
+from specl.shared.errors import ConfigError
+from specl.shared.paths import find_paths
 
 CODE = """
 import json, sys
@@ -20,6 +25,7 @@ except SystemExit:
 print(json.dumps(sorted(sys.modules)), file=sys.stderr)
 """
 NEVER = {"sqlalchemy", "mlx", "numpy", "asyncio", "structlog", "starlette", "prompt_toolkit", "transformers"}
+READERS = {"pydantic", "ruamel"}  # once for each settings file; after that what they found is remembered
 
 
 def loaded(*arguments, **environment):
@@ -42,11 +48,16 @@ def house():
 def test_status_with_daemons_up_loads_no_database_library(house):
     house.start("collector")
     house.ready("collector")
+    house.start("inference")
+    house.ready("inference")
     modules, said = loaded("status", "--json", **house.environment())
     assert json.loads(said)["collector"]["state"] == "ready"
     assert not modules & NEVER and "rich" not in modules and len(modules) < 380
+    modules, said = loaded("status", "--json", **house.environment())
+    assert json.loads(said)["inference"]["state"] == "ready"
+    assert not modules & (NEVER | READERS | {"rich"}) and len(modules) < 260
     modules, said = loaded("status", **house.environment())
-    assert "collector" in said and not modules & NEVER and len(modules) < 430
+    assert "collector" in said and not modules & (NEVER | READERS) and len(modules) < 340
 
 
 def test_status_with_daemons_down_and_nothing_stored_loads_none_either():
@@ -55,5 +66,37 @@ def test_status_with_daemons_down_and_nothing_stored_loads_none_either():
 
 
 def test_ask_loads_what_it_sends_with():
+    find_paths().create()
+    loaded("ask", "hello")
     modules, _ = loaded("ask", "hello")
-    assert "zmq" in modules and not modules & NEVER and "rich" not in modules and len(modules) < 370
+    assert "zmq" in modules and not modules & (NEVER | READERS | {"rich"}) and len(modules) < 260
+
+
+def test_remembered_settings_are_those_of_the_file_and_follow_it(tmp_path, monkeypatch):
+    paths, file = find_paths().create(), tmp_path / "settings.yaml"
+    monkeypatch.setenv("SPECL_CONFIG", str(file))
+    for text in (
+        "speculative: {temperature: 0.25, max_tokens: 11}\ngateway: {hosts: [here], token: 0123456789abcdef0123}\n",
+        "speculative: {temperature: 1}\n",
+    ):
+        file.write_text(text)
+        known = config.load(file).model_dump(mode="json")
+        first, again = remembered.load(paths), remembered.load(paths)
+        assert first.model_dump(mode="json") == known and not hasattr(again, "model_dump")
+        assert known["gateway"].pop("token", None) is None or "0123456789abcdef" not in memory(paths).read_text()
+        assert plain(again) == known and memory(paths).stat().st_mode & 0o077 == 0
+    file.write_text("speculative: {temperature: warm}\n")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"settings.yaml:1"):
+            remembered.load(paths)
+    memory(paths).write_text("not json")
+    file.write_text("{}")
+    assert remembered.load(paths) == config.load(file)
+
+
+def memory(paths):
+    return paths.run / "settings.json"
+
+
+def plain(tree):
+    return {name: plain(value) for name, value in vars(tree).items()} if isinstance(tree, SimpleNamespace) else tree

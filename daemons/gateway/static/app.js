@@ -25,6 +25,9 @@ function drawn(tag, attributes, text) {
 const share = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(0) + " %");
 const number = (value, digits = 1) => (value === null || value === undefined ? "–" : Number(value).toFixed(digits));
 
+// The store speaks UTC; a person reads their own clock.
+const local = (stamp) => (stamp ? new Date(stamp).toLocaleString([], { dateStyle: "short", timeStyle: "short" }) : "–");
+
 // ---------------------------------------------------------------- charts
 function means(values, width) {
   return values.map((_, place) => {
@@ -66,7 +69,11 @@ function chart(box, points, marks, name, top, label) {
     const side = at > width - 60 ? { "text-anchor": "end" } : {};
     svg.append(line, drawn("text", { class: "label", x: at, y: TOP - 4, ...side }, mark.adapter || "none"));
   }
-  for (const point of known) svg.append(drawn("circle", { cx: x(point.place), cy: y(point.value), r: 2.5 }));
+  for (const point of known) {
+    const dot = drawn("circle", { cx: x(point.place), cy: y(point.value), r: 2.5 });
+    dot.append(drawn("title", {}, `${label}: ${number(point.value, 2)}`));
+    svg.append(dot);
+  }
   const line = means(known.map((point) => point.value), 10);
   svg.append(drawn("path", { d: line.map((value, n) => `${n ? "L" : "M"}${x(known[n].place)} ${y(value)}`).join("") }));
   const time = (point) => new Date(1000 * point.at).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
@@ -90,7 +97,7 @@ function tiles(status) {
     tile("acceptance", share(acceptance.rolling), `${share(acceptance.lifetime)} in all`),
     tile("queue", queue.in_flight, `${queue.depth} waiting`),
     tile("adapter", adapter.active || "none", `before it ${adapter.previous || "none"}`),
-    tile("failures to learn from", failures.pending, `trains at ${failures.trigger}`),
+    tile("failures", failures.pending, `trains at ${failures.trigger}`),
     tile("answers kept", store.generations, `${store.disagreements} disagreements`),
   ];
 }
@@ -100,7 +107,7 @@ function training(found) {
   const of = found.total ? ` of ${found.total}` : "";
   const now = found.state === "idle" || found.state === "stopped" ? found.state : `${found.state}, step ${found.step}${of}${loss}`;
   const last = found.last_verdict;
-  return `Now: ${now}.` + (last ? ` Last verdict: ${last.verdict}, ${last.reason} (${last.created}).` : "");
+  return `Now: ${now}.` + (last ? ` Last verdict: ${last.verdict}, ${last.reason} (${local(last.created)}).` : "");
 }
 
 function table(heads, rows, texts = []) {
@@ -115,7 +122,7 @@ function answer(row) {
   const facts = [
     `${row.tokens} tokens`, `${number(row.speed)} per second`, `first after ${number(row.ttft_ms, 0)} ms`,
     `acceptance ${share(row.acceptance)}`, `${row.accepted} of ${row.drafted} guesses in ${row.rounds} rounds`,
-    `adapter ${row.adapter || "none"}`, row.finish_reason, row.created,
+    `adapter ${row.adapter || "none"}`, row.finish_reason, local(row.created),
   ];
   return element(
     "article", {},
@@ -139,9 +146,9 @@ function show(state) {
     ...(state.answers.length ? state.answers.map(answer) : [element("p", { class: "quiet" }, "nothing yet")]),
   );
   $("history").replaceChildren(table(
-    ["when (UTC)", "verdict", "adapter", "agreement before", "after", "examples", "steps", "why"],
+    ["when", "verdict", "adapter", "agreement before", "after", "examples", "steps", "why"],
     state.history.map((run) => [
-      run.created, run.verdict, run.adapter || "–", share(run.heldout_before), share(run.heldout_after),
+      local(run.created), run.verdict, run.adapter || "–", share(run.heldout_before), share(run.heldout_after),
       run.examples, run.steps, run.reason,
     ]),
   ));

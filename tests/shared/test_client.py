@@ -1,0 +1,95 @@
+"""One Client asked again and again, left half-way, shared by threads: real sockets, a real inference daemon, random models."""
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fault"))
+from fault_house import House, Zygote, wait_until
+
+from specl.shared import client as client_module
+from specl.shared.errors import DaemonUnreachable, SpecLoraError
+from specl.shared.wire import SetAdapter
+
+
+@pytest.fixture(scope="module")
+def house():
+    starter = Zygote()
+    made = House(starter)
+    made.start("inference", SPECL_TEST_TOKEN_MS="15")
+    made.ready("inference")
+    yield made
+    made.close()
+    starter.close()
+
+
+@pytest.fixture
+def client(house):
+    with house.client() as made:
+        yield made
+
+
+def test_a_command_after_an_answer_hears_its_own_reply(client, monkeypatch):
+    # heartbeats without a pause: each ask leaves answers to them on the way when it ends
+    monkeypatch.setattr(client_module, "HEARTBEAT_S", 0.001)
+    for _ in range(5):
+        client.ask("hello", max_tokens=6)
+        assert client.set_adapter("").ok
+
+
+def test_a_command_after_a_stream_left_half_way_hears_its_own_reply(client):
+    pieces = client.stream("hello", max_tokens=60)
+    next(pieces)
+    assert client.command("inference", SetAdapter("")).ok  # while the stream goes on
+    pieces.close()
+    assert client.set_adapter("").ok
+    assert client.ask("again", max_tokens=5).tokens <= 5
+
+
+def test_leaving_a_stream_cancels_it(house, client):
+    for _ in client.stream("hello", max_tokens=200):
+        break
+    wait_until(lambda: house.status("inference")["queue"]["in_flight"] == 0, 1.5, "the answer is given up")
+
+
+def test_two_streams_of_one_client_do_not_mix(client):
+    alone = [client.ask(f"question {n}", max_tokens=12).text for n in range(2)]
+    first, second = (client.stream(f"question {n}", max_tokens=12) for n in range(2))
+    in_turn = list(zip_longest(first, second, fillvalue=""))
+    assert ["".join(pieces) for pieces in zip(*in_turn, strict=True)] == alone
+
+
+def test_threads_may_share_a_client(client):
+    alone = [client.ask(f"thread {n}", max_tokens=10).text for n in range(4)]
+
+    def work(number):
+        return [client.ask(f"thread {number}", max_tokens=10).text for _ in range(3) if client.set_adapter("").ok]
+
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(work, range(4))) == [[text] * 3 for text in alone]
+
+
+def test_closing_the_client_ends_a_stream_that_is_still_held(house):
+    client = house.client()
+    pieces = client.stream("hello", max_tokens=200)
+    next(pieces)
+    client.close()
+    with pytest.raises(SpecLoraError, match="closed here"):
+        list(pieces)
+    wait_until(lambda: house.status("inference")["queue"]["in_flight"] == 0, 5, "the answer is given up")
+
+
+def test_nobody_there_is_told_in_time(house, tmp_path):
+    from specl.shared.paths import Paths
+
+    with client_module.Client(Paths(tmp_path, tmp_path).create(), house.settings) as client:
+        start = time.monotonic()
+        with pytest.raises(DaemonUnreachable, match="inference daemon does not answer"):
+            client.ask("hello")
+        with pytest.raises(DaemonUnreachable, match="trainer daemon does not answer"):
+            client.train()
+        assert time.monotonic() - start < 2 * client_module.FIRST_ANSWER_S + 1
