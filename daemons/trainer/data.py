@@ -125,11 +125,10 @@ class Gatherer:
         )
 
     def replay(self, folder: Path) -> list[Example]:
-        """General texts of the target that came with the draft, as many as were captured so far: the first part at least."""
-        parts = self._replay_parts(folder)
-        if parts and not parts[0][0].is_file():
-            self.capture_replay(folder)
-        return [example for path, _ in parts if path.is_file() for example in load_shard(path)]
+        """General texts of the target that came with the draft. What no quiet moment has captured yet is captured now."""
+        while self.capture_replay(folder):
+            pass
+        return [example for path, _ in self._replay_parts(folder) for example in load_shard(path)]
 
     def capture_replay(self, folder: Path) -> bool:
         """Capture the next part of them and keep it in `folder`; whether there is more to capture."""

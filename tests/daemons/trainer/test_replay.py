@@ -30,9 +30,19 @@ def test_a_drafts_texts_are_replayed_with_the_targets_law(tmp_path, reads_states
         assert np.exp(first.logprobs.astype(float)).sum(axis=1).max() <= 1.001
 
 
-def test_a_run_replays_what_was_captured_so_far(tmp_path, monkeypatch):
+def test_a_run_captures_what_no_quiet_moment_has_and_a_stopped_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "REPLAY_PART", 1)
     gatherer = gatherer_of(tmp_path, reads_states=True)
-    assert len(gatherer.replay(tmp_path)) == len(gatherer.replay(tmp_path)) == 1
-    assert gatherer.capture_replay(tmp_path) is False and len(gatherer.replay(tmp_path)) == 2
+    assert gatherer.capture_replay(tmp_path) is True  # a quiet moment
+    captured = []
+
+    def stop():
+        captured.append(len(list(tmp_path.glob("replay-d-*.npz"))))
+        if len(captured) == 1:
+            raise InterruptedError
+
+    gatherer._pause = stop
+    with pytest.raises(InterruptedError):
+        gatherer.replay(tmp_path)
+    assert len(gatherer.replay(tmp_path)) == 2 and captured == [1, 1]  # the first part was made once
     assert gatherer.capture_replay(tmp_path) is False
