@@ -1,8 +1,8 @@
 """`specl-ctl bench learning`: does live traffic make it faster? A stream through real daemons, learning on and off.
 
 Scratch run directories only; the user's store and adapters are not touched. Measured calibrations (costs, the regression
-slice) are taken over from the user's run directory where they are, and from one pass to the next: both sides choose their
-draft lengths by the same costs.
+slice, states of the texts to replay) are taken over from the user's run directory where they are, and from one pass to the
+next: both sides choose their draft lengths by the same costs.
 """
 
 import json
@@ -192,6 +192,9 @@ class Learning:
         for part in TAKEN_OVER:
             if (self.calibrated / part).is_dir():
                 shutil.copytree(self.calibrated / part, folder / part)
+        (folder / "training").mkdir(parents=True, exist_ok=True)
+        for part in (self.calibrated / "training").glob("replay-*.npz"):
+            shutil.copy(part, folder / "training")
         with scratch_daemons(settings, self.own.models, folder=folder) as client:
             self.calibrated = folder
             yield client
