@@ -146,15 +146,19 @@ def honcho() -> int | None:
     return pid if pid > 1 else None
 
 
+SESSION_NICE = "12"
+
+
 def step_back() -> None:
-    """The lowest priority there is. Where Linux shares the processor out by session first (autogroup, on by default on many
+    """A low priority: nice 19. Where Linux shares the processor out by session first (autogroup, on by default on many
     systems), nice counts within a session only, and honcho gives every daemon one of its own: seen with two busy loops on one
-    core, nice 19 took as much as nice 0. So a session's own leader steps back with its whole session.
+    core, nice 19 took as much as nice 0. So a session's own leader steps back with its whole session, to a fifteenth of
+    another's share: at the lowest, a sixty-eighth, a trainer beside one busy program took five minutes to start.
     """
     os.nice(19)
     if os.getsid(0) == os.getpid():
         with suppress(OSError):
-            Path("/proc/self/autogroup").write_text("19")
+            Path("/proc/self/autogroup").write_text(SESSION_NICE)
 
 
 def keep(role: str) -> int:

@@ -1,4 +1,4 @@
-"""`python -m specl.daemons.trainer`: at the lowest priority there is."""
+"""`python -m specl.daemons.trainer`: at a low priority."""
 
 from specl.daemons.run import leave, run_daemon
 from specl.daemons.trainer.service import Trainer

@@ -1,10 +1,12 @@
-"""The trainer's priority: the lowest within its session, and its session's lowest among others where it leads one."""
+"""The trainer's priority: the lowest within its session, and its session low among others where it leads one."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from specl.shared.process import SESSION_NICE
 
 AUTOGROUP = Path("/proc/self/autogroup")
 TELL = """
@@ -28,5 +30,5 @@ def test_nice_is_the_lowest():
 @pytest.mark.skipif(not AUTOGROUP.exists(), reason="this kernel does not share the processor out by session")
 def test_a_session_of_its_own_steps_back_as_a_whole_and_somebody_elses_does_not():
     mine = AUTOGROUP.read_text().split()[-1]
-    assert said(True)[1] == "19"
+    assert said(True)[1] == SESSION_NICE
     assert said(False)[1] == mine == AUTOGROUP.read_text().split()[-1]
