@@ -8,6 +8,7 @@ next: both sides choose their draft lengths by the same costs.
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -150,6 +151,7 @@ class Learning:
     def run(self) -> None:
         """Measure, report, clean up; what was measured before a failure or Ctrl-C is reported too."""
         trouble: BaseException | None = None
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit from outside is no reason to lose it either
         try:
             try:
                 self.measure()

@@ -115,7 +115,10 @@ def _invented(
 ) -> list[Prompt]:
     """One group of invented prompts, `instead` where hardly any came about."""
     rng = np.random.default_rng([settings.seed, 1, number])
-    made = invent(target, BATCH_ROWS, INVENTING_TEMPERATURE, rng, wanted)
+    try:
+        made = invent(target, BATCH_ROWS, INVENTING_TEMPERATURE, rng, wanted)
+    except ModelError:  # a chat template that does not lend itself to it
+        made = []
     if len(made) < BATCH_ROWS // 4:
         return instead()
     items = [

@@ -196,8 +196,13 @@ def test_more_text_than_the_prompts_give_comes_from_invented_prompts_and_is_made
     assert len(asked_for) == made
 
 
-def test_a_target_that_cannot_invent_answers_the_prompts_again_sampled(stored, tmp_path, monkeypatch):
-    monkeypatch.setattr(distil, "invent", lambda *given: [])
+def refuses(*given):
+    raise ModelError("the chat template does not show a user's words")
+
+
+@pytest.mark.parametrize("invent", [lambda *given: [], refuses], ids=["nothing", "refuses"])
+def test_a_target_that_cannot_invent_answers_the_prompts_again_sampled(stored, tmp_path, monkeypatch, invent):
+    monkeypatch.setattr(distil, "invent", invent)
     run(stored(), tmp_path, replace(LAYERS, tokens=40 * 12 + 300))
     found = [e for path in sorted((tmp_path / "work").glob("training-*.npz")) for e in load_shard(path)]
     again = [example for example in found if example.id.endswith("#again")]
