@@ -91,8 +91,14 @@ static void steps(const std::vector<const Kernels*>& sets) {
             cache.push_back({at, at + 2 * capacity * 16, capacity});
           }
           std::vector<float> out(width * 96, NAN);
-          stack.step(*kernels, hidden.data(), width, offset, cache.data(), turn.data() + offset * 8,
-                     turn.data() + offset * 8, out.data());
+          const Lane lane{0, width, offset, cache.data()};
+          Step step{hidden.data()};
+          step.width = width;
+          step.lanes = &lane;
+          step.lane_count = 1;
+          step.cos = step.sin = turn.data();
+          step.out = out.data();
+          stack.step(*kernels, step);
           if (first.empty()) first = out;
           for (size_t i = 0; i < out.size(); ++i) wrong += !(std::isfinite(out[i]) && out[i] == first[i]);
         }
