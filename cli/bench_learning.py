@@ -151,7 +151,9 @@ class Learning:
     def run(self) -> None:
         """Measure, report, clean up; what was measured before a failure or Ctrl-C is reported too."""
         trouble: BaseException | None = None
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit from outside is no reason to lose it either
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # a time limit from outside is no reason to lose it either
         try:
             try:
                 self.measure()
