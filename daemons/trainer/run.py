@@ -123,6 +123,7 @@ class TrainingJob:
         if len(material.held_out) < minimum:  # before the training, which would be for nothing
             held = f"{len(material.held_out)} held-out generations of the {minimum} that a verdict needs"
             return self._outcome("no_verdict", f"{held}, beside {counts}: collecting goes on")
+        self.live.state = "preparing"
         replay = self.gatherer.replay(self.folder)
         self.replayed = len(replay)
         self.general = self._regression()

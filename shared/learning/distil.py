@@ -312,17 +312,9 @@ def build(
     own = capture(target, texts.own, work, settings.top_k, settings.kind == "head", deadline, tell)
     if texts.prompts:
         shards = generate(target, _passes(target, texts, settings), work, "training", settings, deadline, tell)
-    general = read_examples(target, shards, settings.kind)
-    general, replay = set_aside(general)
+    general, replay = set_aside(read_examples(target, shards, settings.kind))
     examples = general + own
-    if settings.kind == "head":
-        hot = hot_vocabulary(examples, settings.hot_size, int(target.config["vocab_size"]))
-        mx.random.seed(settings.seed)
-        draft = new_head(target, hot)
-        if begin is not None:
-            draft.head.update(begin.head.parameters())
-    else:
-        draft = new_layers(target, settings.layers)
+    draft = _untrained(target, examples, settings, begin)
     figures = train(draft, examples, work, settings, start + settings.seconds, tell)
     tests = read_examples(target, judged, settings.kind)
     judged_at = by_depth(Learner(draft), tests)
@@ -353,6 +345,20 @@ def build(
     built = Built(_write(draft, target, out, manifest, replay), judged_at, manifest)
     forget(work)
     return built
+
+
+def _untrained(
+    target: LanguageModel, examples: Sequence[Example], settings: BuildSettings, begin: HeadDraft | None
+) -> HeadDraft | LanguageModel:
+    """The draft before training: a head at random or from `begin`'s weights, or the target's own layers."""
+    if settings.kind != "head":
+        return new_layers(target, settings.layers)
+    hot = hot_vocabulary(examples, settings.hot_size, int(target.config["vocab_size"]))
+    mx.random.seed(settings.seed)
+    draft = new_head(target, hot)
+    if begin is not None:
+        draft.head.update(begin.head.parameters())
+    return draft
 
 
 def _write(
