@@ -151,7 +151,7 @@ class Serving(_Section):
     """The queue."""
 
     queue_limit: Annotated[int, Field(ge=1)] = 32
-    client_queue_limit: Annotated[int, Field(ge=1)] = Field(16, description="requests of one connection at once")
+    client_queue_limit: Annotated[int, Field(ge=1)] = Field(16, description="requests of one client at once")
     max_prompt_kb: Annotated[int, Field(ge=1, le=4096)] = Field(1024, description="text of one request")
     max_active: Annotated[int, Field(ge=1, le=32)] = Field(4, description="requests served round by round at once")
     client_timeout_s: Annotated[float, Field(gt=0)] = Field(10.0, description="a silent client's request is cancelled")

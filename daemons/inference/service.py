@@ -51,6 +51,11 @@ class Client:
 
     peer: bytes
     heard: float
+    name: str = ""  # as it calls itself; a program's requests have a connection each
+
+    def same(self, peer: bytes, name: str) -> bool:
+        """Whether another request is this one's too."""
+        return self.peer == peer or bool(name) and self.name == name
 
 
 class Inference:
@@ -172,7 +177,7 @@ class Inference:
             refusal = "a request with this id is running"
         elif (size := text_size(ask)) > self.settings.serving.max_prompt_kb << 10:
             refusal = f"the prompt has {size >> 10} KB; serving.max_prompt_kb is {self.settings.serving.max_prompt_kb}"
-        mine = sum(client.peer == peer for client in self.clients.values())
+        mine = sum(client.same(peer, ask.client) for client in self.clients.values())
         if refusal:
             self.server.send(peer, Failed(ask.request_id, "rejected", refusal))
         elif mine >= self.settings.serving.client_queue_limit:
@@ -186,7 +191,7 @@ class Inference:
                 Failed(ask.request_id, "busy", f"{len(self.clients)} requests wait already", "try again in a moment"),
             )
         else:
-            self.clients[ask.request_id] = Client(peer, time.monotonic())
+            self.clients[ask.request_id] = Client(peer, time.monotonic(), ask.client)
             if self.worker.engine is None:
                 self.server.send(peer, Queued(ask.request_id, len(self.clients) - 1))
             self.worker.submit(Job(peer, ask, time.monotonic()))

@@ -4,6 +4,7 @@ import os
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgpack
@@ -11,7 +12,7 @@ import pytest
 import zmq
 from fault_house import SETTINGS, process_figures, wait_until
 
-from specl.shared.errors import DaemonUnreachable
+from specl.shared.errors import DaemonUnreachable, RequestRejected
 from specl.shared.paths import ROLES
 from specl.shared.wire import (
     Ask,
@@ -298,6 +299,14 @@ def mutate(rng: random.Random, corpus: list[bytes]) -> bytes:
     return bytes(data[:4096])
 
 
+def how_it_ended(deltas):
+    """Of one streamed answer."""
+    try:
+        return "done" if list(deltas) else "nothing"
+    except RequestRejected as error:
+        return "busy" if "wait already" in str(error) else str(error)
+
+
 def test_a_client_has_its_limits(house, context):
     house.set(SETTINGS.replace("serving: {", "serving: {client_queue_limit: 2, max_prompt_kb: 4, "))
     house.start("inference", SPECL_TEST_TOKEN_MS="20")
@@ -313,6 +322,11 @@ def test_a_client_has_its_limits(house, context):
             refused[message.request_id] = message
     assert sorted(refused) == ["r2", "r3", "r4"] and all(f.code == "busy" for f in refused.values())
     assert house.ask("another client").tokens == 8
+    with house.client() as crowd:  # one program, a connection for each request
+        wishes = [crowd.deltas(crowd.request("x", max_tokens=8, client="crowd")) for _ in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            ends = list(pool.map(how_it_ended, wishes))
+    assert sorted(ends) == ["busy", "busy", "done", "done"]
     socket.send(
         encode(
             Ask(
