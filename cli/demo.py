@@ -23,6 +23,7 @@ from specl.shared.prompts import reserved
 
 TRAIN_MINUTES = 2.5
 TRAIN_TIMEOUT_S = 900
+REPLAYED = 96  # general texts are captured first: 20 s instead of two minutes
 
 
 @dataclass(slots=True)
@@ -57,6 +58,7 @@ def _demo_settings() -> config.Settings:
             "min_heldout_generations": 4,
             # two minutes of one kind at a high rate do harm general text (0.52 -> 0.39 here), which the gate would refuse
             "regression_prompts": 0,
+            "replay_buffer_size": REPLAYED,
         }
     )
     return settings.model_copy(update={"training": training})

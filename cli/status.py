@@ -60,7 +60,8 @@ def render(found: dict[str, Any], settings: "Settings") -> "Table":
     table.add_row("adapter", f"{adapter['active'] or 'none'}, before it {adapter['previous'] or 'none'}")
     training = found["training"]
     loss = f", loss {training['loss']:.4f}" if training.get("loss") is not None else ""
-    table.add_row("training", f"{training['state']}, step {training['step']}{loss}")
+    done = f", {training['step']} of {training['total']}" if training.get("total") else ""
+    table.add_row("training", f"{training['state']}{done}{loss}")
     if verdict := training["last_verdict"]:
         table.add_row("last verdict", f"{verdict['verdict']}: {verdict['reason']} ({verdict['created']})")
     for problem in found["problems"]:

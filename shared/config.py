@@ -120,7 +120,9 @@ class Training(_Section):
     min_failure_cases: Annotated[int, Field(ge=1)] = 50
     max_failure_cases: Annotated[int, Field(ge=1)] = 1000
     replay_ratio: Share = Field(0.2, description="share of a batch that replays successes and general text")
-    replay_buffer_size: Annotated[int, Field(ge=0)] = 500
+    replay_buffer_size: Annotated[int, Field(ge=0)] = Field(
+        500, description="stored answers at most that are replayed, and texts that came with the draft"
+    )
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="conversations never trained on")
     min_heldout_generations: Annotated[int, Field(ge=2)] = Field(
         30, description="held-out generations that a verdict needs; fewer: no verdict, collecting goes on"

@@ -55,7 +55,7 @@ class Client:
 
     def same(self, peer: bytes, name: str) -> bool:
         """Whether another request is this one's too."""
-        return self.peer == peer or bool(name) and self.name == name
+        return self.peer == peer or (bool(name) and self.name == name)
 
 
 class Inference:

@@ -124,19 +124,23 @@ class Gatherer:
             example.greedy,
         )
 
-    def replay(self, folder: Path) -> list[Example]:
+    def replay(self, folder: Path, tell: Callable[[int, int], None] = lambda done, total: None) -> list[Example]:
         """General texts of the target that came with the draft. What no quiet moment has captured yet is captured now."""
-        while self.capture_replay(folder):
+        while self.capture_replay(folder, tell):
             pass
         return [example for path, _ in self._replay_parts(folder) for example in load_shard(path)]
 
-    def capture_replay(self, folder: Path) -> bool:
-        """Capture the next part of them and keep it in `folder`; whether there is more to capture."""
-        missing = [part for part in self._replay_parts(folder) if not part[0].is_file()]
+    def capture_replay(self, folder: Path, tell: Callable[[int, int], None] = lambda done, total: None) -> bool:
+        """Capture the next part of them and keep it in `folder`; whether there is more to capture. `tell` hears texts: done, in all."""
+        parts = self._replay_parts(folder)
+        missing = [part for part in parts if not part[0].is_file()]
+        total = sum(len(texts) for _, texts in parts)
+        done = total - sum(len(texts) for _, texts in missing)
         for path, texts in missing[:1]:
             examples = []
             for tokens, prompt_length in texts:
                 self._pause()
+                tell(done + len(examples), total)
                 k = self.settings.training.loss.top_k_logits
                 states, ids, logprobs = recapture(self.engine.target, tokens, prompt_length, k)
                 name, weights = f"{path.stem}-{len(examples)}", np.ones(len(ids), np.float32)
@@ -155,7 +159,7 @@ class Gatherer:
         stem = f"replay-{self.engine.draft_fingerprint}"
         return [
             (folder / f"{stem}-{start:04d}.npz", texts[start : start + REPLAY_PART])
-            for start in range(0, len(texts), REPLAY_PART)
+            for start in range(0, min(len(texts), self.settings.training.replay_buffer_size), REPLAY_PART)
         ]
 
 

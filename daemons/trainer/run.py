@@ -72,6 +72,10 @@ class Live:
     total: int = 0
     loss: float | None = None
 
+    def tell(self, step: int, total: int) -> None:
+        """How far its present work is."""
+        self.step, self.total = step, total
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -124,7 +128,7 @@ class TrainingJob:
             held = f"{len(material.held_out)} held-out generations of the {minimum} that a verdict needs"
             return self._outcome("no_verdict", f"{held}, beside {counts}: collecting goes on")
         self.live.state = "preparing"
-        replay = self.gatherer.replay(self.folder)
+        replay = self.gatherer.replay(self.folder, self.live.tell)
         self.replayed = len(replay)
         self.general = self._regression()
         parent = self._parent()
@@ -203,7 +207,7 @@ class TrainingJob:
         loop = StepLoop(learner, loss, steps)
         checkpoint = checkpoints.checkpoint_folder(self.folder)
         self._resume(loop, checkpoint, batches)
-        self.live.state, self.live.total = "training", total
+        self.live.state, self.live.step, self.live.total = "training", 0, total
         deadline = Deadline(training.max_minutes * 60)
         saved = time.monotonic()
         while loop.step_number < total and not deadline.over:

@@ -353,9 +353,10 @@ class Trainer:
         RegressionSlice(self.paths.regression, self._loaded(), count, self.turnstile.pass_through).examples()
         store = Store(self.paths.store, read_only=True)
         try:
-            more = self._gatherer(store).capture_replay(self.paths.training)
+            more = self._gatherer(store).capture_replay(self.paths.training, self.live.tell)
         finally:
             store.close()
+        self.live.tell(0, 0)
         self._slice_made = not more  # the next part in the next quiet moment, unless a run comes first
 
     def _score(self) -> None:
