@@ -6,7 +6,8 @@ Names: `ollama:llama3.2:1b` as Ollama itself says it, `lmstudio:publisher/model`
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from specl.shared.errors import ModelError
 
 MODEL_LAYER = "application/vnd.ollama.image.model"
 PREFIXES = ("ollama:", "lmstudio:")
+OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")  # what its installer sets up on Linux
 _REGISTRY, _OFFICIAL, _LATEST = "registry.ollama.ai", "library", "latest"
 
 
@@ -27,12 +29,24 @@ class Found:
     size: int  # bytes
 
 
-def search(home: Path, ollama: Path | None = None) -> list[Found]:
-    """Everything found under `home`, by name; `ollama` is its models folder where that is elsewhere (OLLAMA_MODELS)."""
-    found = [*_ollama(ollama or home / ".ollama" / "models")]
-    for folder in (home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"):
-        found += _lm_studio(folder)
+def search(home: Path, ollama: Path | None = None, service: Path = OLLAMA_SERVICE) -> list[Found]:
+    """Everything found under `home`, by name; `ollama` is its models folder where that is elsewhere (OLLAMA_MODELS), `service`
+    where a system's own Ollama keeps them. A name that is in two of these is the one found first.
+    """
+    found: list[Found] = []
+    for folder in (ollama,) if ollama else (home / ".ollama" / "models", service):
+        found += _readable(_ollama, folder)
+    for folder in filter(Path.is_absolute, _lm_studio_folders(home)):
+        found += _readable(_lm_studio, folder)
     return sorted({item.name: item for item in reversed(found)}.values(), key=lambda item: item.name)
+
+
+def _readable(look: Callable[[Path], Iterator[Found]], folder: Path) -> list[Found]:
+    """What is there; nothing where it belongs to another user."""
+    try:
+        return list(look(folder))
+    except OSError:
+        return []
 
 
 def search_here() -> list[Found]:
@@ -64,6 +78,19 @@ def _ollama(folder: Path) -> Iterator[Found]:
         official = registry == _REGISTRY and namespace == _OFFICIAL
         host = "" if registry == _REGISTRY else f"{registry}/"
         yield Found(f"ollama:{model if official else f'{host}{namespace}/{model}'}:{tag}", blob, "gguf", size)
+
+
+def _lm_studio_folders(home: Path) -> Iterator[Path]:
+    """Its models folders: of the home that it says it has, of its present and its former default, each with the downloads folder
+    that its settings name.
+    """
+    homes = [home / ".lmstudio", home / ".cache" / "lm-studio"]
+    with suppress(OSError, ValueError):
+        homes.insert(0, Path((home / ".lmstudio-home-pointer").read_text().strip()))
+    for place in filter(Path.is_absolute, homes):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            yield Path(json.loads((place / "settings.json").read_bytes())["downloadsFolder"])
+        yield place / "models"
 
 
 def _lm_studio(folder: Path) -> Iterator[Found]:

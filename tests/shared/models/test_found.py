@@ -123,3 +123,33 @@ def test_a_name_that_is_not_there_is_one_sentence(home):
     with pytest.raises(ModelError, match="there is no model 'ollama:nothing:1b' here") as caught:
         resolve("ollama:nothing:1b", home)
     assert "models list --found" in caught.value.hint
+
+
+def test_lm_studio_says_itself_where_its_models_are(home, tmp_path):
+    elsewhere, disk = tmp_path / "lm", tmp_path / "disk"
+    (elsewhere / "models" / "one" / "a").mkdir(parents=True)
+    (elsewhere / "models" / "one" / "a" / "a.gguf").write_bytes(b"GGUF")
+    (disk / "two" / "b").mkdir(parents=True)
+    (disk / "two" / "b" / "b.gguf").write_bytes(b"GGUF")
+    (home / ".lmstudio-home-pointer").write_text(f"{elsewhere}\n")
+    (elsewhere / "settings.json").write_text(json.dumps({"downloadsFolder": str(disk)}))
+    assert names(search(home)) == ["lmstudio:one/a/a.gguf", "lmstudio:two/b/b.gguf"]
+
+
+@pytest.mark.parametrize("said", ["", "models", "\0", "/nowhere"])
+def test_a_pointer_that_points_nowhere_is_passed_over(home, monkeypatch, said):
+    monkeypatch.chdir(home)
+    (home / "models" / "one" / "a").mkdir(parents=True)
+    (home / "models" / "one" / "a" / "a.gguf").write_bytes(b"GGUF")
+    (home / ".lmstudio-home-pointer").write_text(said)
+    assert search(home) == []
+
+
+def test_the_ollama_of_the_whole_system(home, tmp_path):
+    ollama_pull(tmp_path / "service", "registry.ollama.ai/library/llama3.2/1b", b"GGUFa")
+    blob = ollama_pull(home / ".ollama" / "models", "registry.ollama.ai/library/llama3.2/1b", b"GGUFmine")
+    ollama_pull(tmp_path / "service", "registry.ollama.ai/library/qwen2.5/latest", b"GGUFbb")
+    found = search(home, service=tmp_path / "service")
+    assert names(found) == ["ollama:llama3.2:1b", "ollama:qwen2.5:latest"] and found[0].path == blob
+    (tmp_path / "service" / "manifests").chmod(0)
+    assert "ollama:llama3.2:1b" in names(search(home, service=tmp_path / "service"))
