@@ -18,10 +18,8 @@ from mlx_lm.sample_utils import make_sampler
 
 from specl.shared.bench.sets import BenchPrompt
 from specl.shared.bench.texts import TopTwo
-from specl.shared.engine.costs import AcceptanceEstimate
 from specl.shared.engine.decode import Options, Tally
-from specl.shared.engine.drafters import NGRAM_PRIOR
-from specl.shared.engine.engine import Engine, LoadedAdapter
+from specl.shared.engine.engine import Engine, LoadedAdapter, nothing_known
 from specl.shared.engine.law import Law, top_indices
 from specl.shared.models.load import LanguageModel, load
 
@@ -163,7 +161,7 @@ class EngineArm:
     ) -> None:
         self.name, self.engine, self.adapter = name, engine, adapter
         self.options: dict[str, Any] = {"law": law, "num_draft_tokens": k, "ngram": ngram, "capture_k": capture_k}
-        self._estimates = (AcceptanceEstimate(), AcceptanceEstimate(prior=NGRAM_PRIOR))
+        self._known = nothing_known()
 
     def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
         """See Arm. No prefix is reused: every arm reads the whole prompt."""
@@ -171,7 +169,7 @@ class EngineArm:
         engine.prefixes.purge()
         if engine.adapter_id != (self.adapter.id if self.adapter else ""):
             engine.use_adapter(self.adapter)
-        engine.estimate, engine.ngram_estimate = self._estimates
+        engine.known = self._known
         answer = timed(self._pieces(prompt, limit))
         answer.count(self._session.tally)
         return answer

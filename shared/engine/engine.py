@@ -15,7 +15,17 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from specl.shared import config
-from specl.shared.engine.costs import AcceptanceEstimate, Costs, KChooser, cache_key, kept, load_or_calibrate
+from specl.shared.engine.costs import (
+    GREEDY_PRIOR,
+    SAMPLED_PRIOR,
+    AcceptanceEstimate,
+    Costs,
+    KChooser,
+    Known,
+    cache_key,
+    kept,
+    load_or_calibrate,
+)
 from specl.shared.engine.decode import NGRAM_DEPTH, Options, Session, State
 from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, Draw, HeadDrafter, ModelDrafter
 from specl.shared.engine.law import Law
@@ -64,8 +74,7 @@ class Engine:
         self.costs: Costs | None = None
         self.adapter_id = ""
         self.adapter_form = "none"
-        self.estimate = AcceptanceEstimate()
-        self.ngram_estimate = AcceptanceEstimate(prior=NGRAM_PRIOR)
+        self.known = nothing_known()
         self.prefixes = PrefixCache(settings.memory.max_kv_cache_tokens)
         self.past = PastAnswers(limit=0)
         self._pristine = Pristine(self.draft_module) if draft is not None else None
@@ -125,9 +134,10 @@ class Engine:
             state.drafter = self._new_drafter()
         most = self.settings.speculative.max_draft_tokens
         fixed = options.num_draft_tokens
-        chooser = KChooser(self.costs, most, fixed, self.estimate)
+        known = self.known[options.law.greedy]
+        chooser = KChooser(self.costs, most, fixed, known.model)
         past = self.past.of(options.owner)
-        return Session(self.target, state, prompt, options, chooser, self.ngram_estimate, past)
+        return Session(self.target, state, prompt, options, chooser, known.ngram, past)
 
     @property
     def drafts(self) -> bool:
@@ -207,7 +217,8 @@ class Engine:
             self.draft.speed_up()
         elif on_cpu():
             speed_up(self.draft.model, self.draft.blocks)
-        self.estimate = AcceptanceEstimate()
+        fresh = nothing_known()
+        self.known = {greedy: Known(fresh[greedy].model, known.ngram) for greedy, known in self.known.items()}
 
     # ------------------------------------------------------------------------------------------------ costs
     def calibrate(self, folder: Path) -> Costs:
@@ -231,6 +242,14 @@ class Engine:
     def clear_caches(self) -> None:
         """Give MLX's free memory back to the system."""
         mx.clear_cache()
+
+
+def nothing_known() -> dict[bool, Known]:
+    """Of greedy requests (True) and of sampled ones (False)."""
+    return {
+        greedy: Known(AcceptanceEstimate(by_confidence=prior), AcceptanceEstimate(prior=NGRAM_PRIOR))
+        for greedy, prior in ((True, GREEDY_PRIOR), (False, SAMPLED_PRIOR))
+    }
 
 
 class _Bench:
