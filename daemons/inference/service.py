@@ -41,6 +41,7 @@ from specl.shared.wire import (
 )
 
 TICK_S = 0.5
+ACTIVITY_S = 2.0
 LOST = "the inference daemon does not know this request (any more): it was restarted, or gave the request up"
 _log = log.get("inference")
 
@@ -68,7 +69,7 @@ class Inference:
         self.clients: dict[str, Client] = {}
         self.started = time.monotonic()
         self._out: deque[tuple[bytes | None, Any]] = deque()
-        self._busy = False
+        self._busy, self._tell_again = False, 0.0
         self.recorder = Recorder(
             self.outbox,
             self.spool,
@@ -119,9 +120,10 @@ class Inference:
                 self._give_up(request_id, "the client is gone")
 
     def _tell_activity(self) -> None:
-        busy = self.worker.busy
-        if busy != self._busy:
-            self._busy = busy
+        """On every change, and again every ACTIVITY_S: whoever has just started, or missed one, hears the next."""
+        busy, now = self.worker.busy, time.monotonic()
+        if busy != self._busy or now >= self._tell_again:
+            self._busy, self._tell_again = busy, now + ACTIVITY_S
             self.server.publish(Activity(busy))
 
     def _drop_silent_clients(self) -> None:

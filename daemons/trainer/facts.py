@@ -33,6 +33,11 @@ class Facts:
         """Records that the outbox has refused so far."""
         return len(self._waiting)
 
+    @property
+    def undelivered(self) -> int:
+        """Records that the store does not have yet, as far as is known here."""
+        return self.waiting + self._outbox.pending
+
     def add(self, record: Record) -> None:
         """Record a fact, behind those that wait."""
         try:

@@ -13,6 +13,7 @@ from specl.shared.errors import Interrupted
 
 DEFER_S = 600.0
 DUTY = 0.25
+SILENCE_S = 10.0  # inference says every two seconds whether it is busy: one that says nothing for so long is not there
 NAP_S = 0.1
 LONGEST_PIECE_S = 30.0  # what lies longer between two passes was no piece of work but a time without any
 
@@ -29,7 +30,7 @@ class Turnstile:
     ) -> None:
         self._idle_s, self._clock, self._sleep = idle_s, clock, sleep
         self._busy = False
-        self._quiet_since = clock() - idle_s
+        self._heard_at = self._quiet_since = clock()
         self._passed_at = clock()
         self._deferred_s = 0.0
         self._stop = threading.Event()
@@ -37,8 +38,9 @@ class Turnstile:
 
     def heard(self, busy: bool) -> None:
         """Inference became busy or idle."""
+        self._heard_at = self._clock()
         if self._busy and not busy:
-            self._quiet_since = self._clock()
+            self._quiet_since = self._heard_at
         self._busy = busy
 
     def stop(self) -> None:
@@ -60,8 +62,11 @@ class Turnstile:
 
     @property
     def quiet(self) -> bool:
-        """Whether inference has been idle long enough."""
-        return not self._busy and self._clock() - self._quiet_since >= self._idle_s
+        """Whether inference has been idle long enough, or away."""
+        now = self._clock()
+        if self._busy:
+            return now - self._heard_at >= SILENCE_S
+        return now - self._quiet_since >= self._idle_s
 
     def pass_through(self) -> float:
         """Wait until work may go on; seconds waited. Raises Interrupted when told to stop."""

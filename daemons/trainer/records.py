@@ -9,6 +9,8 @@ from specl.shared.adapters import Adapters, Manifest
 from specl.shared.learning.gate import Agreement
 from specl.shared.wire import Adapter, Evaluation
 
+SCORES = uuid.UUID("5c0de5c0-0000-4000-8000-000000000000")  # a namespace of ids, nothing else
+
 
 def evaluations(
     run_id: str, adapter_id: str, held_out: Agreement, general: Agreement, details: dict[str, Any]
@@ -33,6 +35,23 @@ def evaluations(
                 )
             )
     return made
+
+
+def scored(generation: str, adapter_id: str, score: Agreement) -> Evaluation:
+    """Agreement of one generation under one adapter: the same record whenever it is made again, so that twice is once."""
+    return Evaluation(
+        id=uuid.uuid5(SCORES, f"{generation}/{adapter_id}").hex,
+        created_at=time.time(),
+        subject="generation",
+        generation_id=generation,
+        training_run_id="",
+        adapter_id=adapter_id,
+        generations=1,
+        positions=int(score.positions.sum()),
+        agreement=round(score.value, 6),
+        by_depth=[round(value, 6) for value in score.by_depth],
+        details={},
+    )
 
 
 def adapter_record(adapters: Adapters, manifest: Manifest) -> Adapter:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from specl.daemons.trainer.data import Gatherer, Material, pieces
+from specl.daemons.trainer.politeness import Abandoned
 from specl.daemons.trainer.records import adapter_record, evaluations
 from specl.daemons.trainer.regression import RegressionSlice
 from specl.shared import checkpoints, log
@@ -23,7 +24,7 @@ from specl.shared.adapters import Adapters, Manifest
 from specl.shared.config import Settings
 from specl.shared.engine.adapter_files import load_adapter, write_files
 from specl.shared.engine.engine import Engine, LoadedAdapter
-from specl.shared.errors import AdapterRejected, ModelError
+from specl.shared.errors import AdapterRejected, Interrupted, ModelError
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.gate import Agreement, Lineage, Verdict, expected_rate, judge, lineage_problems
 from specl.shared.learning.learner import Learner, agreement
@@ -49,6 +50,16 @@ SAME_WORK = 0.75  # of the generations of a checkpoint and a new run that both h
 DEPTHS = 3  # of a head's own steps: scored
 SHARES = (1.0, 0.9, 0.8, 0.65, 0.5)  # of the way that are tried where all of it spoils general text
 TRAINED_DEPTHS = 2  # and trained, as `draft build` does: the third costs half as much time again
+RECIPE = {
+    "lora",
+    "loss",
+    "learning_rate",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "replay_ratio",
+    "num_epochs",
+    "max_minutes",
+}
 _log = log.get("training")
 
 
@@ -83,6 +94,18 @@ class Scores:
 
     held_out: Agreement
     general: Agreement
+
+
+def in_force(adapters: Adapters, engine: Engine) -> LoadedAdapter | None:
+    """The adapter that CURRENT names; None where there is none, or none that fits this draft."""
+    current = adapters.current()
+    if not current:
+        return None
+    try:
+        return load_adapter(adapters, adapters.folder / current, engine)[0]
+    except AdapterRejected as error:
+        _log.warning("adapter.unusable", adapter=current, reason=str(error))
+        return None
 
 
 class TrainingJob:
@@ -160,15 +183,9 @@ class TrainingJob:
 
     def _parent(self) -> LoadedAdapter | None:
         """The adapter that CURRENT names, to go on from."""
-        current = self.in_force = self.adapters.current()
-        if not current:
-            return None
-        try:
-            adapter, _ = load_adapter(self.adapters, self.adapters.folder / current, self.engine)
-        except AdapterRejected as error:
-            _log.warning("parent.unusable", adapter=current, reason=str(error))
-            return None
-        self.parent_id = current
+        self.in_force = self.adapters.current()
+        adapter = in_force(self.adapters, self.engine)
+        self.parent_id = adapter.id if adapter is not None else ""
         return adapter
 
     def _prepare(self, learner: Learner, parent: LoadedAdapter | None, replay: list[Example]) -> LoraShape:
@@ -206,11 +223,21 @@ class TrainingJob:
         steps = StepSettings(training.learning_rate, total, depths=TRAINED_DEPTHS, checkpointing=checkpointing)
         loop = StepLoop(learner, loss, steps)
         checkpoint = checkpoints.checkpoint_folder(self.folder)
-        self._resume(loop, checkpoint, batches)
-        self.live.state, self.live.step, self.live.total = "training", 0, total
-        deadline = Deadline(training.max_minutes * 60)
-        saved = time.monotonic()
-        while loop.step_number < total and not deadline.over:
+        used = self._resume(loop, checkpoint, batches)
+        self.live.state, self.live.step, self.live.total = "training", loop.step_number, total
+        deadline = Deadline(training.max_minutes * 60, used)
+        try:
+            self._steps(loop, batches, deadline, checkpoint)
+        except Abandoned:
+            raise
+        except Interrupted:
+            self._save(loop, checkpoint, deadline)
+            raise
+
+    def _steps(self, loop: StepLoop, batches: Batches, deadline: Deadline, checkpoint: Path) -> None:
+        """Until all are done or the time is over."""
+        training, saved = self.settings.training, time.monotonic()
+        while loop.step_number < self.live.total and not deadline.over:
             groups = [
                 group
                 for _ in range(training.gradient_accumulation_steps)
@@ -222,19 +249,26 @@ class TrainingJob:
             self.losses.append(value)
             self.live.step, self.live.loss = loop.step_number, round(float(np.mean(self.losses[-10:])), 4)
             if time.monotonic() - saved > CHECKPOINT_S:
-                self._save(loop, checkpoint)
+                self._save(loop, checkpoint, deadline)
                 saved = time.monotonic()
 
-    def _save(self, loop: StepLoop, checkpoint: Path) -> None:
+    def _save(self, loop: StepLoop, checkpoint: Path, deadline: Deadline) -> None:
         """Keep what a kill should not cost. A disk that has no room for it does not end the run."""
+        done = {"used_s": deadline.used, "losses": self.losses, "tokens": self.tokens}
         try:
-            loop.save(checkpoint, self._about())
+            loop.save(checkpoint, self._about() | done)
         except OSError as error:
             _log.warning("checkpoint.not_saved", reason=str(error))
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
-        return {"parent": self.parent_id, "ids": self.learned, "draft": self.engine.draft_fingerprint}
+        names = ("parent", "draft", "recipe")
+        same = (self.parent_id, self.engine.draft_fingerprint, self._recipe())
+        return dict(zip(names, same, strict=True)) | {"ids": self.learned}
+
+    def _recipe(self) -> dict[str, Any]:
+        """What shapes the weights and their way: a checkpoint made otherwise is none of this run's."""
+        return self.settings.training.model_dump(mode="json", include=RECIPE)
 
     def _same_work(self, about: dict[str, Any]) -> bool:
         """Whether a killed run's checkpoint is worth going on with: from the same parent, mostly on the same generations (some
@@ -242,26 +276,29 @@ class TrainingJob:
         """
         ids, fresh = set(about.get("ids", [])), set(self.material.fresh_ids)
         judges = {example.id for example in self.material.held_out}
-        same = (about.get("parent"), about.get("draft")) == (self.parent_id, self.engine.draft_fingerprint)
+        mine = self._about()
+        same = all(about.get(name) == mine[name] for name in ("parent", "draft", "recipe"))
         mostly = len(ids & fresh) >= SAME_WORK * len(ids | fresh)
         return same and mostly and not ids & judges and not self.gatherer.store.missing(sorted(ids))
 
-    def _resume(self, loop: StepLoop, checkpoint: Path, batches: Batches) -> None:
-        """Go on with a killed run's checkpoint if it was about the same work; otherwise it is dropped."""
+    def _resume(self, loop: StepLoop, checkpoint: Path, batches: Batches) -> float:
+        """Go on with a killed run's checkpoint if it was about the same work, otherwise drop it; seconds that it had worked."""
         about = about_checkpoint(checkpoint)
         if about is None:
-            return
+            return 0.0
         if self._same_work(about):
             try:
                 loop.resume(checkpoint)
                 for _ in range(loop.step_number * self.settings.training.gradient_accumulation_steps):
                     batches.next()
                 self.learned = sorted({*about["ids"], *self.learned})
+                self.losses, self.tokens = list(about["losses"]), int(about["tokens"])
                 _log.info("training.resumed", step=loop.step_number)
-                return
-            except (OSError, ValueError, RuntimeError) as error:
+                return float(about["used_s"])
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
                 _log.warning("checkpoint.unusable", reason=str(error))
         checkpoints.forget(checkpoint)
+        return 0.0
 
     # ------------------------------------------------------------------------------------------------ the end of it
     def _weighed(self, learner: Learner, before: Scores) -> tuple[Scores, Verdict]:

@@ -13,9 +13,9 @@ from typing import Any
 from specl.daemons.trainer.data import Gatherer
 from specl.daemons.trainer.facts import Facts
 from specl.daemons.trainer.politeness import Abandoned, Turnstile
-from specl.daemons.trainer.records import adapter_record
+from specl.daemons.trainer.records import adapter_record, scored
 from specl.daemons.trainer.regression import RegressionSlice
-from specl.daemons.trainer.run import Live, Outcome, TrainingJob
+from specl.daemons.trainer.run import Live, Outcome, TrainingJob, in_force
 from specl.daemons.trainer.trial import Trial, TrialJob
 from specl.shared import checkpoints, log
 from specl.shared.access import Addresses
@@ -23,7 +23,6 @@ from specl.shared.adapters import Adapters
 from specl.shared.bus import Server
 from specl.shared.config import Settings
 from specl.shared.crash import crash_point
-from specl.shared.engine.adapter_files import load_adapter
 from specl.shared.engine.engine import Engine
 from specl.shared.errors import AdapterRejected, Interrupted, OutboxFull, SpecLoraError, StoreError
 from specl.shared.hidden import HiddenSpool
@@ -40,7 +39,6 @@ from specl.shared.wire import (
     Activity,
     AdapterReady,
     Batch,
-    Evaluation,
     Fetch,
     GetStatus,
     Purge,
@@ -85,6 +83,7 @@ class Trainer:
         self._work: queue.SimpleQueue[str | Trial] = queue.SimpleQueue()
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._running = threading.Event()
+        self._run_waits = threading.Event()  # one is in the queue, behind other work
         self._not_before = self._no_score_before = 0.0
         self._job: str | Trial = ""
         self._again = ""
@@ -141,11 +140,11 @@ class Trainer:
             return
         finally:
             store.close()
-        if self._running.is_set() or not self._work.empty() or self.facts.waiting:
-            return  # work whose outcome could not be recorded would only be done again
+        if self._running.is_set() or not self._work.empty() or self.facts.undelivered:
+            return  # work whose outcome the store does not know yet would only be done again
         enough = self.settings.training.enabled and self.pending >= self.settings.training.min_failure_cases
         if (enough or self._again) and time.monotonic() >= self._not_before:
-            self._work.put(self._again or f"{self.pending} failures")
+            self._put_run(self._again or f"{self.pending} failures")
             self._again = ""
         elif unscored and time.monotonic() >= self._no_score_before:
             self._work.put("score")  # it waits for a quiet moment itself: a look every 5 s would miss most of them
@@ -176,13 +175,19 @@ class Trainer:
             return Reply(False, f"its outcome could not be recorded: {self.facts.trouble}")
         if self._running.is_set() and kind_of_work(self._job) == RUN and not self.turnstile.abandoning:
             return Reply(False, f"a run is under way ({self.live.state}, step {self.live.step})")
+        if self._run_waits.is_set():
+            return Reply(False, "a run waits already: it starts as soon as inference is idle")
         if not message.now and self.pending < self.settings.training.min_failure_cases:
             return Reply(
                 False,
                 f"{self.pending} of {self.settings.training.min_failure_cases} failures are there; --now trains on what there is",
             )
-        self._work.put("by hand")
+        self._put_run("by hand")
         return Reply(True, "the run starts as soon as inference is idle")
+
+    def _put_run(self, trigger: str) -> None:
+        self._run_waits.set()
+        self._work.put(trigger)
 
     def _try(self, wish: TryAdapter) -> Reply:
         """Queue a staged adapter for the gate."""
@@ -247,6 +252,8 @@ class Trainer:
         while (job := self._work.get()) != "stop":
             self._job = job
             self._running.set()
+            if kind_of_work(job) == RUN:
+                self._run_waits.clear()
             try:
                 other = {"score": self._score, "regression": self._regression}.get(job)
                 other() if other is not None else self._one_run(job)
@@ -366,23 +373,13 @@ class Trainer:
         self.live.state = "scoring"
         try:
             engine, gatherer = self._loaded(), self._gatherer(store)
-            current = self.adapters.current()
-            engine.use_adapter(
-                load_adapter(self.adapters, self.adapters.folder / current, engine)[0] if current else None
-            )
-            rows = [
-                row
-                for row in store.unscored(SCORE_BATCH)
-                if row.values["target_fingerprint"] == engine.target.fingerprint
-            ]
+            adapter = in_force(self.adapters, engine)
+            engine.use_adapter(adapter)
+            rows = store.unscored(SCORE_BATCH, engine.target.fingerprint)
             for row in rows:
                 self.turnstile.pass_through()
                 score = agreement(Learner(engine.draft), [gatherer.example(row)])
-                record = Evaluation(
-                    uuid.uuid4().hex, time.time(), "generation", row.values["id"], "", row.values["adapter_id"], 1,
-                    int(score.positions.sum()), round(score.value, 6), [round(v, 6) for v in score.by_depth], {},
-                )  # fmt: skip
-                self.facts.add(record)
+                self.facts.add(scored(row.values["id"], adapter.id if adapter else "", score))
             if not rows:  # what is left was written by another target
                 self._no_score_before = time.monotonic() + RETRY_S
         finally:

@@ -167,8 +167,8 @@ class Batches:
 class Deadline:
     """Wall-clock budget of a run, counted only while it works."""
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._seconds, self._clock, self._start, self._away = seconds, clock, clock(), 0.0
+    def __init__(self, seconds: float, used: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock, self._start, self._away = seconds, clock, clock() - used, 0.0
 
     def pause(self, seconds: float) -> None:
         """Time spent waiting does not count."""

@@ -120,14 +120,15 @@ class Questions(StoreFile):
         lines = self._disagreements_of([row["id"] for row in rows])
         return [StoredGeneration(row, lines.get(row["id"], [])) for row in rows]
 
-    def unscored(self, limit: int) -> list[StoredGeneration]:
-        """Generations with neither figure yet: parked, so that only teacher-forced agreement can tell."""
+    def unscored(self, limit: int, target: str = "") -> list[StoredGeneration]:
+        """Generations with neither figure yet: parked, so that only teacher-forced agreement can tell. `target`: of this one only."""
         query = (
             sa.select(generations)
             .where(
                 generations.c.acceptance_rate.is_(None),
                 generations.c.agreement.is_(None),
                 generations.c.top_ids.is_not(None),
+                *([generations.c.target_fingerprint == target] if target else []),
             )
             .order_by(generations.c.n.desc())
             .limit(limit)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from specl.daemons.trainer.politeness import DEFER_S, Abandoned, Turnstile
+from specl.daemons.trainer.politeness import DEFER_S, SILENCE_S, Abandoned, Turnstile
 from specl.shared.errors import Interrupted
 
 IDLE_S = 2.0
@@ -38,7 +38,29 @@ class World:
 def test_an_idle_daemon_is_trained_on_all_the_time():
     world = World(lambda now: False)
     done, first = world.work_until(60)
-    assert first == 0 and done == pytest.approx(60, abs=PIECE_S)
+    assert first == pytest.approx(IDLE_S, abs=0.2) and done == pytest.approx(60 - IDLE_S, abs=2 * PIECE_S)
+
+
+def test_nobody_knows_at_the_start_so_it_waits_for_a_word():
+    now = 0.0
+    turnstile = Turnstile(IDLE_S, clock=lambda: now)
+    assert not turnstile.quiet
+    turnstile.heard(True)
+    now = IDLE_S + 1
+    assert not turnstile.quiet
+
+
+def test_inference_that_died_while_busy_is_not_waited_for():
+    now = 0.0
+    turnstile = Turnstile(IDLE_S, clock=lambda: now)
+    turnstile.heard(True)
+    now = SILENCE_S - 0.1
+    assert not turnstile.quiet
+    turnstile.heard(True)  # it lives
+    now += SILENCE_S - 0.1
+    assert not turnstile.quiet
+    now += 0.2
+    assert turnstile.quiet
 
 
 def test_work_stops_on_busy_and_resumes_two_seconds_after_idle():
