@@ -51,12 +51,13 @@ from specl.shared.wire import (
 
 TICK_S = 0.5
 LOOK_S = 5.0  # between looks at the store
-RETRY_S = 300.0  # after work that failed
+RETRY_S, LONGEST_RETRY_S = 300.0, 4 * 3600.0  # after work that failed: twice as long each time in a row
 WANTING_S = 60.0  # after a run that had too little: more may have come
 DISK_RETRY_S = 15.0  # after one that found no room
 SCORE_BATCH = 64
 TRIALS_TOLD = 8  # imports whose verdicts `status` still has
 RUN, IMPORT = "run", "import"
+BY_HAND = "by hand"
 _log = log.get("trainer")
 
 
@@ -86,7 +87,8 @@ class Trainer:
         self._run_waits = threading.Event()  # one is in the queue, behind other work
         self._not_before = self._no_score_before = 0.0
         self._job: str | Trial = ""
-        self._again = ""
+        self._again = self._wanting = ""  # a run to be repeated; what the last one was short of
+        self._retry_s = RETRY_S
         self.trials: dict[str, dict[str, str]] = {}  # how the last imports went, by run id
         self._slice_made = False
         self._engine: Engine | None = None
@@ -182,7 +184,7 @@ class Trainer:
                 False,
                 f"{self.pending} of {self.settings.training.min_failure_cases} failures are there; --now trains on what there is",
             )
-        self._put_run("by hand")
+        self._put_run(BY_HAND)
         return Reply(True, "the run starts as soon as inference is idle")
 
     def _put_run(self, trigger: str) -> None:
@@ -296,10 +298,12 @@ class Trainer:
         self._hold_off(job)
         _log.exception("training.failed")
 
-    def _hold_off(self, job: str | Trial, seconds: float = RETRY_S) -> None:
-        """What failed is not tried again at once; the other kind of work may go on."""
+    def _hold_off(self, job: str | Trial, seconds: float | None = None) -> None:
+        """What failed is not tried again at once; the other kind of work may go on. Without `seconds`: as it failed before."""
         if isinstance(job, Trial):
             return
+        if seconds is None:
+            seconds, self._retry_s = self._retry_s, min(2 * self._retry_s, LONGEST_RETRY_S)
         if job == "score":
             self._no_score_before = time.monotonic() + seconds
         else:
@@ -340,8 +344,13 @@ class Trainer:
                 "verdict": outcome.verdict, "reason": outcome.reason, "adapter_id": outcome.adapter_id,
             }  # fmt: skip
         elif outcome.verdict in ("no_data", "no_verdict", "failed"):
-            self._hold_off(what, RETRY_S if outcome.verdict == "failed" else WANTING_S)
-        self._record(outcome)
+            self._hold_off(what, None if outcome.verdict == "failed" else WANTING_S)
+        else:
+            self._retry_s = RETRY_S
+        again = outcome.verdict == self._wanting and outcome.verdict != ""
+        self._wanting = outcome.verdict if outcome.verdict in ("no_data", "no_verdict") else ""
+        if not again or what == BY_HAND:  # waiting for the same is told of once, not every minute
+            self._record(outcome)
         _log.info("training.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)
 
     def _record(self, outcome: Outcome) -> None:

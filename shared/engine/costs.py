@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 PROBE_EVERY = 8  # parked rounds before the first probe; one that fails doubles the pause, one that stands quarters it
 PROBE_AT_LEAST, PROBE_AT_MOST = 4, 384  # a probe costs one to three steps: the draft reads all it has missed
 EXPLORE_EVERY = 16  # refusals by confidence before one is drafted all the same, so that a bad start is unlearned
+PACE_MEMORY, PACE_LEAST = 64, 8  # rounds that are remembered, and that must have been seen of each kind
 BUCKETS = 10  # of confidence
 # acceptance at confidence 0 and 1 before anything is known, as measured with the shipped draft on held-out prompts. A token that
 # was drawn is accepted by how far the two laws overlap, so a flat law's stands more often than the argmax of one
@@ -66,14 +67,18 @@ class Costs:
         """Interpolated between measured depths; nothing for nothing."""
         return _interpolate(self.draft, k) if k and self.draft else 0.0
 
-    def rate(self, k: int, acceptance: "AcceptanceEstimate", draft_s: float | None = None) -> float:
-        """Expected tokens a second when drafting k."""
-        cost = self.verify_s(k + 1) + (self.draft_s(k) if draft_s is None else draft_s)
+    def rate(
+        self, k: int, acceptance: "AcceptanceEstimate", draft_s: float | None = None, surcharge: float = 1.0
+    ) -> float:
+        """Expected tokens a second when drafting k; a round with a draft takes `surcharge` times what the costs say."""
+        cost = (self.verify_s(k + 1) + (self.draft_s(k) if draft_s is None else draft_s)) * (surcharge if k else 1.0)
         return (self.others + acceptance.expected_tokens(k)) / cost
 
-    def best_k(self, acceptance: "AcceptanceEstimate", most: int, draft_s: float | None = None) -> tuple[int, float]:
+    def best_k(
+        self, acceptance: "AcceptanceEstimate", most: int, draft_s: float | None = None, surcharge: float = 1.0
+    ) -> tuple[int, float]:
         """The k in 0..most with the highest expected rate, and that rate."""
-        rates = [self.rate(k, acceptance, draft_s if k else None) for k in range(most + 1)]
+        rates = [self.rate(k, acceptance, draft_s if k else None, surcharge) for k in range(most + 1)]
         best = int(np.argmax(rates))
         return best, rates[best]
 
@@ -151,12 +156,35 @@ class AcceptanceEstimate:
         return 1.0 + float(np.cumprod(self.accepted[:k] / self.tested[:k]).sum()) if k else 1.0
 
 
+class Pace:
+    """What rounds with a model draft and without really took, against what the costs say: sampled rows have a law each, and a busy
+    machine makes some work dearer than other. Past rounds only, so nothing that was drawn decides about its own round.
+    """
+
+    def __init__(self) -> None:
+        self._seen, self._ratio = {True: 0, False: 0}, {True: 1.0, False: 1.0}
+
+    def took(self, drafted: bool, seconds: float, promised: float) -> None:
+        """A round. What the processor did meanwhile for others counts three times the promise at most."""
+        self._seen[drafted] += 1
+        weight = max(1 / self._seen[drafted], 1 / PACE_MEMORY)
+        self._ratio[drafted] += weight * (min(seconds / promised, 3.0) - self._ratio[drafted])
+
+    @property
+    def surcharge(self) -> float:
+        """How much dearer a round with a draft is than the costs say, against one without; 1 until both are known."""
+        if min(self._seen.values()) < PACE_LEAST:
+            return 1.0
+        return float(np.clip(self._ratio[True] / self._ratio[False], 0.8, 2.0))
+
+
 @dataclass(slots=True)
 class Known:
-    """What is known of the drafts that requests of one kind (greedy, or sampled) have met."""
+    """What is known of the drafts that requests of one kind (greedy, or sampled) have met, and of how long rounds take."""
 
     model: AcceptanceEstimate
     ngram: AcceptanceEstimate
+    pace: Pace = field(default_factory=Pace)
 
 
 def _count(tested: np.ndarray, accepted: np.ndarray, place: int, outcome: float) -> None:
@@ -176,8 +204,11 @@ class Stopper:
     Lengthening is worth it while chance / seconds beats the rate that the round reaches anyway (Dinkelbach's rule for ratios).
     """
 
-    def __init__(self, costs: Costs, estimate: AcceptanceEstimate, rate: float, explore: bool) -> None:
-        self.costs, self.estimate, self.rate, self.explore = costs, estimate, rate, explore
+    def __init__(
+        self, costs: Costs, estimate: AcceptanceEstimate, rate: float, explore: bool, surcharge: float = 1.0
+    ) -> None:
+        self.costs, self.estimate, self.explore = costs, estimate, explore
+        self.price = rate * surcharge  # of a second by the costs, in tokens
         self.chance = 1.0  # that all drafts so far stand
         self.confidences: list[float] = []
         self.refused = False
@@ -186,7 +217,7 @@ class Stopper:
         """Whether a token drawn from a law with this largest probability is worth its row."""
         self.confidences.append(confidence)
         self.chance *= self.estimate.at_confidence(confidence)
-        worth = self.chance >= self.rate * self.costs.next_row_s(len(self.confidences))
+        worth = self.chance >= self.price * self.costs.next_row_s(len(self.confidences))
         self.refused = not worth
         return worth or self.explore
 
@@ -194,14 +225,22 @@ class Stopper:
         """Whether to look for another token at all."""
         depth = len(self.confidences)
         cost = self.costs.next_row_s(depth + 1) + self.costs.next_draft_s(depth)
-        return self.chance * self.estimate.at(depth) >= self.rate * cost
+        return self.chance * self.estimate.at(depth) >= self.price * cost
 
 
 class KChooser:
     """k for each round of one request. `fixed` overrules everything; otherwise rates decide, with hysteresis and probes."""
 
-    def __init__(self, costs: Costs | None, most: int, fixed: int | None, estimate: AcceptanceEstimate) -> None:
+    def __init__(
+        self,
+        costs: Costs | None,
+        most: int,
+        fixed: int | None,
+        estimate: AcceptanceEstimate,
+        pace: Pace | None = None,
+    ) -> None:
         self.costs, self.most, self.fixed, self.estimate = costs, most, fixed, estimate
+        self.pace = pace or Pace()
         self.parked_rounds = 0
         self.parked_reason = ""
         self._refusals = 0
@@ -218,7 +257,7 @@ class KChooser:
             return self.fixed
         if self.costs is None:
             return min(4, self.most)
-        best, self._rate = self.costs.best_k(self.estimate, self.most)
+        best, self._rate = self.costs.best_k(self.estimate, self.most, surcharge=self.pace.surcharge)
         plain = self.costs.rate(0, self.estimate)
         if best and self._rate >= (ENTER_GAIN if self.parked_rounds else STAY_GAIN) * plain:
             self.parked_rounds, self.parked_reason = 0, ""
@@ -234,7 +273,14 @@ class KChooser:
         """What may end this round's draft early, or lengthen it up to `most`; None where k is exact (fixed, or a probe)."""
         if self.fixed is not None or self.costs is None or self.parked_rounds:
             return None
-        return Stopper(self.costs, self.estimate, self._rate, explore=self._refusals >= EXPLORE_EVERY)
+        return Stopper(
+            self.costs, self.estimate, self._rate, self._refusals >= EXPLORE_EVERY, surcharge=self.pace.surcharge
+        )
+
+    def took(self, rows: int, drafted: int, seconds: float) -> None:
+        """A round alone in its step: verified rows, tokens that the model drafter computed for it."""
+        if self.costs is not None and not self.costs.others:
+            self.pace.took(drafted > 0, seconds, self.costs.verify_s(rows) + self.costs.draft_s(drafted))
 
     def learn(self, stopper: Stopper | None, drafted: int, accepted: int) -> None:
         """What became of a round's model drafts."""

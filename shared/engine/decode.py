@@ -186,7 +186,11 @@ class Session:
         start = time.perf_counter()
         draft = self._propose(0)
         emitted = self._conclude(draft, *self._verify(draft.tokens))
-        self.tally.decode_s += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.tally.decode_s += seconds
+        if draft.drafter != "ngram":
+            looked_at = len(self._stopper.confidences) if self._stopper is not None else len(draft.tokens)
+            self.chooser.took(1 + len(draft.tokens), looked_at, seconds)
         return emitted
 
     def _conclude(self, draft: Draft, rows: mx.array, logits: np.ndarray) -> list[int]:
@@ -227,7 +231,11 @@ class Session:
             return 0 if self.state.drafter is not None else min(fixed if fixed is not None else 4, room)
         trust = self._ngram_here.shifted(self._match - self._ngram.MIN)
         best, rate = costs.best_k(trust, min(NGRAM_DEPTH, room), costs.ngram)
-        return best if best and rate > costs.rate(k_model, self.chooser.estimate) else 0
+        return (
+            best
+            if best and rate > costs.rate(k_model, self.chooser.estimate, surcharge=self.chooser.pace.surcharge)
+            else 0
+        )
 
     def _verify(self, drafts: Sequence[int]) -> tuple[mx.array, np.ndarray]:
         """States [k+1, hidden] and logits [k+1, vocabulary] (float32, host) after the last token and each draft."""

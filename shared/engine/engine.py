@@ -135,7 +135,7 @@ class Engine:
         most = self.settings.speculative.max_draft_tokens
         fixed = options.num_draft_tokens
         known = self.known[options.law.greedy]
-        chooser = KChooser(self.costs, most, fixed, known.model)
+        chooser = KChooser(self.costs, most, fixed, known.model, known.pace)
         past = self.past.of(options.owner)
         return Session(self.target, state, prompt, options, chooser, known.ngram, past)
 
@@ -218,7 +218,9 @@ class Engine:
         elif on_cpu():
             speed_up(self.draft.model, self.draft.blocks)
         fresh = nothing_known()
-        self.known = {greedy: Known(fresh[greedy].model, known.ngram) for greedy, known in self.known.items()}
+        self.known = {
+            greedy: Known(fresh[greedy].model, known.ngram, known.pace) for greedy, known in self.known.items()
+        }
 
     # ------------------------------------------------------------------------------------------------ costs
     def calibrate(self, folder: Path) -> Costs:

@@ -1,0 +1,102 @@
+"""How many tokens it pays to draft: rates by costs and estimates, prices as rounds really cost, parking and probes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specl.shared.engine.costs import (
+    GREEDY_PRIOR,
+    PACE_LEAST,
+    PROBE_EVERY,
+    SAMPLED_PRIOR,
+    AcceptanceEstimate,
+    Costs,
+    KChooser,
+    Pace,
+)
+
+MOST = 6
+
+
+def costs(row=0.1, draft=0.1):
+    """A plain step is 1 s, each further row and each drafted token so much more."""
+    return Costs({w: 1 + row * (w - 1) for w in range(1, 17)}, {k: draft * k for k in (1, 2, 4, 8)})
+
+
+def sure(acceptance):
+    return AcceptanceEstimate(prior=acceptance)
+
+
+@given(st.floats(0, 1), st.floats(0, 1.5), st.floats(0, 1.5), st.floats(0.8, 2))
+def test_the_best_k_is_the_best_of_all(acceptance, row, draft, surcharge):
+    table, estimate = costs(row, draft), sure(acceptance)
+    k, rate = table.best_k(estimate, MOST, surcharge=surcharge)
+    by_hand = [
+        (1 + sum(acceptance**i for i in range(1, n + 1))) / ((1 + (row + draft) * n) * (surcharge if n else 1))
+        for n in range(MOST + 1)
+    ]
+    assert rate == pytest.approx(max(by_hand)) and by_hand[k] == pytest.approx(max(by_hand))
+
+
+def test_good_drafts_are_lengthened_and_bad_ones_left():
+    assert costs().best_k(sure(0.05), MOST)[0] == 0
+    assert costs().best_k(sure(0.5), MOST)[0] in (1, 2)
+    assert costs().best_k(sure(0.95), MOST)[0] == MOST
+
+
+def test_a_drawn_token_of_a_flat_law_stands_more_often_than_its_argmax():
+    greedy, sampled = (AcceptanceEstimate(by_confidence=prior) for prior in (GREEDY_PRIOR, SAMPLED_PRIOR))
+    assert sampled.at_confidence(0.05) > greedy.at_confidence(0.05)
+    assert sampled.at_confidence(0.95) < greedy.at_confidence(0.95)
+
+
+def test_what_is_met_outweighs_the_prior():
+    estimate = sure(0.9)
+    for _ in range(40):
+        estimate.update(2, 0)
+    assert estimate.at(0) < 0.2 and estimate.at(1) == pytest.approx(0.9)  # nobody looked behind the first
+    for _ in range(40):
+        estimate.update_confidence([0.95], 1, 0)
+    assert estimate.at_confidence(0.95) < 0.2
+
+
+def test_rounds_that_take_longer_with_a_draft_than_promised_make_drafting_dearer():
+    pace = Pace()
+    for _ in range(PACE_LEAST - 1):
+        pace.took(True, 1.5, 1.0)
+        pace.took(False, 1.0, 1.0)
+    assert pace.surcharge == 1.0  # too few to say
+    pace.took(True, 1.5, 1.0)
+    pace.took(False, 1.0, 1.0)
+    assert pace.surcharge == pytest.approx(1.5)
+    for _ in range(400):
+        pace.took(True, 2.0, 1.0)
+        pace.took(False, 2.0, 1.0)
+    assert pace.surcharge == pytest.approx(1.0, abs=0.02)  # all is slower alike
+    pace.took(True, 1000.0, 1.0)
+    assert pace.surcharge < 1.05  # one round that was held up
+
+
+def test_a_dear_draft_is_parked_and_probed_now_and_then():
+    pace = Pace()
+    for _ in range(PACE_LEAST):
+        pace.took(True, 1.9, 1.0)
+        pace.took(False, 1.0, 1.0)
+    assert KChooser(costs(), MOST, None, sure(0.5)).choose() > 0
+    chooser = KChooser(costs(), MOST, None, sure(0.5), pace)
+    chosen = []
+    for _ in range(3 * PROBE_EVERY):
+        k = chooser.choose()
+        chosen.append(k)
+        if k:
+            chooser.learn(None, k, 0)
+    assert "of plain decoding" in chooser.parked_reason
+    assert set(chosen) == {0, 1} and chosen.count(1) < 4 and chosen[0] == 0
+
+
+def test_rounds_of_many_and_rounds_without_costs_teach_no_pace():
+    chooser = KChooser(None, MOST, None, sure(0.5))
+    chooser.took(1, 0, 5.0)
+    crowded = KChooser(costs().beside(3), MOST, None, sure(0.5))
+    crowded.took(2, 1, 50.0)
+    assert chooser.pace._seen == crowded.pace._seen == {True: 0, False: 0}
