@@ -349,7 +349,9 @@ class Trainer:
             self._retry_s = RETRY_S
         again = outcome.verdict == self._wanting and outcome.verdict != ""
         self._wanting = outcome.verdict if outcome.verdict in ("no_data", "no_verdict") else ""
-        if not again or what == BY_HAND:  # waiting for the same is told of once, not every minute
+        if (
+            isinstance(what, Trial) or what == BY_HAND or not again
+        ):  # waiting for the same is told of once, not every minute
             self._record(outcome)
         _log.info("training.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)
 
