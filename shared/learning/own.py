@@ -15,7 +15,7 @@ import numpy as np
 
 from specl.shared.learning.examples import Example
 from specl.shared.learning.progress import Progress, Tell
-from specl.shared.learning.traffic import load_shard, recapture, save_shard
+from specl.shared.learning.traffic import kept_shard, recapture, save_shard
 from specl.shared.models.load import LanguageModel
 
 SHARD_TEXTS = 32
@@ -49,7 +49,9 @@ def capture(
         if path.name.endswith(".partial.npz"):  # its writer was killed
             path.unlink()
             continue
-        found = load_shard(path)
+        found = kept_shard(path)
+        if found is None:
+            continue
         if all(example.id in wanted and (example.states is not None) >= with_states for example in found):
             held |= {example.id: example for example in found}
         else:
