@@ -103,3 +103,14 @@ def test_own_text_that_was_torn_is_captured_again(stored, tmp_path, monkeypatch,
     empty(shards[0])
     assert same(read(), first) and "was damaged" in capfd.readouterr().err
     assert sorted(tmp_path.glob("own-*.npz")) == shards
+
+
+@pytest.mark.parametrize("prompt, rows, left", [(600, 20, 20), (9, 700, 511), (2000, 30, 30), (4, 1300, 511)])
+def test_of_a_long_text_of_ones_own_the_end_of_the_answer_is_captured(stored, tmp_path, prompt, rows, left):
+    tokens = np.random.default_rng(1).integers(4, 290, prompt + rows).astype(np.uint32)
+    texts = [OwnText("o", tokens, prompt, True), OwnText("bare", tokens[:6], 5, True)]
+    (found,) = capture(stored(), texts, tmp_path, 4, True, np.inf, lambda progress: None)
+    assert found.tokens.tolist() == tokens[-512:].tolist()
+    assert found.rows == len(found.ids) == len(found.logprobs) == len(found.weights) == left
+    states, ids, _ = traffic.recapture(stored(), tokens[-1024:], max(1, len(tokens[-1024:]) - left), 4)
+    assert np.array_equal(found.states, states[-511:]) and np.array_equal(found.ids, ids)
