@@ -104,6 +104,9 @@ class StepLoop:
             scratch.mkdir(parents=True, exist_ok=True)
             self._write(scratch)
             (scratch / "state.json").write_text(json.dumps({"step": self.step_number, **about}))
+            for path in scratch.iterdir():  # a power cut must not leave a whole name with torn weights
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # mlx says RuntimeError where a disk is full
             shutil.rmtree(scratch, ignore_errors=True)
             raise OSError(f"no checkpoint could be written to {folder}: {error}") from error

@@ -1,10 +1,15 @@
 """A step is one step however its texts are cut into pieces, and dropout is on while it lasts and never else."""
 
+import os
+
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from specl.shared.learning.checkpointing import checkpointed
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner, agreement, by_depth
 from specl.shared.learning.losses import LossSettings
@@ -89,3 +94,28 @@ def test_a_step_that_is_stopped_leaves_no_dropout_on():
     with pytest.raises(InterruptedError):
         loop.step([[text(1, 5)]], stop)
     assert not any(child.training for _, child in loop.learner.module.named_modules())
+
+
+def test_checkpointing_drops_the_same_inputs_when_it_computes_again():
+    """y = drop(x) W is linear in W, so its sum is the sum of W times its own gradient, if both saw one mask."""
+    layer = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4, bias=False)).train()
+    x, sums = mx.random.normal((5, 6), key=mx.random.key(1)), set()
+    outer = nn.Sequential(layer)
+    for _ in range(4):
+        with checkpointed([layer]):
+            value, slope = nn.value_and_grad(outer, lambda: outer(x).sum())()
+        weight = layer.layers[1].weight
+        again = (slope["layers"][0]["layers"][1]["weight"] * weight).sum()
+        assert value.item() == pytest.approx(again.item(), rel=1e-4)
+        sums.add(value.item())
+    assert len(sums) == 4  # another mask every time
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    loop, synced = lora_loop(tiny_model()), []
+    loop.optimizer = optim.AdamW(1e-3)
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_ino, folder.exists())))
+    folder = tmp_path / "checkpoint"
+    loop.save(folder, {})
+    assert {inode for inode, _ in synced} == {path.stat().st_ino for path in folder.iterdir()} and len(synced) == 3
+    assert not any(named for _, named in synced)
