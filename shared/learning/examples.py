@@ -56,7 +56,7 @@ class Example:
             ids=self.ids[first:],
             logprobs=self.logprobs[first:],
             weights=self.weights[first:],
-            states=self.states[drop:] if self.states is not None else None,
+            states=self.states[drop:].copy() if self.states is not None else None,  # a view would keep the whole text's
         )
 
 
