@@ -47,7 +47,8 @@ def evaluate(
     specl-ctl eval prompts.txt --adapter 000007 --against 000006
 
     acceptance: of 4 tokens drafted each round, n-gram drafts off. agreement: how often the draft's first choice is the
-    target's next token. speed: as served, draft length chosen by cost. Nothing is recorded.
+    target's next token; at depth 2 and 3, where the guesses before it were right. speed: as served, draft length chosen
+    by cost. Nothing is recorded.
     """
     prompts = read(file, column, limit)
     names = _resolve(adapter), _resolve(against)
@@ -135,11 +136,12 @@ def report(sides: "list[Side]", change: "Difference", plain: float, prompts: int
 
 def _rows(sides: "list[Side]", plain: float) -> list[tuple[str, list[str]]]:
     share = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
-    depths = range(max(len(side.by_depth) for side in sides))
+    depths = range(max(len(side.by_depth) for side in sides))  # as far as any draft got
+    at = lambda side, depth: share(side.by_depth[depth] if depth < len(side.by_depth) else None)  # noqa: E731
     return [
         ("acceptance (k=4)", [share(side.acceptance) for side in sides]),
         ("agreement", [share(side.agreement) for side in sides]),
-        *((f"  at depth {d + 1}", [share(side.by_depth[d]) for side in sides]) for d in depths),
+        *((f"  at depth {d + 1}", [at(side, d) for side in sides]) for d in depths),
         ("tokens a second", [f"{side.tokens_per_second:.1f}" for side in sides]),
         ("  against no draft", [f"{side.tokens_per_second / plain:.2f}x" if plain else "-" for side in sides]),
     ]

@@ -70,7 +70,7 @@ class HiddenSpool:
             return None
         try:
             return np.load(path, allow_pickle=False)
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):  # a power cut can leave it empty or torn
             return None
 
     def purge(self, ids: Iterable[str]) -> None:

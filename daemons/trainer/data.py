@@ -12,17 +12,22 @@ from pathlib import Path
 
 import numpy as np
 
+from specl.shared import log
 from specl.shared.config import Settings
 from specl.shared.engine.engine import Engine
 from specl.shared.hidden import HiddenSpool
 from specl.shared.learning.examples import Example, is_held_out
-from specl.shared.learning.traffic import load_shard, recapture, save_shard
+from specl.shared.learning.traffic import kept_shard, recapture, save_shard
 from specl.shared.store import Store, StoredGeneration
 
-LONGEST = 512  # tokens of an example; the rest of a long text is left out
+LONGEST = 512  # tokens of an example: the last of a long text
+READ = 1024  # tokens that are read again, at most, for the states of those
 HELDOUT_MOST = 100
 HELDOUT_DAYS = 30
 REPLAY_PART = 96  # texts captured at once: about 20 s on two cores
+Text = tuple[np.ndarray, int]  # tokens, and how many of them are the prompt
+Tell = Callable[[int, int], None]  # done, in all
+_log = log.get("replay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,67 +108,84 @@ class Gatherer:
 
     def example(self, row: StoredGeneration) -> Example:
         """One row, with the states that a head needs."""
-        example = to_example(row, self.settings.training.loss.error_weight).clipped(LONGEST)
-        return self.with_states(example) if self.engine.reads_states else example
+        example = to_example(row, self.settings.training.loss.error_weight)
+        return (self.with_states(example) if self.engine.reads_states else example).clipped(LONGEST)
 
     def with_states(self, example: Example) -> Example:
-        """The same with states, spooled or recomputed."""
+        """The same with states, spooled or recomputed. Where those have to be recomputed of a very long text, its end alone."""
         states = self.spool.read(example.id)
         needed = len(example.tokens) - 1
         if states is None or len(states) < needed or states.shape[1] != self.engine.target.hidden_size:
             self._pause()
+            example = example.clipped(READ)
+            needed = len(example.tokens) - 1
             states, _, _ = recapture(self.engine.target, example.tokens, example.prompt_length, 1, with_law=False)
-        return Example(
-            example.id,
-            example.tokens,
-            example.prompt_length,
-            example.ids,
-            example.logprobs,
-            example.weights,
-            states[:needed],
-            example.greedy,
-        )
+        return example.with_states(states[:needed])
 
-    def replay(self, folder: Path, tell: Callable[[int, int], None] = lambda done, total: None) -> list[Example]:
+    def replay(self, folder: Path, tell: Tell = lambda done, total: None) -> list[Example]:
         """General texts of the target that came with the draft. What no quiet moment has captured yet is captured now."""
-        while self.capture_replay(folder, tell):
-            pass
-        return [example for path, _ in self._replay_parts(folder) for example in load_shard(path)]
+        parts = self._replay_parts(folder)
+        total = sum(len(texts) for _, texts in parts)
+        found: list[Example] = []
+        for path, texts in parts:
+            found += kept_shard(path, _damaged) or self._capture(path, texts, len(found), total, tell)
+        return found
 
-    def capture_replay(self, folder: Path, tell: Callable[[int, int], None] = lambda done, total: None) -> bool:
+    def capture_replay(self, folder: Path, tell: Tell = lambda done, total: None) -> bool:
         """Capture the next part of them and keep it in `folder`; whether there is more to capture. `tell` hears texts: done, in all."""
         parts = self._replay_parts(folder)
         missing = [part for part in parts if not part[0].is_file()]
         total = sum(len(texts) for _, texts in parts)
         done = total - sum(len(texts) for _, texts in missing)
         for path, texts in missing[:1]:
-            examples = []
-            for tokens, prompt_length in texts:
-                self._pause()
-                tell(done + len(examples), total)
-                k = self.settings.training.loss.top_k_logits
-                states, ids, logprobs = recapture(self.engine.target, tokens, prompt_length, k)
-                name, weights = f"{path.stem}-{len(examples)}", np.ones(len(ids), np.float32)
-                kept = states if self.engine.reads_states else None
-                examples.append(Example(name, tokens, prompt_length, ids, logprobs, weights, kept))
-            save_shard(path, examples)
+            self._capture(path, texts, done, total, tell)
         return len(missing) > 1
 
-    def _replay_parts(self, folder: Path) -> list[tuple[Path, list[tuple[np.ndarray, int]]]]:
-        """Files and the texts that belong in them."""
+    def _capture(self, path: Path, texts: Sequence[Text], done: int, total: int, tell: Tell) -> list[Example]:
+        """One part, captured and kept; `done` texts of `total` have been before."""
+        examples: list[Example] = []
+        for tokens, prompt_length in texts:
+            self._pause()
+            tell(done + len(examples), total)
+            k = self.settings.training.loss.top_k_logits
+            states, ids, logprobs = recapture(self.engine.target, tokens, prompt_length, k)
+            name, weights = f"{path.stem}-{len(examples)}", np.ones(len(ids), np.float32)
+            kept = states if self.engine.reads_states else None
+            examples.append(Example(name, tokens, prompt_length, ids, logprobs, weights, kept))
+        save_shard(path, examples)
+        self._drop_others(path)
+        return examples
+
+    @property
+    def _replay_names(self) -> str:
+        return f"replay-{self.engine.draft_fingerprint}-"
+
+    def _drop_others(self, kept: Path) -> None:
+        """Remove what another k or target has left of this draft's parts: nothing will read it."""
+        stem = kept.stem.rpartition("-")[0]
+        for path in kept.parent.glob(f"{self._replay_names}*.npz"):
+            if path.stem.rpartition("-")[0] != stem:
+                path.unlink(missing_ok=True)
+
+    def _replay_parts(self, folder: Path) -> list[tuple[Path, list[Text]]]:
+        """Files and the texts that belong in them. A name says what a capture depends on: the draft's texts, the target, k."""
         draft = self.engine.draft
         source = draft.path / "replay.npz" if draft is not None and draft.path else None
         if source is None or not source.is_file():
             return []
         texts = _texts(source)
-        stem = f"replay-{self.engine.draft_fingerprint}"
+        stem = f"{self._replay_names}{self.engine.target.fingerprint}-k{self.settings.training.loss.top_k_logits}"
         return [
             (folder / f"{stem}-{start:04d}.npz", texts[start : start + REPLAY_PART])
             for start in range(0, min(len(texts), self.settings.training.replay_buffer_size), REPLAY_PART)
         ]
 
 
-def _texts(path: Path) -> list[tuple[np.ndarray, int]]:
+def _damaged(reason: str) -> None:
+    _log.warning("replay.damaged", reason=reason)
+
+
+def _texts(path: Path) -> list[Text]:
     with np.load(path, allow_pickle=False) as file:
         tokens, lengths, prompts = file["tokens"], file["lengths"], file["prompt_lengths"]
     ends = np.cumsum(lengths)

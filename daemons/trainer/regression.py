@@ -11,7 +11,7 @@ import numpy as np
 from specl.shared import log, prompts
 from specl.shared.engine.engine import Engine
 from specl.shared.learning.examples import Example
-from specl.shared.learning.traffic import Prompt, answer, load_shard, save_shard
+from specl.shared.learning.traffic import Prompt, answer, kept_shard, save_shard
 
 CHUNK = 8  # prompts answered side by side: what a kill can cost
 MAX_TOKENS = 48
@@ -32,12 +32,10 @@ class RegressionSlice:
         for start in range(0, len(self._prompts), CHUNK):
             wanted = self._prompts[start : start + CHUNK]
             path = self.folder / f"{wanted[0].id}-{len(wanted)}.npz"
-            if not path.is_file():
-                self._make(path, wanted)
-            found += load_shard(path)
+            found += kept_shard(path, _damaged) or self._make(path, wanted)
         return found
 
-    def _make(self, path: Path, wanted: list[prompts.ShippedPrompt]) -> None:
+    def _make(self, path: Path, wanted: list[prompts.ShippedPrompt]) -> list[Example]:
         self.folder.mkdir(parents=True, exist_ok=True)
         asked = [Prompt(item.id, self.engine.encode_chat(item.messages)[1]) for item in wanted]
         rng = np.random.default_rng(0)
@@ -46,3 +44,8 @@ class RegressionSlice:
         )
         save_shard(path, made)
         _log.debug("regression.made", chunk=path.name)
+        return made
+
+
+def _damaged(reason: str) -> None:
+    _log.warning("regression.damaged", reason=reason)

@@ -4,18 +4,34 @@ A module changes its class and gets it back: nothing is patched for other instan
 that trains many times (mlx-lm's `grad_checkpoint` patches the class for good).
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+
+_seeds = itertools.count()
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether it computes with dropout now."""
+    return any(isinstance(m, nn.Dropout) and m.training for m in module.modules())
 
 
 @cache
 def _checkpointed(kind: type) -> type:
     def call(self: nn.Module, *inputs: Any, **named: Any) -> Any:
-        return nn.utils.checkpoint(self, lambda *a, **k: kind.__call__(self, *a, **k))(*inputs, **named)
+        seed = next(_seeds) if _drops(self) else None
+
+        def run(*a: Any, **k: Any) -> Any:
+            if seed is not None:  # the backward pass calls this again, and must drop the same: mlx would draw anew
+                mx.random.seed(seed)
+            return kind.__call__(self, *a, **k)
+
+        return nn.utils.checkpoint(self, run)(*inputs, **named)
 
     return type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": call})
 

@@ -1,7 +1,7 @@
 """Acceptance by depth as drafting meets it: how often the n-th drafted token stands, given that those before it stood.
 
 Read off teacher-forced scores, without running target or draft token by token: where all shallower guesses were the text's own
-tokens, the draft saw just what teacher forcing shows it. Greedy texts only; a sampled token is not the target's only answer.
+tokens, the draft saw just what teacher forcing shows it. Arrays in, rates out; knows no model.
 """
 
 from collections.abc import Sequence
@@ -9,53 +9,54 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specl.shared.learning.examples import Batch, Example, collate
-from specl.shared.learning.learner import Learner, score_rows
-
 
 @dataclass(frozen=True, slots=True)
 class ByDepth:
     """`acceptance`: of the tokens that were drafted because all before them stood. `agreement`: at every place, whatever the
-    draft itself would have said before it. One rate a depth; 0 where nothing got that far.
+    draft itself would have said before it. One rate a depth, no further than anything got.
     """
 
     acceptance: tuple[float, ...]
     agreement: tuple[float, ...]
 
 
-def by_depth(learner: Learner, examples: Sequence[Example], depths: int = 3, batch_size: int = 8) -> ByDepth:
-    """Both over the greedy `examples`."""
-    stood, tried, hit, judged = (np.zeros(depths) for _ in range(4))
-    texts = sorted((example for example in examples if example.greedy), key=lambda example: len(example.tokens))
-    for start in range(0, len(texts), batch_size):
-        hits = _hits(learner, collate(texts[start : start + batch_size]), depths)
-        alive = hits[0] >= 0
-        for depth in range(depths):
-            hit[depth] += (hits[depth] == 1).sum()
-            judged[depth] += (hits[depth] >= 0).sum()
+@dataclass(frozen=True, slots=True)
+class Places:
+    """One depth of a batch, [rows, places] each: `score` is how likely the draft's guess for this place would stand, `stands`
+    how likely it would and be the text's own token. Greedy text: both 1 or 0. NaN where nothing is judged.
+
+    Sampled text: the sum of min(p, q), and min(1, q/p) of the token that was drawn. Over draws from p the mean of the second
+    is the first, so it is what a place weighs among those where the next token would have been drafted.
+    """
+
+    score: np.ndarray
+    stands: np.ndarray
+
+
+class DepthCounts:
+    """Drafts from every place of every text, one batch after another."""
+
+    def __init__(self, depths: int) -> None:
+        self._stood, self._tried, self._hit, self._judged = (np.zeros(depths) for _ in range(4))
+
+    def add(self, depths: Sequence[Places]) -> None:
+        """Count a batch; one `Places` a depth."""
+        alive = np.where(np.isnan(depths[0].score), 0.0, 1.0)  # drafts that begin at each place
+        for depth, places in enumerate(depths):
+            judged = ~np.isnan(places.score)
+            self._judged[depth] += judged.sum()
+            self._hit[depth] += places.score[judged].sum()
             # a draft that begins at place p guesses place p + depth at this depth
-            row = np.full_like(hits[0], -1)
-            row[:, : row.shape[1] - depth] = hits[depth][:, depth:]
-            alive &= row >= 0
-            tried[depth] += alive.sum()
-            alive &= row == 1
-            stood[depth] += alive.sum()
-    return ByDepth(_rates(stood, tried), _rates(hit, judged))
+            alive = alive[:, : alive.shape[1] - 1] if depth else alive
+            alive = np.where(judged[:, depth:], alive, 0.0)
+            self._tried[depth] += alive.sum()
+            self._stood[depth] += (alive * np.nan_to_num(places.score[:, depth:])).sum()
+            alive = alive * np.nan_to_num(places.stands[:, depth:])
+
+    def rates(self) -> ByDepth:
+        """What was counted. A depth that no draft got to has no rate."""
+        return ByDepth(_rates(self._stood, self._tried), _rates(self._hit, self._judged))
 
 
 def _rates(parts: np.ndarray, wholes: np.ndarray) -> tuple[float, ...]:
-    return tuple(float(part / max(whole, 1)) for part, whole in zip(parts, wholes, strict=True))
-
-
-def _hits(learner: Learner, batch: Batch, depths: int) -> list[np.ndarray]:
-    """For each depth [rows, places]: 1 or 0 where the draft's own top token is the text's or not, -1 where nothing is judged."""
-    outputs = learner.outputs(batch, depths)
-    result = []
-    for rows, pick in outputs:
-        hits = np.full(batch.tokens.shape, -1)
-        where = batch.where[pick]
-        sampled = np.zeros(len(batch.tokens), bool)
-        hits[where[:, 0], where[:, 1]] = score_rows(learner, rows, batch, pick, sampled)
-        result.append(hits)
-    # a language model reads tokens alone: at every depth it sees what it sees at the first
-    return result + result[-1:] * (depths - len(result))
+    return tuple(float(part / whole) for part, whole in zip(parts, wholes, strict=True) if whole > 0)

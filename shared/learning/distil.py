@@ -19,15 +19,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from specl.shared.errors import ModelError
-from specl.shared.learning.depths import ByDepth, by_depth
+from specl.shared.learning.depths import ByDepth
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.invent import invent
-from specl.shared.learning.learner import Learner
+from specl.shared.learning.learner import Learner, by_depth
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.own import OwnText, capture, forget
 from specl.shared.learning.progress import Progress, Tell
 from specl.shared.learning.steps import Batches, StepLoop, StepSettings, about_checkpoint
-from specl.shared.learning.traffic import Prompt, answer, load_shard, recapture, save_shard
+from specl.shared.learning.traffic import Prompt, answer, kept_shard, load_shard, recapture, save_shard
 from specl.shared.models.head import HeadDraft, load_head, new_head, save_head
 from specl.shared.models.layers import new_layers, save_layers
 from specl.shared.models.load import LanguageModel, load
@@ -142,9 +142,13 @@ def generate(
     made = 0
     for number, group in enumerate(groups):
         path = folder / f"{name}-{number:05d}.npz"
-        if done >= settings.tokens or (not path.exists() and time.monotonic() > deadline and shards):
+        if done >= settings.tokens:
             break
-        if not path.exists():
+        if (kept := kept_shard(path)) is not None:
+            done += sum(example.rows for example in kept)
+        elif time.monotonic() > deadline and shards:
+            break
+        else:
             rng = np.random.default_rng([settings.seed, number])
 
             def tick(count: int) -> None:
@@ -156,8 +160,6 @@ def generate(
             with_states = settings.kind == "head"
             made_now = answer(target, group(), settings.answer_tokens, settings.top_k, with_states, rng, tick)
             save_shard(path, made_now)
-        else:
-            done += sum(example.rows for example in load_shard(path))
         shards.append(path)
     return shards
 

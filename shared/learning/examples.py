@@ -39,20 +39,24 @@ class Example:
         return replace(self, states=states)
 
     def clipped(self, limit: int) -> "Example":
-        """The first `limit` tokens of it."""
-        if len(self.tokens) <= limit:
+        """The last `limit` tokens of it: less of the prompt, and of the answer only what is longer than `limit` by itself.
+
+        One token of the prompt stays at least, for the first of the answer to follow.
+        """
+        drop = len(self.tokens) - limit
+        if drop <= 0:
             return self
-        n = max(0, limit - self.prompt_length)
-        states = self.states[: limit - 1] if self.states is not None else None
-        return Example(
-            self.id,
-            self.tokens[:limit],
-            self.prompt_length,
-            self.ids[:n],
-            self.logprobs[:n],
-            self.weights[:n],
-            states,
-            self.greedy,
+        prompt_length = min(self.prompt_length, max(1, self.prompt_length - drop))
+        rows = limit - prompt_length
+        first = self.rows - rows
+        return replace(
+            self,
+            tokens=self.tokens[drop:],
+            prompt_length=prompt_length,
+            ids=self.ids[first:],
+            logprobs=self.logprobs[first:],
+            weights=self.weights[first:],
+            states=self.states[drop:].copy() if self.states is not None else None,  # a view would keep the whole text's
         )
 
 
@@ -74,7 +78,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad on the right."""
+    """Pad on the right. Laws of fewer tokens than the longest are filled up with token 0 at log-probability -inf."""
     longest = max(len(example.tokens) for example in examples)
     width = -(-longest // PAD_TO) * PAD_TO
     tokens = np.zeros((len(examples), width), np.int64)
@@ -93,11 +97,17 @@ def collate(examples: Sequence[Example]) -> Batch:
         tokens,
         states,
         np.concatenate(where),
-        np.concatenate([example.ids for example in examples]).astype(np.int64),
-        np.concatenate([example.logprobs for example in examples]).astype(np.float32),
+        _filled([example.ids for example in examples], 0).astype(np.int64),
+        _filled([example.logprobs for example in examples], -np.inf).astype(np.float32),
         np.concatenate([example.weights for example in examples]).astype(np.float32),
         np.concatenate(owner),
     )
+
+
+def _filled(rows: Sequence[np.ndarray], value: float) -> np.ndarray:
+    """Arrays [n, k] below each other, as wide as the widest: rows keep the k of the setting that they were stored under."""
+    k = max(part.shape[1] for part in rows)
+    return np.concatenate([np.pad(part, ((0, 0), (0, k - part.shape[1])), constant_values=value) for part in rows])
 
 
 def is_held_out(conversation_id: str, share: float) -> bool:

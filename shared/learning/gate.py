@@ -25,7 +25,7 @@ class Agreement:
     """How often a draft says what the target says. Arrays have one entry a generation, for resampling.
 
     hits / positions: at depth 1, own top token = the text's (greedy), or sum of min(p, q) over the stored top-k (sampled: a
-    lower bound). by_depth: the same at each depth, given that all shallower tokens stood.
+    lower bound). by_depth: the same at each depth, given that all shallower tokens stood; no further than any draft got.
     """
 
     hits: np.ndarray

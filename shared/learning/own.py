@@ -15,11 +15,12 @@ import numpy as np
 
 from specl.shared.learning.examples import Example
 from specl.shared.learning.progress import Progress, Tell
-from specl.shared.learning.traffic import load_shard, recapture, save_shard
+from specl.shared.learning.traffic import kept_shard, recapture, save_shard
 from specl.shared.models.load import LanguageModel
 
 SHARD_TEXTS = 32
-LONGEST = 512  # tokens of a text; the rest of a long one is left out
+LONGEST = 512  # tokens of a text: the last of a long one
+READ = 1024  # of it that the target reads, for what it expects of those
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,16 @@ def capture(
     tell: Tell,
 ) -> list[Example]:
     """The texts with the target's law. What a stopped build captured is used again, but for texts that are gone by now."""
-    texts = [text for text in texts if text.prompt_length + 1 < min(len(text.tokens), LONGEST)]
+    texts = [text for text in texts if text.prompt_length + 1 < len(text.tokens)]
     wanted = {text.id for text in texts}
     held: dict[str, Example] = {}
     for path in sorted(work.glob("own-*.npz")):
         if path.name.endswith(".partial.npz"):  # its writer was killed
             path.unlink()
             continue
-        found = load_shard(path)
+        found = kept_shard(path)
+        if found is None:
+            continue
         if all(example.id in wanted and (example.states is not None) >= with_states for example in found):
             held |= {example.id: example for example in found}
         else:
@@ -79,9 +82,10 @@ def forget(work: Path) -> None:
 
 
 def _captured(target: LanguageModel, text: OwnText, k: int, with_states: bool) -> Example:
-    tokens = text.tokens[:LONGEST]
-    states, ids, logprobs = recapture(target, tokens, text.prompt_length, k)
+    tokens = text.tokens[-READ:]
+    prompt_length = text.prompt_length - (len(text.tokens) - len(tokens))
+    prompt_length = max(prompt_length, len(tokens) - LONGEST + 1, 1)  # no law of what is cut off next
+    states, ids, logprobs = recapture(target, tokens, prompt_length, k)
     weights = np.ones(len(ids), np.float32)
-    return Example(
-        text.id, tokens, text.prompt_length, ids, logprobs, weights, states if with_states else None, text.greedy
-    )
+    kept = states if with_states else None
+    return Example(text.id, tokens, prompt_length, ids, logprobs, weights, kept, text.greedy).clipped(LONGEST)

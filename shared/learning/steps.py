@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +25,7 @@ from specl.shared.crash import crash_point
 from specl.shared.learning.checkpointing import checkpointed
 from specl.shared.learning.examples import Example, collate
 from specl.shared.learning.learner import Learner
-from specl.shared.learning.losses import LossSettings
+from specl.shared.learning.losses import EPSILON, LossSettings
 
 WARM_UP = 0.05  # share of the steps
 CLIP = 1.0  # gradient norm
@@ -54,7 +55,7 @@ class StepLoop:
         self.time_share = 0.0  # of the run's time, where that is limited: the schedule ends with whichever ends first
         self.optimizer = optim.AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
         self._gradients = nn.value_and_grad(
-            learner.module, lambda batch: learner.loss(batch, self.loss_settings, settings.depths)
+            learner.module, lambda batch: learner.weighed_loss(batch, self.loss_settings, settings.depths)
         )
 
     def _rate(self) -> float:
@@ -66,22 +67,27 @@ class StepLoop:
         return self.settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * phase)))
 
     def step(self, groups: Sequence[Sequence[Example]], yield_now: Callable[[], None] = lambda: None) -> float:
-        """One optimizer step over the mean gradient of `groups` (accumulation); their mean loss.
+        """One optimizer step over all `groups` as if they were one (accumulation): every piece weighs what its tokens weigh.
+        Their mean loss.
 
         `yield_now` is called between pieces; it may wait, or raise to stop (nothing has changed then).
         """
-        total, loss_sum = None, 0.0
-        for group in groups:
-            yield_now()
-            with checkpointed(self.learner.layers if self.settings.checkpointing else ()):
-                loss, gradients = self._gradients(collate(group))
-            total = gradients if total is None else tree_map(mx.add, total, gradients)
-            mx.eval(loss, total)
-            loss_sum += loss.item()
-        if len(groups) > 1:
-            total = tree_map(lambda g: g / len(groups), total)
+        total, mean, scale = None, 0.0, 0.0
+        self.learner.module.train()
+        try:
+            for group in groups:
+                yield_now()
+                with checkpointed(self.learner.layers if self.settings.checkpointing else ()):
+                    (loss, weight), gradients = self._gradients(collate(group))
+                mx.eval(loss, weight, gradients)
+                scale += weight.item()
+                share = weight.item() / max(scale, EPSILON)
+                mean += share * (loss.item() - mean)
+                total = gradients if total is None else _towards(total, gradients, share)
+                mx.eval(total)
+        finally:
+            self.learner.module.eval()
         total, norm = optim.clip_grad_norm(total, CLIP)
-        mean = loss_sum / len(groups)
         if not math.isfinite(mean) or not math.isfinite(norm.item()):
             raise FloatingPointError(f"the loss or its gradient is not finite at step {self.step_number}")
         self.optimizer.learning_rate = self._rate()
@@ -98,6 +104,9 @@ class StepLoop:
             scratch.mkdir(parents=True, exist_ok=True)
             self._write(scratch)
             (scratch / "state.json").write_text(json.dumps({"step": self.step_number, **about}))
+            for path in scratch.iterdir():  # a power cut must not leave a whole name with torn weights
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # mlx says RuntimeError where a disk is full
             shutil.rmtree(scratch, ignore_errors=True)
             raise OSError(f"no checkpoint could be written to {folder}: {error}") from error
@@ -122,6 +131,11 @@ class StepLoop:
         self.optimizer.state = tree_unflatten(list(state.items()))
         mx.eval(self.learner.module.parameters(), self.optimizer.state)
         self.step_number = int(json.loads((folder / "state.json").read_text())["step"])
+
+
+def _towards(mean: dict[str, Any], new: dict[str, Any], share: float) -> dict[str, Any]:
+    """A running mean, `share` of it being `new`; the sums themselves could be too large for half precision."""
+    return tree_map(lambda old, value: old + share * (value - old), mean, new)
 
 
 def about_checkpoint(folder: Path) -> dict[str, object] | None:

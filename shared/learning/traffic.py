@@ -3,9 +3,12 @@
 One pass: tokens, top-k and states are taken while generating. Rows of a batch are left-padded; finished ones leave it.
 """
 
+import errno
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import mlx.core as mx
 import numpy as np
@@ -14,10 +17,12 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from specl.shared.engine.law import largest, log_sum_exp, top_indices
 from specl.shared.errors import ModelError
 from specl.shared.learning.examples import Example
-from specl.shared.models.load import FEW_ROWS, LanguageModel
+from specl.shared.models.load import FEW_ROWS, LanguageModel, Say, to_stderr
 
 SHRINK_AT = 0.75  # filter the batch once this share of its rows still runs
 LANES = 8
+# what numpy and zipfile say of an empty, torn or foreign file
+DAMAGED = (EOFError, BadZipFile, ValueError, KeyError, RuntimeError, TypeError)
 CAPTURE_ROWS = 128  # logits rows at once: 512 x 151,936 fp32 would be 311 MB
 
 
@@ -164,7 +169,7 @@ def _answer_lanes(
 
 
 def save_shard(path: Path, examples: Sequence[Example]) -> None:
-    """Keep examples in one file, whole, by rename."""
+    """Keep examples in one file, whole, by rename; on the disk before it has its name, so that a power cut leaves no torn one."""
     arrays: dict[str, np.ndarray] = {
         "ids": np.array([example.id for example in examples]),
         "lengths": np.array([len(example.tokens) for example in examples]),
@@ -177,12 +182,31 @@ def save_shard(path: Path, examples: Sequence[Example]) -> None:
     if all(example.states is not None for example in examples):
         arrays["states"] = np.concatenate([example.states for example in examples])
     scratch = path.with_suffix(".partial.npz")
-    np.savez(scratch, **arrays)
+    with open(scratch, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
     scratch.rename(path)
 
 
+def kept_shard(path: Path, say: Say = to_stderr) -> list[Example] | None:
+    """What `save_shard` kept, or None where there is nothing. A file that is damaged is removed, which `say` hears of: what
+    it held can be made again. Raises OSError where the disk does not let it be read.
+    """
+    try:
+        return load_shard(path)
+    except FileNotFoundError:
+        return None
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EIO):  # a bad offset, a bad sector
+            raise
+        path.unlink(missing_ok=True)
+        say(f"{path} was damaged ({type(error).__name__}: {error}) and is made again")
+        return None
+
+
 def load_shard(path: Path) -> list[Example]:
-    """What `save_shard` kept."""
+    """What `save_shard` kept. Raises one of DAMAGED or OSError for anything else."""
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     examples, t, r, s = [], 0, 0, 0

@@ -65,11 +65,13 @@ def choose_layers(module: nn.Module, wanted: list[str] | str) -> tuple[str, ...]
 
 
 def attach(module: nn.Module, shape: LoraShape, weights: Weights | None = None) -> None:
-    """Wrap the layers of `shape` for training or unfused use; B starts at zero unless `weights` gives A and B."""
+    """Wrap the layers of `shape` for training or unfused use; B starts at zero unless `weights` gives A and B. There is no
+    dropout before `train()`.
+    """
     detach(module)
     layers = linear_layers(module)
     wrapped = [
-        (name, LoRALinear.from_base(layers[name], r=shape.rank, dropout=shape.dropout, scale=shape.scale))
+        (name, LoRALinear.from_base(layers[name], r=shape.rank, dropout=shape.dropout, scale=shape.scale).eval())
         for name in shape.keys
     ]
     module.update_modules(tree_unflatten(wrapped))
@@ -202,7 +204,8 @@ def fusing(
 
 
 def _beside(base: nn.Module, key: str, shape: LoraShape, weights: Weights) -> LoRALinear:
-    layer = LoRALinear.from_base(base, r=shape.rank, dropout=shape.dropout, scale=shape.scale)
+    """For use, not for training: without dropout, in whatever mode the module is."""
+    layer = LoRALinear.from_base(base, r=shape.rank, scale=shape.scale).eval()
     layer.lora_a, layer.lora_b = weights[f"{key}.lora_a"], weights[f"{key}.lora_b"]
     return layer
 

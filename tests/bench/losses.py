@@ -15,10 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from specl.shared import config
-from specl.shared.learning.depths import by_depth
 from specl.shared.learning.distil import read_examples
 from specl.shared.learning.examples import hot_vocabulary
-from specl.shared.learning.learner import Learner, agreement
+from specl.shared.learning.learner import Learner, agreement, by_depth
 from specl.shared.learning.losses import KINDS, LossSettings
 from specl.shared.learning.steps import Batches, StepLoop, StepSettings
 from specl.shared.models.head import new_head

@@ -91,3 +91,12 @@ def test_a_link_in_the_spool_is_removed_and_not_followed(folder, tmp_path):
     (folder / "a.npy").symlink_to(victim)
     HiddenSpool(folder, 1 << 20).purge(["a"])
     assert victim.exists() and not (folder / "a.npy").is_symlink()
+
+
+def test_what_a_power_cut_left_of_a_file_is_no_states(folder):
+    spool = HiddenSpool(folder, 1 << 20)
+    spool.write("a1", STATES)
+    whole = (folder / "a1.npy").read_bytes()
+    for size in range(len(whole)):
+        (folder / "a1.npy").write_bytes(whole[:size])
+        assert spool.read("a1") is None

@@ -1,4 +1,6 @@
-"""General texts that came with a draft are replayed with what that kind of draft reads: a head with states, others without."""
+"""What a run works with: general texts that came with a draft, and stored answers, with what that kind of draft reads (a head:
+states, others: none). A torn file is made again, a long text keeps its end.
+"""
 
 from types import SimpleNamespace
 
@@ -8,6 +10,8 @@ import pytest
 from specl.daemons.trainer import data
 from specl.daemons.trainer.data import Gatherer
 from specl.shared import config
+from specl.shared.hidden import HiddenSpool
+from specl.shared.learning.traffic import recapture
 from tests.stored import write_target
 
 
@@ -46,3 +50,74 @@ def test_a_run_captures_what_no_quiet_moment_has_and_a_stopped_one_goes_on(tmp_p
         gatherer.replay(tmp_path)
     assert len(gatherer.replay(tmp_path)) == 2 and captured == [1, 1]  # the first part was made once
     assert gatherer.capture_replay(tmp_path) is False
+
+
+def test_a_torn_part_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "REPLAY_PART", 1)
+    gatherer = gatherer_of(tmp_path, reads_states=True)
+    first = gatherer.replay(tmp_path)
+    torn, other = sorted(tmp_path.glob("replay-d-*.npz"))
+    torn.write_bytes(b"")
+    made_at = other.stat().st_mtime_ns
+    said = []
+    monkeypatch.setattr(data, "_damaged", said.append)
+    again = gatherer.replay(tmp_path)
+    assert [e.id for e in again] == [e.id for e in first] and (again[0].states == first[0].states).all()
+    assert len(said) == 1 and torn.name in said[0] and other.stat().st_mtime_ns == made_at
+
+
+def test_a_new_k_captures_anew_and_what_the_old_one_left_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "REPLAY_PART", 1)
+    gatherer = gatherer_of(tmp_path, reads_states=True)
+    for name in ("replay-d-0000.npz", "replay-another-0000.npz"):  # of an older version, and of another draft
+        (tmp_path / name).write_bytes(b"")
+    assert {e.ids.shape[1] for e in gatherer.replay(tmp_path)} == {32}
+    gatherer.settings = config.Settings(training={"loss": {"top_k_logits": 16}})
+    assert {e.ids.shape[1] for e in gatherer.replay(tmp_path)} == {16}
+    left = sorted(path.name for path in tmp_path.glob("replay-*.npz"))
+    target = gatherer.engine.target.fingerprint
+    assert left == ["replay-another-0000.npz", f"replay-d-{target}-k16-0000.npz", f"replay-d-{target}-k16-0001.npz"]
+
+
+# ---------------------------------------------------------------------------------------------------- long texts
+def stored_row(tokens, prompt_length):
+    """An answered request as the store gives it, wrong at its first and third token."""
+    output = tokens[prompt_length:]
+    values = {
+        "id": "g1", "prompt_tokens": tokens[:prompt_length].astype("<u4").tobytes(), "top_k": 2, "temperature": 0,
+        "output_tokens": output.astype("<u4").tobytes(), "top_logprobs": np.zeros((len(output), 2), "<f2").tobytes(),
+        "top_ids": np.column_stack([output, output]).astype("<u4").tobytes(),
+    }  # fmt: skip
+    return SimpleNamespace(values=values, disagreements=[{"position": 0}, {"position": 2}])
+
+
+@pytest.mark.parametrize("spooled", [True, False])
+def test_a_long_prompt_is_cut_and_the_answer_kept_with_the_states_of_its_own_places(tmp_path, spooled):
+    (tmp_path / "hidden").mkdir()
+    spool = HiddenSpool(tmp_path / "hidden", 1 << 24)
+    gatherer = gatherer_of(tmp_path, reads_states=True)
+    gatherer.spool = spool
+    tokens = np.random.default_rng(0).integers(4, 290, 640).astype(np.uint32)
+    states, _, _ = recapture(gatherer.engine.target, tokens, 600, 1, with_law=False)
+    if spooled:
+        spool.write("g1", states)
+    found = gatherer.example(stored_row(tokens, 600))
+    assert found.tokens.tolist() == tokens[-512:].tolist() and found.rows == 40
+    assert (found.ids[:, 0] == tokens[600:]).all() and found.weights[:4].tolist() == [2.0, 1.0, 2.0, 1.0]
+    # what the target had with all of the prompt, not what it would make of the end alone
+    assert (found.states == states[-511:]).all()
+
+
+def test_of_a_very_long_text_no_more_is_read_again_than_it_must(tmp_path, monkeypatch):
+    gatherer = gatherer_of(tmp_path, reads_states=True)
+    (tmp_path / "hidden").mkdir()
+    gatherer.spool = HiddenSpool(tmp_path / "hidden", 1 << 24)
+    read = []
+
+    def recaptured(target, tokens, *more, **named):
+        read.append(len(tokens))
+        return np.zeros((len(tokens) - 1, 64), np.float16), None, None
+
+    monkeypatch.setattr(data, "recapture", recaptured)
+    found = gatherer.example(stored_row(np.arange(3000), 2950))
+    assert read == [data.READ] and len(found.tokens) == 512 and len(found.states) == 511 and found.rows == 50

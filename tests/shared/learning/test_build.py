@@ -8,7 +8,7 @@ import pytest
 
 from specl.shared.errors import ModelError
 from specl.shared.learning import distil
-from specl.shared.learning.depths import ByDepth, by_depth
+from specl.shared.learning.depths import ByDepth
 from specl.shared.learning.distil import BuildSettings, Texts, embedding_digest, read_examples
 from specl.shared.learning.own import OwnText
 from specl.shared.learning.steps import Batches
@@ -261,7 +261,7 @@ def test_what_is_purged_between_two_runs_is_not_learned_from(stored, tmp_path):
 def test_acceptance_by_depth_is_what_drafting_at_every_place_counts(stored, tmp_path, settings):
     from specl.shared.engine.drafters import Draw, HeadDrafter, ModelDrafter
     from specl.shared.engine.law import Law
-    from specl.shared.learning.learner import Learner
+    from specl.shared.learning.learner import Learner, by_depth
 
     target = stored()
     built = run(target, tmp_path, replace(settings, epochs=20))

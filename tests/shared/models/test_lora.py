@@ -1,6 +1,7 @@
 """LoRA on layers: what attaches, fuses and detaches leaves the base as it was, bit for bit, dense or quantised."""
 
 import hashlib
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -257,3 +258,28 @@ def test_part_of_the_way_from_an_adapter_begins_at_that_adapter():
     for share, expected in ((0.0, start), (1.0, learned)):
         found = part_of_the_way(learned, share, start)
         assert all(mx.allclose(found[name], expected[name], atol=1e-6).item() for name in expected)
+
+
+# ---------------------------------------------------------------------------------------------------- dropout
+@pytest.mark.parametrize("base", ["fp32", "4-bit"])
+def test_what_is_made_for_use_drops_nothing_out(base):
+    """The fidelity probe would take dropout for what fusing loses, and a served layer would give two answers."""
+    module = block(base)
+    shape, weights = some_lora(module)
+    forms = []
+    for dropout in (0.0, 0.5):
+        module.train()
+        forms.append(fuse(module, replace(shape, dropout=dropout), weights))
+        module.train()  # whatever mode somebody leaves it in
+        assert mx.array_equal(module(inputs(module)), module(inputs(module))).item()
+        detach(module)
+    assert forms == (["fused"] * 2 if base == "fp32" else ["unfused"] * 2)
+
+
+def test_attached_layers_drop_nothing_out_before_they_are_trained():
+    module = block("fp32")
+    shape, weights = some_lora(module)
+    attach(module, replace(shape, dropout=0.5), weights)
+    assert mx.array_equal(module(inputs(module)), module(inputs(module))).item()
+    module.train()
+    assert not mx.array_equal(module(inputs(module)), module(inputs(module))).item()

@@ -1,0 +1,116 @@
+"""A shard is whole or it is made again: whatever a power cut has left of one, nobody stumbles over it twice."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from specl.shared.learning import distil, own, traffic
+from specl.shared.learning.distil import BuildSettings
+from specl.shared.learning.examples import Example
+from specl.shared.learning.own import OwnText, capture
+from specl.shared.learning.traffic import Prompt, kept_shard, save_shard
+
+
+def text(n, rows=3):
+    rng = np.random.default_rng(n)
+    tokens = rng.integers(4, 97, 4 + rows).astype(np.uint32)
+    return Example(
+        f"e{n}", tokens, 4, rng.integers(0, 97, (rows, 2)).astype(np.uint32), rng.normal(size=(rows, 2)).astype("f2"),
+        np.ones(rows, np.float32), rng.normal(size=(3 + rows, 8)).astype("f2"), n % 2 == 0,
+    )  # fmt: skip
+
+
+def same(found, wanted):
+    fields = ("tokens", "ids", "logprobs", "weights", "states")
+    return [e.id for e in found] == [e.id for e in wanted] and all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for a, b in zip(found, wanted, strict=True)
+        for name in fields
+    )
+
+
+def test_what_was_kept_is_read_and_what_is_damaged_is_removed_and_told_once(tmp_path, capfd):
+    path, texts = tmp_path / "a.npz", [text(0), text(1, 5)]
+    save_shard(path, texts)
+    assert same(kept_shard(path), texts) and os.listdir(tmp_path) == ["a.npz"]
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 97):
+        torn = (whole[:place], whole[:place] + bytes(len(whole) - place), whole[: place // 2] + whole[place // 2 + 1 :])
+        for data in torn:
+            path.write_bytes(data)
+            said = []
+            assert kept_shard(path, said.append) is None and not path.exists()
+            assert len(said) == 1 and "a.npz was damaged" in said[0] and "made again" in said[0]
+    np.save(tmp_path / "a", np.zeros(3))
+    os.rename(tmp_path / "a.npy", path)
+    assert kept_shard(path) is None and "a.npz was damaged" in capfd.readouterr().err
+    assert kept_shard(path) is None and capfd.readouterr().err == ""  # there is none: nothing to tell
+
+
+def test_a_shard_that_may_not_be_read_is_not_thrown_away(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    save_shard(path, [text(0)])
+    for number in (errno.EMFILE, errno.EACCES):
+
+        def refuse(*_, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(traffic, "load_shard", refuse)
+        with pytest.raises(OSError):
+            kept_shard(path)
+    assert path.exists()
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, order = tmp_path / "a.npz", []
+    sync = os.fsync
+
+    def seen(handle):
+        order.append((os.fstat(handle).st_size, path.exists()))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    save_shard(path, [text(0)])
+    assert order == [(path.stat().st_size, False)]
+
+
+# ---------------------------------------------------------------------------------------------------- who reads them
+def empty(path):
+    path.write_bytes(b"")
+
+
+def test_a_build_makes_its_torn_shards_again(stored, tmp_path, capfd):
+    target, settings = stored(), BuildSettings(kind="layers", tokens=30, answer_tokens=5, top_k=4)
+    prompts = [Prompt(f"p{n}", [5, 9, 40 + n]) for n in range(3)]
+    groups = [lambda: prompts[:2], lambda: prompts[2:]]
+    make = lambda: distil.generate(target, groups, tmp_path, "training", settings, np.inf, lambda progress: None)  # noqa: E731
+    first = [traffic.load_shard(path) for path in make()]
+    shards = sorted(tmp_path.glob("training-*.npz"))
+    empty(shards[0])
+    made_at = shards[1].stat().st_mtime_ns
+    assert all(same(traffic.load_shard(path), texts) for path, texts in zip(make(), first, strict=True))
+    assert "training-00000.npz was damaged" in capfd.readouterr().err and shards[1].stat().st_mtime_ns == made_at
+
+
+def test_own_text_that_was_torn_is_captured_again(stored, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(own, "SHARD_TEXTS", 2)
+    texts = [OwnText(f"o{n}", np.arange(5, 20 + n).astype(np.uint32), 6, True) for n in range(4)]
+    read = lambda: capture(stored(), texts, tmp_path, 4, True, np.inf, lambda progress: None)  # noqa: E731
+    first = read()
+    shards = sorted(tmp_path.glob("own-*.npz"))
+    empty(shards[0])
+    assert same(read(), first) and "was damaged" in capfd.readouterr().err
+    assert sorted(tmp_path.glob("own-*.npz")) == shards
+
+
+@pytest.mark.parametrize("prompt, rows, left", [(600, 20, 20), (9, 700, 511), (2000, 30, 30), (4, 1300, 511)])
+def test_of_a_long_text_of_ones_own_the_end_of_the_answer_is_captured(stored, tmp_path, prompt, rows, left):
+    tokens = np.random.default_rng(1).integers(4, 290, prompt + rows).astype(np.uint32)
+    texts = [OwnText("o", tokens, prompt, True), OwnText("bare", tokens[:6], 5, True)]
+    (found,) = capture(stored(), texts, tmp_path, 4, True, np.inf, lambda progress: None)
+    assert found.tokens.tolist() == tokens[-512:].tolist()
+    assert found.rows == len(found.ids) == len(found.logprobs) == len(found.weights) == left
+    states, ids, _ = traffic.recapture(stored(), tokens[-1024:], max(1, len(tokens[-1024:]) - left), 4)
+    assert np.array_equal(found.states, states[-511:]) and np.array_equal(found.ids, ids)
