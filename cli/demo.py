@@ -65,6 +65,8 @@ def _demo_settings() -> config.Settings:
             "enabled": False,
             "max_minutes": TRAIN_MINUTES,
             "idle_seconds": 0.2,
+            "on_battery": True,
+            "when_hot": True,
             "min_heldout_generations": 4,
             # two minutes of one kind at a high rate do harm general text (0.52 -> 0.39 here), which the gate would refuse
             "regression_prompts": 0,
