@@ -39,6 +39,11 @@ class Consent:
         """Why training waits; empty where it need not, or must not because somebody insists."""
         return "" if self._insisting else self._objection
 
+    @property
+    def objects(self) -> bool:
+        """Whether it would hold up who does not insist."""
+        return bool(self._objection)
+
     def insist(self, work: Hashable) -> None:
         """Until `work` has ended, nothing is held up: it may have to wait for its turn behind something that is."""
         self._insisting.append(work)

@@ -19,7 +19,7 @@ from specl.daemons.trainer.records import adapter_record
 from specl.daemons.trainer.regression import RegressionSlice
 from specl.daemons.trainer.run import Live, Outcome, TrainingJob
 from specl.daemons.trainer.trial import Trial, TrialJob
-from specl.daemons.trainer.work import IMPORT, NOW, RUN, Job, is_insisted_on, kind_of_work
+from specl.daemons.trainer.work import IMPORT, NOW, RUN, Job, kind_of_work
 from specl.shared import checkpoints, log, power
 from specl.shared.access import Addresses
 from specl.shared.adapters import Adapters
@@ -196,8 +196,8 @@ class Trainer:
         return Reply(True, starts)
 
     def _put(self, job: Job) -> None:
-        """Queue work. What somebody waits for does not wait for the machine."""
-        if is_insisted_on(job):
+        """Queue work. What somebody waits for does not wait for the machine, nor does what is asked for in spite of it."""
+        if isinstance(job, Trial) or (job == NOW and self.consent.objects):
             self.consent.insist(job)
         self._work.put(job)
 

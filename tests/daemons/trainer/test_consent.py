@@ -184,6 +184,18 @@ def test_train_now_says_it_and_trains_all_the_same(house):
     wait_until(lambda: made.trainer.consent.objection == "on battery", "the objection after it")
 
 
+def test_a_run_that_was_asked_for_on_mains_power_pauses_when_that_goes(house):
+    made = house(MAINS, enabled=False)
+    reply = made.wire.ask(Train(True))
+    assert reply.ok and "all the same" not in reply.message
+    wait_until(lambda: Work.done > 2, "its first pieces")
+    made.machine = BATTERY
+    wait_until(lambda: made.status()["waits"] == "on battery", "the reason")
+    assert rests()
+    assert "goes on all the same" in made.wire.ask(Train(True)).message
+    wait_until(lambda: Work.done == PIECES, "the rest")
+
+
 def test_train_without_now_waits_and_now_lets_that_very_run_go_on(house):
     made = house(BATTERY, enabled=False)
     wait_until(lambda: made.trainer.consent.objection and made.trainer.pending, "the objection")
