@@ -106,20 +106,6 @@ class Questions(StoreFile):
                 found.setdefault(row["generation_id"], []).append(row)
         return found
 
-    def recent_generations(self, limit: int, trainable: bool = False, since: float = 0.0) -> list[StoredGeneration]:
-        """The newest first. `trainable` wants those with the target's top-k."""
-        query = (
-            sa.select(generations)
-            .where(generations.c.created_at >= since)
-            .order_by(generations.c.n.desc())
-            .limit(limit)
-        )
-        if trainable:
-            query = query.where(generations.c.top_ids.is_not(None))
-        rows = self._all(query)
-        lines = self._disagreements_of([row["id"] for row in rows])
-        return [StoredGeneration(row, lines.get(row["id"], [])) for row in rows]
-
     def outlines(self, most: int) -> list[Outline]:
         """The newest `most` generations that have the target's top-k, newest first, without texts, tokens and laws."""
         g = generations.c

@@ -398,6 +398,7 @@ def test_outlines_have_the_newest_first_and_whole_ones_the_order_they_are_asked_
     assert [row.id for row in store.outlines(1)] == ["g2"]
     whole = store.whole(["g2", "gone", "g1"])
     assert [row.values["id"] for row in whole] == ["g2", "g1"] and len(whole[0].disagreements) == 1
+    assert whole[1].values["output_tokens"] == tokens_blob([1, 2, 3, 4, 5])
     assert list(store.tokens(["g1", "gone"])) == [tokens_blob([5, 6, 7, 1, 2, 3, 4, 5])]
 
 
@@ -480,14 +481,3 @@ def test_unscored_are_those_with_neither_figure_and_something_to_score(store):
     assert [item.values["id"] for item in store.unscored(10)] == ["parked"]
     add(store, make_evaluation("e", subject="generation", generation_id="parked"))
     assert store.unscored(10) == []
-
-
-def test_recent_generations_are_the_newest_first(store):
-    add(
-        store,
-        *[make_generation(f"g{n}", created_at=float(n)) for n in range(4)],
-        make_generation("fast", top_k=None, created_at=9.0),
-    )
-    assert [item.values["id"] for item in store.recent_generations(2)] == ["fast", "g3"]
-    assert [item.values["id"] for item in store.recent_generations(9, trainable=True, since=2.0)] == ["g3", "g2"]
-    assert store.recent_generations(9)[1].values["output_tokens"] == tokens_blob([1, 2, 3, 4, 5])
