@@ -245,7 +245,8 @@ class Talk:
             f"{failures['pending']} of {failures['trigger']} failures until training"
         )
         training = found["training"]
-        click.echo(f"training      {training['state']}; adapter {found['adapter']['active'] or 'none'}")
+        waits = f" (waits: {training['waits']})" if training.get("waits") else ""
+        click.echo(f"training      {training['state']}{waits}; adapter {found['adapter']['active'] or 'none'}")
         for problem in found["problems"]:
             click.echo(f"problem       {problem}")
 

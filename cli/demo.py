@@ -15,7 +15,17 @@ from rich.table import Table
 from specl.cli.daemons import scratch_daemons
 from specl.cli.status import collect
 from specl.shared import config
-from specl.shared.bench.stream import FIXED_K, Item, ask, count_failures, items, train, wait_adapter, wait_stored
+from specl.shared.bench.stream import (
+    FIXED_K,
+    Item,
+    ask,
+    conversation,
+    count_failures,
+    items,
+    train,
+    wait_adapter,
+    wait_stored,
+)
 from specl.shared.client import Client
 from specl.shared.errors import SpecLoraError
 from specl.shared.paths import find_paths
@@ -55,6 +65,8 @@ def _demo_settings() -> config.Settings:
             "enabled": False,
             "max_minutes": TRAIN_MINUTES,
             "idle_seconds": 0.2,
+            "on_battery": True,
+            "when_hot": True,
             "min_heldout_generations": 4,
             # two minutes of one kind at a high rate do harm general text (0.52 -> 0.39 here), which the gate would refuse
             "regression_prompts": 0,
@@ -68,7 +80,14 @@ def _pass(
     client: Client, prompts: Sequence[Item], tokens: int, k: int | None, record: bool
 ) -> tuple[Measured, set[str]]:
     """Ask every prompt greedily; what it gave, and which adapters drafted."""
-    rows = [ask(client, item, tokens, num_draft_tokens=k, ngram=False, record=record) for item in prompts]
+    share = client.settings.training.heldout_share
+    rows = [
+        ask(
+            client, item, tokens, num_draft_tokens=k, ngram=False, record=record,
+            conversation_id=conversation(item.n, share),
+        )
+        for item in prompts
+    ]  # fmt: skip
     total = Measured(
         tokens=sum(len(row.output) for row in rows),
         seconds=sum(row.seconds for row in rows),

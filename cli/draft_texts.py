@@ -51,11 +51,13 @@ def prompts_of(file: str) -> tuple[list[Any], str]:
 
 def texts_of_store(path: Path, settings: Settings, fingerprint: str, name: str) -> list["OwnText"]:
     """The answers of this target in the store that a draft may learn from: not from conversations that are held out for
-    judging adapters, not older than retention allows, and whole (statistics and redacted records have no tokens).
+    judging adapters, nor a text that stands in one of those too, not older than retention allows, and whole (statistics and
+    redacted records have no tokens).
 
     Raises ConfigError that says why where there is none.
     """
     from specl.shared.learning.examples import is_held_out
+    from specl.shared.learning.own import LONGEST
     from specl.shared.store import Store
 
     if not path.is_file():
@@ -63,19 +65,25 @@ def texts_of_store(path: Path, settings: Settings, fingerprint: str, name: str) 
     since = time.time() - 86400 * settings.records.retention_days if settings.records.retention_days else 0.0
     counts = dict.fromkeys(("bare", "other", "old", "held"), 0)
     found: dict[bytes, OwnText] = {}
+    held: set[bytes] = set()
     store = Store(path, read_only=True)
     try:
         for row in store.each():
             values = row.values
             if reason := _unusable(values, fingerprint, since):
                 counts[reason] += 1
-            elif is_held_out(values["conversation_id"], settings.training.heldout_share):
+                continue
+            text = _text(row)
+            key = text.tokens[:LONGEST].tobytes()  # what is left out of a long text makes no difference
+            if is_held_out(values["conversation_id"], settings.training.heldout_share):
+                held.add(key)
                 counts["held"] += 1
             else:
-                text = _text(row)
-                found[text.tokens.tobytes()] = text
+                found[key] = text
     finally:
         store.close()
+    counts["held"] += len(held & found.keys())
+    found = {key: text for key, text in found.items() if key not in held}
     if not found:
         raise _nothing(counts, settings, name)
     return list(found.values())

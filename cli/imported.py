@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from specl.shared.config import Settings
+from specl.shared.conversations import conversation_of
 from specl.shared.errors import ConfigError
 from specl.shared.wire import Disagreement, Generation, TopK
 
@@ -192,12 +193,13 @@ def spelled(item: Item, law: Law, decode: Callable[[list[int]], str]) -> Item:
 
 def to_record(item: Item, law: Law | None) -> Generation:
     """What the store keeps. Nothing is claimed of drafting: the counts are zero, the rate is the file's."""
+    messages = [{"role": "user", "content": item.prompt}]
     return Generation(
         id=item.id,
-        conversation_id=item.id,
+        conversation_id=conversation_of(messages),
         created_at=item.created_at,
         mode="imported",
-        messages=[{"role": "user", "content": item.prompt}],
+        messages=messages,
         prompt=law.prompt if law else item.prompt,
         prompt_tokens=law.prompt_tokens.tobytes() if law else b"",
         output=item.output,

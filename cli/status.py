@@ -61,7 +61,10 @@ def render(found: dict[str, Any], settings: "Settings") -> "Table":
     training = found["training"]
     loss = f", loss {training['loss']:.4f}" if training.get("loss") is not None else ""
     done = f", {training['step']} of {training['total']}" if training.get("total") else ""
-    table.add_row("training", f"{training['state']}{done}{loss}")
+    doing = f"{training['state']}{done}{loss}"
+    if waits := training.get("waits"):
+        doing = f"waits: {waits}" + ("" if training["state"] == "idle" else f" ({doing})")
+    table.add_row("training", doing)
     if verdict := training["last_verdict"]:
         table.add_row("last verdict", f"{verdict['verdict']}: {verdict['reason']} ({verdict['created']})")
     for problem in found["problems"]:

@@ -10,7 +10,11 @@ from specl.shared.errors import SpecLoraError
 
 
 @click.command()
-@click.option("--now", is_flag=True, help="Train on what there is, without waiting for training.min_failure_cases.")
+@click.option(
+    "--now",
+    is_flag=True,
+    help="Train on what there is: not waiting for training.min_failure_cases, on battery or hot too.",
+)
 @click.option("--wait", is_flag=True, help="Stay until the run has ended, and print its verdict.")
 def train(now: bool, wait: bool) -> None:
     """Ask the trainer for a run; `status` shows how it goes.
@@ -47,6 +51,8 @@ def _follow(client: Client, before: str | None) -> None:
             raise SpecLoraError("the trainer stopped", "look into var/logs/trainer.log")
         loss = f", loss {training['loss']:.3f}" if training.get("loss") is not None else ""
         line = f"{training['state']} {training['step']}/{training.get('total', 0)}{loss}"
+        if waits := training.get("waits"):
+            line += f"; training waits: {waits}"
         if line != said:
             click.echo(line, err=True)
             said = line

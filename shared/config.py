@@ -123,7 +123,9 @@ class Training(_Section):
     replay_buffer_size: Annotated[int, Field(ge=0)] = Field(
         500, description="stored answers at most that are replayed, and texts that came with the draft"
     )
-    heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="conversations never trained on")
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="share of conversations never trained on"
+    )
     min_heldout_generations: Annotated[int, Field(ge=2)] = Field(
         30, description="held-out generations that a verdict needs; fewer: no verdict, collecting goes on"
     )
@@ -131,6 +133,8 @@ class Training(_Section):
         200, description="shipped general prompts on which no adapter may get worse; 0: none"
     )
     idle_seconds: Annotated[float, Field(ge=0)] = Field(2.0, description="quiet time before a step is taken")
+    on_battery: bool = Field(False, description="false: no work of the trainer's while the machine runs on its battery")
+    when_hot: bool = Field(False, description="false: nor while macOS warns of heat or slows the processor for it")
     threads: Annotated[int, Field(ge=1)] = Field(1, description="BLAS threads of the trainer")
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from specl.shared.config import Records
+from specl.shared.conversations import is_hash_shaped
 from specl.shared.errors import WireError
 from specl.shared.wire import Evaluation, Generation, Purge, Row, decode
 
@@ -53,7 +54,7 @@ class Discretion:
 
 def _texts(record: Generation) -> Sequence[str]:
     found = [record.prompt, record.output]
-    if record.conversation_id != record.id:  # a client's own name for it
+    if record.conversation_id != record.id and not is_hash_shaped(record.conversation_id):  # a client's own name for it
         found.append(record.conversation_id)
     pending: list[Any] = list(record.messages)
     while pending:
@@ -89,7 +90,9 @@ def is_meant(wish: Purge, row: Row) -> bool:
         return False
     old = wish.before is not None and record.created_at < wish.before
     # as the store compares: upper and lower case alike
-    return old or (bool(wish.pattern) and any(wish.pattern.lower() in text.lower() for text in _texts(record)))
+    pattern = wish.pattern.lower()
+    named = bool(pattern) and record.conversation_id.lower() == pattern
+    return old or named or (bool(pattern) and any(pattern in text.lower() for text in _texts(record)))
 
 
 def texts_of(row: Row) -> Sequence[str]:

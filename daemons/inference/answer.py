@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from specl.shared.conversations import conversation_of
 from specl.shared.engine.capture import Told
 from specl.shared.engine.decode import Session
 from specl.shared.engine.engine import Engine
@@ -59,7 +60,7 @@ def to_generation(job: Job, engine: Engine) -> Generation:
     sampling = {name: getattr(ask.sampling, name) for name in ask.sampling.__slots__}
     return Generation(
         id=job.generation_id,
-        conversation_id=ask.conversation_id or job.generation_id,
+        conversation_id=ask.conversation_id or conversation_of(ask.messages, ask.prompt),
         created_at=job.created_at,
         mode=ask.mode,
         messages=ask.messages,

@@ -1,7 +1,7 @@
 """Rows of the store as examples: failures, replayed successes, held-out conversations; states from the spool or recomputed.
 
-Held out is a stable hash of the conversation; what is held out is never trained on. Replay of general text comes with the
-draft (`replay.npz`: texts of its target), because a new user's store has no successes yet.
+Held out is a stable hash of the conversation; what is held out is never trained on, nor is the same text elsewhere. Replay of
+general text comes with the draft (`replay.npz`: texts of its target), because a new user's store has no successes yet.
 """
 
 import json
@@ -12,18 +12,20 @@ from pathlib import Path
 
 import numpy as np
 
+from specl.daemons.trainer.strata import stratified
 from specl.shared import log
 from specl.shared.config import Settings
 from specl.shared.engine.engine import Engine
 from specl.shared.hidden import HiddenSpool
 from specl.shared.learning.examples import Example, is_held_out
 from specl.shared.learning.traffic import kept_shard, recapture, save_shard
-from specl.shared.store import Store, StoredGeneration
+from specl.shared.store import Outline, Store, StoredGeneration
 
 LONGEST = 512  # tokens of an example: the last of a long text
 READ = 1024  # tokens that are read again, at most, for the states of those
 HELDOUT_MOST = 100
 HELDOUT_DAYS = 30
+LOOKED_AT = 20_000  # of the newest generations that failures, successes and held-out ones are chosen from
 REPLAY_PART = 96  # texts captured at once: about 20 s on two cores
 Text = tuple[np.ndarray, int]  # tokens, and how many of them are the prompt
 Tell = Callable[[int, int], None]  # done, in all
@@ -68,10 +70,9 @@ def to_example(row: StoredGeneration, error_weight: float) -> Example:
     )
 
 
-def is_failure(values: dict, threshold: float) -> bool:
+def is_failure(row: Outline, threshold: float) -> bool:
     """Acceptance decides, agreement where acceptance is null; with neither, nobody knows, and it is no failure yet."""
-    figure = values["acceptance_rate"] if values["acceptance_rate"] is not None else values["agreement"]
-    return figure is not None and figure < threshold
+    return row.figure is not None and row.figure < threshold
 
 
 class Gatherer:
@@ -83,28 +84,38 @@ class Gatherer:
         self.store, self.engine, self.settings, self.spool, self._pause = store, engine, settings, spool, pause
 
     def material(self, clock: Callable[[], float] = time.time) -> Material:
-        """The newest failures and successes that this target wrote, and the held-out conversations among them."""
+        """Failures and successes that this target wrote, and held-out conversations, each chosen as strata.py says. No text that
+        is held out, be it in another conversation too, is among those to train on.
+        """
         training = self.settings.training
-        limit = training.max_failure_cases + training.replay_buffer_size
-        rows = [row for row in self.store.recent_generations(limit, trainable=True) if self._fits(row)]
+        rows = [row for row in self.store.outlines(LOOKED_AT) if self._fits(row)]
         threshold = self.settings.speculative.acceptance_threshold
         failures, successes, held_out = [], [], []
-        newest_first = clock() - HELDOUT_DAYS * 86400
+        since = clock() - HELDOUT_DAYS * 86400
         for row in rows:
-            if is_held_out(row.values["conversation_id"], training.heldout_share):
-                if row.values["created_at"] > newest_first and len(held_out) < HELDOUT_MOST:
-                    held_out.append(row)
-            elif is_failure(row.values, threshold):
+            if is_held_out(row.conversation_id, training.heldout_share):
+                held_out.append(row)
+            elif is_failure(row, threshold):
                 failures.append(row)
             else:
                 successes.append(row)
-        chosen = (failures[: training.max_failure_cases], successes[: training.replay_buffer_size], held_out)
-        parts = [[self.example(row) for row in part] for part in chosen]
-        return Material(*[_distinct(part) for part in parts], last_generation=rows[0].values["id"] if rows else "")
+        judged_by = self._examples([row for row in held_out if row.created_at > since], HELDOUT_MOST)
+        # of all that is held out, not only of what is judged by today: tomorrow it may be another part of it
+        held = {text[: 4 * LONGEST] for text in self.store.tokens([row.id for row in held_out])}
+        parts = ((failures, training.max_failure_cases), (successes, training.replay_buffer_size))
+        trained = [
+            [example for example in self._examples(part, most) if example.tokens.tobytes() not in held]
+            for part, most in parts
+        ]
+        return Material(*trained, judged_by, last_generation=rows[0].id if rows else "")
 
-    def _fits(self, row: StoredGeneration) -> bool:
-        values = row.values
-        return values["target_fingerprint"] == self.engine.target.fingerprint and values["output_count"] > 1
+    def _fits(self, row: Outline) -> bool:
+        return row.target_fingerprint == self.engine.target.fingerprint and row.output_count > 1
+
+    def _examples(self, rows: Sequence[Outline], most: int) -> list[Example]:
+        """At most so many of them, without repeats."""
+        chosen = self.store.whole([row.id for row in stratified(rows, most)])
+        return _distinct([self.example(row) for row in chosen])
 
     def example(self, row: StoredGeneration) -> Example:
         """One row, with the states that a head needs."""

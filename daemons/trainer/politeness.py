@@ -1,8 +1,9 @@
-"""When the trainer may work: not while inference answers, and not at once after. Knows time and one flag, nothing else.
+"""When the trainer may work: not while inference answers, and not at once after, and not while the machine objects. Knows time,
+one flag and a reason not to, nothing else.
 
 After ten minutes of deferral it takes a quarter of the time, so that a daemon that is always busy learns too. Deferral is
 waiting beyond that quarter: it grows while work waits, pauses between requests that are too short to work in included, and
-every second of work pays three of it back.
+every second of work pays three of it back. Time in which the machine objects is none of it.
 """
 
 import threading
@@ -15,6 +16,7 @@ DEFER_S = 600.0
 DUTY = 0.25
 SILENCE_S = 10.0  # inference says every two seconds whether it is busy: one that says nothing for so long is not there
 NAP_S = 0.1
+HELD_NAP_S = 1.0  # on battery every awakening costs; a stop waits 1.5 s
 LONGEST_PIECE_S = 30.0  # what lies longer between two passes was no piece of work but a time without any
 
 
@@ -26,9 +28,13 @@ class Turnstile:
     """`pass_through` is called between two pieces of work. Time is an argument, so that tests need not wait."""
 
     def __init__(
-        self, idle_s: float, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+        self,
+        idle_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        objection: Callable[[], str] = lambda: "",
     ) -> None:
-        self._idle_s, self._clock, self._sleep = idle_s, clock, sleep
+        self._idle_s, self._clock, self._sleep, self._objection = idle_s, clock, sleep, objection
         self._busy = False
         self._heard_at = self._quiet_since = clock()
         self._passed_at = clock()
@@ -73,14 +79,20 @@ class Turnstile:
         start = self._clock()
         worked = min(start - self._passed_at, LONGEST_PIECE_S)
         deferred = max(0.0, self._deferred_s - worked * (1 - DUTY) / DUTY)
+        held = 0.0
         while True:
             if self._stop.is_set():
                 raise Interrupted("the trainer is stopping")
             if self._abandon.is_set():
                 raise Abandoned("what it learned from is to be forgotten")
-            waited = self._clock() - start
+            now = self._clock()
+            if self._objection():
+                self._sleep(HELD_NAP_S)
+                held += self._clock() - now
+                continue
+            waited = now - start - held
             if self.quiet or deferred + waited >= DEFER_S:
-                self._passed_at = self._clock()
+                self._passed_at = now
                 self._deferred_s = min(deferred + waited, DEFER_S)
-                return waited
+                return waited + held
             self._sleep(NAP_S)

@@ -8,8 +8,10 @@ import shutil
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
+from specl.daemons.trainer.consent import Consent
 from specl.daemons.trainer.data import Gatherer
 from specl.daemons.trainer.facts import Facts
 from specl.daemons.trainer.politeness import Abandoned, Turnstile
@@ -17,7 +19,8 @@ from specl.daemons.trainer.records import adapter_record, scored
 from specl.daemons.trainer.regression import RegressionSlice
 from specl.daemons.trainer.run import Live, Outcome, TrainingJob, in_force
 from specl.daemons.trainer.trial import Trial, TrialJob
-from specl.shared import checkpoints, log
+from specl.daemons.trainer.work import BY_HAND, IMPORT, NOW, RUN, Job, kind_of_work
+from specl.shared import checkpoints, log, power
 from specl.shared.access import Addresses
 from specl.shared.adapters import Adapters
 from specl.shared.bus import Server
@@ -32,6 +35,7 @@ from specl.shared.models.pair import load_pair
 from specl.shared.models.release import give_back
 from specl.shared.outbox import Outbox
 from specl.shared.paths import DISK_REFUSES, Paths
+from specl.shared.power import Power
 from specl.shared.privacy import is_meant
 from specl.shared.process import StopFlag
 from specl.shared.store import Store
@@ -56,39 +60,34 @@ WANTING_S = 60.0  # after a run that had too little: more may have come
 DISK_RETRY_S = 15.0  # after one that found no room
 SCORE_BATCH = 64
 TRIALS_TOLD = 8  # imports whose verdicts `status` still has
-RUN, IMPORT = "run", "import"
-BY_HAND = "by hand"
 _log = log.get("trainer")
-
-
-def kind_of_work(job: str | Trial) -> str:
-    """`score`, `regression`, `import`, or a training run, whatever triggered it."""
-    if isinstance(job, Trial):
-        return IMPORT
-    return job if job in ("score", "regression") else RUN
 
 
 class Trainer:
     """The daemon's state; `run` is its loop."""
 
-    def __init__(self, paths: Paths, settings: Settings, server: Server) -> None:
+    def __init__(
+        self, paths: Paths, settings: Settings, server: Server, machine: Callable[[], Power] = power.read
+    ) -> None:
         self.paths, self.settings, self.server = paths, settings, server
         self.outbox = Outbox(paths.outbox("trainer"), settings.records.outbox_limit_mb << 20)
         self.facts = Facts(self.outbox, lambda id: self._out.put(RecordReady(id)))
         self.adapters = Adapters(paths.adapters)
-        self.turnstile = Turnstile(settings.training.idle_seconds)
+        self.consent = Consent(settings.training, machine)
+        self.turnstile = Turnstile(settings.training.idle_seconds, objection=lambda: self.consent.objection)
         self.live = Live()
         self.started = time.monotonic()
         self.pending = 0
         self.troubles: dict[str, str] = {}  # by kind of work: a score that succeeds says nothing of a run that failed
-        self._work: queue.SimpleQueue[str | Trial] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._running = threading.Event()
         self._run_waits = threading.Event()  # one is in the queue, behind other work
         self._not_before = self._no_score_before = 0.0
-        self._job: str | Trial = ""
+        self._job: Job = ""
         self._again = self._wanting = ""  # a run to be repeated; what the last one was short of
         self._retry_s = RETRY_S
+        self._wants = False  # there is reason for a run
         self.trials: dict[str, dict[str, str]] = {}  # how the last imports went, by run id
         self._slice_made = False
         self._engine: Engine | None = None
@@ -128,6 +127,7 @@ class Trainer:
 
     def _look(self) -> None:
         """Count pending failures; start a run when there are enough, score parked generations when it is quiet."""
+        self.consent.look()
         self.facts.offer()
         try:
             store = Store(self.paths.store, read_only=True)
@@ -145,8 +145,11 @@ class Trainer:
         if self._running.is_set() or not self._work.empty() or self.facts.undelivered:
             return  # work whose outcome the store does not know yet would only be done again
         enough = self.settings.training.enabled and self.pending >= self.settings.training.min_failure_cases
-        if (enough or self._again) and time.monotonic() >= self._not_before:
-            self._put_run(self._again or f"{self.pending} failures")
+        self._wants = bool(enough or self._again)
+        if self.consent.objection and self._again != NOW:
+            return
+        if self._wants and time.monotonic() >= self._not_before:
+            self._put(self._again or f"{self.pending} failures")
             self._again = ""
         elif unscored and time.monotonic() >= self._no_score_before:
             self._work.put("score")  # it waits for a quiet moment itself: a look every 5 s would miss most of them
@@ -175,7 +178,10 @@ class Trainer:
         self.facts.offer()
         if self.facts.waiting:
             return Reply(False, f"its outcome could not be recorded: {self.facts.trouble}")
+        objection = self.consent.objection
         if self._running.is_set() and kind_of_work(self._job) == RUN and not self.turnstile.abandoning:
+            if message.now and objection:
+                return self._insist_on(self._job, objection)
             return Reply(False, f"a run is under way ({self.live.state}, step {self.live.step})")
         if self._run_waits.is_set():
             return Reply(False, "a run waits already: it starts as soon as inference is idle")
@@ -184,12 +190,29 @@ class Trainer:
                 False,
                 f"{self.pending} of {self.settings.training.min_failure_cases} failures are there; --now trains on what there is",
             )
-        self._put_run(BY_HAND)
-        return Reply(True, "the run starts as soon as inference is idle")
+        self._put(NOW if message.now else BY_HAND)
+        starts = "the run starts as soon as inference is idle"
+        if objection:
+            waits = f"training waits: {objection} (--now trains all the same)"
+            starts += f"; {objection}, trains all the same" if message.now else f"; {waits}"
+        return Reply(True, starts)
 
-    def _put_run(self, trigger: str) -> None:
-        self._run_waits.set()
-        self._work.put(trigger)
+    def _put(self, job: Job) -> None:
+        """Queue work. What somebody waits for does not wait for the machine, nor does what is asked for in spite of it."""
+        if isinstance(job, Trial) or (job == NOW and self.consent.objects):
+            self.consent.insist(job)
+        if kind_of_work(job) == RUN:
+            self._run_waits.set()
+        self._work.put(job)
+
+    def _insist_on(self, job: Job, objection: str) -> Reply:
+        """The run under way is wanted in spite of what held it up."""
+        self.consent.insist(job)
+        if not self._running.is_set():  # it has just ended
+            self.consent.relent(job)
+        return Reply(
+            True, f"{objection}; the run under way goes on all the same ({self.live.state}, step {self.live.step})"
+        )
 
     def _try(self, wish: TryAdapter) -> Reply:
         """Queue a staged adapter for the gate."""
@@ -201,7 +224,7 @@ class Trainer:
         while len(self.trials) >= TRIALS_TOLD:
             self.trials.pop(next(iter(self.trials)))
         self.trials[trial.run_id] = {"verdict": "", "reason": "", "adapter_id": ""}
-        self._work.put(trial)
+        self._put(trial)
         return Reply(True, "it is judged as soon as inference is idle", {"run": trial.run_id})
 
     def _fetch(self, fetch: Fetch) -> Batch:
@@ -235,6 +258,7 @@ class Trainer:
             "uptime_s": round(time.monotonic() - self.started, 1),
             "training": {
                 "state": self.live.state,
+                "waits": self.consent.objection if self._running.is_set() or self._wants else "",
                 "step": self.live.step,
                 "total": self.live.total,
                 "loss": self.live.loss,
@@ -277,6 +301,7 @@ class Trainer:
                     self._end_of(job)
                 self._running.clear()
                 self.turnstile.abandoned()  # in this order: whoever is told to end from now on has ended
+                self.consent.relent(job)
 
     def _end_of(self, trial: Trial) -> None:
         """The staged copy has served; whoever waits for a verdict gets one."""
@@ -285,7 +310,7 @@ class Trainer:
         if told is not None and not told["verdict"]:
             told |= {"verdict": "failed", "reason": self.troubles.get(IMPORT) or "it was interrupted before a verdict"}
 
-    def _failed(self, job: str | Trial, error: Exception) -> None:
+    def _failed(self, job: Job, error: Exception) -> None:
         """Say what went wrong. A run that found no room on the disk waits for some, and goes on from its checkpoint."""
         kind = kind_of_work(job)
         if isinstance(error, OSError) and error.errno in (None, *DISK_REFUSES):
@@ -298,7 +323,7 @@ class Trainer:
         self._hold_off(job)
         _log.exception("training.failed")
 
-    def _hold_off(self, job: str | Trial, seconds: float | None = None) -> None:
+    def _hold_off(self, job: Job, seconds: float | None = None) -> None:
         """What failed is not tried again at once; the other kind of work may go on. Without `seconds`: as it failed before."""
         if isinstance(job, Trial):
             return
@@ -324,7 +349,7 @@ class Trainer:
         spool = HiddenSpool(self.paths.hidden, self.settings.records.hidden_spool_mb << 20)
         return Gatherer(store, self._loaded(), self.settings, spool, lambda: self.turnstile.pass_through())
 
-    def _one_run(self, what: str | Trial) -> None:
+    def _one_run(self, what: Job) -> None:
         """Train, or try what is there already."""
         self.turnstile.pass_through()
         store = Store(self.paths.store, read_only=True)
@@ -350,7 +375,7 @@ class Trainer:
         again = outcome.verdict == self._wanting and outcome.verdict != ""
         self._wanting = outcome.verdict if outcome.verdict in ("no_data", "no_verdict") else ""
         if (
-            isinstance(what, Trial) or what == BY_HAND or not again
+            isinstance(what, Trial) or what in (NOW, BY_HAND) or not again
         ):  # waiting for the same is told of once, not every minute
             self._record(outcome)
         _log.info("training.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)

@@ -128,6 +128,8 @@ def scaled(
         "min_heldout_generations": max(2, min(settings.training.min_heldout_generations, held * 4 // 5)),
         "max_minutes": minutes,
         "idle_seconds": min(settings.training.idle_seconds, gap_s / 4),
+        "on_battery": True,  # somebody is watching
+        "when_hot": True,
     }
     training = settings.training.model_copy(update=change)
     speculative = settings.speculative.model_copy(update={"ngram": ngram})

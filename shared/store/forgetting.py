@@ -7,12 +7,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from specl.shared.conversations import DIGITS
 from specl.shared.errors import StoreError
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import iso
 from specl.shared.store.schema import disagreements, evaluations, generations, quarantine, training_runs
 
 EARLIEST, LATEST = 0.0, 253_000_000_000.0  # moments before and after all others that can be written as a date
+_HASH = "[0-9a-f]" * DIGITS  # an id that is_hash_shaped, as SQLite says it
 PURGE_MOST = 100_000  # ids that one request names: they travel back in one frame
 
 
@@ -28,10 +30,15 @@ class Forgetting(StoreFile):
             wanted.append(generations.c.created_at < before)
         if pattern:
             g = generations.c
-            wanted += [
+            within = [
                 sa.func.lowered(column).contains(pattern.lower(), autoescape=True)
                 for column in (g.prompt, g.output, g.messages, g.conversation_id)
             ]
+            # three letters of a pattern stand in many a hash: of such an id only the whole counts
+            named = sa.or_(
+                sa.func.glob(_HASH, g.conversation_id) == 0, sa.func.lowered(g.conversation_id) == pattern.lower()
+            )
+            wanted += [*within[:-1], sa.and_(within[-1], named)]
         if not wanted:
             return []
         query = sa.select(generations.c.id).where(sa.or_(*wanted)).limit(PURGE_MOST)

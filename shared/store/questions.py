@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from specl.shared.store.file import StoreFile
-from specl.shared.store.rows import StoredGeneration, exported
+from specl.shared.store.rows import Outline, StoredGeneration, exported
 from specl.shared.store.schema import disagreements, generations, training_runs
 
 
@@ -106,19 +106,40 @@ class Questions(StoreFile):
                 found.setdefault(row["generation_id"], []).append(row)
         return found
 
-    def recent_generations(self, limit: int, trainable: bool = False, since: float = 0.0) -> list[StoredGeneration]:
-        """The newest first. `trainable` wants those with the target's top-k."""
+    def outlines(self, most: int) -> list[Outline]:
+        """The newest `most` generations that have the target's top-k, newest first, without texts, tokens and laws."""
+        g = generations.c
         query = (
-            sa.select(generations)
-            .where(generations.c.created_at >= since)
-            .order_by(generations.c.n.desc())
-            .limit(limit)
+            sa.select(
+                g.id,
+                g.conversation_id,
+                g.created_at,
+                sa.func.coalesce(g.acceptance_rate, g.agreement).label("figure"),
+                g.output_count,
+                g.target_fingerprint,
+            )
+            .where(g.top_k.is_not(None))  # not the blob beside it, which would be read for it
+            .order_by(g.n.desc())
+            .limit(most)
         )
-        if trainable:
-            query = query.where(generations.c.top_ids.is_not(None))
-        rows = self._all(query)
-        lines = self._disagreements_of([row["id"] for row in rows])
-        return [StoredGeneration(row, lines.get(row["id"], [])) for row in rows]
+        return [Outline(**row) for row in self._all(query)]
+
+    def whole(self, ids: Sequence[str]) -> list[StoredGeneration]:
+        """These generations with all they have, in the order of `ids`; those that are gone meanwhile are left out."""
+        found: dict[str, StoredGeneration] = {}
+        for start in range(0, len(ids), 500):
+            part = ids[start : start + 500]
+            rows = self._all(sa.select(generations).where(generations.c.id.in_(part)))
+            lines = self._disagreements_of(part)
+            found |= {row["id"]: StoredGeneration(row, lines.get(row["id"], [])) for row in rows}
+        return [found[id] for id in ids if id in found]
+
+    def tokens(self, ids: Sequence[str]) -> Iterator[bytes]:
+        """Prompt and answer of each of these as one array, u32 little-endian; in no order."""
+        g = generations.c
+        for start in range(0, len(ids), 500):
+            query = sa.select(g.prompt_tokens, g.output_tokens).where(g.id.in_(ids[start : start + 500]))
+            yield from (row["prompt_tokens"] + row["output_tokens"] for row in self._all(query))
 
     def unscored(self, limit: int, target: str = "") -> list[StoredGeneration]:
         """Generations with neither figure yet: parked, so that only teacher-forced agreement can tell. `target`: of this one only."""

@@ -22,6 +22,20 @@ class StoredGeneration:
     disagreements: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What is asked of a generation before it is worth reading whole. `figure` is its acceptance, or agreement where that is
+    null; None where neither is known.
+    """
+
+    id: str
+    conversation_id: str
+    created_at: float
+    figure: float | None
+    output_count: int
+    target_fingerprint: str
+
+
 def iso(moment: float) -> str:
     """A moment as the store writes it beside the number."""
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

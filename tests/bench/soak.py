@@ -39,7 +39,7 @@ WARM_TABLES = ("training_runs", "evaluations")
 ASKED_S, QUIET_S = 16.0, 5.0  # by turns: the trainer works while nobody asks
 # small limits, so that what a run works with is as much as it will ever be before the calm begins
 TRAINING = """\
-training: {enabled: true, idle_seconds: 0.2, min_failure_cases: 20, max_failure_cases: 100, replay_buffer_size: 100,
+training: {enabled: true, on_battery: true, idle_seconds: 0.2, min_failure_cases: 20, max_failure_cases: 100, replay_buffer_size: 100,
   heldout_share: 0.4, num_epochs: 2, max_minutes: 0.3, min_heldout_generations: 5, regression_prompts: 0}
 """
 SOAK = "".join(TRAINING if line.startswith("training:") else line for line in SETTINGS.splitlines(keepends=True))

@@ -65,6 +65,12 @@ def test_held_out_conversations_other_targets_and_repeats_are_left_out(kept):
     assert sorted(text.id for text in found(path)) == ["a5", "b1"]
 
 
+def test_a_text_that_is_also_held_out_is_left_out_wherever_it_stands(kept):
+    same = {"prompt_tokens": tokens_blob([1, 2, 3])}
+    path = kept(record("a1", **same), record("a2", conversation_id=HELD[0], **same), record("a3", **same), record("a4"))
+    assert [text.id for text in found(path)] == ["a4"]
+
+
 def test_retention_holds_even_before_the_collector_has_purged(kept):
     path = kept(record("a1", created_at=NOW - 20 * 86400), record("a2"))
     assert len(found(path)) == 2

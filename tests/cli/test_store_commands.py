@@ -217,7 +217,8 @@ def test_the_targets_law_makes_an_import_learnable(tiny):
     record = to_record(parse(json.dumps(LINE)), law)
     store = Store(find_paths().create().store)
     assert store.add_rows([to_row(record)]) == ["from-elsewhere"]
-    assert store.recent_generations(5, trainable=True)[0].values["temperature"] == 0.0
+    assert [row.id for row in store.outlines(5)] == ["from-elsewhere"]
+    assert store.whole(["from-elsewhere"])[0].values["temperature"] == 0.0
     store.close()
 
 

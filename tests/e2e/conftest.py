@@ -23,6 +23,7 @@ SETTINGS = """
 speculative: {temperature: 0.0, max_tokens: 48, ngram: false}
 training:
   enabled: false
+  on_battery: true
   lora: {rank: 16, alpha: 32}
   learning_rate: 8.0e-4
   batch_size: 3

@@ -32,7 +32,7 @@ STEPS = 30  # of the training on permuted targets
 SIZE = 0.1  # of the random factors: a change as large as the weights
 SETTINGS = f"""
 speculative: {{temperature: 0.0, max_tokens: {TOKENS}}}
-training: {{enabled: false, heldout_share: {HELD_OUT}, regression_prompts: 16, idle_seconds: 0.1}}
+training: {{enabled: false, on_battery: true, heldout_share: {HELD_OUT}, regression_prompts: 16, idle_seconds: 0.1}}
 """
 REASONS = {
     "random": "the interval does not lie above zero",

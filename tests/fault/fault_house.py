@@ -33,7 +33,7 @@ from specl.shared.wire import Done, Generation, GetStatus, Status, TopK, encode
 HERE = Path(__file__).parent
 SETTINGS = """\
 speculative: {num_draft_tokens: 2, temperature: 0.0, max_tokens: 8}
-training: {enabled: false, idle_seconds: 0.2}
+training: {enabled: false, idle_seconds: 0.2, on_battery: true, when_hot: true}
 serving: {threads: 1}
 """
 

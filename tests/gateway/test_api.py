@@ -1,6 +1,8 @@
 """The API as OpenAI's own client and as curl use it."""
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 import threading
 import time
@@ -9,6 +11,8 @@ import httpx2 as httpx
 import openai
 import pytest
 from fault_house import wait_until
+
+from specl.shared.conversations import conversation_of
 
 ASK = {
     "model": "speclora",
@@ -189,6 +193,41 @@ def test_what_is_not_to_be_kept_is_not(client, more):
     answer = client.chat.completions.create(**ASK, extra_body=more)
     kept = more not in ({"speclora": {"record": False}}, {"store": False})
     assert answer.model_extra["speclora"]["recorded"] is kept
+
+
+def conversations(running, *answers):
+    """The conversation ids under which these answers are stored."""
+
+    def stored():
+        with contextlib.closing(sqlite3.connect(f"file:{running.house.paths.store}?mode=ro", uri=True)) as db:
+            found = dict(db.execute("SELECT id, conversation_id FROM generations").fetchall())
+        return all(id in found for id in ids) and [found[id] for id in ids]
+
+    ids = [answer.model_extra["speclora"]["generation_id"] for answer in answers]
+    return wait_until(stored, 20, "the answers are stored")
+
+
+def test_turns_of_a_chat_are_one_conversation_without_a_word_of_the_client(client, running):
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is a lighthouse?"}]
+    first = client.chat.completions.create(**ASK | {"messages": turns})
+    turns += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "and a lightship?"},
+    ]
+    second = client.chat.completions.create(**ASK | {"messages": turns})
+    other = client.chat.completions.create(**ASK | {"messages": turns[3:]})
+    named = client.chat.completions.create(
+        **ASK | {"messages": turns}, extra_body={"speclora": {"conversation_id": "mine"}}
+    )
+    ids = conversations(running, first, second, other, named)
+    assert ids[0] == ids[1] != ids[2] and ids[3] == "mine"
+    assert ids[0] == conversation_of(turns) and "lighthouse" not in ids[0]
+
+
+def test_repeats_of_a_plain_prompt_are_one_conversation(client, running):
+    wish = {"model": "speclora", "max_tokens": 4, "temperature": 1.0}
+    ids = conversations(running, *(client.completions.create(**wish, prompt=text) for text in ("ping", "ping", "pong")))
+    assert ids[0] == ids[1] == conversation_of([], "ping") != ids[2]
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,8 @@ def test_settings_shrink_only_what_a_short_stream_needs():
     found = stream.scaled(given, 20, 0.3, 1.5, 1.0, True, False)
     names = type(given.training).model_fields
     changed = {name for name in names if getattr(found.training, name) != getattr(given.training, name)}
-    assert changed == {"min_failure_cases", "heldout_share", "min_heldout_generations", "max_minutes", "idle_seconds"}
+    small = {"min_failure_cases", "heldout_share", "min_heldout_generations", "max_minutes", "idle_seconds"}
+    assert changed == small | {"on_battery", "when_hot"}
     assert found.training.min_failure_cases == 20
     assert found.training.min_heldout_generations == 4
     assert found.speculative.ngram is False

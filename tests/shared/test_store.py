@@ -377,6 +377,31 @@ def test_a_purge_finds_by_id_age_and_pattern_and_nothing_else(store):
     assert set(store.matching(["old"], None, "sure")) == {"old", "new", "other"}
 
 
+def test_a_pattern_means_a_hash_for_an_id_only_where_it_is_the_whole_of_it(store):
+    hash = "0badc0de" * 4
+    add(store, make_generation("g1", conversation_id=hash), make_generation("g2", conversation_id="the bad talk"))
+    assert store.matching([], None, "bad") == ["g2"]
+    assert store.matching([], None, hash.upper()) == ["g1"]
+    assert store.matching([], None, "question") == ["g1", "g2"]
+
+
+def test_outlines_have_the_newest_first_and_whole_ones_the_order_they_are_asked_in(store):
+    add(
+        store,
+        make_generation("g1", acceptance_rate=None),
+        make_generation("fast", top_k=None, mode="fast"),
+        make_generation("g2"),
+        make_evaluation("e1", subject="generation", generation_id="g1", agreement=0.25),
+    )
+    found = store.outlines(10)
+    assert [(row.id, row.figure, row.output_count) for row in found] == [("g2", 0.4, 5), ("g1", 0.25, 5)]
+    assert [row.id for row in store.outlines(1)] == ["g2"]
+    whole = store.whole(["g2", "gone", "g1"])
+    assert [row.values["id"] for row in whole] == ["g2", "g1"] and len(whole[0].disagreements) == 1
+    assert whole[1].values["output_tokens"] == tokens_blob([1, 2, 3, 4, 5])
+    assert list(store.tokens(["g1", "gone"])) == [tokens_blob([5, 6, 7, 1, 2, 3, 4, 5])]
+
+
 # ---------------------------------------------------------------------------------------------------- reading
 def test_export_has_the_documented_shape(store):
     add(store, make_generation("g1"), make_generation("g2", messages=[], prompt="raw", acceptance_rate=None))
@@ -456,14 +481,3 @@ def test_unscored_are_those_with_neither_figure_and_something_to_score(store):
     assert [item.values["id"] for item in store.unscored(10)] == ["parked"]
     add(store, make_evaluation("e", subject="generation", generation_id="parked"))
     assert store.unscored(10) == []
-
-
-def test_recent_generations_are_the_newest_first(store):
-    add(
-        store,
-        *[make_generation(f"g{n}", created_at=float(n)) for n in range(4)],
-        make_generation("fast", top_k=None, created_at=9.0),
-    )
-    assert [item.values["id"] for item in store.recent_generations(2)] == ["fast", "g3"]
-    assert [item.values["id"] for item in store.recent_generations(9, trainable=True, since=2.0)] == ["g3", "g2"]
-    assert store.recent_generations(9)[1].values["output_tokens"] == tokens_blob([1, 2, 3, 4, 5])

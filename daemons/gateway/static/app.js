@@ -105,7 +105,8 @@ function tiles(status) {
 function training(found) {
   const loss = found.loss === null || found.loss === undefined ? "" : `, loss ${found.loss.toFixed(3)}`;
   const of = found.total ? ` of ${found.total}` : "";
-  const now = found.state === "idle" || found.state === "stopped" ? found.state : `${found.state}, step ${found.step}${of}${loss}`;
+  const step = found.state === "idle" || found.state === "stopped" ? found.state : `${found.state}, step ${found.step}${of}${loss}`;
+  const now = found.waits ? `${step}; waits: ${found.waits}` : step;
   const last = found.last_verdict;
   return `Now: ${now}.` + (last ? ` Last verdict: ${last.verdict}, ${last.reason} (${local(last.created)}).` : "");
 }

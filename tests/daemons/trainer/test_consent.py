@@ -1,0 +1,260 @@
+"""The trainer's own loop and threads around a machine that is unplugged and plugged in again."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from specl.daemons.trainer import consent, politeness, service
+from specl.daemons.trainer.consent import Consent
+from specl.daemons.trainer.politeness import DEFER_S, Turnstile
+from specl.daemons.trainer.run import Outcome
+from specl.daemons.trainer.service import Trainer
+from specl.shared import config
+from specl.shared.config import Training
+from specl.shared.paths import find_paths
+from specl.shared.power import Power
+from specl.shared.store import Store
+from specl.shared.wire import GetStatus, Train
+from tests.fakes import make_generation, to_row
+
+BATTERY, MAINS, HOT = Power(on_battery=True), Power(), Power(hot=True)
+PIECES = 40
+
+
+def wait_until(condition, what, timeout=10.0):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"{what} did not come true")
+
+
+class Wire:
+    """In the place of the bus: `ask` from the test's thread is answered on the trainer's loop."""
+
+    malformed = 0
+
+    def __init__(self):
+        self._asked, self._answers = [], {}
+        self.published = []
+
+    def subscribe(self, endpoint, handle):
+        pass
+
+    def poll(self, timeout, handle):
+        while self._asked:
+            handle(*self._asked.pop(0))
+        time.sleep(0.005)
+
+    def ask(self, message):
+        peer = object()
+        self._asked.append((peer, message))
+        return wait_until(lambda: self._answers.pop(peer, None), "an answer")
+
+    def send(self, peer, message):
+        self._answers[peer] = message
+
+    def publish(self, message):
+        self.published.append(message)
+
+    def wake(self):
+        pass
+
+
+class Work:
+    """In the place of a run: so many pieces, one at each passing."""
+
+    done = 0
+
+    def __init__(self, *parts):
+        *_, self.live, self._pause, self.trigger = parts
+
+    def run(self):
+        self.live.state, self.live.total = "training", PIECES
+        for step in range(PIECES):
+            self._pause()
+            time.sleep(0.005)
+            Work.done, self.live.step = Work.done + 1, step + 1
+        return Outcome("rejected", "for the test")
+
+
+class House:
+    """A trainer with failures in its store, on a machine whose power is `machine`."""
+
+    def __init__(self, machine, **training):
+        self.machine, self.looks, self.stopping = machine, 0, False
+        settings = config.load()
+        changed = settings.training.model_copy(update={"idle_seconds": 0.0, "min_failure_cases": 3} | training)
+        paths = find_paths().create()
+        store = Store(paths.store)
+        store.set_threshold(0.5)
+        store.add_rows([to_row(make_generation(f"g{n}", acceptance_rate=0.1)) for n in range(5)])
+        store.close()
+        self.wire = Wire()
+        self.trainer = Trainer(paths, settings.model_copy(update={"training": changed}), self.wire, self._look)
+        self.trainer._loaded = lambda: SimpleNamespace()
+        self._thread = threading.Thread(target=lambda: self.trainer.run(self))
+        self._thread.start()
+
+    def __bool__(self):
+        """The stop flag."""
+        return self.stopping
+
+    def _look(self):
+        self.looks += 1
+        return self.machine
+
+    def status(self):
+        return self.wire.ask(GetStatus()).body["training"]
+
+    def close(self):
+        self.stopping = True
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def house(monkeypatch):
+    monkeypatch.setattr(service, "LOOK_S", 0.02)
+    monkeypatch.setattr(service, "TrainingJob", Work)
+    monkeypatch.setattr(consent, "LOOK_S", 0.02)
+    monkeypatch.setattr(politeness, "HELD_NAP_S", 0.02)
+    monkeypatch.setattr(Work, "done", 0)
+    made = []
+
+    def make(machine, **training):
+        made.append(House(machine, **training))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def rests(seconds=0.3):
+    """Whether nothing is done for a while."""
+    before = Work.done
+    time.sleep(seconds)
+    return Work.done == before
+
+
+@pytest.mark.parametrize(("machine", "why"), [(BATTERY, "on battery"), (HOT, "the machine is hot")])
+def test_no_run_starts_while_the_machine_objects_and_status_says_why(house, machine, why):
+    made = house(machine)
+    wait_until(lambda: made.status()["waits"] == why, "the reason")
+    assert rests() and Work.done == 0 and made.status()["state"] == "idle"
+    made.machine = MAINS
+    wait_until(lambda: Work.done >= PIECES, "the run")
+
+
+def test_a_run_under_way_pauses_and_goes_on(house):
+    made = house(MAINS)
+    wait_until(lambda: Work.done > 2, "its first pieces")
+    made.machine = BATTERY
+    waiting = wait_until(lambda: (found := made.status())["waits"] and found, "the reason")
+    assert waiting["waits"] == "on battery" and waiting["state"] == "training"
+    assert rests() and Work.done < PIECES
+    made.machine = MAINS
+    wait_until(lambda: Work.done >= PIECES, "the rest")
+    assert made.status()["waits"] == ""
+
+
+def test_settings_that_allow_it_do_not_even_look(house):
+    made = house(Power(True, True), on_battery=True, when_hot=True)
+    wait_until(lambda: Work.done >= PIECES, "the run")
+    assert made.looks == 0
+
+
+def test_one_of_the_two_may_be_allowed(house):
+    made = house(BATTERY, on_battery=True)
+    wait_until(lambda: Work.done >= PIECES, "the run")
+    made.machine = HOT
+    wait_until(lambda: made.trainer.consent.objection == "the machine is hot", "the objection")
+
+
+def test_train_now_says_it_and_trains_all_the_same(house):
+    made = house(BATTERY, enabled=False)
+    wait_until(lambda: made.trainer.consent.objection, "the objection")
+    reply = made.wire.ask(Train(True))
+    assert reply.ok and "on battery, trains all the same" in reply.message
+    wait_until(lambda: Work.done >= PIECES, "the run")
+    wait_until(lambda: made.trainer.consent.objection == "on battery", "the objection after it")
+
+
+def test_a_run_that_was_asked_for_on_mains_power_pauses_when_that_goes(house):
+    made = house(MAINS, enabled=False)
+    reply = made.wire.ask(Train(True))
+    assert reply.ok and "all the same" not in reply.message
+    wait_until(lambda: Work.done > 2, "its first pieces")
+    made.machine = BATTERY
+    wait_until(lambda: made.status()["waits"] == "on battery", "the reason")
+    assert rests()
+    assert "goes on all the same" in made.wire.ask(Train(True)).message
+    wait_until(lambda: Work.done == PIECES, "the rest")
+
+
+def test_train_without_now_waits_and_now_lets_that_very_run_go_on(house):
+    made = house(BATTERY, enabled=False)
+    wait_until(lambda: made.trainer.consent.objection and made.trainer.pending, "the objection")
+    reply = made.wire.ask(Train(False))
+    assert reply.ok and "training waits: on battery (--now trains all the same)" in reply.message
+    wait_until(lambda: made.status()["waits"] == "on battery", "the reason")
+    assert rests() and Work.done == 0
+    assert not made.wire.ask(Train(False)).ok
+    reply = made.wire.ask(Train(True))
+    assert reply.ok and "goes on all the same" in reply.message
+    wait_until(lambda: Work.done == PIECES, "the run")
+    wait_until(lambda: made.trainer.consent.objection == "on battery", "the objection after it")
+
+
+def test_a_stop_need_not_wait_for_mains_power(house):
+    made = house(MAINS)
+    wait_until(lambda: Work.done > 2, "its first pieces")
+    made.machine = BATTERY
+    wait_until(lambda: made.status()["waits"], "the reason")
+    start = time.monotonic()
+    made.close()
+    assert time.monotonic() - start < 2 and Work.done < PIECES
+
+
+def test_the_machine_is_looked_at_once_a_minute():
+    now, looks = [0.0], []
+
+    def machine():
+        looks.append(now[0])
+        return BATTERY if len(looks) == 1 else MAINS
+
+    asked = Consent(Training(), machine, lambda: now[0])
+    assert asked.objection == ""
+    for second in range(150):
+        now[0] = float(second)
+        asked.look()
+        assert asked.objection == ("on battery" if second < 60 else "")
+    assert looks == [0.0, 60.0, 120.0]
+
+
+def test_who_insists_is_not_held_up_until_the_last_of_it_has_ended():
+    asked = Consent(Training(), lambda: BATTERY, lambda: 0.0)
+    asked.look()
+    for work in ("by hand, now", "by hand, now", "import"):
+        asked.insist(work)
+    asked.relent("something else")
+    for work in ("by hand, now", "import", "by hand, now"):
+        assert asked.objection == ""
+        asked.relent(work)
+    assert asked.objection == "on battery"
+
+
+def test_a_night_on_battery_is_no_reason_to_disturb_a_busy_daemon_in_the_morning():
+    now = [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    turnstile = Turnstile(2.0, lambda: now[0], sleep, lambda: "on battery" if now[0] < 8 * 3600 else "")
+    turnstile.heard(True)
+    waited = turnstile.pass_through()
+    assert waited == pytest.approx(8 * 3600 + DEFER_S, abs=2)
