@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specl.shared.client import Client
-from specl.shared.paths import ROLES, Paths
+from specl.shared.paths import DAEMONS, ROLES, Paths
 from specl.shared.process import holder_of, is_locked
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _store_summary(answers: dict[str, Any], paths: Paths, problems: list[str]) -
 
 
 def _problems(answers: dict[str, Any], daemons: dict[str, Any], summary: dict[str, Any]) -> list[str]:
-    found = [f"{role} does not run; {START}" for role in ROLES if daemons[role]["state"] == "stopped"]
+    found = [f"{role} does not run; {START}" for role in DAEMONS if daemons[role]["state"] == "stopped"]
     inference, collector, trainer = (answers.get(role, {}) for role in ROLES)
     if inference.get("blas", {}).get("fast") is False:
         found.append(f"slow BLAS in use ({inference['blas']['bound']}); `specl-ctl doctor` says what to do")
@@ -111,6 +111,7 @@ def collect(client: Client) -> dict[str, Any]:
     gateway = _gateway(settings, paths)
     if gateway.get("problem"):
         problems.append(f"gateway: {gateway['problem']}")
+    expected = gateway if settings.gateway.enabled else {"state": "off"}
     pending = {name: answers[name]["outbox"]["pending"] for name in ("inference", "trainer") if name in answers}
     return {
         **daemons,
@@ -142,6 +143,6 @@ def collect(client: Client) -> dict[str, Any]:
         },
         "tokens_per_second": {"rolling": summary.get("rolling_tokens_per_second")},
         "models": inference.get("models", {"target": settings.models.target.name, "draft": settings.models.draft.name}),
-        "problems": problems + _problems(answers, daemons, summary),
+        "problems": problems + _problems(answers, daemons | {"gateway": expected}, summary),
         "gateway": gateway,
     }
