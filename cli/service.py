@@ -45,7 +45,9 @@ def service(manager: str, role: str | None, write: bool) -> None:
         ]
     else:
         if role is None and not write:
-            raise click.UsageError(f"a property list holds one daemon: name one of {', '.join(DAEMONS)}, or use --write")
+            raise click.UsageError(
+                f"a property list holds one daemon: name one of {', '.join(DAEMONS)}, or use --write"
+            )
         units = {f"{LABEL}.{name}.plist": launchd_list(name) for name in ([role] if role else DAEMONS)}
         folder = Path.home() / "Library" / "LaunchAgents"
         then = [f"launchctl bootstrap gui/$(id -u) {shlex.quote(str(folder / name))}" for name in units]

@@ -8,14 +8,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specl.shared.client import Client
+from specl.shared.client import START, Client
 from specl.shared.paths import DAEMONS, ROLES, Paths
 from specl.shared.process import holder_of, is_locked
 
 if TYPE_CHECKING:
     from specl.shared.config import Settings
-
-START = "start it with `honcho start`"
 
 
 def _daemon(body: dict[str, Any] | None, role: str, paths: Paths) -> dict[str, Any]:
