@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from specl.cli.options import TEMPERATURE
 from specl.cli.prompt_file import read
 from specl.shared import config
 from specl.shared.adapters import Adapters
@@ -28,7 +29,7 @@ NONE = "none"
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many prompts.")
 @click.option("--column", help="The column (CSV) or key (JSON) that holds the prompt.")
 @click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="Most tokens of an answer.")
-@click.option("--temperature", type=click.FloatRange(0, 10), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=TEMPERATURE, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--json", "as_object", is_flag=True, help="One JSON object.")
 def evaluate(
     file: str,

@@ -38,12 +38,12 @@ def _fenced(first: str, lines: Callable[[str], str]) -> str:
 
 
 def piped(source: Iterable[str]) -> Callable[[str], str]:
-    """Lines of a pipe or file; the prompt is shown to nobody."""
+    """Lines of a pipe or file, without their ends; the prompt is shown to nobody."""
     iterator = iter(source)
 
     def read(prompt: str) -> str:
         for line in iterator:
-            return line.rstrip("\n")
+            return line
         raise EOFError
 
     return read
