@@ -8,7 +8,7 @@ import pytest
 from fault_house import wait_until
 
 from specl.daemons.gateway.guard import Rate, host_name
-from specl.daemons.gateway.service import check_exposure
+from specl.shared.access import check_exposure
 from specl.shared.config import Gateway as Settings
 from specl.shared.errors import ConfigError
 
