@@ -20,7 +20,7 @@ from specl.shared.access import Addresses
 from specl.shared.bus import Connection, gather
 from specl.shared.chat import Messages, to_messages
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError, WireError
-from specl.shared.paths import Paths, find_paths
+from specl.shared.paths import ROLES, Paths, find_paths
 from specl.shared.process import holder_of, is_locked
 from specl.shared.remembered import load
 from specl.shared.wire import (
@@ -185,11 +185,11 @@ class Client:
                     return
 
     # ------------------------------------------------------------------------------------------------ commands
-    def status(self, timeout_s: float = 0.4) -> dict[str, Any]:
+    def status(self, timeout_s: float = 0.4, roles: tuple[str, ...] = ROLES) -> dict[str, Any]:
         """Each daemon's own view by role; roles that do not answer are left out."""
         # nobody waits for those whose lock says that they are gone
-        roles = [role for role in ("inference", "collector", "trainer") if self._may_live(role)]
-        answers = gather({role: (self.addresses.answer(role), GetStatus()) for role in roles}, timeout_s)
+        asked = [role for role in roles if self._may_live(role)]
+        answers = gather({role: (self.addresses.answer(role), GetStatus()) for role in asked}, timeout_s)
         found = {}
         for role, answer in answers.items():
             if isinstance(answer, Status):

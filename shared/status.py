@@ -27,6 +27,11 @@ def _daemon(body: dict[str, Any] | None, role: str, paths: Paths) -> dict[str, A
     }
 
 
+def state_of(client: Client, role: str, timeout_s: float = 1.0) -> str:
+    """One daemon's state, without a look at anything else."""
+    return _daemon(client.status(timeout_s, (role,)).get(role), role, client.paths)["state"]
+
+
 def _store_summary(answers: dict[str, Any], paths: Paths, problems: list[str]) -> dict[str, Any]:
     """The collector's view, or our own where it is down (only then is sqlalchemy imported)."""
     if answers.get("collector", {}).get("summary"):
