@@ -169,14 +169,13 @@ def _settings() -> Iterator[Finding]:
 
 def _memory() -> Iterator[Finding]:
     """What the settings' models will take, where they are here."""
+    from specl.cli.room import folders
     from specl.shared.models import memory
-    from specl.shared.models.load import located
-    from specl.shared.models.pair import draft_folder, estimate_pair
+    from specl.shared.models.pair import estimate_pair
 
-    settings, folder = config.load(), find_paths().models
-    target, name = located(settings.models.target.name, folder), settings.models.draft.name
-    draft = (draft_folder(name, folder) or located(name, folder)) if name else None
-    if target is None or not target.is_dir() or (name and (draft is None or not draft.is_dir())):
+    settings = config.load()
+    target, draft = folders(settings, find_paths().models)
+    if target is None or (settings.models.draft.name and draft is None):
         yield OK, "memory", "told when the models are here: `specl-ctl models fetch`"
         return
     found, machine = estimate_pair(settings, target, draft)

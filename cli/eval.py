@@ -83,12 +83,15 @@ def _hint(name: str) -> str:
 
 
 def _load() -> "Engine":
+    from specl.cli.room import check_room, folders
     from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
     from specl.shared.models.load import to_stderr
     from specl.shared.models.pair import load_pair
 
-    paths = find_paths()
-    engine = load_pair(config.load(), paths.models, to_stderr)
+    paths, settings = find_paths(), config.load()
+    target, draft = folders(settings, paths.models)
+    check_room(settings, paths, target, draft, "loading the models a second time")
+    engine = load_pair(settings, paths.models, to_stderr)
     if engine.draft is None:
         raise ConfigError("there is no draft to evaluate", "set models.draft.name")
     paths.costs.mkdir(parents=True, exist_ok=True)

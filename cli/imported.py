@@ -18,6 +18,7 @@ import numpy as np
 from specl.cli import text_file
 from specl.shared.config import Settings
 from specl.shared.errors import ConfigError
+from specl.shared.paths import find_paths
 from specl.shared.wire import Disagreement, Generation, TopK
 
 MOST_PROBLEMS = 5  # named at once
@@ -126,14 +127,18 @@ def _disagreement(value: Any) -> Disagreement:
 
 # ---------------------------------------------------------------------------------------------------- the law
 class Annotator:
-    """Runs the target over texts that are already written. Loads it on construction."""
+    """Runs the target over texts that are already written. Loads it on construction; raises ModelError where it has no room."""
 
     def __init__(self, settings: Settings, models: Path) -> None:
+        from specl.cli.room import check_room, here
         from specl.shared.engine.engine import Engine
         from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
         from specl.shared.models.load import load, to_stderr
 
-        target = load(settings.models.target.name, models, settings.models.precision, to_stderr)
+        name = settings.models.target.name
+        what = "reading texts with the target (--text-only does without)"
+        check_room(settings, find_paths(), here(name, models), None, what)
+        target = load(name, models, settings.models.precision, to_stderr)
         self._engine = Engine(target, None, settings)
         self._k = settings.training.loss.top_k_logits
 
