@@ -21,23 +21,13 @@ class Number(click.FloatRange):
 
 TEMPERATURE = Number(0, 10)
 TOP_P = Number(0, 1, min_open=True)
-MIN_P = Number(0, 1)
-MAX_TOKENS = click.IntRange(1)
-_HELP = {
-    "temperature": "0 is greedy: the target's own first choice every time.",
-    "top-p": "Draw from the fewest tokens that weigh this much.",
-    "top-k": "Draw from this many tokens at most; 0: all.",
-    "min-p": "Leave out tokens less likely than this share of the first.",
-    "seed": "One seed, one text, whatever drafts.",
-    "max-tokens": "Most tokens of an answer.",
-}
-_TYPES = {
-    "temperature": TEMPERATURE,
-    "top-p": TOP_P,
-    "top-k": click.IntRange(0),
-    "min-p": MIN_P,
-    "seed": click.IntRange(-(2**63), 2**63 - 1),
-    "max-tokens": MAX_TOKENS,
+_SAMPLING = {
+    "max-tokens": (click.IntRange(1), "Most tokens of an answer."),
+    "temperature": (TEMPERATURE, "0 is greedy: the target's own first choice every time."),
+    "top-p": (TOP_P, "Draw from the fewest tokens that weigh this much."),
+    "top-k": (click.IntRange(0), "Draw from this many tokens at most; 0: all."),
+    "min-p": (Number(0, 1), "Leave out tokens less likely than this share of the first."),
+    "seed": (click.IntRange(-(2**63), 2**63 - 1), "One seed, one text, whatever drafts."),
 }
 
 
@@ -45,18 +35,19 @@ def sampling(*names: str) -> Any:
     """A decorator that adds these options (all of them without names), in this order; left out they are None."""
 
     def add(command: Any) -> Any:
-        for name in reversed(names or tuple(_HELP)):
-            command = click.option(f"--{name}", type=_TYPES[name], help=_HELP[name])(command)
+        for name in reversed(names or tuple(_SAMPLING)):
+            kind, said = _SAMPLING[name]
+            command = click.option(f"--{name}", type=kind, help=said)(command)
         return command
 
     return add
 
 
-def wants_colour(stream: Any = None) -> bool:
-    """Whether `stream` (stdout) is a terminal of somebody who did not say no (https://no-color.org)."""
-    return (stream or sys.stdout).isatty() and not no_colour()
+def wants_colour() -> bool:
+    """Whether stdout is a terminal of somebody who did not say no."""
+    return sys.stdout.isatty() and not no_colour()
 
 
 def no_colour() -> bool:
-    """Whether NO_COLOR is set, to anything."""
+    """Whether NO_COLOR is set, to anything (https://no-color.org)."""
     return bool(os.environ.get("NO_COLOR"))

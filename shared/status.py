@@ -95,6 +95,12 @@ def _gateway(settings: "Settings", paths: Paths) -> dict[str, Any]:
     return found | {"state": said["state"], "uptime_s": up, "address": said["address"], "problem": said["problem"]}
 
 
+def _elsewhere(answers: dict[str, Any], paths: Paths) -> bool:
+    """Whether daemons answer that do not run on this run directory. Looks at no lock that is not there: that would make one."""
+    here = any((paths.run / f"{role}.lock").exists() and is_locked(paths.run, role) for role in answers)
+    return bool(answers) and not here
+
+
 def _current(paths: Paths) -> str:
     """The adapter that inference would draft with if it ran."""
     from specl.shared.adapters import Adapters  # with it comes a validator, and who is up says it anyway
@@ -114,7 +120,8 @@ def collect(client: Client) -> dict[str, Any]:
     gateway = _gateway(settings, paths)
     if gateway.get("problem"):
         problems.append(f"gateway: {gateway['problem']}")
-    expected = gateway if settings.gateway.enabled else {"state": "off"}
+    # of daemons that answer from another machine only the bus is seen
+    expected = gateway if settings.gateway.enabled and not _elsewhere(answers, paths) else {"state": "off"}
     pending = {name: answers[name]["outbox"]["pending"] for name in ("inference", "trainer") if name in answers}
     return {
         **daemons,

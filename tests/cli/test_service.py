@@ -80,6 +80,24 @@ def test_status_misses_a_gateway_only_where_one_is_wanted(specl, monkeypatch, tm
     assert ("gateway" in specl("status").stdout) is enabled
 
 
+def test_a_gateway_beside_daemons_elsewhere_is_not_missed(monkeypatch):
+    from specl.shared import client, status
+    from specl.shared.process import Lock
+
+    paths = find_paths().create()
+    body = {"state": "ready", "uptime_s": 1.0, "summary": {"generations": 0}}
+    monkeypatch.setattr(client.Client, "status", lambda self: {"collector": body | {"pid": None}})
+
+    def missed():
+        with client.Client(paths) as asked:
+            return any("gateway" in problem for problem in status.collect(asked)["problems"])
+
+    assert not missed() and not (paths.run / "collector.lock").exists()
+    lock = Lock(paths.run, "collector")
+    assert missed()
+    lock.release()
+
+
 # ------------------------------------------------------------------------------------------------ logs
 def test_logs_are_rotated_and_few(tmp_path, monkeypatch):
     monkeypatch.setattr(log, "LOG_BYTES", 4000)
