@@ -211,7 +211,7 @@ def examine(checks: Iterable[Callable[[], Iterator[Finding]]] = CHECKS) -> Itera
         try:
             yield from check()
         except SpecLoraError as error:
-            yield BAD, name, f"{error} {error.hint}".strip()
+            yield BAD, name, f"{error}" + (f"; {error.hint}" if error.hint else "")
         except Exception as error:  # a broken library or file may raise anything: told, and the other checks go on
             yield BAD, name, f"this check failed: {type(error).__name__}: {error}"
 
