@@ -1,12 +1,13 @@
 """`specl-ctl ask`: text on stdout as it comes, one line of statistics on stderr, or one JSON object."""
 
 import json
-import sys
 from dataclasses import asdict
 from typing import Any
 
 import click
 
+from specl.cli import text_file
+from specl.cli.options import sampling
 from specl.shared.client import Client
 from specl.shared.errors import RequestRejected
 from specl.shared.wire import Done
@@ -39,12 +40,7 @@ def as_json(done: Done) -> dict[str, Any]:
 
 @click.command()
 @click.argument("prompt")
-@click.option("--max-tokens", type=int, help="Most tokens of the answer.")
-@click.option("--temperature", type=float, help="0 is greedy: the target's own first choice every time.")
-@click.option("--top-p", type=float, help="Draw from the fewest tokens that weigh this much.")
-@click.option("--top-k", type=int, help="Draw from this many tokens at most; 0: all.")
-@click.option("--min-p", type=float, help="Leave out tokens less likely than this share of the first.")
-@click.option("--seed", type=int, help="One seed, one text, whatever drafts.")
+@sampling()
 @click.option("--mode", type=click.Choice(["detailed", "fast"]), help="fast keeps no token-level detail to learn from.")
 @click.option("--system", help="A system message.")
 @click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
@@ -60,11 +56,9 @@ def ask(prompt: str, as_object: bool, no_record: bool, stop: tuple[str, ...], **
     specl-ctl ask --temperature 0 --max-tokens 64 --json "List three rivers."
     """
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = text_file.text("-")
     if not prompt.strip():
         raise RequestRejected("the prompt is empty")
-    if wish["max_tokens"] is not None and wish["max_tokens"] < 1:
-        raise RequestRejected(f"--max-tokens must be at least 1, not {wish['max_tokens']}")
     with Client() as client:
         pieces = client.stream(prompt, on_place=_tell_place, stop=list(stop), record=not no_record, **wish)
         for text in pieces:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specl.cli.bench_learning import learning
+from specl.cli.options import TEMPERATURE, TOP_P
 from specl.cli.teller import Teller
 from specl.shared import config
 from specl.shared.errors import ConfigError
@@ -73,12 +74,12 @@ class _Numbers(click.ParamType):
 @click.option("--draft", help="A draft folder or name, `none` for none; the settings' draft otherwise.")
 @click.option(
     "--temperature",
-    type=click.FloatRange(0, 10),
+    type=TEMPERATURE,
     default=0.0,
     show_default=True,
     help="0 is greedy; texts are compared only then.",
 )
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--top-p", type=TOP_P, default=1.0, show_default=True)
 @click.option(
     "--k", "fixed", type=_Numbers(0, 16), default=FIXED_K, show_default=True, help="Fixed draft lengths to measure."
 )

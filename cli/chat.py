@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from specl.cli import lines
+from specl.cli import lines, text_file
 from specl.cli.ask import as_json, summary_line
 from specl.cli.conversation import Conversation
+from specl.cli.options import sampling
 from specl.shared.client import Client
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
 from specl.shared.wire import Delta
@@ -34,16 +35,7 @@ Ctrl-C stops an answer. A message that begins with a slash is typed with two."""
 
 @click.command()
 @click.option("--system", default="", help="A system message.")
-@click.option("--max-tokens", type=click.IntRange(1), help="Most tokens of an answer.")
-@click.option(
-    "--temperature", type=click.FloatRange(0, 10), help="0 is greedy: the target's own first choice every time."
-)
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the fewest tokens that weigh this much."
-)
-@click.option("--top-k", type=click.IntRange(0), help="Draw from this many tokens at most; 0: all.")
-@click.option("--min-p", type=click.FloatRange(0, 1), help="Leave out tokens less likely than this share of the first.")
-@click.option("--seed", type=int, help="One seed, one text, whatever drafts.")
+@sampling()
 @click.option(
     "--show-draft", is_flag=True, help="Colour what was drafted: green by the draft model, cyan from repeats."
 )
@@ -69,7 +61,7 @@ def chat(system: str, show_draft: bool, no_record: bool, no_stats: bool, as_obje
             )
             talk.run_terminal(source)
         else:
-            talk.run(lines.messages(lines.piped(sys.stdin)))
+            talk.run(lines.messages(lines.piped(line for _, line in text_file.lines("-"))))
 
 
 class Face:
@@ -85,8 +77,7 @@ class Face:
         text = delta.text
         if self.show_draft:
             text = coloured(delta)
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        click.echo(text, nl=False)  # takes colours away where nobody sees them
 
     def note(self, text: str) -> None:
         """Something beside the answers, dim."""

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import click
 
+from specl.cli.options import sampling
 from specl.cli.prompt_file import FilePrompt, read
 from specl.shared.client import Client
 from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected, SpecLoraError
@@ -70,11 +71,7 @@ class Tally:
 @click.option(
     "--column", help="The column (CSV) or key (JSON) that holds the prompt.  [default: prompt, text, question, ...]"
 )
-@click.option(
-    "--temperature", type=click.FloatRange(0, 10), help="0 is greedy: the target's own first choice every time."
-)
-@click.option("--max-tokens", type=click.IntRange(1), help="Most tokens of an answer.")
-@click.option("--seed", type=int, help="One seed, one text, whatever drafts.")
+@sampling("temperature", "max-tokens", "seed")
 @click.option("--system", help="A system message before every prompt.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Also write the answers here, one JSON object a line.")
 @click.option("--resume", is_flag=True, help="Go on with --output: what it holds is not asked again.")

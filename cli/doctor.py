@@ -1,17 +1,21 @@
 """`specl-ctl doctor`: what this machine has, what is wrong, and what to do about it."""
 
 import errno
+import json
 import os
 import platform
 import shutil
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 
 import click
 
 from specl.shared import config
+from specl.shared.access import Addresses, check_exposure, gateway_token
 from specl.shared.errors import ConfigError, SpecLoraError
+from specl.shared.hooks import is_hook, load_hook
 from specl.shared.paths import DAEMONS, ROLES, find_paths
 from specl.shared.process import holder_of, is_locked
 
@@ -39,8 +43,22 @@ def _blas() -> Iterator[Finding]:
         yield WARN, "blas", f"{bound.name}: products are 5 to 30 times slower ({bound.note}). {blas.REMEDY}"
     import mlx.core as mx
 
-    yield OK, "device", str(mx.default_device())
+    yield _device(platform.system(), mx.default_device().type.name)
     yield from _native()
+
+
+def _device(system: str, kind: str) -> Finding:
+    """Where models run: `cpu` or `gpu`, as MLX chose."""
+    if system != "Darwin":
+        return OK, "device", kind
+    if kind == "gpu":
+        return OK, "device", "gpu (Metal)"
+    return (
+        WARN,
+        "device",
+        "cpu: MLX does not use this Mac's Metal, and answers will be slow. It needs Apple silicon and a Python of its own kind: "
+        "`python -c 'import platform; print(platform.machine())'` says arm64; then `pip install --force-reinstall mlx`",
+    )
 
 
 def _native() -> Iterator[Finding]:
@@ -67,6 +85,38 @@ def _folders() -> Iterator[Finding]:
     models = [path for path in paths.models.iterdir() if path.is_dir()] if paths.models.is_dir() else []
     taken = sum(file.stat().st_size for folder in models for file in folder.rglob("*") if file.is_file()) / 1e9
     yield OK, "models", f"{len(models)} folders, {taken:.1f} GB at {paths.models}"
+
+
+def _access() -> Iterator[Finding]:
+    """Who may connect: the very checks that end a daemon at its start."""
+    settings, paths = config.load(), find_paths()
+    if settings.gateway.enabled:
+        token = gateway_token(settings.gateway)
+        check_exposure(settings.gateway, token)
+        yield OK, "gateway", f"{settings.gateway.host}, {'with' if token else 'without'} a token"
+    keys = Addresses(paths, settings.bus).keys
+    if keys is not None and not keys.server_secret:
+        yield (
+            WARN,
+            "bus",
+            f"the keys in {paths.keys} are a client's: this machine can ask daemons elsewhere, and run none",
+        )
+    else:
+        yield OK, "bus", f"{settings.bus.transport}, {'with' if keys else 'without'} keys"
+
+
+def _hooks() -> Iterator[Finding]:
+    """Programs of the user's own that the settings name, imported as the daemons started in this folder would."""
+    settings = config.load()
+    named = {"speculative.drafter": settings.speculative.drafter, "training.loss.type": settings.training.loss.type}
+    sys.path.insert(0, os.getcwd())
+    try:
+        for setting, name in named.items():
+            if name is not None and is_hook(name):
+                load_hook(name, setting)
+                yield OK, "hook", f"{setting}: {name}"
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 def _ports() -> Iterator[Finding]:
@@ -119,14 +169,13 @@ def _settings() -> Iterator[Finding]:
 
 def _memory() -> Iterator[Finding]:
     """What the settings' models will take, where they are here."""
+    from specl.cli.room import folders
     from specl.shared.models import memory
-    from specl.shared.models.load import located
-    from specl.shared.models.pair import draft_folder, estimate_pair
+    from specl.shared.models.pair import estimate_pair
 
-    settings, folder = config.load(), find_paths().models
-    target, name = located(settings.models.target.name, folder), settings.models.draft.name
-    draft = (draft_folder(name, folder) or located(name, folder)) if name else None
-    if target is None or not target.is_dir() or (name and (draft is None or not draft.is_dir())):
+    settings = config.load()
+    target, draft = folders(settings, find_paths().models)
+    if target is None or (settings.models.draft.name and draft is None):
         yield OK, "memory", "told when the models are here: `specl-ctl models fetch`"
         return
     found, machine = estimate_pair(settings, target, draft)
@@ -140,27 +189,50 @@ def _memory() -> Iterator[Finding]:
 
 def _costs() -> Iterator[Finding]:
     """The calibrated curve, where inference has measured one."""
-    import json
-
     for path in sorted(find_paths().costs.glob("*.json"), key=lambda p: p.stat().st_mtime)[-1:]:
-        kept = json.loads(path.read_text())
-        verify = ", ".join(f"{w}: {1000 * s:.0f}" for w, s in kept["verify"].items())
-        draft = ", ".join(f"{k}: {1000 * s:.0f}" for k, s in kept["draft"].items())
-        yield OK, "costs", f"target step by width {verify} ms; draft by depth {draft or '-'} ms"
+        try:
+            kept = json.loads(path.read_text())
+            verify, draft = (
+                ", ".join(f"{n}: {1000 * s:.0f}" for n, s in kept[name].items()) for name in ("verify", "draft")
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            yield WARN, "costs", f"{path} cannot be read; inference measures them anew when it starts"
+        else:
+            yield OK, "costs", f"target step by width {verify} ms; draft by depth {draft or '-'} ms"
+
+
+CHECKS = (_machine, _blas, _folders, _access, _hooks, _ports, _settings, _memory, _costs)
+
+
+def examine(checks: Iterable[Callable[[], Iterator[Finding]]] = CHECKS) -> Iterator[Finding]:
+    """What every check finds. One that fails is a finding itself: a doctor who dies of what it finds helps nobody."""
+    for check in checks:
+        name = check.__name__.strip("_")
+        try:
+            yield from check()
+        except SpecLoraError as error:
+            yield BAD, name, f"{error}" + (f"; {error.hint}" if error.hint else "")
+        except Exception as error:  # a broken library or file may raise anything: told, and the other checks go on
+            yield BAD, name, f"this check failed: {type(error).__name__}: {error}"
 
 
 @click.command()
-def doctor() -> None:
-    """Check machine, BLAS, disk, locks, settings and models, and say what to do. Exit code 1 where something is broken."""
+@click.option(
+    "--json", "as_object", is_flag=True, help="One JSON object: `ok`, and findings with level, name and text."
+)
+def doctor(as_object: bool) -> None:
+    """Check machine, BLAS, disk, locks, who may connect, settings and models, and say what to do. Exit code 1 where
+    something is broken.
+    """
     worst = OK
-    for check in (_machine, _blas, _folders, _ports, _settings, _memory, _costs):
-        try:
-            findings = list(check())
-        except SpecLoraError as error:
-            findings = [(BAD, check.__name__.strip("_"), f"{error} {error.hint}".strip())]
-        for level, name, text in findings:
+    told = []
+    for level, name, text in examine():
+        worst = level if level == BAD else worst
+        told.append({"level": level, "name": name, "text": text})
+        if not as_object:
             colour = {OK: "green", WARN: "yellow", BAD: "red"}[level]
             click.echo(f"{click.style(f'{level:<5}', fg=colour)}{name:<11}{text}")
-            worst = level if level == BAD else worst
+    if as_object:
+        click.echo(json.dumps({"ok": worst != BAD, "findings": told}, ensure_ascii=False))
     if worst == BAD:
         raise SystemExit(1)

@@ -106,6 +106,7 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
     A stopped build goes on where it was when the same command is run again. The draft is ready for
     `models.draft.name` in the settings file.
     """
+    from specl.cli.room import check_room, here
     from specl.shared.learning.distil import build as distil
     from specl.shared.models.head import load_head
     from specl.shared.models.load import load, to_stderr
@@ -117,6 +118,7 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
             "--begin goes on from a head draft; a layers draft always begins with the target's own layers"
         )
     name = target or settings.models.target.name
+    check_room(settings, paths, here(name, paths.models), None, "building a draft")
     loaded = load(name, paths.models, settings.models.precision, to_stderr)
     short = Path(name).name
     chosen = _settings(wish, loaded, seconds)

@@ -1,11 +1,11 @@
 """What `specl-ctl draft build` learns from: the shipped prompts, a file's, or what the store holds of the user's own traffic."""
 
 import hashlib
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specl.cli import prompt_file, text_file
 from specl.shared.config import Settings
 from specl.shared.errors import ConfigError
 
@@ -17,7 +17,8 @@ SHIPPED = "shipped"
 
 
 def prompts_of(file: str) -> tuple[list[Any], str]:
-    """The prompts in `file` (one a line, or JSONL with `messages` or `prompt`), or the shipped ones, and their sha256.
+    """The prompts in `file` (as `prompt_file` reads them; in plain text a line may be JSON, too), or the shipped ones, and
+    their sha256.
 
     Raises ConfigError that names file and line.
     """
@@ -25,28 +26,27 @@ def prompts_of(file: str) -> tuple[list[Any], str]:
 
     if file == SHIPPED:
         return prompts.load("train"), prompts.sha256("train")
-    try:
-        data = Path(file).expanduser().read_bytes()
-        lines = data.decode("utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(
-            f"--prompts {file} cannot be read: {error.strerror}", "give a file of prompts, or the word `shipped`"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text (byte {error.start})") from error
-    items = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line) if line.lstrip().startswith("{") else {"prompt": line}
-            messages = entry.get("messages") or [{"role": "user", "content": entry["prompt"]}]
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{file}:{number}: neither a prompt nor JSON with `messages` or `prompt`") from error
-        items.append(prompts.ShippedPrompt(f"line-{number}", "own", messages))
-    if not items:
+    if file == "-":
+        raise ConfigError("--prompts wants a file: a build that was stopped reads it again")
+    found = prompt_file.read(file) if Path(file).suffix.lower() in prompt_file.KINDS else _mixed(file)
+    items = [prompts.ShippedPrompt(f"line-{item.line}", "own", item.messages) for item in found]
+    return items, hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
+
+
+def _mixed(file: str) -> list[prompt_file.FilePrompt]:
+    """Lines of text, or of JSON where they begin as an object does."""
+    found, problems = [], []
+    for number, line in text_file.lines(file):
+        if line.strip():
+            try:
+                value = text_file.parse_json(line) if line.lstrip().startswith("{") else line.strip()
+                found.append(prompt_file.FilePrompt(number, prompt_file.to_messages(value)))
+            except ValueError as error:
+                problems.append(f"{file}:{number}: {error}")
+    prompt_file.refuse(problems)
+    if not found:
         raise ConfigError(f"{file} has no prompts")
-    return items, hashlib.sha256(data).hexdigest()
+    return found
 
 
 def texts_of_store(path: Path, settings: Settings, fingerprint: str, name: str) -> list["OwnText"]:

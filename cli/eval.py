@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from specl.cli.options import TEMPERATURE
 from specl.cli.prompt_file import read
 from specl.shared import config
 from specl.shared.adapters import Adapters
@@ -28,7 +29,7 @@ NONE = "none"
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many prompts.")
 @click.option("--column", help="The column (CSV) or key (JSON) that holds the prompt.")
 @click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="Most tokens of an answer.")
-@click.option("--temperature", type=click.FloatRange(0, 10), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=TEMPERATURE, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--json", "as_object", is_flag=True, help="One JSON object.")
 def evaluate(
     file: str,
@@ -83,12 +84,15 @@ def _hint(name: str) -> str:
 
 
 def _load() -> "Engine":
+    from specl.cli.room import check_room, folders
     from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
     from specl.shared.models.load import to_stderr
     from specl.shared.models.pair import load_pair
 
-    paths = find_paths()
-    engine = load_pair(config.load(), paths.models, to_stderr)
+    paths, settings = find_paths(), config.load()
+    target, draft = folders(settings, paths.models)
+    check_room(settings, paths, target, draft, "loading the models a second time")
+    engine = load_pair(settings, paths.models, to_stderr)
     if engine.draft is None:
         raise ConfigError("there is no draft to evaluate", "set models.draft.name")
     paths.costs.mkdir(parents=True, exist_ok=True)

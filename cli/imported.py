@@ -5,11 +5,9 @@ file, the law is the configured target's own, so that what is learned fits it.
 """
 
 import hashlib
-import json
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from specl.cli import text_file
 from specl.shared.config import Settings
 from specl.shared.conversations import conversation_of
 from specl.shared.errors import ConfigError
+from specl.shared.paths import find_paths
 from specl.shared.wire import Disagreement, Generation, TopK
 
 MOST_PROBLEMS = 5  # named at once
@@ -55,7 +55,7 @@ class Law:
 def read_items(file: str) -> list[Item]:
     """Every line of `file` (`-`: standard input). Raises ConfigError that names the bad lines; then nothing is imported."""
     items, problems = {}, []
-    for number, line in enumerate(_lines(file), 1):
+    for number, line in text_file.lines(file):
         if not line.strip():
             continue
         try:
@@ -69,20 +69,9 @@ def read_items(file: str) -> list[Item]:
     return list(items.values())
 
 
-def _lines(file: str) -> Iterator[str]:
-    try:
-        if file == "-":
-            yield from sys.stdin
-            return
-        with open(file, encoding="utf-8") as source:
-            yield from source
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
 def parse(line: str) -> Item:
     """One line. Raises ValueError with what is wrong with it."""
-    value = json.loads(line)
+    value = text_file.parse_json(line)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     prompt, output = _text(value, "prompt"), _text(value, "target_output")
@@ -133,20 +122,24 @@ def _disagreement(value: Any) -> Disagreement:
             depth=0,
             context_tokens=[int(token) for token in value.get("context_tokens", [])],
         )
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"a disagreement cannot be read: {error!r}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- the law
 class Annotator:
-    """Runs the target over texts that are already written. Loads it on construction."""
+    """Runs the target over texts that are already written. Loads it on construction; raises ModelError where it has no room."""
 
     def __init__(self, settings: Settings, models: Path) -> None:
+        from specl.cli.room import check_room, here
         from specl.shared.engine.engine import Engine
         from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
         from specl.shared.models.load import load, to_stderr
 
-        target = load(settings.models.target.name, models, settings.models.precision, to_stderr)
+        name = settings.models.target.name
+        what = "reading texts with the target (--text-only does without)"
+        check_room(settings, find_paths(), here(name, models), None, what)
+        target = load(name, models, settings.models.precision, to_stderr)
         self._engine = Engine(target, None, settings)
         self._k = settings.training.loss.top_k_logits
 

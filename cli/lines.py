@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
+
 from specl.shared.config import Records
 from specl.shared.paths import Paths
 
@@ -38,12 +40,12 @@ def _fenced(first: str, lines: Callable[[str], str]) -> str:
 
 
 def piped(source: Iterable[str]) -> Callable[[str], str]:
-    """Lines of a pipe or file; the prompt is shown to nobody."""
+    """Lines of a pipe or file, without their ends; the prompt is shown to nobody."""
     iterator = iter(source)
 
     def read(prompt: str) -> str:
         for line in iterator:
-            return line.rstrip("\n")
+            return line
         raise EOFError
 
     return read
@@ -85,7 +87,22 @@ def _history(paths: Paths, records: Records, remember: bool) -> Any:
         os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
     except OSError:  # no run directory yet, or a full disk: talking matters more
         return InMemoryHistory()
-    return FileHistory(str(path))
+
+    class History(FileHistory):
+        """The file, as long as the disk takes it; after that memory alone."""
+
+        full = False
+
+        def store_string(self, string: str) -> None:
+            """Append; said once where that cannot be, since prompt_toolkit would show a traceback for every message."""
+            try:
+                if not self.full:
+                    super().store_string(string)
+            except OSError as error:
+                self.full = True
+                click.echo(f"messages are not remembered any more: {path}: {error.strerror}", err=True)
+
+    return History(str(path))
 
 
 def history_file(paths: Paths) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from specl.cli.options import no_colour
 from specl.shared.errors import SpecLoraError
 
 # command -> (module in specl.cli, attribute, one line for the list)
@@ -80,7 +81,7 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run; a user's mistake is one line on stderr, anything else is a bug and shows its traceback."""
     try:
-        return cli(args=arguments, prog_name="specl-ctl", standalone_mode=False)
+        return cli(args=arguments, prog_name="specl-ctl", standalone_mode=False, color=False if no_colour() else None)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:

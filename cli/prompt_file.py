@@ -4,15 +4,16 @@ import csv
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specl.cli import text_file
 from specl.shared.errors import ConfigError
 
 COLUMNS = ("prompt", "text", "question", "instruction", "input")
+KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")  # any other name is text
 ROLES = ("system", "user", "assistant", "tool")
 MOST_PROBLEMS = 5
 
@@ -36,34 +37,33 @@ def read(file: str, column: str | None = None, limit: int | None = None) -> list
     Raises ConfigError that names file and line for what is no prompt, and for a file without any.
     """
     suffix = Path(file).suffix.lower()
-    text = _text(file)
     if suffix in (".csv", ".tsv"):
-        found = list(_from_csv(file, text, column, "\t" if suffix == ".tsv" else ","))
+        found = _from_csv(file, text_file.text(file), column, "\t" if suffix == ".tsv" else ",")
     elif suffix in (".jsonl", ".ndjson", ".json"):
-        found = _from_json(file, text, suffix == ".json", column)
+        found = _from_json(file, suffix == ".json", column)
     else:
-        lines = enumerate(text.splitlines(), 1)
-        found = [FilePrompt(number, _user(line.strip())) for number, line in lines if line.strip()]
+        found = [FilePrompt(number, _user(line.strip())) for number, line in text_file.lines(file) if line.strip()]
     if not found:
         raise ConfigError(f"{file} has no prompts")
     return found[:limit]
-
-
-def _text(file: str) -> str:
-    try:
-        return sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _user(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-def _from_csv(file: str, text: str, column: str | None, delimiter: str) -> Iterator[FilePrompt]:
+def _from_csv(file: str, text: str, column: str | None, delimiter: str) -> list[FilePrompt]:
+    before = csv.field_size_limit(max(len(text), 1))  # the default, 128 KB a field, is less than a long document
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    try:
+        return list(_rows(file, reader, column))
+    except csv.Error as error:
+        raise ConfigError(f"{file}:{reader.line_num}: not CSV: {error}") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _rows(file: str, reader: csv.DictReader, column: str | None) -> Iterator[FilePrompt]:
     names = reader.fieldnames or []
     chosen = column or next((name for name in COLUMNS if name in names), names[0] if len(names) == 1 else None)
     if chosen not in names:
@@ -74,28 +74,35 @@ def _from_csv(file: str, text: str, column: str | None, delimiter: str) -> Itera
             yield FilePrompt(reader.line_num, _user(row[chosen].strip()))
 
 
-def _from_json(file: str, text: str, is_list: bool, column: str | None) -> list[FilePrompt]:
+def _from_json(file: str, is_list: bool, column: str | None) -> list[FilePrompt]:
     found, problems = [], []
-    for number, value in _values(file, text, is_list):
+    for number, value in _values(file, is_list):
         try:
             found.append(
-                FilePrompt(number, to_messages(json.loads(value) if isinstance(value, str) else value[0], column))
+                FilePrompt(
+                    number, to_messages(text_file.parse_json(value) if isinstance(value, str) else value[0], column)
+                )
             )
         except ValueError as error:
             problems.append(f"{file}:{number}: {error}")
-    if problems:
-        more = f"\nand {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
-        raise ConfigError("\n".join(problems[:MOST_PROBLEMS]) + more)
+    refuse(problems)
     return found
 
 
-def _values(file: str, text: str, is_list: bool) -> Iterator[tuple[int, Any]]:
+def refuse(problems: list[str]) -> None:
+    """Raises ConfigError that names the first few, if there are any."""
+    if problems:
+        more = f"\nand {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
+        raise ConfigError("\n".join(problems[:MOST_PROBLEMS]) + more)
+
+
+def _values(file: str, is_list: bool) -> Iterator[tuple[int, Any]]:
     """Lines as text, elements of a list as themselves in a tuple."""
     if not is_list:
-        yield from ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        yield from ((number, line) for number, line in text_file.lines(file) if line.strip())
         return
     try:
-        items = json.loads(text)
+        items = text_file.parse_json(text_file.text(file))
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}") from error
     if not isinstance(items, list):

@@ -10,44 +10,53 @@ import click
 
 from specl.shared import config
 from specl.shared.errors import ConfigError
-from specl.shared.paths import ROLES, find_paths
+from specl.shared.paths import DAEMONS, find_paths
 from specl.shared.process import EX_CONFIG
 
 LABEL = "org.speclora"
-KEPT = ("SPECL_MODELS", "SPECL_BLAS", "SPECL_NATIVE", "HF_HOME", "HF_HUB_OFFLINE")
+FOLDERS = ("SPECL_MODELS", "HF_HOME", "OLLAMA_MODELS", "PYTHONPATH")  # written whole: a unit starts somewhere else
+KEPT = ("SPECL_BLAS", "SPECL_NATIVE", "SPECL_NATIVE_ISA", "HF_HUB_OFFLINE")
+TOKEN = "SPECL_GATEWAY_TOKEN"
 
 
 @click.command()
 @click.argument("manager", type=click.Choice(["systemd", "launchd"]))
-@click.argument("role", type=click.Choice(ROLES), required=False)
+@click.argument("role", type=click.Choice(DAEMONS), required=False)
 @click.option("--write", is_flag=True, help="Write the units where the manager looks for them, instead of printing.")
 def service(manager: str, role: str | None, write: bool) -> None:
     """Print a unit that keeps a daemon running, with this program, run directory and settings file in it.
 
     \b
-    specl-ctl service systemd                # one template unit for all roles
+    specl-ctl service systemd                # one template unit for all four daemons
     specl-ctl service systemd --write        # into ~/.config/systemd/user, and what to type then
     specl-ctl service launchd inference      # the property list of one role
     specl-ctl service launchd --write        # all of them into ~/Library/LaunchAgents
+
+    The units keep the variables that say where models and modules are. A token of the gateway belongs into the settings
+    file (gateway.token), not into SPECL_GATEWAY_TOKEN: a unit is no place for a secret.
     """
     if manager == "systemd":
         units = {"speclora@.service": systemd_unit()}
         folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user"
         then = [
             "systemctl --user daemon-reload",
-            "systemctl --user enable --now " + " ".join(f"speclora@{name}" for name in ROLES),
+            "systemctl --user enable --now " + " ".join(f"speclora@{name}" for name in DAEMONS),
             "loginctl enable-linger   # to have them without anybody logged in",
         ]
     else:
         if role is None and not write:
-            raise click.UsageError(f"a property list holds one daemon: name one of {', '.join(ROLES)}, or use --write")
-        units = {f"{LABEL}.{name}.plist": launchd_list(name) for name in ([role] if role else ROLES)}
+            raise click.UsageError(
+                f"a property list holds one daemon: name one of {', '.join(DAEMONS)}, or use --write"
+            )
+        units = {f"{LABEL}.{name}.plist": launchd_list(name) for name in ([role] if role else DAEMONS)}
         folder = Path.home() / "Library" / "LaunchAgents"
         then = [f"launchctl bootstrap gui/$(id -u) {shlex.quote(str(folder / name))}" for name in units]
     if write:
         _write(folder, units, then)
     else:
         click.echo("\n".join(units.values()), nl=False)
+    if os.environ.get(TOKEN):
+        click.echo(f"{TOKEN} is not in the units: set gateway.token in the settings file", err=True)
 
 
 def _write(folder: Path, units: dict[str, str], then: list[str]) -> None:
@@ -69,7 +78,13 @@ def environment() -> dict[str, str]:
     found = {"SPECL_VAR": str(find_paths().root)}
     if os.environ.get("SPECL_CONFIG"):
         found["SPECL_CONFIG"] = str(config.settings_file().absolute())
+    found |= {name: _whole(os.environ[name]) for name in FOLDERS if os.environ.get(name)}
     return found | {name: os.environ[name] for name in KEPT if os.environ.get(name)}
+
+
+def _whole(folders: str) -> str:
+    """A folder, or several as PATH has them, as they are named from anywhere."""
+    return os.pathsep.join(os.path.abspath(os.path.expanduser(folder)) for folder in folders.split(os.pathsep))
 
 
 def _quoted(text: str) -> str:

@@ -4,7 +4,6 @@ Tokens become places in the text through the target's own tokenizer file, withou
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import click
 import numpy as np
 
+from specl.cli.options import wants_colour
 from specl.shared.engine.text import TextStream
 from specl.shared.errors import SpecLoraError
 from specl.shared.paths import find_paths
@@ -131,7 +131,7 @@ def _lines(row: StoredGeneration) -> Iterator[str]:
     yield click.style("assistant:", bold=True)
     tokenizer = target_tokenizer(values["target_model"])
     found = pieces(row, tokenizer) if tokenizer is not None else []
-    yield marked(found, sys.stdout.isatty()) if found else values["output"]
+    yield marked(found, wants_colour()) if found else values["output"]
     if not row.disagreements:
         return
     yield ""

@@ -36,8 +36,10 @@ def render(found: dict[str, Any], settings: "Settings") -> "Table":
         up = f", up {daemon['uptime_s']:.0f} s" if daemon["uptime_s"] is not None else ""
         pid = f" (pid {daemon['pid']}{up})" if daemon["pid"] else ""
         table.add_row(role, f"[{colours[daemon['state']]}]{daemon['state']}[/]{pid}")
-    if address := found["gateway"]["address"]:
-        table.add_row("gateway", f"[green]{found['gateway']['state']}[/] ({address})")
+    gateway = found["gateway"]
+    if gateway["enabled"]:
+        where = f" ({gateway['address']})" if gateway["address"] else ""
+        table.add_row("gateway", f"[{colours[gateway['state']]}]{gateway['state']}[/]{where}")
     queue, acceptance, failures = found["queue"], found["acceptance"], found["failures"]
     idle = (
         "" if found["models"].get("loaded", True) or found["inference"]["state"] != "ready" else " (let go while idle)"

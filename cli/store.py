@@ -116,7 +116,8 @@ def failures(limit: int, page: int, sort: str, as_object: bool, **wish: Any) -> 
         columns = ("id", "created", "accept", "agree", "wrong", "tokens", "adapter", "prompt")
         _print(rows, columns if _width() < WIDE_ENOUGH else (*columns, "output"))
         if total > len(rows):
-            click.echo(f"page {page} of {-(-total // limit)}, {total} failures; `--page {page + 1}` goes on", err=True)
+            more = f"; `--page {page + 1}` goes on" if page * limit < total else ""
+            click.echo(f"page {page} of {-(-total // limit)}, {total} failures{more}", err=True)
     else:
         click.echo(f"page {page} is beyond the last of {total} failures" if total else "no such failures are stored")
 

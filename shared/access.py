@@ -1,4 +1,5 @@
-"""Where daemons listen, and who may connect: addresses from the settings, CURVE keys from var/keys. Knows no socket.
+"""Where daemons listen, and who may connect: addresses from the settings, CURVE keys from var/keys, the gateway's token. Knows
+no socket.
 
 ipc in a private folder is the default: whoever is this user may talk to the daemons, nobody else. TCP reaches further, so
 beyond loopback it needs keys; once keys are made, every socket uses them, ipc too. `server.json` stays with the daemons;
@@ -16,7 +17,7 @@ from specl.shared.errors import ConfigError
 from specl.shared.paths import ROLES, Paths
 
 if TYPE_CHECKING:
-    from specl.shared.config import Bus
+    from specl.shared.config import Bus, Gateway
 
 MAKE_KEYS = "make them with `specl-ctl keys make`, or set bus.host to 127.0.0.1"
 
@@ -86,6 +87,30 @@ def write_keys(folder: Path, keys: Keys) -> None:
         with open(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
             json.dump(content, file)
         os.rename(scratch, folder / name)
+
+
+def gateway_token(settings: "Gateway") -> str | None:
+    """The bearer token in force. Raises ConfigError where it is too short to be one."""
+    token = os.environ.get("SPECL_GATEWAY_TOKEN") or settings.token
+    if token is not None and len(token) < 16:
+        raise ConfigError("SPECL_GATEWAY_TOKEN has less than 16 characters", "`openssl rand -hex 16` makes one")
+    return token
+
+
+def check_exposure(settings: "Gateway", token: str | None) -> None:
+    """Raises ConfigError where other machines could connect without that being wanted and guarded."""
+    if is_loopback(settings.host):
+        return
+    missing = []
+    if not settings.allow_remote:
+        missing.append("gateway.allow_remote: true")
+    if token is None:
+        missing.append("a gateway.token (or SPECL_GATEWAY_TOKEN)")
+    if missing:
+        raise ConfigError(
+            f"gateway.host {settings.host} is beyond loopback, which needs {' and '.join(missing)}",
+            "set that, or gateway.host to 127.0.0.1",
+        )
 
 
 class Addresses:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from specl.shared.access import Addresses
 from specl.shared.bus import Connection, gather
 from specl.shared.chat import Messages, to_messages
-from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
-from specl.shared.paths import Paths, find_paths
+from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError, WireError
+from specl.shared.paths import ROLES, Paths, find_paths
 from specl.shared.process import holder_of, is_locked
 from specl.shared.remembered import load
 from specl.shared.wire import (
@@ -41,8 +41,10 @@ from specl.shared.wire import (
 )
 
 if TYPE_CHECKING:
+    from specl.shared.bus import AsyncConnection
     from specl.shared.config import Settings
 
+START = "start it with `honcho start`"
 FIRST_ANSWER_S = 1.5  # a living daemon answers at once, whatever it is doing
 HEARTBEAT_S = 1.0
 SILENCE_S = 20.0  # a daemon that is there answers a heartbeat at once; one that died is back well before
@@ -104,6 +106,8 @@ class Client:
         seed = wish.pop("seed", None)
         messages = to_messages(prompt, wish.pop("system", None))
         wish = {name: value for name, value in wish.items() if value is not None}
+        if isinstance(wish.get("stop"), str):
+            wish["stop"] = [wish["stop"]]
         return Ask(
             request_id=uuid.uuid4().hex,
             messages=messages,
@@ -148,7 +152,7 @@ class Client:
                         on_place(message.place)
                     elif isinstance(message, Failed):
                         finished = True
-                        raise _error_of(message)
+                        raise error_of(message)
                     else:
                         finished = isinstance(message, Done)
                         yield message
@@ -158,7 +162,7 @@ class Client:
 
     def _heard(self, connection: Connection, ask: Ask) -> Iterator[Queued | Delta | Done | Failed]:
         """What is said about one request, until its end, with a heartbeat from our side."""
-        connection.send(ask)
+        send_request(connection, ask)
         # a daemon that lives answers a status request at once, even while the models load: one deadline for "is it there"
         connection.send(GetStatus())
         waiting_since, alive_at, first = time.monotonic(), time.monotonic(), True
@@ -181,11 +185,11 @@ class Client:
                     return
 
     # ------------------------------------------------------------------------------------------------ commands
-    def status(self, timeout_s: float = 0.4) -> dict[str, Any]:
+    def status(self, timeout_s: float = 0.4, roles: tuple[str, ...] = ROLES) -> dict[str, Any]:
         """Each daemon's own view by role; roles that do not answer are left out."""
         # nobody waits for those whose lock says that they are gone
-        roles = [role for role in ("inference", "collector", "trainer") if self._may_live(role)]
-        answers = gather({role: (self.addresses.answer(role), GetStatus()) for role in roles}, timeout_s)
+        asked = [role for role in roles if self._may_live(role)]
+        answers = gather({role: (self.addresses.answer(role), GetStatus()) for role in asked}, timeout_s)
         found = {}
         for role, answer in answers.items():
             if isinstance(answer, Status):
@@ -208,13 +212,29 @@ class Client:
         """Send a command and wait for its outcome. Raises DaemonUnreachable within 1.5 s where nobody is there."""
         with self._connected(role) as connection:
             connection.request(GetStatus(), FIRST_ANSWER_S)
-            reply = connection.request(message, COMMAND_S)
+            send_request(connection, message)
+            reply = connection.receive(COMMAND_S)
         if not isinstance(reply, Reply):
             raise SpecLoraError(f"the {role} daemon answered something else")
         return reply
 
 
-def _error_of(failed: Failed) -> SpecLoraError:
+def send_request(connection: "Connection | AsyncConnection", message: Any) -> None:
+    """Send what somebody wrote. Raises RequestRejected for what cannot travel: half a surrogate pair, a number beyond 64 bits."""
+    try:
+        connection.send(message)
+    except WireError as error:
+        if isinstance(error.__cause__, UnicodeError):
+            raise RequestRejected(
+                "the text is not Unicode: it holds bytes or characters that UTF-8 does not have"
+            ) from error
+        raise RequestRejected(str(error)) from error
+
+
+def error_of(failed: Failed) -> SpecLoraError:
+    """What a failed answer means to whoever asked: the daemon is (for the moment) gone, it says no, or something broke."""
+    if failed.code in ("lost", "stopped"):  # it ended with the request: killed, or told to stop
+        return DaemonUnreachable(failed.message, failed.hint or START)
     kind = RequestRejected if failed.code in ("rejected", "busy") else SpecLoraError
     error = kind(failed.message, failed.hint)
     if failed.code == "busy":

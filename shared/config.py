@@ -210,6 +210,10 @@ class Gateway(_Section):
         None, repr=False, description="bearer token that every request must show; `SPECL_GATEWAY_TOKEN` wins over it"
     )
     hosts: list[str] = Field([], description="further names this server may be called by; others are refused")
+    origins: list[str] = Field(
+        [],
+        description="other sites and apps whose pages may ask here (CORS), as browsers name them: `app://obsidian.md`",
+    )
     max_body_kb: Annotated[int, Field(ge=1, le=16384)] = Field(2048, description="one request's body")
     requests_per_minute: Annotated[int, Field(ge=0)] = Field(600, description="of one address; 0: any number")
     max_streams: Annotated[int, Field(ge=1, le=256)] = Field(16, description="answers being made at once")
@@ -218,6 +222,16 @@ class Gateway(_Section):
     )
     max_event_streams: Annotated[int, Field(ge=1)] = Field(32, description="open pages (live views) in all")
     max_event_streams_per_address: Annotated[int, Field(ge=1)] = Field(8, description="open pages of one address")
+
+    @field_validator("origins")
+    @classmethod
+    def _exact(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: scheme://name or scheme://name:port, without a path; `*` and `null` would let everybody in"
+                )
+        return origins
 
 
 class Logging(_Section):

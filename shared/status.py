@@ -8,14 +8,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specl.shared.client import Client
-from specl.shared.paths import ROLES, Paths
+from specl.shared.client import START, Client
+from specl.shared.paths import DAEMONS, ROLES, Paths
 from specl.shared.process import holder_of, is_locked
 
 if TYPE_CHECKING:
     from specl.shared.config import Settings
-
-START = "start it with `honcho start`"
 
 
 def _daemon(body: dict[str, Any] | None, role: str, paths: Paths) -> dict[str, Any]:
@@ -27,6 +25,11 @@ def _daemon(body: dict[str, Any] | None, role: str, paths: Paths) -> dict[str, A
         "pid": holder_of(paths.run, role) if held else None,
         "uptime_s": None,
     }
+
+
+def state_of(client: Client, role: str, timeout_s: float = 1.0) -> str:
+    """One daemon's state, without a look at anything else."""
+    return _daemon(client.status(timeout_s, (role,)).get(role), role, client.paths)["state"]
 
 
 def _store_summary(answers: dict[str, Any], paths: Paths, problems: list[str]) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def _store_summary(answers: dict[str, Any], paths: Paths, problems: list[str]) -
 
 
 def _problems(answers: dict[str, Any], daemons: dict[str, Any], summary: dict[str, Any]) -> list[str]:
-    found = [f"{role} does not run; {START}" for role in ROLES if daemons[role]["state"] == "stopped"]
+    found = [f"{role} does not run; {START}" for role in DAEMONS if daemons[role]["state"] == "stopped"]
     inference, collector, trainer = (answers.get(role, {}) for role in ROLES)
     if inference.get("blas", {}).get("fast") is False:
         found.append(f"slow BLAS in use ({inference['blas']['bound']}); `specl-ctl doctor` says what to do")
@@ -92,6 +95,12 @@ def _gateway(settings: "Settings", paths: Paths) -> dict[str, Any]:
     return found | {"state": said["state"], "uptime_s": up, "address": said["address"], "problem": said["problem"]}
 
 
+def _elsewhere(answers: dict[str, Any], paths: Paths) -> bool:
+    """Whether daemons answer that do not run on this run directory. Looks at no lock that is not there: that would make one."""
+    here = any((paths.run / f"{role}.lock").exists() and is_locked(paths.run, role) for role in answers)
+    return bool(answers) and not here
+
+
 def _current(paths: Paths) -> str:
     """The adapter that inference would draft with if it ran."""
     from specl.shared.adapters import Adapters  # with it comes a validator, and who is up says it anyway
@@ -111,6 +120,8 @@ def collect(client: Client) -> dict[str, Any]:
     gateway = _gateway(settings, paths)
     if gateway.get("problem"):
         problems.append(f"gateway: {gateway['problem']}")
+    # of daemons that answer from another machine only the bus is seen
+    expected = gateway if settings.gateway.enabled and not _elsewhere(answers, paths) else {"state": "off"}
     pending = {name: answers[name]["outbox"]["pending"] for name in ("inference", "trainer") if name in answers}
     return {
         **daemons,
@@ -142,6 +153,6 @@ def collect(client: Client) -> dict[str, Any]:
         },
         "tokens_per_second": {"rolling": summary.get("rolling_tokens_per_second")},
         "models": inference.get("models", {"target": settings.models.target.name, "draft": settings.models.draft.name}),
-        "problems": problems + _problems(answers, daemons, summary),
+        "problems": problems + _problems(answers, daemons | {"gateway": expected}, summary),
         "gateway": gateway,
     }

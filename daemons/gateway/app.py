@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from importlib.resources import files
 from typing import Any
 
@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from specl.daemons.gateway.answers import END, Shape, error_event
 from specl.daemons.gateway.board import Board
@@ -61,30 +61,38 @@ class Completions:
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         wish = read_wish(await _json(request), self._settings, chat)
-        if self._active >= self._settings.gateway.max_streams:
-            raise Refusal(429, f"{self._active} answers are being made (gateway.max_streams)", code="busy")
         wants_laws = wish.ask.logprobs is not None
         shape = Shape(wish.ask.request_id, served_names(self._settings)[0], chat, wants_laws)
-        pieces = self._pieces(wish)
         try:
-            # nothing is sent before the first piece: until then a failure still has a status of its own
-            first = await _unless_gone(request, anext(pieces))
-            if wish.stream:
-                return StreamingResponse(self._stream(wish, shape, first, pieces), **EVENT_STREAM)
-            done, laws = await _unless_gone(request, _last(first, pieces))
-        except BaseException as error:
-            await pieces.aclose()
-            if isinstance(error, SpecLoraError):
-                raise refusal_of(error) from error
-            if isinstance(error, ClientDisconnect):
-                return Response(status_code=499)  # nobody reads it; nginx's word for it in our metrics
-            raise
+            async with AsyncExitStack() as held:  # a seat and the request upstream: given back however this ends
+                self._take_seat()
+                held.callback(self._leave_seat)
+                pieces = self._pieces(wish)
+                held.push_async_callback(pieces.aclose)
+                # nothing is sent before the first piece: until then a failure still has a status of its own
+                first = await _unless_gone(request, anext(pieces))
+                if wish.stream:
+                    return _Stream(self._stream(wish, shape, first, pieces), held.pop_all())
+                done, laws = await _unless_gone(request, _last(first, pieces))
+        except SpecLoraError as error:
+            raise refusal_of(error) from error
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it; nginx's word for it in our metrics
         return JSONResponse(shape.whole(done, laws))
 
-    async def _pieces(self, wish: Wish) -> Pieces:
-        """The answer's pieces, counted; closing it cancels."""
+    def _take_seat(self) -> None:
+        """Counted at once: of a burst of requests, each must see those before it."""
+        if self._active >= self._settings.gateway.max_streams:
+            raise Refusal(429, f"{self._active} answers are being made (gateway.max_streams)", code="busy")
         self._active += 1
         self._metrics.active.set(self._active)
+
+    def _leave_seat(self) -> None:
+        self._active -= 1
+        self._metrics.active.set(self._active)
+
+    async def _pieces(self, wish: Wish) -> Pieces:
+        """The answer's pieces; closing it cancels."""
         ended = False
         try:
             async with aclosing(self._upstream.pieces(wish.ask)) as pieces:
@@ -97,25 +105,35 @@ class Completions:
             ended = True
             raise
         finally:
-            self._active -= 1
-            self._metrics.active.set(self._active)
             if not ended:
                 self._metrics.cancelled.inc()
 
     async def _stream(
         self, wish: Wish, shape: Shape, batch: list[Delta | Done], pieces: Pieces
     ) -> AsyncIterator[bytes]:
-        async with aclosing(pieces):
-            try:
-                while True:
-                    events = shape.events(batch, wish.usage)
-                    if events:
-                        yield events
-                    if isinstance(batch[-1], Done):
-                        break
-                    batch = await anext(pieces)
-            except SpecLoraError as error:
-                yield error_event(refusal_of(error)) + END
+        try:
+            while True:
+                events = shape.events(batch, wish.usage)
+                if events:
+                    yield events
+                if isinstance(batch[-1], Done):
+                    break
+                batch = await anext(pieces)
+        except SpecLoraError as error:
+            yield error_event(refusal_of(error)) + END
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; lets go of what it holds when it is over, begun or not."""
+
+    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack) -> None:
+        super().__init__(events, **EVENT_STREAM)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it all, or as much as somebody reads."""
+        async with self._held:
+            await super().__call__(scope, receive, send)
 
 
 async def _last(batch: list[Delta | Done], pieces: Pieces) -> tuple[Done, list[TokenLaw]]:

@@ -19,12 +19,13 @@ from specl.shared.client import Client
 from specl.shared.config import Settings
 from specl.shared.errors import SpecLoraError, StoreError
 from specl.shared.paths import Paths
-from specl.shared.status import collect
+from specl.shared.status import collect, state_of
 from specl.shared.store import Store
 from specl.shared.wire import Reply
 
 LOOK_S = 2.0
-COSTLY_S = 30.0  # the costliest tokens are a sum over every disagreement there is
+COSTLY_S = 60.0  # the costliest tokens are a sum over every disagreement there is
+HEALTH_S = 1.0  # monitors ask often, and several at once
 COMMENT_S = 15.0  # between signs of life, so that a broken connection is noticed
 POINTS, ANSWERS, TOKENS, HISTORY = 400, 10, 12, 20
 
@@ -53,6 +54,8 @@ class Board:
         self._seen: dict[str, Any] = {}
         self._seen_at = self._costly_at = float("-inf")
         self._costly: list[dict[str, Any]] = []
+        self._health_lock = asyncio.Lock()
+        self._health, self._health_at = "stopped", float("-inf")
         self._watching: Counter[str] = Counter()
 
     async def _look(self) -> dict[str, Any]:
@@ -87,8 +90,17 @@ class Board:
             store.close()
 
     async def inference_state(self) -> str:
-        """One of status' states."""
-        return (await self._look())["status"]["inference"]["state"]
+        """One of status' states, from the daemon alone: a monitor must not cost what the page does."""
+
+        def ask() -> str:
+            with Client(self._paths, self._settings) as client:
+                return state_of(client, "inference")
+
+        async with self._health_lock:
+            if time.monotonic() - self._health_at >= HEALTH_S:
+                self._health = await asyncio.to_thread(ask)
+                self._health_at = time.monotonic()
+        return self._health
 
     async def state(self, request: Request) -> Response:
         """GET /api/state: everything once."""

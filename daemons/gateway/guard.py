@@ -13,6 +13,7 @@ from collections import OrderedDict
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specl.daemons.gateway.errors import Refusal
@@ -57,6 +58,21 @@ def _same_site(origin: str, host: str) -> bool:
         return False
 
 
+def _foreign(origin: str | None) -> Refusal:
+    named = f": {origin[:80]!r} is not in gateway.origins" if origin else ""
+    return Refusal(403, f"requests from other sites are refused{named}", code="origin")
+
+
+def _preflight(headers: Headers) -> Response:
+    """The answer to a browser that asks, before a listed origin's request, whether it may send that."""
+    said = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+    if wanted := headers.get("access-control-request-headers"):  # `*` would not cover Authorization
+        said["Access-Control-Allow-Headers"] = wanted
+    if headers.get("access-control-request-private-network") == "true":
+        said["Access-Control-Allow-Private-Network"] = "true"
+    return Response(status_code=204, headers=said)
+
+
 class Rate:
     """A token bucket an address; `now` in seconds."""
 
@@ -82,6 +98,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: Gateway, token: str | None) -> None:
         self._app, self._token = app, token
         self._hosts = {"localhost", *(name.lower() for name in settings.hosts)}
+        self._origins = set(settings.origins)
         self._most_bytes = settings.max_body_kb << 10
         self._patience_s = settings.request_timeout_s
         self._rate = Rate(settings.requests_per_minute)
@@ -91,29 +108,46 @@ class Guard:
         if scope["type"] != "http":
             return
 
+        headers = Headers(scope=scope)
+        more = HEADERS + self._cors(headers)
+
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 given = {name for name, _ in message["headers"]}
-                message["headers"] = [*message["headers"], *(pair for pair in HEADERS if pair[0] not in given)]
+                message["headers"] = [*message["headers"], *(pair for pair in more if pair[0] not in given)]
             await send(message)
 
         try:
-            self._check(scope, Headers(scope=scope))
+            self._check_site(scope, headers)
+            if scope["method"] == "OPTIONS" and headers.get("origin") in self._origins:
+                await _preflight(headers)(scope, receive, send_guarded)
+                return
+            self._check(scope, headers)
         except Refusal as refusal:
             await refusal.response()(scope, receive, send_guarded)
             return
         await self._app(scope, self._bounded(receive), send_guarded)
 
-    def _check(self, scope: Scope, headers: Headers) -> None:
+    def _cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
+        """What tells a browser that a page of a listed origin may read the answer."""
+        origin = headers.get("origin")
+        allowed = [(b"access-control-allow-origin", origin.encode("latin-1"))] if origin in self._origins else []
+        return [*allowed, (b"vary", b"Origin")] if self._origins else []
+
+    def _check_site(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
         name = host_name(host)
         if not (is_address(name) or name in self._hosts):
             raise Refusal(403, f"the host name {name[:80]!r} is not in gateway.hosts", code="host")
         origin = headers.get("origin")
+        if origin in self._origins:
+            return
         if origin is not None and scope["method"] not in ("GET", "HEAD") and not _same_site(origin, host):
-            raise Refusal(403, "requests from other sites are refused", code="origin")
+            raise _foreign(origin)
         if headers.get("sec-fetch-site", "none") in ("cross-site", "same-site") and scope["path"] != "/":
-            raise Refusal(403, "requests from other sites are refused", code="origin")
+            raise _foreign(origin)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
         if self._token is not None and scope["path"] not in OPEN_PATHS:
             self._check_token(headers)
         if scope["method"] == "POST":

@@ -13,7 +13,7 @@ import uvicorn
 from specl.daemons.gateway.app import make_app
 from specl.daemons.gateway.patience import impatient
 from specl.shared import log
-from specl.shared.access import is_loopback
+from specl.shared.access import check_exposure, gateway_token
 from specl.shared.config import Gateway, Settings
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.paths import Paths
@@ -24,30 +24,6 @@ RETRY_S = 5.0  # between tries for a port that another program has
 LOOK_S = 0.1
 LAST_WORDS_S = 1  # for answers on their way when stopped; honcho allows five in all
 _log = log.get("gateway")
-
-
-def token_of(settings: Gateway) -> str | None:
-    """The bearer token in force. Raises ConfigError where it is too short to be one."""
-    token = os.environ.get("SPECL_GATEWAY_TOKEN") or settings.token
-    if token is not None and len(token) < 16:
-        raise ConfigError("SPECL_GATEWAY_TOKEN has less than 16 characters", "`openssl rand -hex 16` makes one")
-    return token
-
-
-def check_exposure(settings: Gateway, token: str | None) -> None:
-    """Raises ConfigError where other machines could connect without that being wanted and guarded."""
-    if is_loopback(settings.host):
-        return
-    missing = []
-    if not settings.allow_remote:
-        missing.append("gateway.allow_remote: true")
-    if token is None:
-        missing.append("a gateway.token (or SPECL_GATEWAY_TOKEN)")
-    if missing:
-        raise ConfigError(
-            f"gateway.host {settings.host} is beyond loopback, which needs {' and '.join(missing)}",
-            "set that, or gateway.host to 127.0.0.1",
-        )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -131,7 +107,7 @@ class _Server(uvicorn.Server):
 
 def serve(paths: Paths, settings: Settings, stop: StopFlag) -> None:
     """Listen and answer until stopped. Raises ConfigError for settings that would expose the models unguarded."""
-    token = token_of(settings.gateway)
+    token = gateway_token(settings.gateway)
     check_exposure(settings.gateway, token)
     teller = _Teller(paths)
     listening = _wait_for_port(settings.gateway, teller, stop)

@@ -7,30 +7,11 @@ from collections.abc import AsyncIterator
 
 from specl.shared.access import Addresses
 from specl.shared.bus import AsyncConnection
-from specl.shared.client import FIRST_ANSWER_S, HEARTBEAT_S, SILENCE_S
-from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError, WireError
+from specl.shared.client import FIRST_ANSWER_S, HEARTBEAT_S, SILENCE_S, START, error_of, send_request
+from specl.shared.errors import DaemonUnreachable
 from specl.shared.paths import Paths
 from specl.shared.process import is_locked
 from specl.shared.wire import Alive, Ask, Cancel, Delta, Done, Failed, GetStatus
-
-REMEDY = "start it with `honcho start`"
-
-
-def _error_of(failed: Failed) -> SpecLoraError:
-    if failed.code in ("lost", "stopped"):
-        return DaemonUnreachable(failed.message, failed.hint or REMEDY)
-    kind = RequestRejected if failed.code in ("rejected", "busy") else SpecLoraError
-    error = kind(failed.message, failed.hint)
-    if failed.code == "busy":
-        error.exit_code = 1
-    return error
-
-
-def _send(connection: AsyncConnection, ask: Ask) -> None:
-    try:
-        connection.send(ask)
-    except WireError as error:  # half a surrogate pair, a number beyond 64 bits: the client wrote it
-        raise RequestRejected(str(error)) from error
 
 
 class Upstream:
@@ -50,18 +31,18 @@ class Upstream:
         Raises DaemonUnreachable, RequestRejected, SpecLoraError.
         """
         if not self.may_live():
-            raise DaemonUnreachable("the inference daemon does not run", REMEDY)
+            raise DaemonUnreachable("the inference daemon does not run", START)
         connection = AsyncConnection(self._addresses.answer("inference"), "inference")
         finished = False
         try:
-            _send(connection, ask)
+            send_request(connection, ask)
             connection.send(GetStatus())  # answered at once, even while models load: tells whether anyone is there
             async for messages in self._listen(connection, ask.request_id):
                 finished = not isinstance(messages[-1], Delta)
                 if isinstance(failed := messages[-1], Failed):
                     if messages[:-1]:
                         yield messages[:-1]
-                    raise _error_of(failed)
+                    raise error_of(failed)
                 yield messages
         finally:
             if not finished:
@@ -76,7 +57,7 @@ class Upstream:
             now = time.monotonic()
             if not messages:
                 if first or now - heard_at > SILENCE_S or not self.may_live():
-                    raise DaemonUnreachable("the inference daemon does not answer", REMEDY)
+                    raise DaemonUnreachable("the inference daemon does not answer", START)
                 connection.send(GetStatus())
             else:
                 heard_at = now

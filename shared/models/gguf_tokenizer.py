@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from specl.shared.errors import ModelError
 from specl.shared.models.gguf_config import Header
@@ -82,6 +82,16 @@ def _merges(tokens: Sequence[str], scores: Sequence[float], whole: set[str]) -> 
     return [pair for *_, pair in sorted(found)]
 
 
+def _leading(header: Header) -> int | None:
+    """The token before every text that no chat template wrote, or None. `add_eos_token` is for texts that are over."""
+    llama = header.key("tokenizer.ggml.model") == "llama"
+    # what llama.cpp takes where the file does not say
+    assumed = llama or _SPLITS.get(header.key("tokenizer.ggml.pre", "default")) == LLAMA3
+    if not header.key("tokenizer.ggml.add_bos_token", assumed):
+        return None
+    return header.key("tokenizer.ggml.bos_token_id", None)
+
+
 def write_tokenizer(header: Header, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`. Raises ModelError for another kind of tokenizer."""
     model, tokens = header.key("tokenizer.ggml.model"), header.key("tokenizer.ggml.tokens")
@@ -95,6 +105,10 @@ def write_tokenizer(header: Header, folder: Path) -> None:
     for wanted, special in ((CONTROL, True), (USER, False)):
         named = [token for token, kind in zip(tokens, kinds, strict=True) if kind == wanted]
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in named])
+    if (bos := _leading(header)) is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[tokens[bos], "$A"], pair=[tokens[bos], "$A", "$B"], special_tokens=[(tokens[bos], bos)]
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
     eos = header.key("tokenizer.ggml.eos_token_id")
     bos = header.key("tokenizer.ggml.bos_token_id", None)

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -87,7 +86,7 @@ def _converted(gguf: Path, final: Path, models: Path, quantize: Quantize, say: S
                 )
             say(f"converting {gguf.name} (once, {needed / 1e9:.1f} GB)")
             convert(gguf, Path(scratch) / "converted", quantize)
-            os.rename(Path(scratch) / "converted", final)
+            builtin.publish(Path(scratch) / "converted", final)
     except OSError as error:
         raise ModelError(
             f"cannot write the model under {models}: {error.strerror or error}", "free some disk, or set SPECL_MODELS"

@@ -17,11 +17,13 @@ from tests.fakes import make_disagreement, make_generation, to_row
 
 @pytest.fixture
 def specl():
-    """`specl(*arguments, input=...)`: the command line as a process would run it; has exit_code, stdout, stderr."""
+    """`specl(*arguments, input=...)`: the command line as a process would run it; has exit_code, stdout, stderr. With `color`
+    a terminal is there.
+    """
 
-    def run(*arguments, input=None):
+    def run(*arguments, input=None, color=False):
         runner = CliRunner()
-        with runner.isolation(input=input) as (out, err, _):
+        with runner.isolation(input=input, color=color) as (out, err, _):
             code = 0
             try:
                 main([str(argument) for argument in arguments])

@@ -32,7 +32,7 @@ def test_without_a_daemon_one_sentence_and_exit_3(specl):
 
 def test_messages_are_lines_and_fenced_blocks():
     text = 'one\n"""two\nthree"""\n\n"""\nfour\n"""\n"""never closed\nfive\n'
-    assert list(lines.messages(lines.piped(text.splitlines(keepends=True)))) == [
+    assert list(lines.messages(lines.piped(text.splitlines()))) == [
         "one", "two\nthree", "", "four", "never closed\nfive",
     ]  # fmt: skip
 
@@ -112,7 +112,8 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(house, specl):
 
 def test_drafted_tokens_are_coloured(house, specl):
     plain = specl("chat", "--no-stats", input="hello\n").stdout
-    shown = specl("chat", "--no-stats", "--show-draft", input="hello\n").stdout
+    assert specl("chat", "--no-stats", "--show-draft", input="hello\n").stdout == plain  # a pipe
+    shown = specl("chat", "--no-stats", "--show-draft", input="hello\n", color=True).stdout
     assert "\x1b[32m" in shown and re.sub(r"\x1b\[\d+m", "", shown) == plain
 
 

@@ -1,8 +1,15 @@
 """Prompt files of every form, and `specl-ctl collect` on real daemons."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from fault_house import House, Zygote, wait_until
 
 from specl.cli.prompt_file import read, to_messages
 from specl.shared.errors import ConfigError
@@ -142,3 +149,34 @@ def test_import_goes_through_a_running_collector(house, specl, tmp_path):
     assert specl("store", "import", "--jsonl", tmp_path / "i.jsonl", "--text-only").exit_code == 0
     assert "imported-live" in house.stored()
     assert "1 were there already" in specl("store", "import", "--jsonl", tmp_path / "i.jsonl", "--text-only").stdout
+
+
+# ------------------------------------------------------------------------------------------------ a restart
+@pytest.fixture
+def own_house():
+    """One to break: inference takes a second an answer."""
+    starter = Zygote()
+    made = House(starter)
+    made.start("inference", SPECL_TEST_TOKEN_MS="50")
+    made.ready("inference")
+    yield made
+    made.close()
+    starter.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_restart_in_the_middle_of_an_answer_is_waited_for(own_house, prompts, tmp_path, number):
+    out = tmp_path / "out.jsonl"
+    running = subprocess.Popen(
+        [str(Path(sys.executable).parent / "specl-ctl"), "collect", prompts, "--output", out, "--max-tokens", "20"],
+        env=os.environ | own_house.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_until(lambda: out.exists() and out.read_text().count("\n") >= 2, 30, "two answers came")
+    time.sleep(0.3)
+    own_house.daemons[0].signal(number)
+    wait_until(lambda: own_house.daemons[0].code is not None, 10, "inference ends")
+    own_house.start("inference")
+    told = running.communicate(timeout=60)
+    assert running.returncode == 0, told
+    rows = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    assert rows == [f"question {n}" for n in range(5)]

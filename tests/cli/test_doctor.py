@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from specl.cli.doctor import _folders, _ports
+from specl.cli.doctor import BAD, _access, _costs, _device, _folders, _hooks, _ports, examine
 from specl.shared.paths import find_paths
 from specl.shared.process import Lock
 
@@ -22,6 +22,7 @@ def use(tmp_path, monkeypatch):
     def use(text):
         (tmp_path / "settings.yaml").write_text(text)
         monkeypatch.setenv("SPECL_CONFIG", str(tmp_path / "settings.yaml"))
+        monkeypatch.delenv("SPECL_MODELS", raising=False)  # one test puts a model into the folder
         find_paths().create()
 
     return use
@@ -54,3 +55,81 @@ def test_locks_disk_and_the_model_cache_are_told(use):
     said = {name: text for _, name, text in _folders()}
     assert "GiB free" in said["disk"] and "honcho start" in said["inference"] and "gateway" not in said
     assert said["models"].startswith("1 folders, 0.0 GB")
+
+
+# ------------------------------------------------------------------------------------------------ what stops daemons
+def bad(*checks):
+    return [text for level, _, text in examine(checks) if level == BAD]
+
+
+@pytest.mark.parametrize(
+    ("text", "token", "told"),
+    [
+        ("gateway: {host: 0.0.0.0}", "", "beyond loopback, which needs"),
+        ("gateway: {host: 0.0.0.0, allow_remote: true}", "", "needs a gateway.token"),
+        ("{}", "short", "less than 16 characters"),
+        ("bus: {transport: tcp, host: 192.0.2.1}", "", "there are no keys in"),
+    ],
+)
+def test_settings_that_end_a_daemon_are_bad_with_its_own_words(use, monkeypatch, text, token, told):
+    use(text + "\n")
+    monkeypatch.setenv("SPECL_GATEWAY_TOKEN", token)
+    (found,) = bad(_access)
+    assert told in found
+
+
+def test_a_gateway_that_is_switched_off_exposes_nothing(use):
+    use("gateway: {host: 0.0.0.0, enabled: false}\n")
+    assert bad(_access) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["speculative: {drafter: 'no_such_module:make'}\n", "training: {loss: {type: 'json:no_such_loss'}}\n"]
+)
+def test_hooks_that_cannot_be_imported_are_bad(use, text):
+    use(text)
+    (found,) = bad(_hooks)
+    assert "speculative.drafter" in found or "training.loss.type" in found
+
+
+def test_a_hook_in_this_folder_is_found_as_a_daemon_finds_it(use, tmp_path, monkeypatch):
+    use("speculative: {drafter: 'doctors_own_hook:make'}\n")
+    (tmp_path / "doctors_own_hook.py").write_text("def make(target, draft): ...\n")
+    monkeypatch.chdir(tmp_path)
+    assert [(level, text) for level, _, text in _hooks()] == [("ok", "speculative.drafter: doctors_own_hook:make")]
+
+
+@pytest.mark.parametrize("content", ['{"verify": {"1": 0.0', "[]", '{"verify": {"1": "x"}, "draft": {}}', "\xff"])
+def test_a_costs_file_that_was_cut_is_told_not_died_of(use, content):
+    use("{}\n")
+    (find_paths().costs / "a.json").write_bytes(content.encode("latin-1"))
+    ((level, _, text),) = _costs()
+    assert level == "warn" and "cannot be read" in text
+
+
+def test_a_check_that_fails_is_a_bad_row_and_the_others_go_on(use):
+    def _broken():
+        yield "ok", "first", "fine"
+        raise RuntimeError("broken library")
+
+    def _after():
+        yield "ok", "after", "fine"
+
+    found = list(examine([_broken, _after]))
+    assert [(level, name) for level, name, _ in found] == [("ok", "first"), ("bad", "broken"), ("ok", "after")]
+    assert "RuntimeError: broken library" in found[1][2]
+
+
+def test_a_mac_on_its_processor_is_no_good_news():
+    assert _device("Linux", "cpu") == ("ok", "device", "cpu")
+    assert _device("Darwin", "gpu")[0] == "ok" and "Metal" in _device("Darwin", "gpu")[2]
+    level, _, text = _device("Darwin", "cpu")
+    assert level == "warn" and "Metal" in text and "arm64" in text
+
+
+def test_machines_read_json(use, specl):
+    use("gateway: {host: 0.0.0.0}\n")
+    outcome = specl("doctor", "--json")
+    assert outcome.exit_code == 1 and outcome.json["ok"] is False
+    assert {"machine", "device", "access"} <= {finding["name"] for finding in outcome.json["findings"]}
+    assert all(set(finding) == {"level", "name", "text"} for finding in outcome.json["findings"])

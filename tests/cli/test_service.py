@@ -14,7 +14,7 @@ import pytest
 from specl.cli import completion, service, version
 from specl.cli.main import COMMANDS
 from specl.shared import log
-from specl.shared.paths import ROLES, find_paths
+from specl.shared.paths import DAEMONS, find_paths
 
 BIN = Path(sys.executable).parent
 
@@ -36,7 +36,7 @@ def test_systemd_accepts_the_unit(tmp_path):
     assert not told, done.stderr
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", DAEMONS)
 def test_the_property_list_is_one(specl, role):
     job = plistlib.loads(specl("service", "launchd", role).stdout.encode())
     assert job["ProgramArguments"] == [sys.executable, "-m", "specl.daemons.keep", role]
@@ -45,7 +45,7 @@ def test_the_property_list_is_one(specl, role):
 
 def test_launchd_without_a_role_says_what_to_name(specl):
     outcome = specl("service", "launchd")
-    assert outcome.exit_code == 2 and "inference, collector, trainer" in outcome.stderr
+    assert outcome.exit_code == 2 and "inference, collector, trainer, gateway" in outcome.stderr
 
 
 def test_units_are_written_where_the_manager_looks(specl, monkeypatch, tmp_path):
@@ -53,9 +53,49 @@ def test_units_are_written_where_the_manager_looks(specl, monkeypatch, tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     outcome = specl("service", "systemd", "--write")
     assert (tmp_path / "config/systemd/user/speclora@.service").read_text() == service.systemd_unit()
-    assert "systemctl --user enable --now speclora@inference speclora@collector speclora@trainer" in outcome.stdout
+    names = "speclora@inference speclora@collector speclora@trainer speclora@gateway"
+    assert f"systemctl --user enable --now {names}\n" in outcome.stdout
     specl("service", "launchd", "--write")
-    assert len(list((tmp_path / "home/Library/LaunchAgents").glob("org.speclora.*.plist"))) == len(ROLES)
+    assert len(list((tmp_path / "home/Library/LaunchAgents").glob("org.speclora.*.plist"))) == len(DAEMONS)
+
+
+def test_a_unit_starts_elsewhere_with_the_same_folders_and_without_the_token(specl, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"examples{os.pathsep}/opt/hooks")
+    monkeypatch.setenv("OLLAMA_MODELS", "ollama")
+    monkeypatch.setenv("SPECL_GATEWAY_TOKEN", "a-secret-of-the-shell")
+    outcome = specl("service", "launchd", "gateway")
+    kept = plistlib.loads(outcome.stdout.encode())["EnvironmentVariables"]
+    assert kept["PYTHONPATH"] == f"{tmp_path / 'examples'}{os.pathsep}/opt/hooks"
+    assert kept["OLLAMA_MODELS"] == str(tmp_path / "ollama")
+    assert "a-secret-of-the-shell" not in outcome.stdout and "set gateway.token" in outcome.stderr
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_status_misses_a_gateway_only_where_one_is_wanted(specl, monkeypatch, tmp_path, enabled):
+    (tmp_path / "s.yaml").write_text(f"gateway: {{enabled: {str(enabled).lower()}}}\n")
+    monkeypatch.setenv("SPECL_CONFIG", str(tmp_path / "s.yaml"))
+    missing = [text for text in specl("status", "--json").json["problems"] if text.startswith("gateway does not run")]
+    assert len(missing) == enabled
+    assert ("gateway" in specl("status").stdout) is enabled
+
+
+def test_a_gateway_beside_daemons_elsewhere_is_not_missed(monkeypatch):
+    from specl.shared import client, status
+    from specl.shared.process import Lock
+
+    paths = find_paths().create()
+    body = {"state": "ready", "uptime_s": 1.0, "summary": {"generations": 0}}
+    monkeypatch.setattr(client.Client, "status", lambda self: {"collector": body | {"pid": None}})
+
+    def missed():
+        with client.Client(paths) as asked:
+            return any("gateway" in problem for problem in status.collect(asked)["problems"])
+
+    assert not missed() and not (paths.run / "collector.lock").exists()
+    lock = Lock(paths.run, "collector")
+    assert missed()
+    lock.release()
 
 
 # ------------------------------------------------------------------------------------------------ logs

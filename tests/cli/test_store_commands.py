@@ -51,7 +51,9 @@ def test_failures_are_filtered(specl, filled):
 
 def test_a_page_says_where_it_is(specl, filled):
     outcome = specl("store", "failures", "--limit", 2)
-    assert "page 1 of 3, 5 failures" in outcome.stderr
+    assert "page 1 of 3, 5 failures; `--page 2` goes on" in outcome.stderr
+    last = specl("store", "failures", "--limit", 2, "--page", 3).stderr
+    assert "page 3 of 3" in last and "goes on" not in last
     assert "page 9 is beyond the last of 5" in specl("store", "failures", "--page", 9).stdout
 
 
@@ -128,7 +130,8 @@ def test_export_wants_one_form_and_a_place(specl, filled, tmp_path):
 
 
 def test_parquet_holds_the_laws(specl, filled, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet
+
     path = tmp_path / "g.parquet"
     assert specl("store", "export", "--parquet", "--out", path).exit_code == 0
     rows = parquet.read_table(path).to_pylist()

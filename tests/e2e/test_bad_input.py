@@ -24,7 +24,7 @@ def test_a_daemon_that_is_down_gives_exit_code_3_and_the_command_within_two_seco
 def test_status_is_useful_with_all_daemons_down(box):
     found = box.status()
     assert found["inference"]["state"] == found["collector"]["state"] == found["trainer"]["state"] == "stopped"
-    assert len([problem for problem in found["problems"] if "honcho start" in problem]) == 3
+    assert len([problem for problem in found["problems"] if "honcho start" in problem]) == 4
     assert found["failures"]["trigger"] == 50
 
 

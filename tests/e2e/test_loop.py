@@ -102,10 +102,10 @@ def test_bad_requests_are_refused_in_one_line(system):
     long = "word " * 9000
     for arguments, text in (
         (("ask", "   "), "empty"),
-        (("ask", "--max-tokens", "0", "hello"), "--max-tokens must be at least 1"),
-        (("ask", "--max-tokens", "-3", "hello"), "--max-tokens must be at least 1"),
-        (("ask", "--temperature", "-1", "hello"), "temperature must lie between"),
-        (("ask", "--top-p", "1.5", "hello"), "top_p must lie above 0"),
+        (("ask", "--max-tokens", "0", "hello"), "'--max-tokens': 0 is not in the range"),
+        (("ask", "--max-tokens", "-3", "hello"), "'--max-tokens': -3 is not in the range"),
+        (("ask", "--temperature", "-1", "hello"), "'--temperature': -1.0 is not in the range"),
+        (("ask", "--top-p", "1.5", "hello"), "'--top-p': 1.5 is not in the range"),
         (("ask", long), "tokens; "),
         (("adapters", "activate", "77"), "there is no adapter"),
     ):

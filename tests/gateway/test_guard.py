@@ -8,7 +8,7 @@ import pytest
 from fault_house import wait_until
 
 from specl.daemons.gateway.guard import Rate, host_name
-from specl.daemons.gateway.service import check_exposure
+from specl.shared.access import check_exposure
 from specl.shared.config import Gateway as Settings
 from specl.shared.errors import ConfigError
 
@@ -55,6 +55,48 @@ def test_cors_stays_closed(http):
     assert answer.status_code in (403, 405)
     for reply in (answer, http.get("/v1/models", headers={"Origin": "http://evil.example"})):
         assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+APP = "app://obsidian.md"
+
+
+def test_a_listed_origin_may_ask_and_read_and_no_other(lone):
+    gateway = lone(f"gateway: {{port: 0, token: sixteen-letters-x, origins: ['{APP}']}}\n")
+    preflight = {
+        "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+    }  # fmt: skip
+    with httpx.Client(base_url=gateway.ready(), timeout=10) as http:
+        answer = http.options(
+            "/v1/chat/completions", headers={"Origin": APP, **preflight}
+        )  # browsers show no token here
+        assert answer.status_code == 204 and answer.headers["access-control-allow-origin"] == APP
+        assert answer.headers["access-control-allow-headers"] == preflight["Access-Control-Request-Headers"]
+        assert "POST" in answer.headers["access-control-allow-methods"] and answer.headers["vary"] == "Origin"
+        theirs = {"Origin": APP, "Sec-Fetch-Site": "cross-site"}
+        asked = http.post(
+            "/v1/chat/completions", json=ASK, headers={**theirs, "Authorization": "Bearer sixteen-letters-x"}
+        )
+        assert asked.status_code == 503  # inference does not run here: it was let in
+        tokenless = http.get("/v1/models", headers=theirs)
+        assert tokenless.status_code == 401  # an origin is no password
+        for reply in (asked, tokenless):
+            assert (reply.headers["access-control-allow-origin"], reply.headers["vary"]) == (APP, "Origin")
+        assert (
+            http.options("/v1/models", headers={"Origin": APP, "Host": "evil.example", **preflight}).status_code == 403
+        )
+        for origin in ("app://obsidian.md.evil.example", "APP://obsidian.md", "http://evil.example", "null"):
+            for reply in (
+                http.options("/v1/chat/completions", headers={"Origin": origin, **preflight}),
+                http.post("/v1/chat/completions", json=ASK, headers={"Origin": origin}),
+            ):
+                assert reply.status_code == 403 and "access-control-allow-origin" not in reply.headers, origin
+                assert "gateway.origins" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("origin", ["*", "null", "http://*", "http://a.example/", "a.example", "HTTP://a.example"])
+def test_what_is_no_exact_origin_is_a_settings_error(origin):
+    with pytest.raises(ValueError, match="is no origin"):
+        Settings(origins=[origin])
 
 
 def test_every_answer_carries_a_strict_policy(http):

@@ -101,6 +101,25 @@ def test_the_page_is_there_and_the_state_is_complete(lone):
     assert json.loads(line.removeprefix("data: ")).keys() == state.keys()
 
 
+def test_health_asks_inference_alone_and_not_every_time(tmp_path, monkeypatch):
+    import asyncio
+
+    from specl.daemons.gateway import board
+    from specl.shared.client import Client
+    from specl.shared.config import Settings
+    from specl.shared.paths import Paths
+
+    asked = []
+    monkeypatch.setattr(Client, "status", lambda self, timeout_s, roles: asked.append(roles) or {})
+    monkeypatch.setattr(board, "collect", None)  # what the page costs
+    looker = board.Board(Paths(tmp_path, tmp_path).create(), Settings(), lambda: False)
+
+    async def monitors():
+        return await asyncio.gather(*[looker.inference_state() for _ in range(20)])
+
+    assert asyncio.run(monitors()) == ["stopped"] * 20 and asked == [("inference",)]
+
+
 def test_pieces_do_not_wait_for_acknowledgements():
     from specl.daemons.gateway.service import listen
 

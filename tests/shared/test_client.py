@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fault"))
 from fault_house import House, Zygote, wait_until
 
 from specl.shared import client as client_module
-from specl.shared.errors import DaemonUnreachable, SpecLoraError
+from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
 from specl.shared.wire import SetAdapter
 
 
@@ -93,3 +93,17 @@ def test_nobody_there_is_told_in_time(house, tmp_path):
         with pytest.raises(DaemonUnreachable, match="trainer daemon does not answer"):
             client.train()
         assert time.monotonic() - start < 2 * client_module.FIRST_ANSWER_S + 1
+
+
+def test_one_stop_text_needs_no_list(client):
+    text = client.ask("hello", max_tokens=30).text
+    assert client.ask("hello", max_tokens=30, stop=text[4:6]).text == text[: text.index(text[4:6])]
+
+
+def test_what_cannot_travel_is_a_rejected_request(client):
+    with pytest.raises(RequestRejected, match="not Unicode"):
+        client.ask("half a pair \ud800")
+    with pytest.raises(RequestRejected, match="not Unicode"):
+        client.set_adapter("\udcff")
+    with pytest.raises(RequestRejected, match="cannot be encoded"):
+        client.ask("hello", seed=2**70)

@@ -13,6 +13,8 @@ from mlx_lm.utils import dequantize_model, load_model
 from tiny_gguf import TEXTS
 from tokenizers import Tokenizer
 
+from specl.shared.config import Settings
+from specl.shared.engine.engine import Engine
 from specl.shared.errors import ModelError
 from specl.shared.models import imports
 from specl.shared.models.gguf_file import convert, size_needed
@@ -182,6 +184,34 @@ def test_byte_level_texts_become_the_reference_tokenizers_tokens_and_come_back(t
         ids = made.encode(text, add_special_tokens=False).ids
         assert ids == reference.encode(text, add_special_tokens=False).ids, text
         assert made.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("tokenizer", ["spm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("said", [None, True, False])
+def test_plain_text_begins_as_the_reference_tokenizer_begins_it(tmp_path, tokenizer, said):
+    def keys(writer):
+        if said is not None:
+            writer.add_add_bos_token(said)
+        writer.add_add_eos_token(True)  # never part of a prompt
+
+    tiny_gguf.write(tmp_path / "m.gguf", "qwen2" if tokenizer == "qwen2" else "llama", tokenizer=tokenizer, keys=keys)
+    engine = Engine(load(str(tmp_path / "m.gguf"), tmp_path / "models"), None, Settings())
+    if tokenizer == "spm":
+        reference = tiny_gguf.sentence_piece()
+        begun, plain, bos = lambda text: reference.encode(text, add_bos=True), reference.encode, "<s>"
+    else:
+        reference = tiny_gguf.byte_bpe(tokenizer)
+        id = reference.token_to_id(bos := "<|endoftext|>")
+        begun, plain = lambda text: [id, *reference.encode(text).ids], lambda text: reference.encode(text).ids
+    wanted = begun if said or (said is None and tokenizer != "qwen2") else plain
+    for text in ("Ein Tag", " 12 it's", "<|im_start|>user"[: 3 if tokenizer == "spm" else None]):
+        assert engine.encode(text, special=True) == list(wanted(text))
+        assert engine.encode(text) == list(plain(text))
+    own = engine.encode(bos + "Ein Tag", special=True)  # it writes its own
+    assert own == engine.encode(bos + "Ein Tag") and own[0] != own[1]
+    assert engine.encode("", special=True) == []
+    text, tokens = engine.encode_chat([{"role": "user", "content": "hi"}])
+    assert tokens == engine.encode(text)
 
 
 def test_sentencepiece_texts_become_sentencepieces_own_tokens_and_come_back(tmp_path):

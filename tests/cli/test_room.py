@@ -1,0 +1,85 @@
+"""Commands that load models of their own look for room first, beside what the daemons hold; and a disk without any."""
+
+import errno
+
+import pytest
+
+from specl.cli import eval as eval_command
+from specl.cli import lines, room
+from specl.shared import config
+from specl.shared.errors import ModelError
+from specl.shared.paths import find_paths
+from specl.shared.process import Lock
+
+
+@pytest.fixture
+def use(tmp_path, monkeypatch, stored):
+    def use(limit):
+        target = stored().path
+        text = f"models: {{target: {{name: {target}}}, draft: {{name: null}}}}\nmemory: {{limit_gb: {limit}}}\n"
+        (tmp_path / "s.yaml").write_text(text)
+        monkeypatch.setenv("SPECL_CONFIG", str(tmp_path / "s.yaml"))
+        return target
+
+    return use
+
+
+def test_the_daemons_copy_counts_while_they_run(use):
+    target = use(0.5)
+    settings, paths = config.load(), find_paths().create()
+    room.check_room(settings, paths, target, None, "this")
+    lock = Lock(paths.run, "inference")
+    with pytest.raises(
+        ModelError, match=r"this needs about 0\.\d GB beside the 0\.\d GB of the running daemons; 0\.5 GB"
+    ):
+        room.check_room(settings, paths, target, None, "this")
+    lock.release()
+
+
+def test_import_eval_and_draft_build_refuse_before_they_load(use, specl, tmp_path):
+    use(0.01)
+    (tmp_path / "i.jsonl").write_text('{"prompt": "a", "target_output": "b"}\n')
+    for arguments in (
+        ("store", "import", "--jsonl", tmp_path / "i.jsonl"),
+        ("draft", "build", "--out", tmp_path / "made"),
+    ):
+        outcome = specl(*arguments)
+        assert outcome.exit_code == 2 and "0.0 GB may be taken" in outcome.stderr, outcome.stderr
+    assert not (tmp_path / "made").exists()
+    with pytest.raises(ModelError, match="loading the models a second time needs"):
+        eval_command._load()
+    assert specl("store", "import", "--jsonl", tmp_path / "i.jsonl", "--text-only").exit_code == 0
+
+
+def test_a_full_disk_ends_remembering_not_talking(tmp_path, monkeypatch, capsys):
+    from prompt_toolkit.history import FileHistory
+
+    history = lines._history(find_paths().create(), config.Settings().records, remember=True)
+    history.append_string("first")
+
+    def full(self, string):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileHistory, "store_string", full)
+    for text in ("second", "third"):
+        history.append_string(text)
+    assert capsys.readouterr().err.count("not remembered any more") == 1
+    assert history.get_strings()[-2:] == ["second", "third"]
+
+
+def test_a_model_has_its_name_only_when_it_is_on_disk(tmp_path, monkeypatch):
+    import os
+
+    from specl.shared.models import builtin
+
+    made, done = tmp_path / "made", []
+    (made / "deep").mkdir(parents=True)
+    for name in ("weights", "deep/config"):
+        (made / name).write_text("x")
+    by_inode = {path.stat().st_ino: path.name for path in [tmp_path, made, *made.rglob("*")]}
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(by_inode[os.fstat(handle).st_ino]) or real(handle))
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda *paths: done.append("rename") or rename(*paths))
+    builtin.publish(made, tmp_path / "model")
+    assert set(done[:-2]) == {"weights", "config", "deep", "made"} and done[-2:] == ["rename", tmp_path.name]

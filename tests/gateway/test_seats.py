@@ -1,0 +1,99 @@
+"""gateway.max_streams under a burst, and what gives a seat back: the app in this process, inference played by a test."""
+
+import asyncio
+import json
+
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from specl.daemons.gateway.app import Completions, _refused
+from specl.daemons.gateway.errors import Refusal
+from specl.daemons.gateway.metrics import Metrics
+from specl.shared.config import Gateway, Settings
+from specl.shared.errors import DaemonUnreachable
+from specl.shared.wire import Delta
+
+SCOPE = {
+    "type": "http", "method": "POST", "path": "/", "raw_path": b"/", "query_string": b"", "root_path": "", "scheme": "http",
+    "headers": [(b"content-type", b"application/json")], "server": ("localhost", 1), "client": ("127.0.0.1", 1),
+    "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.4"},
+}  # fmt: skip
+
+
+class Inference:
+    """Answers once it is told to: one piece, then the end of the daemon."""
+
+    def __init__(self):
+        self.go, self.closed = asyncio.Event(), 0
+
+    async def pieces(self, ask):
+        try:
+            await self.go.wait()
+            yield [Delta(ask.request_id, "text", [1], b"\0", [4])]
+            raise DaemonUnreachable("gone")
+        finally:
+            self.closed += 1
+
+
+class Desk:
+    """Completions behind one route; `ask` is a client."""
+
+    def __init__(self, seats):
+        self.inference = Inference()
+        self.completions = Completions(Settings(gateway=Gateway(max_streams=seats)), self.inference, Metrics())
+        routes = [Route("/", self.completions.chat, methods=["POST"])]
+        self._app = Starlette(routes=routes, exception_handlers={Refusal: _refused})
+
+    async def ask(self, stream=False, leaves=False, broken=False):
+        """The status of one answer; the client `leaves` at once, or its connection is `broken` when the answer comes."""
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream}
+        said, came = [], [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+        async def receive():
+            if came:
+                return came.pop()
+            if not leaves:
+                await asyncio.Event().wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if broken:
+                raise OSError("broken pipe")
+            said.append(message)
+
+        await self._app(dict(SCOPE), receive, send)
+        return said[0]["status"]
+
+
+def test_a_burst_gets_as_many_seats_as_there_are():
+    async def burst():
+        desk = Desk(3)
+        asked = [asyncio.create_task(desk.ask()) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        refused = [task.result() for task in asked if task.done()]
+        desk.inference.go.set()
+        return refused, sorted(await asyncio.gather(*asked)), desk.completions._active
+
+    assert asyncio.run(burst()) == ([429] * 5, [*[429] * 5, *[503] * 3], 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_is_gone_before_the_first_piece_leaves_its_seat(stream):
+    async def come_and_go():
+        desk = Desk(1)
+        codes = [await desk.ask(stream, leaves=True) for _ in range(3)]
+        return codes, desk.completions._active, desk.inference.closed
+
+    assert asyncio.run(come_and_go()) == ([499] * 3, 0, 3)
+
+
+def test_a_stream_that_cannot_begin_leaves_its_seat_at_once():
+    async def broken():
+        desk = Desk(1)
+        desk.inference.go.set()
+        with pytest.raises(BaseException):  # noqa: B017 - whatever the server makes of a broken pipe
+            await desk.ask(stream=True, broken=True)
+        return desk.completions._active, desk.inference.closed, await desk.ask(stream=True), desk.completions._active
+
+    assert asyncio.run(broken()) == (0, 1, 200, 0)
