@@ -4,7 +4,6 @@ Runs on the trainer's MLX thread in small pieces; between any two it may be told
 run go on where it was. Every outcome becomes a `TrainingRun` record with its numbers, published or not.
 """
 
-import math
 import shutil
 import time
 import uuid
@@ -15,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from specl.daemons.trainer.data import Gatherer, Material, pieces
-from specl.daemons.trainer.politeness import Abandoned
+from specl.daemons.trainer.course import Course, Live
+from specl.daemons.trainer.data import Gatherer, Material
 from specl.daemons.trainer.records import adapter_record, evaluations
 from specl.daemons.trainer.regression import RegressionSlice
 from specl.shared import checkpoints, log
@@ -24,12 +23,10 @@ from specl.shared.adapters import Adapters, Manifest
 from specl.shared.config import Settings
 from specl.shared.engine.adapter_files import load_adapter, write_files
 from specl.shared.engine.engine import Engine, LoadedAdapter
-from specl.shared.errors import AdapterRejected, Interrupted, ModelError
+from specl.shared.errors import AdapterRejected, ModelError
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.gate import Agreement, Lineage, Verdict, expected_rate, judge, lineage_problems
 from specl.shared.learning.learner import Learner, agreement
-from specl.shared.learning.losses import LossSettings
-from specl.shared.learning.steps import Batches, Deadline, StepLoop, StepSettings, about_checkpoint
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.lora import (
     LoraShape,
@@ -44,22 +41,8 @@ from specl.shared.paths import Paths
 from specl.shared.wire import TrainingRun
 
 MIN_EXAMPLES = 4
-PIECE_TOKENS = 256  # of one forward and backward: what a request may have to wait for
-CHECKPOINT_S = 20.0
-SAME_WORK = 0.75  # of the generations of a checkpoint and a new run that both have
 DEPTHS = 3  # of a head's own steps: scored
 SHARES = (1.0, 0.9, 0.8, 0.65, 0.5)  # of the way that are tried where all of it spoils general text
-TRAINED_DEPTHS = 2  # and trained, as `draft build` does: the third costs half as much time again
-RECIPE = {
-    "lora",
-    "loss",
-    "learning_rate",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "replay_ratio",
-    "num_epochs",
-    "max_minutes",
-}
 _log = log.get("training")
 
 
@@ -72,20 +55,6 @@ class Outcome:
     adapter_id: str = ""
     path: Path | None = None
     records: list[Any] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Live:
-    """What `status` shows of a run under way."""
-
-    state: str = "idle"
-    step: int = 0
-    total: int = 0
-    loss: float | None = None
-
-    def tell(self, step: int, total: int) -> None:
-        """How far its present work is."""
-        self.step, self.total = step, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +95,7 @@ class TrainingJob:
         self.paths, self.folder = paths, paths.training
         self.settings, self.live, self._pause, self.trigger = settings, live, pause, trigger
         self.run_id, self.created_at = uuid.uuid4().hex, time.time()
-        self.learned: list[str] = []  # generations that the weights have seen, a resumed run's included
-        self.losses: list[float] = []
-        self.tokens = 0
+        self.course: Course | None = None
         self.replayed = 0  # texts of the draft's own replay set
         self.material = Material([], [], [], "")
         self.general: list[Example] = []
@@ -140,16 +107,12 @@ class TrainingJob:
     def run(self) -> Outcome:
         """Do it. Raises Interrupted when told to stop; the checkpoint stays and the next run goes on with it."""
         self.live.state = "gathering"
-        self.material = self.gatherer.material()
-        material = self.material
-        self.learned = sorted(material.fresh_ids)
-        minimum = self.settings.training.min_heldout_generations
-        counts = f"{len(material.failures)} failures, {len(material.successes)} successes"
-        if len(material.failures) + len(material.successes) < MIN_EXAMPLES:
-            return self._outcome("no_data", f"too little to train on yet: {counts}")
-        if len(material.held_out) < minimum:  # before the training, which would be for nothing
-            held = f"{len(material.held_out)} held-out generations of the {minimum} that a verdict needs"
-            return self._outcome("no_verdict", f"{held}, beside {counts}: collecting goes on")
+        rows = self.gatherer.sorted()
+        if short := self._short(len(rows.failures), len(rows.successes), len(rows.judges)):
+            return short  # before any text is read and any state computed
+        material = self.material = self.gatherer.material(rows)
+        if short := self._short(len(material.failures), len(material.successes), len(material.held_out)):
+            return short  # some were repeats
         self.live.state = "preparing"
         replay = self.gatherer.replay(self.folder, self.live.tell)
         self.replayed = len(replay)
@@ -160,12 +123,26 @@ class TrainingJob:
         self.live.state = "scoring"
         before = self._score(learner)
         shape = self._prepare(learner, parent, replay)
+        origin = {"parent": self.parent_id, "draft": self.engine.draft_fingerprint}
+        self.course = Course(
+            material, replay, self.settings, self.folder, self.gatherer, origin, self.live, self._pause
+        )
         try:
-            self._train(learner, replay)
+            self.course.run(learner)
         except FloatingPointError as error:
             return self._outcome("failed", str(error))
         self.live.state = "scoring"
         return self._judge(learner, shape, before, *self._weighed(learner, before))
+
+    def _short(self, failures: int, successes: int, held_out: int) -> Outcome | None:
+        """What is missing yet: to train on, or to judge by, without which the training would be for nothing."""
+        minimum, counts = self.settings.training.min_heldout_generations, f"{failures} failures, {successes} successes"
+        if failures + successes < MIN_EXAMPLES:
+            return self._outcome("no_data", f"too little to train on yet: {counts}")
+        if held_out < minimum:
+            held = f"{held_out} held-out generations of the {minimum} that a verdict needs"
+            return self._outcome("no_verdict", f"{held}, beside {counts}: collecting goes on")
+        return None
 
     def _score(self, learner: Learner) -> Scores:
         """The draft as it is now, on held-out traffic and on the regression slice."""
@@ -210,95 +187,6 @@ class TrainingJob:
                 hot_vocabulary(texts, draft.shape.hot_size, int(draft.target.config["vocab_size"]), keep=old)
             )
         return shape
-
-    def _train(self, learner: Learner, replay: list[Example]) -> None:
-        training = self.settings.training
-        fresh = self.material.failures or self.material.successes
-        again = [*(self.material.successes if self.material.failures else []), *replay]
-        batches = Batches(fresh, again, training.batch_size, training.replay_ratio, seed=0)
-        fresh_a_step = training.batch_size * training.gradient_accumulation_steps * max(batches.fresh_share, 0.1)
-        total = max(1, math.ceil(len(fresh) * training.num_epochs / fresh_a_step))
-        loss = LossSettings(training.loss.type, training.loss.temperature, training.loss.alpha)
-        checkpointing = self.settings.memory.gradient_checkpointing
-        steps = StepSettings(training.learning_rate, total, depths=TRAINED_DEPTHS, checkpointing=checkpointing)
-        loop = StepLoop(learner, loss, steps)
-        checkpoint = checkpoints.checkpoint_folder(self.folder)
-        used = self._resume(loop, checkpoint, batches)
-        self.live.state, self.live.step, self.live.total = "training", loop.step_number, total
-        deadline = Deadline(training.max_minutes * 60, used)
-        try:
-            self._steps(loop, batches, deadline, checkpoint)
-        except Abandoned:
-            raise
-        except Interrupted:
-            self._save(loop, checkpoint, deadline)
-            raise
-
-    def _steps(self, loop: StepLoop, batches: Batches, deadline: Deadline, checkpoint: Path) -> None:
-        """Until all are done or the time is over."""
-        training, saved = self.settings.training, time.monotonic()
-        while loop.step_number < self.live.total and not deadline.over:
-            groups = [
-                group
-                for _ in range(training.gradient_accumulation_steps)
-                for group in pieces(batches.next(), PIECE_TOKENS)
-            ]
-            loop.time_share = deadline.share
-            value = loop.step(groups, lambda: deadline.pause(self._pause()))
-            self.tokens += sum(example.rows for group in groups for example in group)
-            self.losses.append(value)
-            self.live.step, self.live.loss = loop.step_number, round(float(np.mean(self.losses[-10:])), 4)
-            if time.monotonic() - saved > CHECKPOINT_S:
-                self._save(loop, checkpoint, deadline)
-                saved = time.monotonic()
-
-    def _save(self, loop: StepLoop, checkpoint: Path, deadline: Deadline) -> None:
-        """Keep what a kill should not cost. A disk that has no room for it does not end the run."""
-        done = {"used_s": deadline.used, "losses": self.losses, "tokens": self.tokens}
-        try:
-            loop.save(checkpoint, self._about() | done)
-        except OSError as error:
-            _log.warning("checkpoint.not_saved", reason=str(error))
-
-    def _about(self) -> dict[str, Any]:
-        """What a checkpoint belongs to."""
-        names = ("parent", "draft", "recipe")
-        same = (self.parent_id, self.engine.draft_fingerprint, self._recipe())
-        return dict(zip(names, same, strict=True)) | {"ids": self.learned}
-
-    def _recipe(self) -> dict[str, Any]:
-        """What shapes the weights and their way: a checkpoint made otherwise is none of this run's."""
-        return self.settings.training.model_dump(mode="json", include=RECIPE)
-
-    def _same_work(self, about: dict[str, Any]) -> bool:
-        """Whether a killed run's checkpoint is worth going on with: from the same parent, mostly on the same generations (some
-        were answered since), all of which are still kept and none of which is judged on.
-        """
-        ids, fresh = set(about.get("ids", [])), set(self.material.fresh_ids)
-        judges = {example.id for example in self.material.held_out}
-        mine = self._about()
-        same = all(about.get(name) == mine[name] for name in ("parent", "draft", "recipe"))
-        mostly = len(ids & fresh) >= SAME_WORK * len(ids | fresh)
-        return same and mostly and not ids & judges and not self.gatherer.store.missing(sorted(ids))
-
-    def _resume(self, loop: StepLoop, checkpoint: Path, batches: Batches) -> float:
-        """Go on with a killed run's checkpoint if it was about the same work, otherwise drop it; seconds that it had worked."""
-        about = about_checkpoint(checkpoint)
-        if about is None:
-            return 0.0
-        if self._same_work(about):
-            try:
-                loop.resume(checkpoint)
-                for _ in range(loop.step_number * self.settings.training.gradient_accumulation_steps):
-                    batches.next()
-                self.learned = sorted({*about["ids"], *self.learned})
-                self.losses, self.tokens = list(about["losses"]), int(about["tokens"])
-                _log.info("training.resumed", step=loop.step_number)
-                return float(about["used_s"])
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
-                _log.warning("checkpoint.unusable", reason=str(error))
-        checkpoints.forget(checkpoint)
-        return 0.0
 
     # ------------------------------------------------------------------------------------------------ the end of it
     def _weighed(self, learner: Learner, before: Scores) -> tuple[Scores, Verdict]:
@@ -382,11 +270,9 @@ class TrainingJob:
                 "gate": verdict.numbers(),
             },
             training={
-                "steps": len(self.losses),
-                "tokens": self.tokens,
-                "loss_first": self.losses[0] if self.losses else None,
-                "loss_last": self.live.loss,
-                "generations": self.learned,
+                **self._course(),
+                "watched": [round(loss, 4) for loss in self.course.watched] if self.course else [],
+                "generations": self.course.learned if self.course else [],
                 **self._data(),
             },
         )
@@ -398,6 +284,13 @@ class TrainingJob:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)  # what a full disk has left; a published one has been renamed
         return manifest
+
+    def _course(self) -> dict[str, Any]:
+        """How the steps went, where there were any."""
+        losses = self.course.losses if self.course else []
+        first, last = (losses[0], round(float(np.mean(losses[-10:])), 4)) if losses else (None, None)
+        tokens = self.course.tokens if self.course else 0
+        return {"steps": len(losses), "tokens": tokens, "loss_first": first, "loss_last": last}
 
     def _data(self) -> dict[str, int]:
         """What was learned from, counted."""
@@ -419,10 +312,7 @@ class TrainingJob:
             parent_id=self.parent_id,
             adapter_id=adapter_id,
             examples=len(self.material.fresh_ids),
-            steps=len(self.losses),
-            tokens=self.tokens,
-            loss_first=self.losses[0] if self.losses else None,
-            loss_last=self.live.loss if self.losses else None,
+            **self._course(),
             last_generation=self.material.last_generation if consumed else "",
             settings=training.model_dump(mode="json") | {"data": self._data()},
         )

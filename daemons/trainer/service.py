@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 from specl.daemons.trainer.consent import Consent
+from specl.daemons.trainer.course import Live
 from specl.daemons.trainer.data import Gatherer
 from specl.daemons.trainer.facts import Facts
 from specl.daemons.trainer.politeness import Abandoned, Turnstile
 from specl.daemons.trainer.records import adapter_record, scored
 from specl.daemons.trainer.regression import RegressionSlice
-from specl.daemons.trainer.run import Live, Outcome, TrainingJob, in_force
+from specl.daemons.trainer.run import Outcome, TrainingJob, in_force
 from specl.daemons.trainer.trial import Trial, TrialJob
 from specl.daemons.trainer.work import BY_HAND, IMPORT, NOW, RUN, Job, kind_of_work
 from specl.shared import checkpoints, log, power

@@ -78,11 +78,12 @@ def fake_pair(settings: Any, models: Path, say: Any = None, training: bool = Fal
 def install() -> None:
     """Put the fake where the daemons look for their models."""
     import specl.daemons.inference.worker as worker
+    import specl.daemons.trainer.course as course
     import specl.daemons.trainer.run as run
     import specl.daemons.trainer.service as service
 
     worker.load_pair = service.load_pair = fake_pair
-    run.CHECKPOINT_S = float(os.environ.get("SPECL_TEST_CHECKPOINT_S", run.CHECKPOINT_S))
+    course.CHECKPOINT_S = float(os.environ.get("SPECL_TEST_CHECKPOINT_S", course.CHECKPOINT_S))
     service.DISK_RETRY_S = float(os.environ.get("SPECL_TEST_DISK_RETRY_S", service.DISK_RETRY_S))
     worker.IDLE_TICK_S = float(os.environ.get("SPECL_TEST_LOOK_S", worker.IDLE_TICK_S))
     if os.environ.get("SPECL_TEST_RISING"):
