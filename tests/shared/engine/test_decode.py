@@ -82,6 +82,17 @@ def test_the_length_limit_is_exact_and_an_end_token_inside_a_draft_ends_the_answ
     stopped.tokenizer.eos_token_ids = {3}
 
 
+def test_a_draft_that_is_never_wrong_is_never_counted_as_refused_where_its_end_token_stands(tiny):
+    stopped = tiny(seed=11)
+    for place in range(1, 8):
+        stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[place : place + 1])
+        options = Options(max_tokens=30, num_draft_tokens=4, ngram=False)
+        tally = run(Engine(stopped, stopped, config.Settings()), options).tally
+        assert tally.tested_by_depth == tally.accepted_by_depth and tally.rejected == 0
+        assert sum(tally.accepted_by_depth) == tally.accepted["model"] > 0
+    stopped.tokenizer.eos_token_ids = {3}
+
+
 def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
     target, law = tiny(), Law(temperature=0.9, top_p=0.9, seed=12)
     texts = set()
