@@ -78,12 +78,22 @@ class Tally:
                 self.accepted_by_depth[depth] += depth < accepted
 
 
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """Whose text a state held before a request took it: see prefix.Entry."""
+
+    adapter_id: str
+    rendered: str
+    said: int
+
+
 @dataclass(slots=True)
 class State:
     """What a request holds between rounds, and what outlives it in the prefix cache.
 
     `cached` counts the tokens of `text` that are in the target's cache; `states` has the target's normed hidden state of
-    each of them, [n, hidden] pieces in order, where the draft reads states (else None).
+    each of them, [n, hidden] pieces in order, where the draft reads states (else None). `lent`: what the prefix cache knew
+    it as, where it was moved out of there.
     """
 
     text: list[int]
@@ -91,6 +101,7 @@ class State:
     drafter: Drafter | None
     states: list[mx.array] | None = None
     cached: int = 0
+    lent: Lent | None = None
 
     def keep_states(self, count: int) -> None:
         """Only the first `count` states still stand."""
