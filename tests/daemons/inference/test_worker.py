@@ -231,3 +231,15 @@ def test_a_disk_that_failed_for_a_moment_bars_no_adapter(bench, monkeypatch):
         assert "Input/output error" in swap.rejected["000001"]
     swap.follow_current()
     assert bench.worker.engine.adapter_id == "000001" and not swap.rejected
+
+
+def test_a_seeded_request_has_the_tokens_of_its_text(bench):
+    bench = bench()
+    spliced = []
+    encode = bench.worker.engine.encode_chat
+    bench.worker.engine.encode_chat = lambda messages, splice: spliced.append(splice) or encode(messages, splice)
+    for law in ({}, {"seed": 4}):
+        ask = Ask(request_id="a", messages=[{"role": "user", "content": "hi"}], prompt="", max_tokens=4,
+                  sampling=Sampling(**law), mode="detailed", client="me")  # fmt: skip
+        bench.worker._enqueue(Job(b"peer", ask, time.monotonic()))
+    assert spliced == [True, False]
