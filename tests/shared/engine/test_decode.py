@@ -105,7 +105,6 @@ def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
     assert len(texts) == 1
 
 
-@pytest.mark.parametrize("kind", ["itself", "head"])
 @pytest.mark.parametrize("law", [Law(), Law(temperature=0.9, seed=12), Law(temperature=2.0)])
 def test_a_sibling_with_a_larger_padded_vocabulary_drafts_only_tokens_that_exist(tiny, law):
     target = tiny()
@@ -140,6 +139,7 @@ def test_a_draft_model_compares_with_the_text_only_from_where_both_were_last_the
     assert drafter.propose(3, draw).tokens == again.propose(3, draw).tokens
 
 
+@pytest.mark.parametrize("kind", ["itself", "head"])
 def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
     target = tiny()
     engine = Engine(target, drafts(tiny, "llama")[kind], config.Settings())
