@@ -12,24 +12,24 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from specl.daemons.inference.admission import prepare, to_options
 from specl.daemons.inference.answer import Job, to_done, to_generation, token_laws
 from specl.daemons.inference.lookout import Lookout, held_out_before
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.swap import AdapterSwap
 from specl.shared import log
 from specl.shared.config import Settings
-from specl.shared.engine.decode import Options, Session, rounds_together
+from specl.shared.engine.decode import Session, rounds_together
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.law import Law
 from specl.shared.engine.past import PastAnswers
 from specl.shared.engine.statistics import acceptance_rate
 from specl.shared.engine.text import TextStream
-from specl.shared.errors import RequestRejected, SpecLoraError
+from specl.shared.errors import SpecLoraError
 from specl.shared.models import blas
 from specl.shared.models.pair import load_pair
 from specl.shared.models.release import give_back
 from specl.shared.paths import Paths
-from specl.shared.wire import Activation, AdapterReady, Ask, Delta, Failed, Queued, Reply, SetAdapter
+from specl.shared.wire import Activation, AdapterReady, Delta, Failed, Queued, Reply, SetAdapter
 
 WATCHED = ("announced", "by hand")  # reasons to use an adapter that say nothing of its worth on live traffic
 IDLE_TICK_S = 5.0  # how often CURRENT is looked at when nobody announces anything
@@ -240,37 +240,13 @@ class Worker(threading.Thread):
         self._idle_since = time.monotonic()
         try:
             self._ensure_loaded()
-            self._prepare(job)
+            prepare(job, self.engine, self.settings.memory.max_kv_cache_tokens)
         except SpecLoraError as error:
             self.emit(job.peer, Failed(job.ask.request_id, "rejected", str(error), error.hint))
             return
         self.waiting.append(job)
         if self.active:
             self._tell_places()
-
-    def _prepare(self, job: Job) -> None:
-        """Tokens of the prompt, and every reason to refuse it before it waits."""
-        ask, engine = job.ask, self.engine
-        if ask.messages:
-            if not any(
-                str(message.get("content", "")).strip() for message in ask.messages if message.get("role") == "user"
-            ):
-                raise RequestRejected("the prompt is empty")
-            job.prompt_text, job.prompt = engine.encode_chat(ask.messages, splice=ask.sampling.seed is None)
-        else:
-            job.prompt_text, job.prompt = ask.prompt, engine.encode(ask.prompt)
-        if not job.prompt:
-            raise RequestRejected("the prompt is empty")
-        budget = self.settings.memory.max_kv_cache_tokens
-        limit = min(engine.target.context_length, budget)
-        if len(job.prompt) >= limit:
-            what = (
-                "memory.max_kv_cache_tokens is"
-                if budget < engine.target.context_length
-                else "the model's context holds"
-            )
-            raise RequestRejected(f"the prompt has {len(job.prompt)} tokens; {what} {limit}")
-        job.reserved = min(len(job.prompt) + ask.max_tokens, engine.target.context_length)
 
     def _drop_expired(self) -> None:
         """Who still waits when its deadline passes is told so, and not started."""
@@ -300,33 +276,15 @@ class Worker(threading.Thread):
             self._tell_places()
 
     def _start(self, job: Job) -> bool:
-        ask, settings = job.ask, self.settings
-        fixed = ask.num_draft_tokens
-        if fixed is None and settings.speculative.num_draft_tokens != "auto":
-            fixed = settings.speculative.num_draft_tokens
-        law = ask.sampling
-        options = Options(
-            law=Law(law.temperature, law.top_p, law.top_k, law.min_p, law.seed),
-            max_tokens=ask.max_tokens,
-            num_draft_tokens=fixed,
-            ngram=settings.speculative.ngram if ask.ngram is None else ask.ngram,
-            owner=ask.client if ask.record else "",
-            logprobs=ask.logprobs,
-            capture_k=settings.training.loss.top_k_logits if self._detailed(ask) else 0,
-        )
         try:
-            job.session = self.engine.session(job.prompt, options)
+            job.session = self.engine.session(job.prompt, to_options(job.ask, self.settings))
         except SpecLoraError as error:
-            self.emit(job.peer, Failed(ask.request_id, "rejected", str(error), error.hint))
+            self.emit(job.peer, Failed(job.ask.request_id, "rejected", str(error), error.hint))
             return False
-        job.text = TextStream(self.engine.target.tokenizer, tuple(ask.stop))
+        job.text = TextStream(self.engine.target.tokenizer, tuple(job.ask.stop))
         job.adapter_id = job.began_with = self.engine.adapter_id
         self.active.append(job)
         return True
-
-    def _detailed(self, ask: Ask) -> bool:
-        """Whether the laws and states of this answer are for keeping."""
-        return ask.mode == "detailed" and ask.record and self.settings.records.keep == "content"
 
     def _expired(self, job: Job) -> bool:
         deadline = job.ask.deadline_s
