@@ -128,6 +128,10 @@ class AdapterSwap:
         """Not where it was refused, unless its files have changed or the disk was to blame; nor where it disappointed."""
         return id not in self.rejected or (id in self._refused and self._refused[id] != self._stamp(id))
 
+    def _forgive(self, id: str) -> None:
+        self.rejected.pop(id, None)
+        self._refused.pop(id, None)
+
     def _stamp(self, id: str) -> Stamp:
         """What would tell that an adapter's files are others than before."""
         try:
@@ -145,7 +149,7 @@ class AdapterSwap:
             self._refused[id] = None if _disk_failed(error) else stamp
             self._refuse(id, str(error))
             return str(error)
-        self.rejected.pop(id, None)
+        self._forgive(id)
         before, self._before_switch = self._before_switch, ""
         pause_ms = round(1000 * watch.longest_s, 1)
         if reason == "restart":
@@ -239,9 +243,7 @@ class AdapterSwap:
         if self.rejected.get(id) == reason:
             return
         while len(self.rejected) >= REMEMBERED:
-            gone = next(iter(self.rejected))
-            self._refused.pop(gone, None)
-            self.rejected.pop(gone)
+            self._forgive(next(iter(self.rejected)))
         self.rejected[id] = reason
         _log.error("adapter.rejected", adapter=id, reason=reason)
         self._activated("rejected", id, self.engine.adapter_id, reason, {})
@@ -265,7 +267,7 @@ class AdapterSwap:
             id = self.adapters.resolve(wish)
             if not id:
                 return Reply(False, f"there is no adapter {wish!r}")
-        self.rejected.pop(id, None)
+        self._forgive(id)
         how = "rolled back by hand" if wish == "previous" else "by hand"
         if id in self.adapters.rolled_back():
             how = "by hand, once more"

@@ -2,17 +2,20 @@
 
 import time
 
+import numpy as np
 import pytest
 from fault_fake import fake_pair, publish_adapter
 
 import specl.daemons.inference.worker as module
 from specl.daemons.inference.answer import Job
+from specl.daemons.inference.lookout import Lookout
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.worker import Worker
 from specl.shared import config
 from specl.shared.engine.engine import Engine
 from specl.shared.engine.past import PastAnswers
 from specl.shared.hidden import HiddenSpool
+from specl.shared.learning.watch import Depths, Watch
 from specl.shared.outbox import Outbox
 from specl.shared.paths import Paths
 from specl.shared.privacy import Discretion
@@ -170,7 +173,8 @@ def test_a_request_that_is_not_kept_gives_a_conversation_its_caches_back_and_not
     (entry,) = bench.worker.engine.prefixes._entries
     state = entry.state
     assert state.text == known[: lent + 1] and state.cached == lent and state.drafter is None
-    for layer in state.cache:
+    for layer, used in zip(state.cache, job.session.state.cache, strict=True):
+        assert not np.shares_memory(np.array(layer.keys, copy=False), np.array(used.keys, copy=False))
         assert layer.keys.shape[2] == layer.values.shape[2] == layer.offset == lent, "no room where more could stand"
     assert bench.serve("c", prompt).session.tally.reused_tokens == lent
 
@@ -243,3 +247,21 @@ def test_a_seeded_request_has_the_tokens_of_its_text(bench):
                   sampling=Sampling(**law), mode="detailed", client="me")  # fmt: skip
         bench.worker._enqueue(Job(b"peer", ask, time.monotonic()))
     assert spliced == [True, False]
+
+
+def test_status_is_told_though_the_watch_ends_meanwhile():
+    class Ending(Lookout):
+        """Its watch is gone when it is looked at a second time, as when the MLX thread ends it."""
+
+        looks = 0
+
+        @property
+        def watch(self):
+            self.looks += 1
+            return Watch("000001", "", Depths([4] * 16, [2] * 16)) if self.looks == 1 else None
+
+        @watch.setter
+        def watch(self, value):
+            pass
+
+    assert Ending().status()["state"] == "watching"
