@@ -53,8 +53,9 @@ class OwnAnswers:
 
     def expire(self, before: float) -> None:
         """Forget what was made before a moment."""
-        if gone := sum(made_at < before for made_at in self.times):  # in order but for a clock that was set back
-            self._drop(max(gone, 1 + max(i for i, made_at in enumerate(self.times) if made_at < before)))
+        # in order, but for a clock that was set back
+        if old := [number for number, made_at in enumerate(self.times) if made_at < before]:
+            self._drop(old[-1] + 1)
 
     def _drop(self, count: int) -> None:
         """Forget the first `count`."""
@@ -120,11 +121,12 @@ class PastAnswers:
     def expire_files(self, before: float) -> None:
         """The same on the disk, whatever tokenizer a file is of. Raises OSError."""
         for path in self._files():
-            kept = [answer for answer in _read(path) if answer[0] >= before]
-            if kept and path.suffix == ".u32":
-                _write(path, kept)
-            else:
+            answers = _read(path)
+            kept = [answer for answer in answers if answer[0] >= before]
+            if not kept or path.suffix != ".u32":
                 path.unlink(missing_ok=True)
+            elif len(kept) < len(answers):
+                _write(path, kept)
 
     def forget(self) -> None:
         """Forget everything that is in memory."""
