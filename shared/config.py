@@ -143,7 +143,9 @@ class Memory(_Section):
 
     gradient_checkpointing: bool = False
     cache_clear_frequency: Annotated[int, Field(ge=0)] = Field(50, description="generations; 0: never")
-    max_kv_cache_tokens: Annotated[int, Field(ge=64)] = Field(8192, description="all requests together")
+    max_kv_cache_tokens: Annotated[int, Field(ge=64)] = Field(
+        8192, description="all requests together; an answer that reaches it ends there"
+    )
     idle_unload_minutes: Annotated[float, Field(ge=0)] = Field(
         0, description="after so long without a request the models are let go until the next one; 0: never"
     )

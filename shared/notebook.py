@@ -96,7 +96,7 @@ class Engine:
         core = self._ready()  # refused now, not at the first piece
         if unknown := sorted(set(wish) - set(WISHES)):
             raise RequestRejected(f"unknown: {', '.join(unknown)}", f"known are {', '.join(WISHES)}")
-        rendered, tokens = core.encode_chat(to_messages(prompt, wish.get("system")))
+        rendered, tokens = core.encode_chat(to_messages(prompt, wish.get("system")), splice=wish.get("seed") is None)
         session = core.session(tokens, self._options(core, wish))
         stop = wish.get("stop") or ()
         return self._answer(core, session, rendered, (stop,) if isinstance(stop, str) else tuple(stop))

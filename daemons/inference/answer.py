@@ -40,11 +40,7 @@ class Job:
     began_with: str = ""  # the adapter of its first round
     prefilled: bool = False
     cancelled: str = ""
-
-    @property
-    def reserved(self) -> int:
-        """Cache tokens it may come to need."""
-        return len(self.prompt) + self.ask.max_tokens
+    reserved: int = 0  # cache tokens it may come to need
 
     @property
     def ttft_ms(self) -> float:

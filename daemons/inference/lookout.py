@@ -134,7 +134,8 @@ class Lookout:
 
     def status(self) -> dict[str, Any]:
         """The watch that is on, or how the last one ended."""
-        return self._described(self.watch) | {"state": "watching"} if self.watch is not None else self.last
+        watch = self.watch  # once: the MLX thread may end it meanwhile
+        return self._described(watch) | {"state": "watching"} if watch is not None else self.last
 
     def _described(self, watch: Watch) -> dict[str, Any]:
         seen, expected, _ = watch.shortfall()

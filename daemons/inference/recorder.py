@@ -48,6 +48,10 @@ class Recorder(threading.Thread):
         """Record something that nobody waits for."""
         self._queue.put(lambda: self._record(record, None))
 
+    def keeps_whole(self, record: Generation) -> bool:
+        """Whether all of it may be kept: its text, and with it its tokens."""
+        return self._discretion.apply(record) is record
+
     def remember(self, past: PastAnswers, owner: str) -> None:
         """Write down what the n-gram drafter knows of an owner. The texts are taken now: this thread may come late."""
         texts = past.texts(owner)
@@ -59,6 +63,17 @@ class Recorder(threading.Thread):
                 _log.warning("answers.not_kept", reason=str(error))
 
         self._queue.put(save)
+
+    def expire(self, past: PastAnswers, before: float) -> None:
+        """Remove past answers made before a moment from the disk."""
+
+        def remove() -> None:
+            try:
+                past.expire_files(before)
+            except OSError as error:
+                _log.warning("answers.not_expired", reason=str(error))
+
+        self._queue.put(remove)
 
     def fetch(self, peer: bytes, fetch: Fetch) -> None:
         """Let go of what is done and answer with the oldest records."""

@@ -23,6 +23,7 @@ from specl.shared.wire import Reply
 
 REMEMBERED = 32  # refusals that `status` shows
 _log = log.get("adapter")
+Stamp = tuple[tuple[str, int, int, int], ...]
 Activated = Callable[[str, str, str, str, dict[str, Any]], None]
 
 
@@ -38,6 +39,7 @@ class AdapterSwap:
         self._in_use: LoadedAdapter | None = None
         self._before_switch = ""
         self.rejected: dict[str, str] = {}
+        self._refused: dict[str, Stamp | None] = {}  # their files as they were; None where the disk was to blame
         self._tasks: deque[tuple[Pieces[Any], Callable[[Any], None]]] = deque()
 
     # ------------------------------------------------------------------------------------------------ in pieces
@@ -87,9 +89,10 @@ class AdapterSwap:
         try:
             self.adapters.confine(Path(path))
         except AdapterRejected as error:
+            self._refused[id] = None  # says nothing of the one that CURRENT may name
             self._refuse(id, str(error))
             return
-        self._do(self._following())
+        self.look()
 
     def start(self, drafted_before: str | None) -> None:
         """Look at CURRENT for the first time. `drafted_before` drafted when the last daemon ended (None: nobody knows):
@@ -100,9 +103,13 @@ class AdapterSwap:
         self._drafted_before = None
 
     def follow_current(self) -> None:
-        """Draft with what CURRENT names, if that is not what drafts already."""
-        self._do(self._following())
+        """Draft with what CURRENT names, if that is not what drafts already; now."""
+        self.look()
         self.finish()
+
+    def look(self) -> None:
+        """`follow_current` in pieces."""
+        self._do(self._following())
 
     def _following(self) -> Pieces[None]:
         try:
@@ -114,17 +121,35 @@ class AdapterSwap:
         if wanted and wanted in self.adapters.rolled_back():  # killed between the mark and CURRENT
             yield from self._leave(wanted)
             return
-        if wanted != self.engine.adapter_id and wanted not in self.rejected:
+        if wanted != self.engine.adapter_id and self._worth_trying(wanted):
             yield from self._use(wanted, "restart" if wanted == self._drafted_before else "announced")
+
+    def _worth_trying(self, id: str) -> bool:
+        """Not where it was refused, unless its files have changed or the disk was to blame; nor where it disappointed."""
+        return id not in self.rejected or (id in self._refused and self._refused[id] != self._stamp(id))
+
+    def _forgive(self, id: str) -> None:
+        self.rejected.pop(id, None)
+        self._refused.pop(id, None)
+
+    def _stamp(self, id: str) -> Stamp:
+        """What would tell that an adapter's files are others than before."""
+        try:
+            files = [(path.name, path.lstat()) for path in sorted((self.adapters.folder / id).iterdir())]
+        except OSError:
+            return ()
+        return tuple((name, info.st_size, info.st_mtime_ns, info.st_ino) for name, info in files)
 
     def _use(self, id: str, reason: str) -> Pieces[str]:
         """Switch to `id` (empty: none). Why not, or empty."""
-        watch = Stopwatch()
+        watch, stamp = Stopwatch(), self._stamp(id) if id else ()
         try:
             yield from watch.over(self._switch(id))
         except AdapterRejected as error:
+            self._refused[id] = None if _disk_failed(error) else stamp
             self._refuse(id, str(error))
             return str(error)
+        self._forgive(id)
         before, self._before_switch = self._before_switch, ""
         pause_ms = round(1000 * watch.longest_s, 1)
         if reason == "restart":
@@ -170,7 +195,8 @@ class AdapterSwap:
             raise self._unforeseen(id, error) from error
 
     def _unforeseen(self, id: str, error: Exception) -> AdapterRejected:
-        _log.exception("adapter.load_failed", adapter=id)
+        if not isinstance(error, OSError):  # that says all, and is tried again soon
+            _log.exception("adapter.load_failed", adapter=id)
         reason = (str(error).splitlines() or [""])[0]
         return AdapterRejected(f"adapter {id}: it could not be loaded ({type(error).__name__}: {reason})")
 
@@ -192,6 +218,7 @@ class AdapterSwap:
         try:
             self.adapters.set_current(back)
         except OSError as error:
+            self._refused.pop(id, None)
             self.rejected[id] = reason  # CURRENT still names it; not again in this process at least
             _log.error("rollback.not_written", adapter=id, reason=str(error))
         self.previous = ""  # not the one that has just gone
@@ -216,7 +243,7 @@ class AdapterSwap:
         if self.rejected.get(id) == reason:
             return
         while len(self.rejected) >= REMEMBERED:
-            self.rejected.pop(next(iter(self.rejected)))
+            self._forgive(next(iter(self.rejected)))
         self.rejected[id] = reason
         _log.error("adapter.rejected", adapter=id, reason=reason)
         self._activated("rejected", id, self.engine.adapter_id, reason, {})
@@ -240,7 +267,7 @@ class AdapterSwap:
             id = self.adapters.resolve(wish)
             if not id:
                 return Reply(False, f"there is no adapter {wish!r}")
-        self.rejected.pop(id, None)
+        self._forgive(id)
         how = "rolled back by hand" if wish == "previous" else "by hand"
         if id in self.adapters.rolled_back():
             how = "by hand, once more"
@@ -261,3 +288,9 @@ class AdapterSwap:
         except AdapterRejected:
             return ""
         return self.adapters.resolve(parent) if parent else ""
+
+
+def _disk_failed(error: BaseException) -> bool:
+    """Whether an OSError is behind it: that may pass though no file changes."""
+    cause = error.__cause__
+    return cause is not None and (isinstance(cause, OSError) or _disk_failed(cause))

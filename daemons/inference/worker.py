@@ -12,27 +12,28 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from specl.daemons.inference.admission import prepare, to_options
 from specl.daemons.inference.answer import Job, to_done, to_generation, token_laws
 from specl.daemons.inference.lookout import Lookout, held_out_before
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.swap import AdapterSwap
 from specl.shared import log
 from specl.shared.config import Settings
-from specl.shared.engine.decode import Options, Session, rounds_together
+from specl.shared.engine.decode import Session, rounds_together
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.law import Law
 from specl.shared.engine.past import PastAnswers
 from specl.shared.engine.statistics import acceptance_rate
 from specl.shared.engine.text import TextStream
-from specl.shared.errors import RequestRejected, SpecLoraError
+from specl.shared.errors import SpecLoraError
 from specl.shared.models import blas
 from specl.shared.models.pair import load_pair
 from specl.shared.models.release import give_back
 from specl.shared.paths import Paths
-from specl.shared.wire import Activation, AdapterReady, Ask, Delta, Failed, Queued, Reply, SetAdapter
+from specl.shared.wire import Activation, AdapterReady, Delta, Failed, Queued, Reply, SetAdapter
 
 WATCHED = ("announced", "by hand")  # reasons to use an adapter that say nothing of its worth on live traffic
 IDLE_TICK_S = 5.0  # how often CURRENT is looked at when nobody announces anything
+EXPIRE_S = 600.0  # how often past answers are asked for their age
 _log = log.get("worker")
 Emit = Callable[[bytes, Any], None]
 
@@ -55,8 +56,9 @@ class Worker(threading.Thread):
         self.lookout = Lookout(paths.root / "watch.json")
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._expire_at = 0.0
         self.unloaded = False  # let go for idleness; the next request brings them back
-        self._idle_since = time.monotonic()
+        self._idle_since = self._looked_at = time.monotonic()
 
     # ------------------------------------------------------------------------------------- called from the loop thread
     def call(self, action: Callable[[], None]) -> None:
@@ -176,13 +178,14 @@ class Worker(threading.Thread):
 
     def _turn(self) -> None:
         """Everything that waits in the inbox, a piece of a switch under way, then one round of every active request."""
-        if not self.busy:
-            self.swap.finish()
-        self._run_inbox(block=not self.busy)
-        if self.swap.under_way:
-            self.swap.advance()
+        self._run_inbox(block=not self.busy and not self.swap.under_way)
+        self._advance_switch()
+        self._forget_old_answers()
+        self._drop_expired()
         self._admit()
         for job in list(self.active):
+            if job not in self.active:  # cancelled while another one's prompt was read
+                continue
             if self._expired(job):
                 self._finish(job, "deadline")
             elif not job.prefilled:
@@ -205,9 +208,27 @@ class Worker(threading.Thread):
                 action()
                 action = self._inbox.get_nowait()
         except queue.Empty:
-            if block and not self.unloaded:
-                self.swap.follow_current()
+            if block:
                 self._unload_if_idle()
+
+    def _advance_switch(self) -> None:
+        """A piece of a switch under way; else, now and then, a look at CURRENT: an announcement may have been lost."""
+        if self.swap.under_way:
+            self.swap.advance()
+        elif not self.unloaded and time.monotonic() - self._looked_at >= self._tick_s:
+            self._looked_at = time.monotonic()
+            self.swap.look()
+
+    def _forget_old_answers(self) -> None:
+        """What `records.retention_days` says of records holds for the answers that draft, too; whether models are here or not."""
+        days, now = self.settings.records.retention_days, time.time()
+        if not days or now < self._expire_at:
+            return
+        self._expire_at = now + min(EXPIRE_S, 86400 * days / 10)
+        before = now - 86400 * days
+        if self.engine is not None:
+            self.engine.past.expire(before)
+        self.recorder.expire(PastAnswers(self.paths.answers), before)
 
     @property
     def _tick_s(self) -> float:
@@ -219,7 +240,7 @@ class Worker(threading.Thread):
         self._idle_since = time.monotonic()
         try:
             self._ensure_loaded()
-            self._prepare(job)
+            prepare(job, self.engine, self.settings.memory.max_kv_cache_tokens)
         except SpecLoraError as error:
             self.emit(job.peer, Failed(job.ask.request_id, "rejected", str(error), error.hint))
             return
@@ -227,28 +248,12 @@ class Worker(threading.Thread):
         if self.active:
             self._tell_places()
 
-    def _prepare(self, job: Job) -> None:
-        """Tokens of the prompt, and every reason to refuse it before it waits."""
-        ask, engine = job.ask, self.engine
-        if ask.messages:
-            if not any(
-                str(message.get("content", "")).strip() for message in ask.messages if message.get("role") == "user"
-            ):
-                raise RequestRejected("the prompt is empty")
-            job.prompt_text, job.prompt = engine.encode_chat(ask.messages)
-        else:
-            job.prompt_text, job.prompt = ask.prompt, engine.encode(ask.prompt, special=True)
-        if not job.prompt:
-            raise RequestRejected("the prompt is empty")
-        budget = self.settings.memory.max_kv_cache_tokens
-        limit = min(engine.target.context_length, budget)
-        if len(job.prompt) >= limit:
-            what = (
-                "memory.max_kv_cache_tokens is"
-                if budget < engine.target.context_length
-                else "the model's context holds"
-            )
-            raise RequestRejected(f"the prompt has {len(job.prompt)} tokens; {what} {limit}")
+    def _drop_expired(self) -> None:
+        """Who still waits when its deadline passes is told so, and not started."""
+        for job in [job for job in self.waiting if self._expired(job)]:
+            self.waiting.remove(job)
+            self.emit(job.peer, Failed(job.ask.request_id, "deadline", "ended before the first token"))
+            self._tell_places()
 
     def _tell_places(self) -> None:
         for place, job in enumerate(self.waiting):
@@ -264,39 +269,22 @@ class Worker(threading.Thread):
             if self.active and reserved + job.reserved > budget:
                 break
             self.waiting.popleft()
-            self.engine.prefixes.shrink(min(budget, reserved + job.reserved))
-            started = self._start(job) or started
+            if self._start(job):  # first: what it goes on from is in the prefix cache no more, and does not count twice
+                started = True
+                self.engine.prefixes.shrink(min(budget, reserved + job.reserved))
         if started and self.waiting:
             self._tell_places()
 
     def _start(self, job: Job) -> bool:
-        ask, settings = job.ask, self.settings
-        fixed = ask.num_draft_tokens
-        if fixed is None and settings.speculative.num_draft_tokens != "auto":
-            fixed = settings.speculative.num_draft_tokens
-        law = ask.sampling
-        options = Options(
-            law=Law(law.temperature, law.top_p, law.top_k, law.min_p, law.seed),
-            max_tokens=ask.max_tokens,
-            num_draft_tokens=fixed,
-            ngram=settings.speculative.ngram if ask.ngram is None else ask.ngram,
-            owner=ask.client if ask.record else "",
-            logprobs=ask.logprobs,
-            capture_k=settings.training.loss.top_k_logits if self._detailed(ask) else 0,
-        )
         try:
-            job.session = self.engine.session(job.prompt, options)
+            job.session = self.engine.session(job.prompt, to_options(job, self.settings))
         except SpecLoraError as error:
-            self.emit(job.peer, Failed(ask.request_id, "rejected", str(error), error.hint))
+            self.emit(job.peer, Failed(job.ask.request_id, "rejected", str(error), error.hint))
             return False
-        job.text = TextStream(self.engine.target.tokenizer, tuple(ask.stop))
+        job.text = TextStream(self.engine.target.tokenizer, tuple(job.ask.stop))
         job.adapter_id = job.began_with = self.engine.adapter_id
         self.active.append(job)
         return True
-
-    def _detailed(self, ask: Ask) -> bool:
-        """Whether the laws and states of this answer are for keeping."""
-        return ask.mode == "detailed" and ask.record and self.settings.records.keep == "content"
 
     def _expired(self, job: Job) -> bool:
         deadline = job.ask.deadline_s
@@ -348,6 +336,7 @@ class Worker(threading.Thread):
             session.finish_reason = ended_by
             job.text.finish()
         if not session.output:
+            self._keep(job, whole=False)
             self.emit(job.peer, Failed(job.ask.request_id, ended_by or "internal", "ended before the first token"))
             return
         done = to_done(job, self.engine)
@@ -359,12 +348,7 @@ class Worker(threading.Thread):
         self.recent.append(
             (session.tally.drafted["model"], session.tally.accepted["model"], done.stats["tokens_per_second"])
         )
-        if job.ask.record:  # nothing at all outlives a request that is not to be kept
-            reserved = sum(other.reserved for other in self.active)
-            if job.ask.client:
-                self.engine.past.add(job.ask.client, session.output)
-                self.recorder.remember(self.engine.past, job.ask.client)
-            self.engine.retire(session, job.adapter_id, job.prompt_text + job.text.text, reserved)
+        self._keep(job, whole=record is not None and self.recorder.keeps_whole(record))
         if job.began_with == job.adapter_id == self.engine.adapter_id:
             self._watch(session)
         frequency = self.settings.memory.cache_clear_frequency
@@ -380,6 +364,22 @@ class Worker(threading.Thread):
             adapter=job.adapter_id or None,
             reason=session.finish_reason,
         )
+
+    def _keep(self, job: Job, whole: bool) -> None:
+        """Caches for a next turn, and the answer for drafting where its record keeps it whole: that goes to the disk, too.
+
+        Nothing at all outlives a request that is not to be kept.
+        """
+        session, owner = job.session, job.ask.client
+        reserved = sum(other.reserved for other in self.active)
+        if not job.ask.record:
+            self.engine.restore(session, reserved)
+            return
+        if owner and whole:
+            self.engine.past.add(owner, session.output)
+            self.recorder.remember(self.engine.past, owner)
+        said = job.prompt_text + job.text.text if session.output else ""
+        self.engine.retire(session, job.adapter_id, said, reserved)
 
     def _watch(self, session: Session) -> None:
         """One more answer of the active adapter; it goes when it disappoints."""

@@ -353,13 +353,17 @@ def kept(path: Path, most: int, drafts: bool) -> Costs | None:
     return None
 
 
-def load_or_calibrate(folder: Path, key: str, subject: Measurable, most: int, drafts: bool) -> Costs:
-    """Costs from `folder`, measured and kept there on first use. An unreadable file is measured anew."""
+def load_or_calibrate(
+    folder: Path, key: str, subject: Measurable, most: int, drafts: bool, sound: Callable[[], bool] = lambda: True
+) -> Costs:
+    """Costs from `folder`, measured and, where that was `sound`, kept there on first use. An unreadable file is measured anew."""
     path = folder / f"{key}.json"
     costs = kept(path, most, drafts)
     if costs is not None:
         return costs
     costs = calibrate(subject, most, drafts)
+    if not sound():
+        return costs
     scratch = path.with_suffix(".partial")
     with suppress(OSError):  # a full disk: measured again next time
         scratch.write_text(json.dumps(asdict(costs), indent=1))

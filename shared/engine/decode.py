@@ -48,7 +48,8 @@ class Options:
 class Tally:
     """What happened, for the statistics. Lists by depth count from the first drafted token; model drafter only.
 
-    `rejected` counts drafts that the rule refused, not those behind them that it never looked at.
+    `drafted` counts every token that was proposed. Lists by depth and `rejected` count what the rule looked at: not what lay
+    behind a refused token, nor behind the end of the answer, or short answers would speak ill of a draft that is never wrong.
     """
 
     rounds: int = 0
@@ -62,18 +63,28 @@ class Tally:
     decode_s: float = 0.0
     reused_tokens: int = 0
 
-    def count(self, drafter: str, drafted: int, accepted: int) -> None:
-        """One round."""
+    def count(self, drafter: str, drafted: int, judged: int, accepted: int) -> None:
+        """One round; of its drafts the rule could look at the first `judged`."""
         self.rounds += 1
         self.k_histogram[drafted] = self.k_histogram.get(drafted, 0) + 1
         if not drafted:
             return
         self.drafted[drafter] += drafted
         self.accepted[drafter] += accepted
+        self.rejected += accepted < judged
         if drafter == "model":
-            for depth in range(min(drafted, accepted + 1)):
+            for depth in range(min(judged, accepted + 1)):
                 self.tested_by_depth[depth] += 1
                 self.accepted_by_depth[depth] += depth < accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """Whose text a state held before a request took it: see prefix.Entry."""
+
+    adapter_id: str
+    rendered: str
+    said: int
 
 
 @dataclass(slots=True)
@@ -81,7 +92,8 @@ class State:
     """What a request holds between rounds, and what outlives it in the prefix cache.
 
     `cached` counts the tokens of `text` that are in the target's cache; `states` has the target's normed hidden state of
-    each of them, [n, hidden] pieces in order, where the draft reads states (else None).
+    each of them, [n, hidden] pieces in order, where the draft reads states (else None). `lent`: what the prefix cache knew
+    it as, where it was moved out of there.
     """
 
     text: list[int]
@@ -89,6 +101,7 @@ class State:
     drafter: Drafter | None
     states: list[mx.array] | None = None
     cached: int = 0
+    lent: Lent | None = None
 
     def keep_states(self, count: int) -> None:
         """Only the first `count` states still stand."""
@@ -288,10 +301,9 @@ class Session:
         accepted = min(verdict.accepted, count)
         source = SOURCES.get(draft.drafter, 0)
         self.sources.extend([source] * accepted + [0] * (count - accepted))
-        self.tally.count(draft.drafter, len(draft.tokens), accepted)
         # drafts behind the end of the answer were not refused
         judged = len(draft.tokens) if count > verdict.accepted else accepted
-        self.tally.rejected += accepted < judged
+        self.tally.count(draft.drafter, len(draft.tokens), judged, accepted)
         if draft.drafter == "model":
             self.chooser.learn(self._stopper, judged, accepted)
         elif judged:

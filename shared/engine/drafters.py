@@ -198,17 +198,20 @@ class HeadDrafter:
 
 
 class ModelDrafter:
-    """Runs a language model of its own (a sibling or some of the target's layers)."""
+    """Runs a language model of its own (a sibling or some of the target's layers). `vocabulary` is the target's: a sibling's
+    may be padded further, with tokens that do not exist.
+    """
 
     name = "model"
     reads_states = False
     stops = True
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel, vocabulary: int) -> None:
+        self.model, self._vocabulary = model, vocabulary
         self.cache = model.new_cache()
         self._in_cache: list[int] = []  # what the cache holds: text, and drafts that may become text
         self._text: list[int] = []
+        self._same = 0  # tokens of both that the last sync knew to be equal
 
     @property
     def length(self) -> int:
@@ -222,16 +225,18 @@ class ModelDrafter:
     def rewind(self, length: int) -> None:
         """See Drafter."""
         del self._text[length:]
+        self._same = min(self._same, length)
 
     def _sync(self) -> int:
         """Trim the cache to what it shares with the text, always leaving one token to feed; how many it then holds."""
         old = self._in_cache
-        shared, most = 0, min(len(old), len(self._text) - 1)
-        # drafts live at the end, so the comparison starts where the last sync knew both to be equal
+        most = min(len(old), len(self._text) - 1)
+        shared = min(self._same, most)  # drafts live at the end: no need to compare all of the text every round
         while shared < most and old[shared] == self._text[shared]:
             shared += 1
         trim_prompt_cache(self.cache, len(old) - shared)
         del old[shared:]
+        self._same = shared
         return shared
 
     def _feed(self, tokens: list[int]) -> Scores:
@@ -239,7 +244,8 @@ class ModelDrafter:
             states = self.model.states(mx.array([tokens[start : start + CATCH_UP]]), self.cache)
             mx.eval(states)
         self._in_cache.extend(tokens)
-        return Scores.of(np.array(self.model.logits(states[:, -1])[0].astype(mx.float32), copy=False))
+        logits = self.model.logits(states[:, -1])[0, : self._vocabulary]
+        return Scores.of(np.array(logits.astype(mx.float32), copy=False))
 
     def propose(self, k: int, draw: Draw) -> Draft:
         """See Drafter."""

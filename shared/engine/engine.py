@@ -29,7 +29,7 @@ from specl.shared.engine.costs import (
 from specl.shared.engine.decode import NGRAM_DEPTH, Options, Session, State
 from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, Draw, HeadDrafter, ModelDrafter
 from specl.shared.engine.law import Law
-from specl.shared.engine.own_drafter import Complain, MakeDrafter, OwnDrafter, raise_it
+from specl.shared.engine.own_drafter import Complain, MakeDrafter, OwnDrafter, own_names, raise_it
 from specl.shared.engine.past import PastAnswers
 from specl.shared.engine.prefix import Entry, PrefixCache
 from specl.shared.engine.text import HOLD
@@ -99,12 +99,18 @@ class Engine:
         return self.draft.fingerprint if self.draft is not None else ""
 
     # ------------------------------------------------------------------------------------------------ requests
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[str, list[int]]:
-        """The rendered prompt and its tokens. Raises RequestRejected where the template refuses the messages."""
+    def encode_chat(self, messages: Sequence[dict[str, Any]], splice: bool = True) -> tuple[str, list[int]]:
+        """The rendered prompt and its tokens. Raises RequestRejected where the template refuses the messages.
+
+        With `splice` what was said in this chat has the tokens that were generated, where their caches still live: less to
+        read again. Without, the tokens depend on the text alone, which is what a seed promises.
+        """
         try:
             text = self.target.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # Jinja templates raise whatever their authors chose
             raise RequestRejected(f"the chat template refuses these messages: {error}") from error
+        if not splice:
+            return text, self.encode(text)
         special = [token for token in self.target.tokenizer.all_special_tokens if token]
         return text, self.prefixes.splice(text, self.encode, special)
 
@@ -165,7 +171,7 @@ class Engine:
                 return None
         if isinstance(self.draft, HeadDraft):
             return HeadDrafter(self.draft)
-        return ModelDrafter(self.draft) if self.draft is not None else None
+        return ModelDrafter(self.draft, int(self.target.config["vocab_size"])) if self.draft is not None else None
 
     def _own_drafter(self) -> OwnDrafter:
         try:
@@ -179,14 +185,24 @@ class Engine:
         that begins with it gets the same tokens, however its text would be cut anew.
         """
         state = session.state
+        if not session.output:  # ended while its prompt was read: what has been read stands
+            del state.text[state.cached + 1 :]
         if state.cached != len(state.text) - 1:
             return
-        entry = Entry(state, adapter_id)
+        if isinstance(state.drafter, OwnDrafter):  # somebody else's: a failure of it ends with its request
+            state.drafter = None
+        entry, lent = Entry(state, adapter_id), state.lent
+        if not session.output and lent is not None and lent.said <= len(state.text):
+            entry.rendered, entry.said = lent.rendered, lent.said
         ended = state.text[-1] in self.target.stop_tokens
         # a stop string cuts the text, not the tokens; broken bytes are no text that could come again
         if (ended or session.finish_reason == "length") and HOLD not in rendered:
             entry.rendered, entry.said = rendered, len(state.text) - ended
         self.prefixes.put(entry, reserved)
+
+    def restore(self, session: Session, reserved: int = 0) -> None:
+        """A request ended of which nothing may be kept: the prefix cache has back what it had lent for it, and no more."""
+        self.prefixes.restore(session.state, session.tally.reused_tokens, reserved)
 
     def generate(self, prompt: Sequence[int], options: Options) -> Iterator[list[int]]:
         """Tokens round by round, for programs that serve one request at a time."""
@@ -237,7 +253,10 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ costs
     def calibrate(self, folder: Path) -> Costs:
         """Measure, or read from `folder`, what steps cost here. Takes a few seconds the first time."""
-        self.costs = load_or_calibrate(folder, self._costs_key(), _Bench(self), self._widest(), self.drafts)
+        bench = _Bench(self)
+        self.costs = load_or_calibrate(
+            folder, self._costs_key(), bench, self._widest(), self.drafts, lambda: bench.sound
+        )
         return self.costs
 
     def known_costs(self, folder: Path) -> Costs | None:
@@ -247,8 +266,7 @@ class Engine:
     def _costs_key(self) -> str:
         names = (self.target.fingerprint, self.draft_fingerprint, self.settings.models.precision, self.target.speed)
         make = self._make_drafter
-        own = [] if make is None else [getattr(make, "__module__", ""), getattr(make, "__qualname__", "")]
-        return cache_key(*names, *own)
+        return cache_key(*names, *(own_names(make) if make is not None else []))
 
     def _widest(self) -> int:
         return max(self.settings.speculative.max_draft_tokens, NGRAM_DEPTH)
@@ -276,6 +294,11 @@ class _Bench:
             pass
         self._drafter = self._session.state.drafter
         self._draw = Draw(Law(), lambda: 0.5, None)
+
+    @property
+    def sound(self) -> bool:
+        """Whether what was measured is what drafting costs: somebody's own drafter that failed cost nothing."""
+        return not (isinstance(self._drafter, OwnDrafter) and self._drafter.broken)
 
     def verify_once(self, rows: int) -> None:
         state = self._session.state

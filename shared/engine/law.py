@@ -20,7 +20,9 @@ NUCLEUS_CANDIDATES = (64, 256, 2048)  # tried before the whole vocabulary is sor
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 are off. With a seed the text depends on nothing else."""
+    """temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 are off. With a seed the text depends on nothing else: a chat's
+    earlier answers then have the tokens of their text, not those that caches remember (see Engine.encode_chat).
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0

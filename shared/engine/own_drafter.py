@@ -5,24 +5,41 @@ not hold its token, or with a token that does not exist, would bend the output. 
 for the rest of its request; `complain` hears why.
 """
 
+import hashlib
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from operator import index
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from specl.shared.engine.drafters import NOTHING, Draft, Drafter, Draw
+from specl.shared.engine.law import Distribution
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
 
 MakeDrafter = Callable[[LanguageModel, HeadDraft | LanguageModel | None], Drafter]
 Complain = Callable[[Exception], None]
+ROUNDING = 1e-6  # by which probabilities may miss
 
 
 def raise_it(error: Exception) -> None:
     """Let the caller have it."""
     raise error
+
+
+def own_names(make: MakeDrafter) -> list[str]:
+    """What tells one drafter's costs from another's: where its maker stands, and what that file says now."""
+    module = getattr(make, "__module__", "") or ""
+    names = [module, getattr(make, "__qualname__", type(make).__qualname__)]
+    file = getattr(sys.modules.get(module), "__file__", None)
+    with suppress(OSError):
+        names += [hashlib.sha256(Path(file).read_bytes()).hexdigest()] if file else []
+    return names
 
 
 class OwnDrafter:
@@ -38,7 +55,7 @@ class OwnDrafter:
         self._inner, self._vocabulary, self._complain = inner, vocabulary, complain
         self.reads_states = bool(getattr(inner, "reads_states", False))
         self.length = 0
-        self._broken = False
+        self.broken = False
 
     def extend(self, tokens: Sequence[int], states: mx.array | None) -> None:
         """See Drafter."""
@@ -54,37 +71,57 @@ class OwnDrafter:
         """See Drafter."""
         if k <= 0:
             return NOTHING
-        draft = self._call(self._inner.propose, k, draw)
-        if draft is None or self._broken or not draft.tokens:
-            return NOTHING
-        return replace(draft, drafter=self.name)
+        return self._call(self._proposed, k, draw) or NOTHING
+
+    def _proposed(self, k: int, draw: Draw) -> Draft:
+        return self._checked(self._inner.propose(k, draw), k)
 
     def _call(self, method: Callable[..., Any], *arguments: Any) -> Any:
-        if self._broken:
+        if self.broken:
             return None
         try:
-            result = method(*arguments)
-            if method == self._inner.propose:
-                self._check(result, arguments[0])
-            return result
+            return method(*arguments)
         except MemoryError:
             raise
         except Exception as error:
-            self._broken = True
+            self.broken = True
             self._complain(error)
             return None
 
-    def _check(self, draft: Draft, k: int) -> None:
+    def _checked(self, draft: Draft, k: int) -> Draft:
+        """The draft in plain numbers. Raises for one that breaks a rule, and whatever its own odd values raise."""
         who = type(self._inner).__name__
         if not isinstance(draft, Draft):
             raise SpecLoraError(f"{who} proposed a {type(draft).__name__}, not a Draft")
-        tokens, laws, confidences = draft.tokens, draft.laws, draft.confidences
+        tokens, confidences = [index(token) for token in draft.tokens], [float(value) for value in draft.confidences]
         if len(tokens) > k:
             raise SpecLoraError(f"{who} proposed {len(tokens)} tokens where {k} were asked for")
-        if not len(tokens) == len(laws) == len(confidences):
-            raise SpecLoraError(f"{who}: {len(tokens)} tokens, {len(laws)} laws, {len(confidences)} confidences")
-        for token, law in zip(tokens, laws, strict=True):
-            if not 0 <= token < self._vocabulary:
-                raise SpecLoraError(f"{who} proposed token {token} of a vocabulary of {self._vocabulary}")
-            if not law.of(token) > 0 or abs(float(law.p.sum()) - 1) > 1e-6:
-                raise SpecLoraError(f"{who}: the law of token {token} does not hold it, or does not sum to 1")
+        if not len(tokens) == len(draft.laws) == len(confidences):
+            raise SpecLoraError(f"{who}: {len(tokens)} tokens, {len(draft.laws)} laws, {len(confidences)} confidences")
+        if wrong := [value for value in confidences if not 0 <= value <= 1 + ROUNDING]:
+            raise SpecLoraError(f"{who}: a confidence of {wrong[0]} is no probability")
+        laws = [self._law(token, law) for token, law in zip(tokens, draft.laws, strict=True)]
+        return Draft(tokens, laws, [min(value, 1.0) for value in confidences], self.name)
+
+    def _law(self, token: int, law: Distribution) -> Distribution:
+        who = type(self._inner).__name__
+        if not 0 <= token < self._vocabulary:
+            raise SpecLoraError(f"{who} proposed token {token} of a vocabulary of {self._vocabulary}")
+        ids, p = np.asarray(law.ids), np.asarray(law.p, np.float64)
+        if not (
+            ids.ndim == 1
+            and ids.shape == p.shape
+            and ids.dtype.kind in "iu"
+            and (np.diff(ids.astype(np.int64)) > 0).all()
+        ):
+            raise SpecLoraError(f"{who}: the law of token {token} is not one p for each of its ids, sorted, none twice")
+        if ids.size and not (ids[0] >= 0 and ids[-1] < self._vocabulary):
+            raise SpecLoraError(
+                f"{who}: the law of token {token} names ids outside the vocabulary of {self._vocabulary}"
+            )
+        if not (np.isfinite(p).all() and (p >= 0).all()):
+            raise SpecLoraError(f"{who}: the law of token {token} has a p that is negative or no number")
+        checked = Distribution(ids.astype(np.int64, copy=False), p)
+        if not checked.of(token) > 0 or abs(float(p.sum()) - 1) > ROUNDING:
+            raise SpecLoraError(f"{who}: the law of token {token} does not hold it, or does not sum to 1")
+        return checked

@@ -2,11 +2,13 @@
 
 One memory an owner, so that one client's text never drafts another's (who measures times could otherwise read it).
 Bounded in tokens and owners, kept as one file an owner so that it survives a restart, and forgotten whole by a purge: it
-would cost more to look for one answer's words than to gather new ones.
+would cost more to look for one answer's words than to gather new ones. An answer's age is kept with it, so that retention
+reaches it here, too.
 """
 
 import hashlib
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +18,8 @@ import numpy as np
 
 MATCH = 3  # tokens that must be the same before anything is proposed
 MOST_TRIED = 32  # places looked at for one match
+FORMAT = 0xA25E7502  # first number of a file: its second format
+Answer = tuple[float, list[int]]  # when it was made (seconds since 1970), and its tokens
 
 
 class OwnAnswers:
@@ -24,6 +28,7 @@ class OwnAnswers:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.texts: list[list[int]] = []
+        self.times: list[float] = []  # when each was made
         self._places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
 
     @property
@@ -31,19 +36,33 @@ class OwnAnswers:
         """Tokens held."""
         return sum(map(len, self.texts))
 
-    def add(self, tokens: Sequence[int]) -> None:
+    def add(self, tokens: Sequence[int], made_at: float) -> None:
         """Remember one answer."""
         text = [int(token) for token in tokens[: self.limit // 2]]
         if len(text) <= MATCH or text in self.texts[-8:]:
             return
         self.texts.append(text)
+        self.times.append(made_at)
         self._index(len(self.texts) - 1)
         if self.tokens > self.limit:
-            while self.tokens > self.limit // 2:
-                self.texts.pop(0)
-            self._places = {}
-            for number in range(len(self.texts)):
-                self._index(number)
+            gone, tokens = 0, self.tokens
+            while tokens > self.limit // 2:
+                tokens -= len(self.texts[gone])
+                gone += 1
+            self._drop(gone)
+
+    def expire(self, before: float) -> None:
+        """Forget what was made before a moment."""
+        # in order, but for a clock that was set back
+        if old := [number for number, made_at in enumerate(self.times) if made_at < before]:
+            self._drop(old[-1] + 1)
+
+    def _drop(self, count: int) -> None:
+        """Forget the first `count`."""
+        del self.texts[:count], self.times[:count]
+        self._places = {}
+        for number in range(len(self.texts)):
+            self._index(number)
 
     def _index(self, number: int) -> None:
         text = self.texts[number]
@@ -84,15 +103,30 @@ class PastAnswers:
         self._own.move_to_end(owner)
         return self._own[owner]
 
-    def add(self, owner: str, tokens: Sequence[int]) -> None:
-        """Remember an answer. Call `save` from where a disk may be waited for."""
+    def add(self, owner: str, tokens: Sequence[int], made_at: float | None = None) -> None:
+        """Remember an answer of now or then. Call `save` from where a disk may be waited for."""
         if (own := self.of(owner)) is not None:
-            own.add(tokens)
+            own.add(tokens, time.time() if made_at is None else made_at)
 
-    def texts(self, owner: str) -> list[list[int]]:
+    def texts(self, owner: str) -> list[Answer]:
         """What is remembered of an owner, for `save`."""
         own = self.of(owner)
-        return list(own.texts) if own is not None else []
+        return list(zip(own.times, own.texts, strict=True)) if own is not None else []
+
+    def expire(self, before: float) -> None:
+        """Forget, in memory, every answer made before a moment."""
+        for own in self._own.values():
+            own.expire(before)
+
+    def expire_files(self, before: float) -> None:
+        """The same on the disk, whatever tokenizer a file is of. Raises OSError."""
+        for path in self._files():
+            answers = _read(path)
+            kept = [answer for answer in answers if answer[0] >= before]
+            if not kept or path.suffix != ".u32":
+                path.unlink(missing_ok=True)
+            elif len(kept) < len(answers):
+                _write(path, kept)
 
     def forget(self) -> None:
         """Forget everything that is in memory."""
@@ -103,22 +137,12 @@ class PastAnswers:
         for path in self._files():
             path.unlink(missing_ok=True)
 
-    def save(self, owner: str, texts: Sequence[Sequence[int]]) -> None:
+    def save(self, owner: str, answers: Sequence[Answer]) -> None:
         """Write an owner's memory whole, by rename; least recently written owners beyond the limit go. Raises OSError."""
         if self.folder is None or not owner:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        lengths = [len(text) for text in texts]
-        data = np.array([len(texts), *lengths, *(token for text in texts for token in text)], "<u4")
-        path = self._path(owner)
-        scratch = path.with_suffix(".partial")
-        try:
-            with open(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(data.tobytes())
-            os.rename(scratch, path)
-        except OSError:
-            scratch.unlink(missing_ok=True)
-            raise
+        _write(self._path(owner), answers)
         for old in sorted(self._files(), key=lambda file: file.stat().st_mtime)[: -self.owners]:
             old.unlink(missing_ok=True)
 
@@ -132,11 +156,33 @@ class PastAnswers:
         own = OwnAnswers(self.limit)
         if self.folder is None:
             return own
-        with suppress(OSError, ValueError, IndexError):  # a convenience: a damaged file is an empty memory
-            data = np.frombuffer(self._path(owner).read_bytes(), "<u4").astype(np.int64)
-            count = int(data[0])
-            ends = np.cumsum(data[1 : 1 + count]) + 1 + count
-            if len(ends) == count and count and ends[-1] == len(data):
-                for text in np.split(data[1 + count :], ends[:-1] - 1 - count):
-                    own.add(text.tolist())
+        for made_at, text in _read(self._path(owner)):
+            own.add(text, made_at)
         return own
+
+
+def _write(path: Path, answers: Sequence[Answer]) -> None:
+    """[FORMAT, how many, when each was made, how long each is, all tokens], by rename."""
+    head = [FORMAT, len(answers), *(int(made_at) for made_at, _ in answers), *(len(text) for _, text in answers)]
+    data = np.array([*head, *(token for _, text in answers for token in text)], "<u4")
+    scratch = path.with_suffix(".partial")
+    try:
+        with open(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(data.tobytes())
+        os.rename(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> list[Answer]:
+    """A file's answers. A convenience: one that is damaged or of another format is an empty memory."""
+    with suppress(OSError, ValueError, IndexError):
+        data = np.frombuffer(path.read_bytes(), "<u4").astype(np.int64)
+        count = int(data[1]) if data[0] == FORMAT else 0
+        times, lengths, tokens = np.split(data[2:], [count, 2 * count])
+        ends = np.cumsum(lengths)
+        if len(ends) == count and count and ends[-1] == len(tokens):
+            texts = np.split(tokens, ends[:-1])
+            return [(float(made_at), text.tolist()) for made_at, text in zip(times, texts, strict=True)]
+    return []

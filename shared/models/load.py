@@ -235,8 +235,10 @@ def load(
     path = path or resolve(name, models, say)
     try:
         model, config = load_model(path, lazy=True)
-    except (FileNotFoundError, ValueError, KeyError, json.JSONDecodeError, RuntimeError) as error:
-        raise ModelError(f"the model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged config raises whatever the architecture's code stumbles over
+        raise ModelError(f"the model {name} cannot be loaded: {_first_line(error)}") from error
     if not hasattr(model, "model") or not (hasattr(model, "lm_head") or hasattr(model.model, "embed_tokens")):
         raise ModelError(
             f"{name}: architecture {config.get('model_type')!r} is not supported: it hides its last hidden state"
@@ -245,7 +247,7 @@ def load(
     try:
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
-        raise ModelError(f"{name} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
     blocks, speed = {}, "as loaded"
     if precision == "fp32" or (precision == "auto" and on_cpu()):
         blocks = blocks_of(model) if on_cpu() else {}
@@ -258,6 +260,13 @@ def load(
     )
     _check_split(loaded)
     return loaded
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, in one line; its kind, too, where the words alone may say little."""
+    lines = str(error).splitlines()
+    plain = isinstance(error, (OSError, ValueError, RuntimeError)) and lines
+    return lines[0] if plain else f"{type(error).__name__} {lines[0] if lines else ''}".strip()
 
 
 def _check_split(loaded: LanguageModel) -> None:

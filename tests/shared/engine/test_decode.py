@@ -10,6 +10,7 @@ from specl.shared import config
 from specl.shared.engine import acceptance
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.decode import Options
+from specl.shared.engine.drafters import Draw, ModelDrafter
 from specl.shared.engine.engine import Engine
 from specl.shared.engine.law import Law, distribution
 from specl.shared.errors import RequestRejected
@@ -82,6 +83,17 @@ def test_the_length_limit_is_exact_and_an_end_token_inside_a_draft_ends_the_answ
     stopped.tokenizer.eos_token_ids = {3}
 
 
+def test_a_draft_that_is_never_wrong_is_never_counted_as_refused_where_its_end_token_stands(tiny):
+    stopped = tiny(seed=11)
+    for place in range(1, 8):
+        stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[place : place + 1])
+        options = Options(max_tokens=30, num_draft_tokens=4, ngram=False)
+        tally = run(Engine(stopped, stopped, config.Settings()), options).tally
+        assert tally.tested_by_depth == tally.accepted_by_depth and tally.rejected == 0
+        assert sum(tally.accepted_by_depth) == tally.accepted["model"] > 0
+    stopped.tokenizer.eos_token_ids = {3}
+
+
 def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
     target, law = tiny(), Law(temperature=0.9, top_p=0.9, seed=12)
     texts = set()
@@ -91,6 +103,40 @@ def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
         )
         texts.add(tuple(session.output))
     assert len(texts) == 1
+
+
+@pytest.mark.parametrize("law", [Law(), Law(temperature=0.9, seed=12), Law(temperature=2.0)])
+def test_a_sibling_with_a_larger_padded_vocabulary_drafts_only_tokens_that_exist(tiny, law):
+    target = tiny()
+    engine = Engine(target, tiny(seed=5, vocabulary=160, sharp=0.1), config.Settings())
+    for _ in range(3):
+        session = run(engine, Options(law=law, max_tokens=12, num_draft_tokens=4, ngram=False))
+        assert session.tally.drafted["model"] > 0 and max(session.output) < 97
+
+
+def test_a_draft_model_compares_with_the_text_only_from_where_both_were_last_the_same(tiny):
+    class Watched(list):
+        seen = 0
+
+        def __getitem__(self, place):
+            self.seen += isinstance(place, int)
+            return super().__getitem__(place)
+
+    drafter = ModelDrafter(tiny(), 97)
+    drafter.extend(list(range(4, 84)), None)
+    draw = Draw(Law(), lambda: 0.5, None)
+    drafter.propose(3, draw)
+    drafter.extend([5, 6], None)
+    drafter.propose(3, draw)
+    drafter._in_cache = Watched(drafter._in_cache)
+    drafter.extend([7], None)
+    drafter.propose(3, draw)
+    assert drafter._in_cache.seen < 8, "of more than eighty tokens"
+    drafter.rewind(40)
+    drafter.extend([9, 9], None)
+    again = ModelDrafter(tiny(), 97)
+    again.extend([*range(4, 44), 9, 9], None)
+    assert drafter.propose(3, draw).tokens == again.propose(3, draw).tokens
 
 
 @pytest.mark.parametrize("kind", ["itself", "head"])

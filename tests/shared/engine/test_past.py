@@ -18,7 +18,7 @@ PROMPT = [5, 17, 40, 8, 22]
 def test_a_match_is_the_longest_there_is(texts, running):
     own = OwnAnswers(10_000)
     for text in texts:
-        own.add(text)
+        own.add(text, 0)
     found, place, length = own.match(running, 9)
     longest = 0
     for text in own.texts:
@@ -35,11 +35,11 @@ def test_a_match_is_the_longest_there_is(texts, running):
 def test_no_memory_outgrows_its_limit_and_the_newest_stay():
     own = OwnAnswers(100)
     for i in range(50):
-        own.add([i] * 5 + list(range(i, i + 12)))
+        own.add([i] * 5 + list(range(i, i + 12)), i)
         assert own.tokens <= 100
     assert own.match([49] * 5, 9)[2] == 5
     assert own.match([0] * 5, 9)[2] == 0
-    own.add(range(10_000))
+    own.add(range(10_000), 60)
     assert own.tokens <= 100
 
 
@@ -58,7 +58,7 @@ def test_one_owners_text_is_never_anothers(tmp_path):
 @pytest.mark.parametrize("damage", [b"", b"\x01", b"\xff" * 64, (3).to_bytes(4, "little") * 3])
 def test_a_damaged_file_is_an_empty_memory(tmp_path, damage):
     past = PastAnswers(tmp_path)
-    past.save("a", [[1, 2, 3, 4]])
+    past.save("a", [(5.0, [1, 2, 3, 4])])
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage)
     assert PastAnswers(tmp_path).of("a").texts == []
@@ -77,7 +77,7 @@ def test_forgetting_leaves_nothing_in_memory_or_on_disk(tmp_path):
 
 def test_the_longer_of_running_text_and_past_answer_is_drafted():
     own = OwnAnswers(1000)
-    own.add([9, 1, 2, 3, 4, 50, 51, 52])
+    own.add([9, 1, 2, 3, 4, 50, 51, 52], 0)
     drafter = NgramDrafter(own)
     drafter.extend([3, 4, 60, 61, 1, 2, 3, 4], None)
     assert drafter.propose(3, Draw(Law(), lambda: 0.5, None)).tokens == [50, 51, 52]
@@ -104,3 +104,19 @@ def test_the_same_question_again_is_drafted_from_the_last_answer(tiny):
     assert first.output == again.output == stranger.output
     assert again.tally.rounds < first.tally.rounds
     assert stranger.tally.rounds == first.tally.rounds
+
+
+def test_retention_reaches_single_answers_in_memory_and_on_disk(tmp_path):
+    past = PastAnswers(tmp_path, tokenizer="one")
+    past.add("a", [1, 2, 3, 4], made_at=1000)
+    past.add("a", [5, 6, 7, 8], made_at=3000)
+    past.add("b", [9, 9, 9, 9], made_at=1000)
+    for owner in "ab":
+        past.save(owner, past.texts(owner))
+    past.expire(2000)
+    assert past.of("a").texts == [[5, 6, 7, 8]] and past.of("b").texts == []
+    assert past.of("a").match([1, 2, 3], 9)[2] == 0 and past.of("a").match([5, 6, 7], 9)[2] == 3
+    PastAnswers(tmp_path).expire_files(2000)
+    assert len(list(tmp_path.iterdir())) == 1
+    again = PastAnswers(tmp_path, tokenizer="one")
+    assert again.texts("a") == [(3000.0, [5, 6, 7, 8])] and again.texts("b") == []

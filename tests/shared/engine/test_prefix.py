@@ -114,3 +114,47 @@ def test_the_least_recently_used_goes_first_and_nothing_exceeds_the_budget(engin
     assert cache.take([*range(80, 110), 7, 7], "") is not None
     cache.shrink(90)
     assert cache.tokens == 0
+
+
+def test_short_texts_hold_no_more_memory_than_the_budget_says(engine):
+    cache = PrefixCache(budget=1024)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        ids = rng.integers(4, 290, 24).tolist()
+        cache.put(Entry(say(engine, "", ids, [7] * 8).state, ""))
+        held = sum(entry.state.cache[0].keys.shape[2] for entry in cache._entries)
+        assert held <= cache.tokens <= 1024
+    assert len(cache._entries) == 32, "room is used, too"
+
+
+def test_a_cut_text_goes_on_as_if_nothing_had_been_cut(engine):
+    def turn(prompt):
+        session = engine.session(prompt, Options(max_tokens=8, num_draft_tokens=2))
+        while not session.prefill():
+            pass
+        while session.finish_reason is None:
+            session.round()
+            session.check_in_step()
+        return session
+
+    engine.prefixes.purge()
+    first = turn(list(range(4, 64)))
+    assert first.state.cache[0].keys.shape[2] == 256
+    engine.retire(first, "")
+    assert first.state.cache[0].keys.shape[2] == first.state.cached < 80
+    prompt = [*first.state.text, 5, 6]
+    again = turn(prompt)
+    assert again.tally.reused_tokens == len(prompt) - 3
+    engine.prefixes.purge()
+    assert again.output == turn(prompt).output
+
+
+def test_with_a_seed_the_prompt_has_the_tokens_of_its_text_whatever_caches_live(engine):
+    engine.prefixes.purge()
+    text, ids = engine.encode_chat(ASK)
+    output = [i for c in " therefore" for i in engine.target.tokenizer.encode(c, add_special_tokens=False)] + [END]
+    engine.retire(say(engine, text, ids, output), "", text + " therefore")
+    messages = [*ASK, {"role": "assistant", "content": " therefore"}, {"role": "user", "content": "And?"}]
+    rendered, spliced = engine.encode_chat(messages)
+    assert engine.encode_chat(messages, splice=False) == (rendered, engine.encode(rendered))
+    assert spliced != engine.encode(rendered), "or this test would say nothing"

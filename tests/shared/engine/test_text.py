@@ -1,8 +1,9 @@
 """Text as it streams is the text of all tokens at once."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from specl.shared.engine.text import TextStream
@@ -16,6 +17,46 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+FIRST_BYTE, WORDS = 10, ["\u2581a", "b", "\u2581", "\u2581\u6f22", "\U0001f600"]
+
+
+@pytest.fixture(scope="module")
+def by_bytes():
+    """What SentencePiece models have: a few words, and a token for each byte of what is none of them."""
+    pieces = ["<unk>", *WORDS, *(f"<unused-{i}>" for i in range(FIRST_BYTE - 1 - len(WORDS)))]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)]
+    bpe = models.BPE(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True, unk_token="<unk>"
+    )
+    made = Tokenizer(bpe)
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    return made
+
+
+def spelled(text):
+    return [FIRST_BYTE + byte if byte != 0x20 else 3 for byte in text.encode()]  # a space has a piece of its own
+
+
+def as_shown(tokens):
+    """`tokens` as SentencePiece would decode them, but whole characters at the beginning of a broken run stand."""
+    text, place = "", 0
+    while place < len(tokens):
+        end = place
+        while end < len(tokens) and tokens[end] >= FIRST_BYTE:
+            end += 1
+        if end == place:
+            text, place = text + (WORDS[tokens[place] - 1].replace("\u2581", " ")), place + 1
+            continue
+        run = bytes(token - FIRST_BYTE for token in tokens[place:end])
+        try:
+            text += run.decode()
+        except UnicodeDecodeError as wrong:
+            text += run[: wrong.start].decode() + HOLD * (len(run) - wrong.start)
+        place = end
+    return text.removeprefix(" ")
 
 
 def stream(tokenizer, tokens, stop=()):
@@ -97,3 +138,37 @@ def test_many_broken_bytes_before_a_character_do_not_lose_it(tokenizer):
     broken, euro = tokenizer.encode("é", add_special_tokens=False)[1:], tokenizer.encode("€", add_special_tokens=False)
     tokens = [*broken * 7, *euro, *tokenizer.encode("A", add_special_tokens=False)]
     assert stream(tokenizer, tokens)[1].text == f"{HOLD * 7}€A"
+
+
+words = st.integers(1, len(WORDS)).map(lambda token: [token])
+bytes_of_words = st.text(min_size=1, max_size=3).filter(lambda text: HOLD not in text).map(spelled)
+few_bytes = st.lists(st.sampled_from([0x41, 0x80, 0x98, 0x9F, 0xE2, 0xF0, 0xFF]), min_size=1, max_size=5)
+broken = few_bytes.map(lambda values: [FIRST_BYTE + value for value in values])
+
+
+@settings(max_examples=300, deadline=None)
+@example(parts=[spelled("\N{GRINNING FACE}\N{GRINNING FACE}")])
+@given(parts=st.lists(words | bytes_of_words, max_size=8))
+def test_text_spelled_in_bytes_comes_whole_and_no_cut_shows_what_it_does_not_have(by_bytes, parts):
+    tokens = [token for part in parts for token in part]
+    whole = by_bytes.decode(tokens, skip_special_tokens=False)
+    pieces, made = stream(by_bytes, tokens)
+    assert made.text == "".join(pieces) == whole == as_shown(tokens)
+    assert all(whole.startswith("".join(pieces[:count])) for count in range(len(pieces)))
+
+
+@settings(max_examples=400, deadline=None)
+@given(parts=st.lists(words | bytes_of_words | broken, max_size=8))
+def test_broken_byte_runs_never_take_back_or_repeat_what_was_shown(by_bytes, parts):
+    tokens = [token for part in parts for token in part]
+    pieces, made = stream(by_bytes, tokens)
+    assert made.text == "".join(pieces) == as_shown(tokens)
+
+
+def test_an_emoji_in_bytes_comes_with_its_last_byte(by_bytes):
+    assert stream(by_bytes, [*spelled("\N{GRINNING FACE}"), 2])[0] == ["", "", "", "\N{GRINNING FACE}", "b", ""]
+
+
+def test_a_text_of_replacement_characters_is_held_for_three_tokens_at_most(by_bytes):
+    pieces, _ = stream(by_bytes, [FIRST_BYTE + 0xFF] * 40)
+    assert pieces == ["", "", "", *[HOLD] * 37, HOLD * 3]

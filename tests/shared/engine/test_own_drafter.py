@@ -1,0 +1,137 @@
+"""Somebody else's drafter: odd values are made plain or refused inside the guard, and a failure ends with its request."""
+
+import importlib
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from specl.shared import config
+from specl.shared.engine.decode import Options
+from specl.shared.engine.drafters import NOTHING, Draft, Draw
+from specl.shared.engine.engine import Engine
+from specl.shared.engine.law import Distribution, Law, point_mass
+from specl.shared.engine.own_drafter import OwnDrafter
+
+DRAW = Draw(Law(), lambda: 0.5, None)
+
+
+class Fixed:
+    """Proposes the same again and again."""
+
+    def __init__(self, tokens, laws, confidences):
+        self.draft = Draft(tokens, laws, confidences, "whatever")
+
+    def extend(self, tokens, states):
+        pass
+
+    def rewind(self, length):
+        pass
+
+    def propose(self, k, draw):
+        return self.draft
+
+
+def proposed(tokens, laws, confidences):
+    heard = []
+    return OwnDrafter(Fixed(tokens, laws, confidences), 100, heard.append).propose(4, DRAW), heard
+
+
+@pytest.mark.parametrize(
+    "tokens, confidences",
+    [
+        ([np.int64(3), np.int32(4)], [1.0, 0.5]),
+        (np.array([3, 4]), np.array([1.0, 0.5])),
+        (mx.array([3, 4]).tolist(), [np.float32(1), np.float32(0.5)]),
+    ],
+)
+def test_what_numpy_counts_in_becomes_plain_numbers(tokens, confidences):
+    draft, heard = proposed(tokens, [point_mass(3), point_mass(4)], confidences)
+    assert not heard and draft.tokens == [3, 4] and draft.confidences == [1.0, 0.5]
+    assert {type(token) for token in draft.tokens} == {int} and {type(value) for value in draft.confidences} == {float}
+    mx.array([[5, *draft.tokens]])
+
+
+def test_an_array_without_a_token_is_no_draft():
+    draft, heard = proposed(np.array([], int), [], [])
+    assert draft.tokens == [] and not heard
+
+
+@pytest.mark.parametrize(
+    "token, ids, p, confidence",
+    [
+        (3.0, [3], [1.0], 1.0),
+        ("3", [3], [1.0], 1.0),
+        (3, [3, 4], [0.5, np.nan], 0.5),
+        (3, [3, 4], [1.5, -0.5], 0.5),
+        (3, [3, 4], [np.inf, 0.5], 0.5),
+        (3, [4, 3], [0.5, 0.5], 0.5),
+        (3, [3, 3, 4], [0.5, 0.25, 0.25], 0.5),
+        (3, [3.0, 4.0], [0.5, 0.5], 0.5),
+        (3, [3, 100], [0.5, 0.5], 0.5),
+        (3, [3, 4], [1.0], 0.5),
+        (3, [3], [1.0], np.nan),
+        (3, [3], [1.0], -2.0),
+        (3, [3], [1.0], None),
+    ],
+)
+def test_a_draft_that_would_bend_the_law_or_end_the_thread_is_refused(token, ids, p, confidence):
+    draft, heard = proposed([token], [Distribution(np.array(ids), np.array(p))], [confidence])
+    assert draft is NOTHING and len(heard) == 1
+
+
+class FailsOnce:
+    """Guesses fives, but in the first request it raises."""
+
+    made = 0
+
+    def __init__(self):
+        FailsOnce.made += 1
+        self.fails = FailsOnce.made == 2  # the first one is made to see whether it can be
+
+    def extend(self, tokens, states):
+        pass
+
+    def rewind(self, length):
+        pass
+
+    def propose(self, k, draw):
+        if self.fails:
+            raise KeyError("a bug")
+        return Draft([5], [point_mass(5)], [1.0], "")
+
+
+def test_a_failure_ends_with_its_request_though_the_caches_live_on(tiny):
+    heard = []
+    engine = Engine(tiny(), None, config.Settings(), lambda target, draft: FailsOnce(), heard.append)
+    prompt, drafted = list(range(4, 44)), []
+    for _ in range(2):
+        session = engine.session(prompt, Options(max_tokens=6, num_draft_tokens=1, ngram=False))
+        while not session.prefill():
+            pass
+        while session.finish_reason is None:
+            session.round()
+        drafted.append(session.tally.drafted["model"])
+        engine.retire(session, "")
+        prompt = [*session.state.text, 9, 10]
+    assert session.tally.reused_tokens > 30
+    assert len(heard) == 1 and drafted[0] == 0 and drafted[1] > 0
+
+
+def test_costs_of_a_drafter_that_failed_are_not_kept_and_a_changed_file_has_costs_of_its_own(
+    tiny, tmp_path, monkeypatch
+):
+    source = tmp_path / "somebodys.py"
+    source.write_text("class Mine:\n    def extend(self, *a): pass\n    rewind = extend\n    def propose(self, k, draw): return 1 / 0\n"
+                      "def make(target, draft): return Mine()\n")  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "somebodys", importlib.import_module("somebodys"))
+    make, folder = sys.modules["somebodys"].make, tmp_path / "costs"
+    folder.mkdir()
+    engine = Engine(tiny(), None, config.Settings(), make, lambda error: None)
+    engine.calibrate(folder)
+    assert not list(folder.iterdir())
+    before = engine._costs_key()
+    source.write_text(source.read_text().replace("1 / 0", "None"))
+    assert engine._costs_key() != before
