@@ -84,8 +84,10 @@ class Questions(StoreFile):
         return row["n"]
 
     def generation(self, id: str) -> StoredGeneration | None:
-        """One generation, by its id or an unambiguous beginning of it."""
-        rows = self._all(sa.select(generations).where(generations.c.id.startswith(id, autoescape=True)).limit(2))
+        """One generation, by its id or, where none has just that, an unambiguous beginning of it."""
+        rows = self._all(sa.select(generations).where(generations.c.id == id))
+        if not rows:
+            rows = self._all(sa.select(generations).where(generations.c.id.startswith(id, autoescape=True)).limit(2))
         if len(rows) != 1:
             return None
         return StoredGeneration(rows[0], self._disagreements_of([rows[0]["id"]]).get(rows[0]["id"], []))
