@@ -86,8 +86,11 @@ class Forgetting(StoreFile):
             yield from (row["text"] for row in self._all(sa.select(column.label("text")).distinct()))
 
     def expired(self, days: float, most: int, most_mb: int, now: float) -> list[str]:
-        """The oldest generations beyond an age, a number or a size; 0 means no such limit."""
+        """The oldest generations beyond an age, a number or a size; 0 means no such limit. Unreadable records go by their age:
+        they hold the same texts, and nothing else will ever ask for them.
+        """
         chosen: list[str] = []
+        unreadable = self._unreadable([], now - days * 86400, "") if days else []
         oldest = sa.select(generations.c.id).order_by(generations.c.created_at, generations.c.n)
         with self._errors(), self._engine.connect() as connection:
             (total,) = connection.execute(sa.select(sa.func.count()).select_from(generations)).one()
@@ -99,7 +102,7 @@ class Forgetting(StoreFile):
                 surplus = max(surplus, math.ceil(total * (1 - 0.95 * (most_mb << 20) / held)))
             if surplus > len(chosen):
                 chosen = list(connection.execute(oldest.limit(surplus)).scalars())
-        return chosen
+        return unreadable + chosen
 
     def _held_bytes(self, connection: sa.Connection) -> int:
         """Bytes of the file that hold something; the rest is free for what comes next."""

@@ -186,7 +186,7 @@ def _m004(connection: sa.Connection) -> None:
     connection.exec_driver_sql(
         "CREATE INDEX ix_generations_drafting ON generations (adapter_id, model_drafted, model_accepted)"
     )
-    connection.exec_driver_sql("CREATE INDEX ix_generations_score ON generations (coalesce(acceptance_rate, agreement))")
+    connection.exec_driver_sql("CREATE INDEX ix_generations_score ON generations (acceptance_rate, agreement)")
 
 
 MIGRATIONS = (_m001, _m002, _m003, _m004)
