@@ -182,10 +182,14 @@ def test_f13_an_announced_path_outside_is_refused(house):
     house.start("inference")
     house.ready("inference")
     assert publisher.poll(5000)
-    for path in ("/etc", str(house.paths.adapters / ".." / "000002"), "https://example.org/000002"):
-        publisher.send(encode(AdapterReady("000002", path)))
-        said = wait_until(lambda: house.status("inference")["adapter"]["rejected"].get("000002"), 5, "it is refused")
-        assert "lies outside" in said or "not an adapter id" in said
+    outside = ("/etc", str(house.paths.adapters / ".." / "000002"), "https://example.org/000002")
+    for number, path in enumerate(outside, 2):  # an id keeps its first reason
+        id = f"{number:06d}"
+        publisher.send(encode(AdapterReady(id, path)))
+        said = wait_until(
+            lambda id=id: house.status("inference")["adapter"]["rejected"].get(id), 5, f"{path} is refused"
+        )
+        assert "lies outside" in said or "not an adapter id" in said, path
     assert house.status("inference")["adapter"]["active"] == "000001"
     publisher.close()
 
