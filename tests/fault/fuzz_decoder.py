@@ -72,7 +72,7 @@ def _hot(data: bytes) -> None:
     path = SCRATCH / "hot_vocab.npy"
     path.write_bytes(data)
     with suppress(AdapterRejected):
-        adapter_files._hot_problems(adapter_files._read_hot(path), 8, 128)
+        adapter_files._hot_problems(adapter_files.read_hot(path), 8, 128)
 
 
 def _config(data: bytes) -> None:

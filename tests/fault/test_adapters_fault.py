@@ -13,12 +13,15 @@ import pytest
 import zmq
 from fault_fake import make_adapter, publish_adapter
 from fault_house import HERE, ready_for_training, wait_until
-from test_delivery import PUBLISH_POINTS
 
 from specl.shared.adapters import Adapters
 from specl.shared.wire import AdapterReady, SetAdapter, encode
 
 slow = pytest.mark.slow
+
+PUBLISH_POINTS = (
+    "adapter.files_written", "adapter.before_rename", "adapter.after_rename", "adapter.before_current", "adapter.after_current",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=slow)])

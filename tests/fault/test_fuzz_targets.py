@@ -1,6 +1,7 @@
 """Every target of the documented fuzzer runs, on its own seeds and on spoiled ones; atheris itself is not needed for that."""
 
 import random
+import shutil
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -14,21 +15,19 @@ def fuzzer(monkeypatch):
     monkeypatch.delitem(sys.modules, "fuzz_decoder", raising=False)
     import fuzz_decoder
 
-    yield fuzzer_with_seeds(fuzzer_module=fuzz_decoder)
-    sys.modules.pop("fuzz_decoder")
-
-
-def fuzzer_with_seeds(fuzzer_module):
-    folder = fuzzer_module.SCRATCH / "corpus"
+    folder = fuzz_decoder.SCRATCH / "corpus"
     folder.mkdir()
-    fuzzer_module.seeds(folder)
-    return fuzzer_module.TARGETS, [path.read_bytes() for path in sorted(folder.glob("seed-*"))]
+    fuzz_decoder.seeds(folder)
+    yield fuzz_decoder.TARGETS, [path.read_bytes() for path in sorted(folder.glob("seed-*"))]
+    fuzz_decoder._store().close()
+    shutil.rmtree(fuzz_decoder.SCRATCH)
+    sys.modules.pop("fuzz_decoder")
 
 
 def test_every_target_of_the_fuzzer_runs(fuzzer):
     targets, seeds = fuzzer
     chance = random.Random(11)
-    for name, target in targets.items():
+    for target in targets.values():
         for seed in [b"", *seeds]:
             target(seed)
             for _ in range(3):
