@@ -27,7 +27,7 @@ from specl.shared.hidden import HiddenSpool
 from specl.shared.outbox import Outbox
 from specl.shared.paths import Paths
 from specl.shared.privacy import is_meant, texts_of
-from specl.shared.process import Lock, is_locked
+from specl.shared.process import Lock, is_locked, wait_for_command
 from specl.shared.store import PURGE_MOST, Store
 from specl.shared.wire import Purge, Reply, Row
 
@@ -83,18 +83,13 @@ def purge(
     with Client() as client, _alone(client):
         outcome = _finish(client, say)
         if wanted:
-            known = set(outcome.pop("ids", ()))
-            found = full_ids(client.paths, [id for id in ids if not _known(id, known)])
+            found = full_ids(client.paths, ids, outcome.get("ids", ()))
             wish = Wish(now, found, before, pattern, everything, drop_adapters or retrain, retrain)
             outcome = Forgetting(client).begin(wish, say)
         elif not outcome:
             say("no purge was stopped half-way")
     if as_object:
         click.echo(json.dumps({name: value for name, value in outcome.items() if name != "ids"}))
-
-
-def _known(beginning: str, ids: set[str]) -> bool:
-    return any(id.startswith(beginning) for id in ids)
 
 
 @contextmanager
@@ -164,8 +159,10 @@ def moment(text: str, now: float) -> float:
         ) from None
 
 
-def full_ids(paths: Paths, beginnings: Iterable[str]) -> list[str]:
-    """The ids that begin so, in the store or an outbox; a whole id is that one. Raises SpecLoraError for none or several."""
+def full_ids(paths: Paths, beginnings: Iterable[str], forgotten: Iterable[str] = ()) -> list[str]:
+    """The ids that begin so, in the store or an outbox; a whole id is that one. Of one that has just been `forgotten` there is
+    none any more; else raises SpecLoraError for none or several.
+    """
     full = []
     with rooms(paths) as (store, outboxes):
         waiting = [id for outbox in outboxes for id in outbox.matching(lambda row: True)]
@@ -174,6 +171,8 @@ def full_ids(paths: Paths, beginnings: Iterable[str]) -> list[str]:
             found.update(store.beginning(begin) if store is not None else ())
             if begin in found:
                 found = {begin}
+            if not found and any(id.startswith(begin) for id in forgotten):
+                continue
             if len(found) != 1:
                 raise SpecLoraError(f"no single generation begins with {begin!r}")
             full += found
@@ -285,6 +284,7 @@ class Forgetting:
     def _tell(self, role: str, wish: Purge) -> Reply:
         """Through the daemon; where it is down, with its lock and the same code."""
         reply = None
+        wait_for_command(self.paths.run, role)
         if not is_locked(self.paths.run, role):
             try:
                 reply = self._in_its_place(role, wish)

@@ -171,9 +171,10 @@ class _Destination:
 
     def _send(self) -> None:
         from specl.shared.errors import AlreadyRunning
-        from specl.shared.process import Lock, is_locked
+        from specl.shared.process import Lock, is_locked, wait_for_command
 
         paths = self._client.paths
+        wait_for_command(paths.run, "collector")
         if is_locked(paths.run, "collector"):
             self._to_collector()
         else:

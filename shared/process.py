@@ -83,6 +83,13 @@ def command_of(run: Path, role: str) -> str:
     return str(_written(run, role).get("command") or "")
 
 
+def wait_for_command(run: Path, role: str, seconds: float = 10.0) -> None:
+    """Let a command that is at work in a daemon's place finish: nobody would answer in its name."""
+    end = time.monotonic() + seconds
+    while is_locked(run, role) and command_of(run, role) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
 def _written(run: Path, role: str) -> dict[str, Any]:
     try:
         found = json.loads((run / f"{role}.lock").read_text())

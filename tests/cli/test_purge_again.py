@@ -91,6 +91,17 @@ def test_what_came_after_a_stopped_purge_of_everything_stays(specl, kept, monkey
     assert ids_in(kept.store) == ["later"]
 
 
+def test_an_id_that_only_begins_a_forgotten_one_is_still_found(specl, kept, monkeypatch):
+    store = Store(kept.store)
+    store.add_rows([to_row(spoken("1", "words one")), to_row(spoken("10", "words ten"))])
+    store.close()
+    undo = stop_after_the_store(monkeypatch, SpecLoraError("busy"))
+    specl("store", "purge", "--id", "10", "--yes")
+    undo()
+    assert specl("store", "purge", "--id", "1", "--yes").exit_code == 0
+    assert ids_in(kept.store) == ["a", "b"]
+
+
 def test_a_note_whose_last_line_was_cut_short_is_used_as_far_as_it_goes(specl, kept, monkeypatch):
     undo = stop_after_the_store(monkeypatch, SpecLoraError("busy"))
     specl("store", "purge", "--pattern", "heron", "--yes")
@@ -195,6 +206,15 @@ def test_on_a_clients_machine_purge_and_import_say_where_to_run_them(specl, tmp_
         and f"store {command[0]}` there" in outcome.stderr
     )
     assert not paths.run.exists() and not paths.store.exists()
+
+
+def test_a_purge_waits_for_a_command_in_the_collectors_place(specl, kept):
+    import threading
+
+    held = Lock(kept.run, "collector", "specl-ctl store import")
+    threading.Timer(0.5, held.release).start()
+    assert specl("store", "purge", "--id", "a", "--yes").exit_code == 0
+    assert ids_in(kept.store) == ["b"]
 
 
 def test_asking_whether_a_lock_is_held_makes_nothing_and_is_seen_by_nobody(tmp_path):
