@@ -81,7 +81,9 @@ def leave_out(texts: Iterable[bytes], pieces: Pieces) -> None:
         waiting.append(item)
         size += len(item)
         if size >= CHUNK:  # many at once: a look costs the same for little as for much
+            left = count(pieces)
             leave_out_of(b"\0".join(waiting), first, pieces)
+            first = first if count(pieces) == left else heads(pieces)
             waiting, size = [], 0
     leave_out_of(b"\0".join(waiting), first, pieces)
 
@@ -101,7 +103,7 @@ def files_with(files: Iterable[Path], pieces: Pieces) -> list[Path]:
 
 def heads(pieces: Pieces) -> np.ndarray:
     """The first eight bytes of all pieces, in order."""
-    return np.array(sorted(pieces), np.uint64)
+    return np.array(sorted(head for head, group in pieces.items() if group), np.uint64)
 
 
 def _holds(path: Path, first: np.ndarray, pieces: Pieces) -> bool:
