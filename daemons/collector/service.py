@@ -24,10 +24,8 @@ PRODUCERS = ("inference", "trainer")
 TICK_S = 1.0
 ANSWER_S = 2.0  # after this a fetch is asked again
 BACK_OFF_S = (1, 2, 4, 8)  # of a store that refuses: trying costs little
-SUMMARY_S = 1.0
-SUMMARY_SHARE = (
-    30  # the figures for `status` take at most one part in so many of the time: they are made between commits
-)
+SUMMARY_S = 1.0  # figures for `status` are no older, where they are cheap
+SUMMARY_SHARE = 30  # making them takes at most one part in so many of the time: it is done between commits
 CHEAP_S = 0.15  # figures that take no longer are made for whoever asks; the others' are the last that were made
 TIDY_S = 300.0
 TIDY_ROWS = 500  # removed at once: some tens of milliseconds
@@ -125,10 +123,11 @@ class Collector:
         for line in self.lines:
             self._ask(line, now)
         due = min(self._due(line) for line in self.lines)
-        if self._summary_stale:
+        stale = self._summary_stale and not self._failures  # a store that refuses is left alone
+        if stale:
             due = min(due, self._summary_due)
         self.server.poll(min(TICK_S, max(0.0, due - time.monotonic())), self._request)
-        if self._summary_stale and time.monotonic() >= self._summary_due:
+        if stale and time.monotonic() >= self._summary_due:
             self._refresh()
 
     def _tidy(self) -> None:
