@@ -6,35 +6,35 @@ nothing of a user's is in it. An adapter learned from text but does not hold it;
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import click
 
-from specl.cli.byte_search import Pieces, count, files_with, holds, leave_out, pieces_of
-from specl.cli.lines import HISTORY
+from specl.cli.pending_purge import PendingPurge, Wish
+from specl.cli.purged_text import PRODUCERS, forget_typed, prove, remove_backups, rooms
 from specl.shared import checkpoints
+from specl.shared.access import is_elsewhere
 from specl.shared.adapters import Adapters
 from specl.shared.client import Client
 from specl.shared.engine.past import PastAnswers
-from specl.shared.errors import DaemonUnreachable, SpecLoraError
+from specl.shared.errors import AlreadyRunning, ConfigError, DaemonUnreachable, SpecLoraError
 from specl.shared.hidden import HiddenSpool
 from specl.shared.outbox import Outbox
 from specl.shared.paths import Paths
 from specl.shared.privacy import is_meant, texts_of
-from specl.shared.process import Lock, is_locked
-from specl.shared.store import Store
+from specl.shared.process import Lock, is_locked, wait_for_command
+from specl.shared.store import PURGE_MOST, Store
 from specl.shared.wire import Purge, Reply, Row
 
 EVERYTHING = 250_000_000_000.0  # older than the year 9892 is everything
-ROUNDS = 50  # records may be on their way from an outbox to the store, and one round takes a bounded number
-PRODUCERS = ("inference", "trainer")
+ROUNDS = 50  # records may be on their way from an outbox to the store
 PATIENCE_S = 60.0  # a trainer that loads its models looks up only then
+RESUME = "what is left is noted; `specl-ctl store purge --resume` goes on with it"
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -46,6 +46,7 @@ PATIENCE_S = 60.0  # a trainer that loads its models looks up only then
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--drop-adapters", is_flag=True, help="Also remove adapters that learned from them.")
 @click.option("--retrain", is_flag=True, help="Remove those adapters and train anew on what is left.")
+@click.option("--resume", is_flag=True, help="Only finish a purge that was stopped half-way.")
 @click.option("--json", "as_object", is_flag=True, help="One JSON object; asks nothing, so it needs --yes.")
 def purge(
     ids: tuple[str, ...],
@@ -55,6 +56,7 @@ def purge(
     yes: bool,
     drop_adapters: bool,
     retrain: bool,
+    resume: bool,
     as_object: bool,
 ) -> None:
     """Forget generations everywhere: store, outboxes, hidden states, past answers, checkpoints, caches, logs.
@@ -62,21 +64,83 @@ def purge(
     It cannot be undone, and ends only when a search for the text finds nothing under the run directory. An adapter holds no
     text, but may have learned from it: those are named; --drop-adapters removes them, with all that were trained on from
     them, and --retrain also starts a training run from the newest adapter that never saw the text.
+
+    One that was stopped half-way (Ctrl-C, a program that reads the store, a daemon that died) is finished by the next one, or
+    by --resume alone.
     """
-    if not (ids or age or pattern or everything):
+    wanted = bool(ids or age or pattern or everything)
+    if not (wanted or resume):
         raise click.UsageError("say what to forget: --id, --before, --pattern or --all")
-    before = EVERYTHING if everything else moment(age, time.time()) if age else None
-    if as_object and not yes:
+    if wanted and resume:
+        raise click.UsageError("--resume finishes what was asked for before; it goes alone")
+    now = time.time()
+    before = EVERYTHING if everything else moment(age, now) if age else None
+    if as_object and not yes and wanted:
         raise click.UsageError("--json asks nothing; say --yes")
-    if not yes:
+    if not yes and wanted:
         click.confirm("Forget the matching generations for good?", abort=True)
-    with Client() as client:
-        forgetting = Forgetting(client, Purge(full_ids(client.paths, ids), before, pattern))
-        for line in forgetting.run(drop_adapters or retrain, retrain):
-            if not as_object:
-                click.echo(line)
+    say = (lambda line: None) if as_object else click.echo
+    with Client() as client, _alone(client):
+        outcome = _finish(client, say)
+        if wanted:
+            found = full_ids(client.paths, ids, outcome.get("ids", ()))
+            wish = Wish(now, found, before, pattern, everything, drop_adapters or retrain, retrain)
+            outcome = Forgetting(client).begin(wish, say)
+        elif not outcome:
+            say("no purge was stopped half-way")
     if as_object:
-        click.echo(json.dumps(forgetting.outcome))
+        click.echo(json.dumps({name: value for name, value in outcome.items() if name != "ids"}))
+
+
+@contextmanager
+def _alone(client: Client) -> Iterator[None]:
+    """One purge at a time, where the files are. Raises SpecLoraError."""
+    need_files_here(client, "purge")
+    try:
+        lock = Lock(client.paths.create().run, "purge", "specl-ctl store purge")
+    except AlreadyRunning as error:
+        raise SpecLoraError(str(error), "wait until it has finished") from None
+    try:
+        yield
+    except KeyboardInterrupt:
+        if client.paths.pending_purge.exists():
+            click.echo(RESUME, err=True)
+        raise
+    except SpecLoraError as error:
+        if client.paths.pending_purge.exists():
+            error.hint = "; ".join([*([error.hint] if error.hint else []), RESUME])
+        raise
+    finally:
+        lock.release()
+
+
+def need_files_here(client: Client, command: str) -> None:
+    """Raises ConfigError where the daemons, and so the store, are on another machine than this one."""
+    if is_elsewhere(client.addresses.keys) or _answers_from_elsewhere(client):
+        raise ConfigError(
+            f"the daemons run on another machine, and nothing of theirs is in {client.paths.root}",
+            f"run `specl-ctl store {command}` there: it works on their files",
+        )
+
+
+def _answers_from_elsewhere(client: Client) -> bool:
+    """Whether a daemon answers that does not run here: through a tunnel, say."""
+    if client.settings.bus.transport != "tcp":
+        return False
+    return any(not is_locked(client.paths.run, role) for role in client.status())
+
+
+def _finish(client: Client, say: Any) -> dict[str, Any]:
+    """Finish a purge that was stopped half-way; its outcome, empty where there was none."""
+    pending = PendingPurge(client.paths.pending_purge)
+    wish = pending.wish()
+    if wish is None:
+        pending.end()
+        return {}
+    say(
+        f"finishing the purge of {time.strftime('%Y-%m-%d %H:%M', time.localtime(wish.begun))}, which was stopped half-way"
+    )
+    return Forgetting(client).resume(wish, say)
 
 
 def moment(text: str, now: float) -> float:
@@ -95,92 +159,144 @@ def moment(text: str, now: float) -> float:
         ) from None
 
 
-def full_ids(paths: Paths, beginnings: Iterable[str]) -> list[str]:
-    """The ids that begin so, in the store or an outbox. Raises SpecLoraError for none or several."""
+def full_ids(paths: Paths, beginnings: Iterable[str], forgotten: Iterable[str] = ()) -> list[str]:
+    """The ids that begin so, in the store or an outbox; a whole id is that one. Of one that has just been `forgotten` there is
+    none any more; else raises SpecLoraError for none or several.
+    """
     full = []
-    with _rooms(paths) as (store, outboxes):
+    with rooms(paths) as (store, outboxes):
         waiting = [id for outbox in outboxes for id in outbox.matching(lambda row: True)]
         for begin in beginnings:
             found = {id for id in waiting if id.startswith(begin)}
-            if store is not None and (row := store.generation(begin)) is not None:
-                found.add(row.values["id"])
+            found.update(store.beginning(begin) if store is not None else ())
+            if begin in found:
+                found = {begin}
+            if not found and any(id.startswith(begin) for id in forgotten):
+                continue
             if len(found) != 1:
                 raise SpecLoraError(f"no single generation begins with {begin!r}")
             full += found
     return full
 
 
-def forget(ids: list[str], before: float | None, pattern: str) -> Iterator[str]:
-    """Purge everywhere; a line for each thing worth saying. Raises SpecLoraError where a room could not."""
-    with Client() as client:
-        yield from Forgetting(client, Purge(ids, before, pattern)).run(drop_adapters=False, retrain=False)
-
-
 # ---------------------------------------------------------------------------------------------------- the work
 class Forgetting:
-    """One purge of one run directory."""
+    """One purge of one run directory. What is deleted is noted first (see `pending_purge`)."""
 
-    def __init__(self, client: Client, wish: Purge) -> None:
-        self.client, self.paths, self.wish = client, client.paths, wish
-        self.ids: set[str] = set(wish.ids)
-        self.texts: set[str] = {wish.pattern} - {""}
+    def __init__(self, client: Client) -> None:
+        self.client, self.paths = client, client.paths
+        self.pending = PendingPurge(self.paths.pending_purge)
+        self.ids: set[str] = set()
         self.outcome: dict[str, Any] = {"adapters": [], "dropped": [], "active": None, "retraining": None}
 
-    def run(self, drop_adapters: bool, retrain: bool) -> Iterator[str]:
-        """Do it; a line for each thing worth saying. Raises SpecLoraError while anything is left."""
-        stored = 0
-        for _ in range(ROUNDS):
-            found, removed = self._round()
-            stored += removed
+    def begin(self, wish: Wish, say: Any) -> dict[str, Any]:
+        """Do it; its outcome. `say` hears a line for each thing worth saying. Raises SpecLoraError while anything is left."""
+        self.pending.begin(wish)
+        if wish.pattern:
+            self.pending.note((), {wish.pattern}, ())
+        return self._all(wish, say)
+
+    def resume(self, wish: Wish, say: Any) -> dict[str, Any]:
+        """Go on with one that was stopped. What has come since is not old, and not of "everything", as it was meant."""
+        before = None if wish.before is None else min(wish.before, wish.begun)
+        return self._all(replace(wish, before=before), say)
+
+    def _all(self, wish: Wish, say: Any) -> dict[str, Any]:
+        self.ids = set(self.pending.noted("ids"))
+        stored = self._rows(wish)
+        self.outcome |= {"stored": stored, "forgotten": len(self.ids), "ids": sorted(self.ids)}
+        say(f"{stored} generations removed from the store, {len(self.ids)} forgotten in all")
+        self._wait_for_the_trainer()
+        texts = lambda: self.pending.noted("texts")  # noqa: E731
+        for name in remove_backups(self.paths, texts, wish.everything):
+            say(f"{name} held purged text and is removed")
+        for line in self._adapters(wish.drop_adapters, wish.retrain):
+            say(line)
+        forget_typed(self.paths.logs, self.pending.noted("typed"), wish.everything)
+        searched, shared = prove(self.paths, texts)
+        self.pending.end()
+        self.outcome |= {"searched": searched, "shared": shared}
+        say(f"a search for {searched} pieces of the purged text finds nothing under {self.paths.root}")
+        if shared:
+            say(f"{shared} pieces were not searched for: other generations hold the same")
+        return self.outcome
+
+    def _rows(self, wish: Wish) -> int:
+        """Every record, a portion at a time, with what hangs on its id; how many the store had."""
+        stored = len(self._portions(sorted(self.ids)))  # what was noted before it was stopped
+        self.ids.update(wish.ids)
+        rounds = 0
+        while rounds < ROUNDS:
+            found = self._note(wish)
+            for role in PRODUCERS:  # outboxes first: what they hold may travel
+                told = self._tell(role, Purge(wish.ids, wish.before, wish.pattern)).details.get("ids", [])
+                self.ids |= set(told)
+                found |= set(told) - set(wish.ids)
+            gone = self._portions(sorted(found))
+            stored += len(gone)
             if not found:
                 break
-        self.outcome |= {"stored": stored, "forgotten": len(self.ids)}
-        yield f"{stored} generations removed from the store, {len(self.ids)} forgotten in all"
-        self._wait_for_the_trainer()
-        yield from self._backups()
-        yield from self._adapters(drop_adapters, retrain)
-        yield from self._search()
+            rounds += len(found) < PURGE_MOST
+        return stored
 
-    def _round(self) -> tuple[bool, int]:
-        """Every room once, outboxes first: what they hold may travel. Whether anything was found, and how many stored."""
-        self._remember()
-        found: set[str] = set()
-        for role in PRODUCERS:
-            found |= set(self._tell(role, self.wish).details.get("ids", []))
-        reply = self._tell("collector", self.wish)
-        stored = list(reply.details.get("ids", []))
-        found |= set(stored)
-        self.ids |= found
-        for role in PRODUCERS:  # hidden states, checkpoints and evaluations go by id
-            self._tell(role, Purge(sorted({*self.wish.ids, *found}), None, ""))
-        return bool(found), len(stored)
+    def _portions(self, ids: list[str]) -> list[str]:
+        """Remove these from the store, then their hidden states, checkpoints and evaluations; which the store had. The last
+        request to the store empties its log, so there is always one.
+        """
+        gone: list[str] = []
+        for start in range(0, max(1, len(ids)), PURGE_MOST):
+            part = ids[start : start + PURGE_MOST]
+            gone += self._tell("collector", Purge(part, None, "")).details.get("ids", [])
+            for role in PRODUCERS if part else ():
+                self._tell(role, Purge(part, None, ""))
+        return gone
 
-    def _remember(self) -> None:
-        """The texts that are to be gone afterwards, and the pattern in whichever case it stands there."""
-        with _rooms(self.paths) as (store, outboxes):
+    def _note(self, wish: Wish) -> set[str]:
+        """Find the next portion, and note its ids, its texts and the pattern in whichever case it stands there."""
+        meant = Purge(wish.ids, wish.before, wish.pattern)
+        texts: set[str] = set()
+        typed: set[str] = set()
+
+        def collect(row: Row) -> bool:
+            if not is_meant(meant, row):
+                return False
+            found, said = texts_of(row)
+            texts.update(found)
+            typed.update(said)
+            return True
+
+        with rooms(self.paths) as (store, outboxes):
+            ids = set(store.matching(wish.ids, wish.before, wish.pattern)) if store is not None else set()
             if store is not None:
-                ids = store.matching(self.wish.ids, self.wish.before, self.wish.pattern)
-                self.texts.update(store.texts(ids))
+                found, said = store.texts(sorted(ids))
+                texts.update(found)
+                typed.update(said)
             for outbox in outboxes:
-                outbox.matching(lambda row: is_meant(self.wish, row) and self._note(row))
-        if self.wish.pattern:
-            wanted = re.compile(re.escape(self.wish.pattern), re.IGNORECASE)
-            self.texts.update({found for text in self.texts for found in wanted.findall(text)})
-
-    def _note(self, row: Row) -> bool:
-        self.texts.update(texts_of(row))
-        return True
+                ids |= set(outbox.matching(collect))
+        if wish.pattern:
+            wanted = re.compile(re.escape(wish.pattern), re.IGNORECASE)
+            texts.update({found for text in texts for found in wanted.findall(text)})
+        if ids:
+            self.pending.note(ids, texts, typed)
+            self.ids |= ids
+        return ids
 
     def _tell(self, role: str, wish: Purge) -> Reply:
         """Through the daemon; where it is down, with its lock and the same code."""
-        there = is_locked(self.paths.run, role)
-        reply = self.client.command(role, wish) if there else self._in_its_place(role, wish)
+        reply = None
+        wait_for_command(self.paths.run, role)
+        if not is_locked(self.paths.run, role):
+            try:
+                reply = self._in_its_place(role, wish)
+            except AlreadyRunning:  # it has just started
+                reply = None
+        reply = reply or self.client.command(role, wish)
         if not reply.ok:
-            raise SpecLoraError(f"{role}: {reply.message}", "nothing else was touched; purge again once that is solved")
+            raise SpecLoraError(f"{role}: {reply.message}")
         return reply
 
     def _in_its_place(self, role: str, wish: Purge) -> Reply:
-        lock = Lock(self.paths.create().run, role)
+        lock = Lock(self.paths.create().run, role, "specl-ctl store purge")
         try:
             if role == "collector":
                 if not self.paths.store.exists():
@@ -200,9 +316,11 @@ class Forgetting:
         ids: list[str] = []
         if self.paths.outbox(role).exists():
             outbox = Outbox(self.paths.outbox(role))
-            ids = outbox.matching(lambda row: is_meant(wish, row))
-            outbox.purge(ids)
-            outbox.close()
+            try:
+                ids = outbox.matching(lambda row: is_meant(wish, row))
+                outbox.purge(ids)
+            finally:
+                outbox.close()
         forgotten = [*wish.ids, *ids]
         if role == "inference":
             HiddenSpool(self.paths.hidden, 0).purge(forgotten)
@@ -217,19 +335,12 @@ class Forgetting:
         end = time.monotonic() + PATIENCE_S
         while self._is_ending() or self.ids & checkpoints.generations_in(checkpoint):
             if time.monotonic() > end:
-                raise SpecLoraError("the trainer did not end its run in time", "purge again, or stop the trainer")
+                raise SpecLoraError("the trainer did not end its run in time", "or stop the trainer")
             time.sleep(0.1)
 
     def _is_ending(self) -> bool:
         trainer = self.client.status().get("trainer", {})
         return bool(trainer.get("training", {}).get("abandoning"))
-
-    def _backups(self) -> Iterator[str]:
-        """Copies of the store from before an upgrade, one that was cut short included: they hold what it held."""
-        for path in sorted([*self.paths.root.glob("store.db.backup-*"), *self.paths.root.glob(".store.db.backup-*")]):
-            if files_with([path], pieces_of(self.texts)):
-                path.unlink()
-                yield f"{path.name} held purged text and is removed"
 
     def _adapters(self, drop: bool, retrain: bool) -> Iterator[str]:
         adapters = Adapters(self.paths.adapters)
@@ -261,7 +372,7 @@ class Forgetting:
                 return id
             if reply.ok:
                 return id
-        raise SpecLoraError(f"inference keeps its adapter: {reply.message}", "purge again once that is solved")
+        raise SpecLoraError(f"inference keeps its adapter: {reply.message}")
 
     def _train(self, parent: str) -> str:
         """Ask for a run on what is left, from where drafting now stands."""
@@ -273,66 +384,3 @@ class Forgetting:
         if not reply.ok:
             return f"not trained anew: {reply.message}; then `specl-ctl train --now`"
         return f"training on what is left, from {f'adapter {parent}' if parent else 'the draft as it was shipped'}: {reply.message}"
-
-    def _search(self) -> Iterator[str]:
-        """The proof. What other generations say too (a template's own words, say) is theirs to keep."""
-        pieces = pieces_of(self.texts)
-        wanted = count(pieces)
-        with _rooms(self.paths) as (store, outboxes):
-            for text in store.written() if store is not None else ():
-                leave_out(text.encode(), pieces)
-            for outbox in outboxes:
-                outbox.matching(lambda row: leave_out(row.body, pieces))
-        _scrub_logs(self.paths.logs, pieces)
-        found = files_with(_own_files(self.paths), pieces)
-        if found:
-            names = ", ".join(str(path.relative_to(self.paths.root)) for path in found)
-            raise SpecLoraError(
-                f"purged text is still found in {names}", "a request with the same text may be running; purge again"
-            )
-        searched = count(pieces)
-        self.outcome |= {"searched": searched, "shared": wanted - searched}
-        yield f"a search for {searched} pieces of the purged text finds nothing under {self.paths.root}"
-        if wanted > searched:
-            yield f"{wanted - searched} pieces were not searched for: other generations hold the same"
-
-
-@contextmanager
-def _rooms(paths: Paths) -> Iterator[tuple[Store | None, list[Outbox]]]:
-    """The store (to read) and the outboxes, as far as they exist."""
-    store = Store(paths.store, read_only=True) if paths.store.exists() else None
-    outboxes = [Outbox(paths.outbox(name)) for name in PRODUCERS if paths.outbox(name).exists()]
-    try:
-        yield store, outboxes
-    finally:
-        if store is not None:
-            store.close()
-        for outbox in outboxes:
-            outbox.close()
-
-
-def _own_files(paths: Paths) -> Iterator[Path]:
-    """Everything under the run directory but models and sockets."""
-    for folder, names, files in os.walk(paths.root):
-        names[:] = [name for name in names if Path(folder) / name != paths.models]
-        for name in files:
-            path = Path(folder) / name
-            if path.is_file() and not path.is_symlink():
-                yield path
-
-
-def _scrub_logs(folder: Path, pieces: Pieces) -> None:
-    """Take entries with purged text out of the logs, in place: the daemons hold them open to append. An entry is a line, and
-    of what was typed in a chat a whole message.
-    """
-    for path in files_with(sorted(folder.glob("*")), pieces):
-        with open(path, "rb+") as file:
-            entries = _messages(file.read()) if path.name == HISTORY else file.readlines()
-            file.seek(0)
-            file.writelines([entry for entry in entries if not holds(entry, pieces)])
-            file.truncate()
-
-
-def _messages(history: bytes) -> list[bytes]:
-    """prompt-toolkit's history file as messages, each with its time: `\n# time\n+line\n+line\n`."""
-    return [part for part in re.split(rb"(?m)(?=^\n# )", history) if part]

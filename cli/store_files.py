@@ -105,6 +105,7 @@ def import_(file: str, text_only: bool) -> None:
     that is stored already stays as it is.
     """
     from specl.cli.imported import Annotator, read_items, to_record
+    from specl.cli.purge import need_files_here
     from specl.shared import config
     from specl.shared.client import Client
     from specl.shared.privacy import Discretion
@@ -116,6 +117,7 @@ def import_(file: str, text_only: bool) -> None:
     settings = config.load()
     discretion = Discretion(settings.records)
     with Client(settings=settings) as client:
+        need_files_here(client, "import")
         destination = _Destination(client)
         annotate = Annotator(settings, find_paths().models) if fresh and not text_only else None
         learnable = 0
@@ -148,18 +150,12 @@ def _present(ids: list[str]) -> set[str]:
 
 
 class _Destination:
-    """Where imported records go: the collector, or the store itself under the collector's lock."""
+    """Where imported records go: the collector, or the store itself under the collector's lock, looked at batch by batch. The
+    target reads for minutes between two of them, and a collector that starts meanwhile must find its place free.
+    """
 
     def __init__(self, client: Any) -> None:
-        from specl.shared.process import Lock, is_locked
-
         self._client, self._rows, self._bytes = client, [], 0
-        self._store: Store | None = None
-        self._lock: Lock | None = None
-        if not is_locked(client.paths.run, "collector"):
-            self._lock = Lock(client.paths.create().run, "collector")
-            self._store = Store(client.paths.store)
-            self._store.set_threshold(client.settings.speculative.acceptance_threshold)
 
     def add(self, row: "Row") -> None:
         """Take one; sent in batches."""
@@ -172,18 +168,38 @@ class _Destination:
         """Send the rest."""
         if self._rows:
             self._send()
-        if self._store is not None:
-            self._store.close()
-        if self._lock is not None:
-            self._lock.release()
 
     def _send(self) -> None:
+        from specl.shared.errors import AlreadyRunning
+        from specl.shared.process import Lock, is_locked, wait_for_command
+
+        paths = self._client.paths
+        wait_for_command(paths.run, "collector")
+        if is_locked(paths.run, "collector"):
+            self._to_collector()
+        else:
+            try:
+                lock = Lock(paths.create().run, "collector", "specl-ctl store import")
+            except AlreadyRunning:  # it has just started
+                self._to_collector()
+            else:
+                try:
+                    self._to_store()
+                finally:
+                    lock.release()
+        self._rows, self._bytes = [], 0
+
+    def _to_collector(self) -> None:
         from specl.shared.wire import Import
 
-        if self._store is not None:
-            self._store.add_rows(self._rows)
-        else:
-            reply = self._client.command("collector", Import(self._rows))
-            if not reply.ok:
-                raise SpecLoraError(f"collector: {reply.message}", "what was sent before is stored; import again")
-        self._rows, self._bytes = [], 0
+        reply = self._client.command("collector", Import(self._rows))
+        if not reply.ok:
+            raise SpecLoraError(f"collector: {reply.message}", "what was sent before is stored; import again")
+
+    def _to_store(self) -> None:
+        store = Store(self._client.paths.store)
+        try:
+            store.set_threshold(self._client.settings.speculative.acceptance_threshold)
+            store.add_rows(self._rows)
+        finally:
+            store.close()

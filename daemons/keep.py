@@ -3,7 +3,7 @@
 import sys
 
 from specl.shared import log
-from specl.shared.paths import DAEMONS
+from specl.shared.paths import DAEMONS, find_paths
 from specl.shared.process import EX_CONFIG, keep, step_back
 
 
@@ -15,7 +15,7 @@ def main() -> int:
     log.set_up(f"keep-{sys.argv[1]}", None)
     if sys.argv[1] == "trainer":
         step_back()
-    return keep(sys.argv[1])
+    return keep(sys.argv[1], find_paths().run)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from contextlib import suppress
 from specl.shared import config, log
 from specl.shared.access import Addresses
 from specl.shared.bus import Server
-from specl.shared.errors import ConfigError, SpecLoraError
+from specl.shared.errors import AlreadyRunning, ConfigError, SpecLoraError
 from specl.shared.paths import Paths, find_paths
-from specl.shared.process import EX_CONFIG, Lock, StopFlag, keeper
+from specl.shared.process import EX_CONFIG, EX_TEMPFAIL, Lock, StopFlag, keeper
 
 Main = Callable[[Paths, config.Settings, Server, StopFlag], None]
 Serve = Callable[[Paths, config.Settings], None]
@@ -41,7 +41,9 @@ def run_daemon(role: str, main: Main) -> int:
 
 
 def run_alone(role: str, serve: Serve) -> int:
-    """Run `serve` as the only `role` on this run directory. A user's mistake is one line on stderr and exit code 78."""
+    """Run `serve` as the only `role` on this run directory. A user's mistake is one line on stderr and exit code 78;
+    75 where another process has the role.
+    """
     os.umask(0o077)  # whatever is made from here on, by whichever library, is this user's alone
     lock: Lock | None = None
     try:
@@ -56,6 +58,8 @@ def run_alone(role: str, serve: Serve) -> int:
     except SpecLoraError as error:
         with suppress(OSError):  # the terminal may be gone
             print(f"{role}: {error}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr, flush=True)
+        if isinstance(error, AlreadyRunning):
+            return EX_TEMPFAIL
         return EX_CONFIG if isinstance(error, ConfigError) else 1
     finally:
         if lock is not None:

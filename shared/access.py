@@ -48,6 +48,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_elsewhere(keys: Keys | None) -> bool:
+    """Whether these are the keys of a machine that only connects: the daemons and their files are on another one."""
+    return keys is not None and not keys.server_secret
+
+
 def read_keys(folder: Path) -> Keys | None:
     """The keys in `folder`, or None where there are none. Raises ConfigError for unreadable, exposed or broken ones."""
     found: dict[str, str] = {}

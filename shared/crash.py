@@ -1,5 +1,6 @@
 """Named crash points. `SPECL_CRASH_AT=outbox.after_commit` ends the process there, as kill -9 would, so that tests
-can die at every step of delivery and publishing. `SPECL_CRASH_AT=name:3` dies at the third passage.
+can die at every step of delivery and publishing. `SPECL_CRASH_AT=name:3` dies at the third passage. `SPECL_CRASH_NOTE=FILE`
+has whoever dies write the point's name there first, so that a test can tell where something did die.
 """
 
 import os
@@ -37,4 +38,7 @@ def crash_point(name: str) -> None:
         return
     _passed[name] = _passed.get(name, 0) + 1
     if _passed[name] >= int(nth or 1):
+        if note := os.environ.get("SPECL_CRASH_NOTE"):
+            with open(note, "a", encoding="utf-8") as file:
+                file.write(f"{name}\n")
         os._exit(137)

@@ -41,6 +41,11 @@ class Paths:
         return self.root / "store.db"
 
     @property
+    def pending_purge(self) -> Path:
+        """What an unfinished purge set out to do; gone once it has been done."""
+        return self.root / "purge.pending"
+
+    @property
     def adapters(self) -> Path:
         """Published adapters, `CURRENT` and aliases."""
         return self.root / "adapters"

@@ -5,14 +5,16 @@ learn from such a record. Knows records, nothing of files.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specl.shared.config import Records
 from specl.shared.conversations import is_hash_shaped
 from specl.shared.errors import WireError
 from specl.shared.wire import Evaluation, Generation, Purge, Row, decode
+
+if TYPE_CHECKING:
+    from specl.shared.config import Records
 
 BLOT = "[redacted]"
 
@@ -20,7 +22,7 @@ BLOT = "[redacted]"
 class Discretion:
     """What the settings want kept. Patterns are compiled once."""
 
-    def __init__(self, records: Records) -> None:
+    def __init__(self, records: "Records") -> None:
         self.statistics_only = records.keep == "statistics"
         self._patterns = [re.compile(pattern) for pattern in records.redact]
 
@@ -53,19 +55,34 @@ class Discretion:
 
 
 def _texts(record: Generation) -> Sequence[str]:
-    found = [record.prompt, record.output]
+    found = [record.prompt, record.output, *strings(record.messages)]
     if record.conversation_id != record.id and not is_hash_shaped(record.conversation_id):  # a client's own name for it
         found.append(record.conversation_id)
-    pending: list[Any] = list(record.messages)
+    return found
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in plain data."""
+    pending = [value]
     while pending:
         item = pending.pop()
         if isinstance(item, str):
-            found.append(item)
+            yield item
         elif isinstance(item, dict):
             pending += [*item.keys(), *item.values()]
         elif isinstance(item, list):
             pending += item
-    return found
+
+
+def typed_in(messages: Any) -> list[str]:
+    """What users said in a conversation, message by message."""
+    spoken = messages if isinstance(messages, list) else []
+    return [
+        text
+        for message in spoken
+        if isinstance(message, dict) and message.get("role") == "user"
+        for text in strings(message.get("content"))
+    ]
 
 
 def _without_tokens(record: Generation) -> Generation:
@@ -95,10 +112,10 @@ def is_meant(wish: Purge, row: Row) -> bool:
     return old or named or (bool(pattern) and any(pattern in text.lower() for text in _texts(record)))
 
 
-def texts_of(row: Row) -> Sequence[str]:
-    """Every text in an undelivered generation; none for other records."""
+def texts_of(row: Row) -> tuple[Sequence[str], Sequence[str]]:
+    """Every text in an undelivered generation, and those of them that a user typed; none for other records."""
     try:
         record = decode(row.body)
     except WireError:
-        return []
-    return _texts(record) if isinstance(record, Generation) else []
+        return [], []
+    return (_texts(record), typed_in(record.messages)) if isinstance(record, Generation) else ([], [])

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from specl.shared import log
 from specl.shared.errors import AlreadyRunning
 
 EX_CONFIG = 78  # sysexits.h: a settings error; retrying cannot help
+EX_TEMPFAIL = 75  # sysexits.h: somebody else has the role; it may be free in a moment
+OCCUPIED_S = 1.0  # between two tries then: a command has it for about so long
 STOP_GRACE_S = 3.5  # honcho kills after 5 s; all must be gone before
 BACKOFF_S = (1, 2, 4, 8, 16, 32)
 HEALTHY_AFTER_S = 60.0
@@ -31,24 +33,29 @@ class Lock:
     Raises AlreadyRunning, naming the holder, where another process has it.
     """
 
-    def __init__(self, run: Path, role: str) -> None:
+    def __init__(self, run: Path, role: str, command: str = "") -> None:
+        """`command` names who takes the role where it is not a daemon but a command in its place."""
         path = run / f"{role}.lock"
         self._file: IO[str] = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open on purpose
         if not self._acquire():
-            holder = holder_of(run, role)
+            holder, other = holder_of(run, role) or "unknown", command_of(run, role)
             self._file.close()
+            if other:
+                raise AlreadyRunning(
+                    f"`{other}` (pid {holder}) is at work on {run.parent}", "it takes a moment"
+                ) from None
             raise AlreadyRunning(
-                f"another {role} daemon (pid {holder or 'unknown'}) already serves {run.parent}",
+                f"another {role} daemon (pid {holder}) already serves {run.parent}",
                 "stop it, or give this one its own folder with SPECL_VAR",
             ) from None
         # the pid is a hint: on a full disk the lock holds without it
         with suppress(OSError):
             self._file.truncate(0)
-            self._file.write(json.dumps({"pid": os.getpid(), "started": time.time()}))
+            self._file.write(json.dumps({"pid": os.getpid(), "started": time.time(), "command": command}))
             self._file.flush()
 
     def _acquire(self) -> bool:
-        """Try for a moment: whoever asks whether the lock is held (`is_locked`) holds it while it asks."""
+        """Try for a moment: whoever asks whether the lock is held (`is_locked`) shares it while it asks."""
         end = time.monotonic() + PATIENCE_S
         while True:
             try:
@@ -67,17 +74,35 @@ class Lock:
 
 def holder_of(run: Path, role: str) -> int | None:
     """The pid that wrote the lock file last, or None. A hint for messages: only the lock itself is the truth."""
+    pid = _written(run, role).get("pid")
+    return pid if isinstance(pid, int) else None
+
+
+def command_of(run: Path, role: str) -> str:
+    """The command that wrote the lock file last; empty for a daemon. A hint as well."""
+    return str(_written(run, role).get("command") or "")
+
+
+def wait_for_command(run: Path, role: str, seconds: float = 10.0) -> None:
+    """Let a command that is at work in a daemon's place finish: nobody would answer in its name."""
+    end = time.monotonic() + seconds
+    while is_locked(run, role) and command_of(run, role) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _written(run: Path, role: str) -> dict[str, Any]:
     try:
-        return int(json.loads((run / f"{role}.lock").read_text())["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads((run / f"{role}.lock").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_locked(run: Path, role: str) -> bool:
-    """Whether some process holds the role."""
+    """Whether some process holds the role. Makes nothing, and two that ask at once do not see each other."""
     try:
-        with open(run / f"{role}.lock", "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(run / f"{role}.lock", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except BlockingIOError:
         return True
@@ -161,14 +186,16 @@ def step_back() -> None:
             Path("/proc/self/autogroup").write_text(SESSION_NICE)
 
 
-def keep(role: str) -> int:
+def keep(role: str, run: Path) -> int:
     """Run `python -m specl.daemons.ROLE` and run it again when it dies; the exit code is for honcho.
 
-    A settings error ends the keeper too, so that honcho stops all with that one clear message.
+    A settings error ends the keeper too, so that honcho stops all with that one clear message. So does a daemon of the same
+    role that was there first. One that was refused later, or because a command is at work in its place (a purge, an import),
+    waits for its turn: it must not take all others with it.
     """
     # honcho, killed with -9, tells nobody: its keepers must notice
     flag = StopFlag(parent=keeper() or os.getppid(), ancestor=honcho())
-    failures = 0
+    failures, served = 0, False
     logger = log.get("keeper")
     environment = os.environ | {"SPECL_DIE_WITH_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     while not flag:
@@ -177,14 +204,24 @@ def keep(role: str) -> int:
         code = _wait(child, flag)
         if flag or code == EX_CONFIG:
             return EX_CONFIG if code == EX_CONFIG else 0
+        if code == EX_TEMPFAIL:
+            if not served and is_locked(run, role) and not command_of(run, role):
+                return EX_CONFIG
+            _rest(OCCUPIED_S, flag)
+            continue
+        served = True
         failures = 0 if time.monotonic() - started > HEALTHY_AFTER_S else failures
         pause = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
         failures += 1
         logger.error("daemon.died", daemon=role, code=code, again_in_s=pause)
-        end = time.monotonic() + pause
-        while time.monotonic() < end and not flag:
-            time.sleep(0.1)
+        _rest(pause, flag)
     return 0
+
+
+def _rest(seconds: float, flag: StopFlag) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not flag:
+        time.sleep(0.1)
 
 
 def _wait(child: subprocess.Popen[bytes], flag: StopFlag) -> int:

@@ -74,6 +74,13 @@ def _problems(answers: dict[str, Any], daemons: dict[str, Any], summary: dict[st
     return found
 
 
+def _unfinished_purge(paths: Paths) -> list[str]:
+    """A purge that was stopped half-way has left text behind that its user wants gone."""
+    if not paths.pending_purge.exists() or is_locked(paths.run, "purge"):
+        return []
+    return ["a purge was stopped half-way; `specl-ctl store purge --resume` finishes it"]
+
+
 def gateway_file(paths: Paths) -> Path:
     """Where the gateway says where it listens; its lock says whether that is still true."""
     return paths.run / "gateway.json"
@@ -153,6 +160,6 @@ def collect(client: Client) -> dict[str, Any]:
         },
         "tokens_per_second": {"rolling": summary.get("rolling_tokens_per_second")},
         "models": inference.get("models", {"target": settings.models.target.name, "draft": settings.models.draft.name}),
-        "problems": problems + _problems(answers, daemons | {"gateway": expected}, summary),
+        "problems": problems + _unfinished_purge(paths) + _problems(answers, daemons | {"gateway": expected}, summary),
         "gateway": gateway,
     }

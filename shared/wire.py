@@ -25,6 +25,8 @@ VERSION = 1
 MAX_FRAME = 16 * 1024 * 1024
 MAX_RECORD = MAX_FRAME - 65_536  # a record must fit into the batch that carries it
 MAX_ITEMS = 262_144
+MOST_ITEMS = 1_048_576  # in all lists and maps of a frame together: a byte of it may become 60 in memory
+MOST_CONTAINERS = 131_072  # lists and maps; an empty one is a byte on the wire and 64 here
 MAX_TEXT = 4 * 1024 * 1024
 MAX_DEPTH = 12
 FETCH_LIMIT = 256
@@ -437,15 +439,17 @@ def decode(data: bytes) -> Any:
     """The record or message in `data`. Raises WireError; the text never repeats what the bytes held."""
     if len(data) > MAX_FRAME:
         raise WireError(f"a frame of {len(data)} bytes; the limit is {MAX_FRAME}")
+    tally = _Tally()
     try:
         outer = msgpack.unpackb(
             data,
             raw=False,
             strict_map_key=True,
-            object_pairs_hook=_no_duplicates,
+            object_pairs_hook=tally.take_map,
+            list_hook=tally.take_list,
             ext_hook=_no_extension,
-            max_array_len=MAX_ITEMS,
-            max_map_len=MAX_ITEMS,
+            max_array_len=min(MAX_ITEMS, len(data)),  # room is made for as many as a list says that it has
+            max_map_len=min(MAX_ITEMS, len(data)),
             max_str_len=MAX_TEXT,
             max_bin_len=MAX_FRAME,
         )
@@ -480,11 +484,30 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _no_duplicates(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("duplicate key")
-    return made
+class _Tally:
+    """Counts what a frame makes in memory while it is read. Raises ValueError for too much, and for a key that comes twice."""
+
+    __slots__ = ("containers", "items")
+
+    def __init__(self) -> None:
+        self.containers = self.items = 0
+
+    def take_map(self, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            raise ValueError("duplicate key")
+        self._count(2 * len(pairs))
+        return made
+
+    def take_list(self, items: Any) -> Any:
+        self._count(len(items))
+        return items
+
+    def _count(self, items: int) -> None:
+        self.containers += 1
+        self.items += items
+        if self.containers > MOST_CONTAINERS or self.items > MOST_ITEMS:
+            raise ValueError("too many items")
 
 
 def _no_extension(code: int, data: bytes) -> Any:

@@ -24,7 +24,9 @@ PRODUCERS = ("inference", "trainer")
 TICK_S = 1.0
 ANSWER_S = 2.0  # after this a fetch is asked again
 BACK_OFF_S = (1, 2, 4, 8)  # of a store that refuses: trying costs little
-SUMMARY_S = 1.0
+SUMMARY_S = 1.0  # figures for `status` are no older, where they are cheap
+SUMMARY_SHARE = 30  # making them takes at most one part in so many of the time: it is done between commits
+CHEAP_S = 0.15  # figures that take no longer are made for whoever asks; the others' are the last that were made
 TIDY_S = 300.0
 TIDY_ROWS = 500  # removed at once: some tens of milliseconds
 _log = log.get("collector")
@@ -50,12 +52,15 @@ class Collector:
         self.paths, self.settings, self.server, self._open_store = paths, settings, server, open_store
         self._store: Store | None = None
         self._tidy_at = 0.0
+        self._log_full = False  # rows are removed, but somebody read, and their bytes are still in the write-ahead log
         self.started = time.monotonic()
         self.stored = 0
         self.trouble = self._unreadable = ""
         self._failures = 0
         self._summary: dict[str, Any] = {}
-        self._summary_at = 0.0
+        self._summary_at = self._summary_due = 0.0  # made when, and made anew not before
+        self._summary_took = 0.0
+        self._summary_stale = True
         addresses = Addresses(paths, settings.bus)
         self.lines = [self._line(name, addresses) for name in PRODUCERS]
 
@@ -87,11 +92,27 @@ class Collector:
     def _look(self) -> None:
         """Open the store now, so that whoever may not use it hears so at once."""
         try:
-            self._summary = asdict(self.store.summary())
+            self._summarise()
         except StoreTooNew:
             raise
         except StoreError as error:
             self._refused(error, 0)
+
+    def _summarise(self) -> None:
+        """Make the figures for `status` anew. Raises StoreError."""
+        start = time.monotonic()
+        self._summary_due = start + SUMMARY_S
+        self._summary = asdict(self.store.summary())
+        self._summary_at = time.monotonic()
+        self._summary_took = self._summary_at - start
+        self._summary_due = self._summary_at + SUMMARY_SHARE * self._summary_took
+        self._summary_stale, self._unreadable = False, ""
+
+    def _refresh(self) -> None:
+        try:
+            self._summarise()
+        except StoreError as error:
+            self._unreadable = str(error)
 
     def _turn(self) -> None:
         """Ask who is due, then take what arrives."""
@@ -102,22 +123,31 @@ class Collector:
         for line in self.lines:
             self._ask(line, now)
         due = min(self._due(line) for line in self.lines)
+        stale = self._summary_stale and not self._failures  # a store that refuses is left alone
+        if stale:
+            due = min(due, self._summary_due)
         self.server.poll(min(TICK_S, max(0.0, due - time.monotonic())), self._request)
+        if stale and time.monotonic() >= self._summary_due:
+            self._refresh()
 
     def _tidy(self) -> None:
         """Let go of what is older, or more, than the settings keep. A little at a time: producers are waiting."""
         records = self.settings.records
         try:
+            self.store.drop_backups(records.retention_days, time.time())
             old = self.store.expired(records.retention_days, records.max_generations, records.max_store_mb, time.time())
-            if not old:
+            if not old and not self._log_full:
                 return
             part = old[:TIDY_ROWS]
+            # what goes by id goes first: a row that stays is found again, an id that is gone is not
+            HiddenSpool(self.paths.hidden, records.hidden_spool_mb << 20).purge(part)
+            self._log_full = True
             self.store.purge(part)
-        except StoreError as error:
+            self._log_full = False
+        except (StoreError, OSError) as error:
             _log.warning("retention.postponed", reason=str(error))
             return
-        HiddenSpool(self.paths.hidden, records.hidden_spool_mb << 20).purge(part)
-        self._summary_at = 0.0
+        self._summary_stale = True
         if len(part) < len(old):
             self._tidy_at = 0.0
         _log.info("retention.removed", generations=len(part), left=len(old) - len(part))
@@ -156,7 +186,7 @@ class Collector:
             _log.info("store.recovered", after_failures=self._failures)
         self._failures, self.trouble = 0, ""
         self.stored += len(message.rows)
-        self._summary_at = 0.0
+        self._summary_stale = True
         line.next_at = 0.0  # acknowledge at once, and see what else there is
         _log.debug("records.stored", producer=line.name, rows=len(message.rows), left=message.left)
 
@@ -188,17 +218,15 @@ class Collector:
             removed = self.store.purge(ids)
         except StoreError as error:
             return Reply(False, str(error))
-        self._summary_at = 0.0
+        self._summary_stale = True
         _log.info("store.purged", generations=removed)
         return Reply(True, f"{removed} generations removed from the store", {"ids": ids})
 
     def _status(self) -> dict[str, Any]:
+        """How it is, at once, however long figures take to make."""
         now = time.monotonic()
-        if now - self._summary_at > SUMMARY_S:
-            try:
-                self._summary, self._summary_at, self._unreadable = asdict(self.store.summary()), now, ""
-            except StoreError as error:
-                self._unreadable = str(error)
+        if self._summary_took < CHEAP_S and (self._summary_stale or now - self._summary_at > SUMMARY_S):
+            self._refresh()
         trouble = self.trouble or self._unreadable
         return {
             "state": "ready" if not trouble else "failed",

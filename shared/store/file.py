@@ -70,18 +70,41 @@ class StoreFile:
             connection.exec_driver_sql(f"PRAGMA user_version = {schema.SCHEMA_VERSION}")
 
     def _back_up(self, version: int) -> None:
-        """A whole copy before an upgrade, the write-ahead log included, complete or not there at all."""
+        """A whole copy before an upgrade, the write-ahead log included, complete or not there at all. One of each version: an
+        upgrade that fails is tried again every few seconds, and a copy each time would fill the disk.
+        """
+        older = sorted(self.path.parent.glob(f"{self.path.name}.backup-{version}-*"), key=written_at)
+        if older and older[-1].stat().st_mtime_ns >= self._changed():
+            return
         final = self.path.with_name(f"{self.path.name}.backup-{version}-{int(time.time())}")
         scratch = final.with_name(f".{final.name}")
         try:
-            scratch.unlink(missing_ok=True)
+            for left in self.path.parent.glob(f".{self.path.name}.backup-*"):  # a kill in the middle of copying
+                left.unlink(missing_ok=True)
             os.close(os.open(scratch, os.O_CREAT | os.O_RDWR, 0o600))
             self._outside_transaction("VACUUM INTO ?", str(scratch))
             os.rename(scratch, final)
+            for path in older:
+                if path != final:
+                    path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"the store {self.path} could not be copied before its upgrade: {error}") from error
         finally:
             scratch.unlink(missing_ok=True)
+
+    def _changed(self) -> int:
+        """When the store's files were last written, in ns. An empty write-ahead log is made by opening it."""
+        log = self.path.with_name(f"{self.path.name}-wal")
+        files = [self.path, *([log] if log.exists() and log.stat().st_size else [])]
+        return max(file.stat().st_mtime_ns for file in files)
+
+    def drop_backups(self, days: float, now: float) -> list[Path]:
+        """Remove copies that are older than `days`; without such a limit (0) all but the newest. Which."""
+        held = sorted(self.backups(), key=written_at)
+        gone = [path for path in held if written_at(path) < now - days * 86400] if days else held[:-1]
+        for path in gone:
+            path.unlink(missing_ok=True)
+        return gone
 
     def _outside_transaction(self, statement: str, *values: Any) -> Any:
         """Run what SQLite refuses inside a transaction (sqlalchemy always opens one); the first row."""
@@ -106,6 +129,12 @@ class StoreFile:
     def sql(self, text: str, **values: Any) -> list[dict[str, Any]]:
         """Rows of a written query, for views."""
         return self._all(sa.text(text).bindparams(**values))
+
+
+def written_at(backup: Path) -> float:
+    """When a copy was made, in seconds since 1970: as its name says, else as the disk does."""
+    stamp = backup.name.rpartition("-")[2]
+    return float(stamp) if stamp.isdigit() else backup.stat().st_mtime
 
 
 def _lowered(value: str | bytes | None) -> str | None:

@@ -3,19 +3,19 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import sqlalchemy as sa
 
 from specl.shared.conversations import DIGITS
 from specl.shared.errors import StoreError
+from specl.shared.privacy import strings, typed_in
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import iso
 from specl.shared.store.schema import disagreements, evaluations, generations, quarantine, training_runs
 
 EARLIEST, LATEST = 0.0, 253_000_000_000.0  # moments before and after all others that can be written as a date
 _HASH = "[0-9a-f]" * DIGITS  # an id that is_hash_shaped, as SQLite says it
-PURGE_MOST = 100_000  # ids that one request names: they travel back in one frame
+PURGE_MOST = 2_000  # generations that one request removes: of 41 KB each well within a command's patience
 
 
 class Forgetting(StoreFile):
@@ -57,15 +57,29 @@ class Forgetting(StoreFile):
         with self._errors(), self._engine.connect() as connection:
             return list(connection.execute(sa.select(q.id).where(sa.or_(*wanted)).limit(PURGE_MOST)).scalars())
 
-    def texts(self, ids: Sequence[str]) -> list[str]:
-        """Every text of these generations, for whoever must see that it is gone."""
+    def texts(self, ids: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Every text of these generations, for whoever must see that it is gone, and those of them that a user typed."""
         found: list[str] = []
+        typed: list[str] = []
         g = generations.c
         for start in range(0, len(ids), 500):
             query = sa.select(g.prompt, g.output, g.messages).where(g.id.in_(ids[start : start + 500]))
             for row in self._all(query):
-                found += [row["prompt"], row["output"], *_strings(json.loads(row["messages"]))]
-        return [text for text in found if text]
+                messages = json.loads(row["messages"])
+                found += [row["prompt"], row["output"], *strings(messages)]
+                typed += typed_in(messages)
+        return [text for text in found if text], [text for text in typed if text]
+
+    def beginning(self, id: str) -> list[str]:
+        """Ids of generations and unreadable records that begin with `id`, at most two; a whole id is that one."""
+        found: list[str] = []
+        with self._errors(), self._engine.connect() as connection:
+            for column in (generations.c.id, quarantine.c.id):
+                if connection.execute(sa.select(column).where(column == id)).first():
+                    return [id]
+                query = sa.select(column).where(column.startswith(id, autoescape=True)).limit(2)
+                found += connection.execute(query).scalars()
+        return sorted(set(found))[:2]
 
     def written(self) -> Iterator[str]:
         """Every text of every generation, as it stands in the file, and the tokens that were guessed for it."""
@@ -79,8 +93,11 @@ class Forgetting(StoreFile):
             yield from (row["text"] for row in self._all(sa.select(column.label("text")).distinct()))
 
     def expired(self, days: float, most: int, most_mb: int, now: float) -> list[str]:
-        """The oldest generations beyond an age, a number or a size; 0 means no such limit."""
+        """The oldest generations beyond an age, a number or a size; 0 means no such limit. Unreadable records go by their age:
+        they hold the same texts, and nothing else will ever ask for them.
+        """
         chosen: list[str] = []
+        unreadable = self._unreadable([], now - days * 86400, "") if days else []
         oldest = sa.select(generations.c.id).order_by(generations.c.created_at, generations.c.n)
         with self._errors(), self._engine.connect() as connection:
             (total,) = connection.execute(sa.select(sa.func.count()).select_from(generations)).one()
@@ -92,7 +109,7 @@ class Forgetting(StoreFile):
                 surplus = max(surplus, math.ceil(total * (1 - 0.95 * (most_mb << 20) / held)))
             if surplus > len(chosen):
                 chosen = list(connection.execute(oldest.limit(surplus)).scalars())
-        return chosen
+        return unreadable + chosen
 
     def _held_bytes(self, connection: sa.Connection) -> int:
         """Bytes of the file that hold something; the rest is free for what comes next."""
@@ -133,14 +150,3 @@ class Forgetting(StoreFile):
                 f"another program reads {self.path}; its write-ahead log could not be emptied",
                 "close it and purge again",
             )
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in plain data."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _strings([*value.keys(), *value.values()])
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)

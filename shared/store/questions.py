@@ -10,6 +10,9 @@ from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import Outline, StoredGeneration, exported
 from specl.shared.store.schema import disagreements, generations, training_runs
 
+# what the view `failures` says; counting the view reads whole rows, this an index alone
+_IS_FAILURE = "coalesce(acceptance_rate, agreement) < (SELECT CAST(value AS REAL) FROM settings WHERE name = 'acceptance_threshold')"
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -54,7 +57,7 @@ class Questions(StoreFile):
         return Summary(
             generations=totals["n"],
             disagreements=self._count("disagreements"),
-            failures=self._count("failures"),
+            failures=self.sql(f"SELECT count(*) AS n FROM generations WHERE {_IS_FAILURE}")[0]["n"],
             pending_failures=self.pending_failures(),
             quarantined=self._count("quarantine"),
             lifetime_acceptance=_rate(totals["a"], totals["d"]),
@@ -76,16 +79,18 @@ class Questions(StoreFile):
         return self.sql("SELECT * FROM adapter_activations WHERE adapter_id = :id", id=adapter_id)
 
     def pending_failures(self) -> int:
-        """Failures stored since the last training run that used any."""
+        """Failures stored since the last training run that used any. `+n`: by the index of scores, not row after row."""
         (row,) = self.sql(
-            "SELECT count(*) AS n FROM failures f JOIN generations g ON g.id = f.id WHERE g.n > coalesce((SELECT max(x.n) "
-            "FROM generations x JOIN training_runs t ON t.last_generation = x.id), 0)"
+            f"SELECT count(*) AS n FROM generations WHERE {_IS_FAILURE} AND +n > coalesce((SELECT max(+n) "
+            "FROM generations WHERE id IN (SELECT last_generation FROM training_runs)), 0)"
         )
         return row["n"]
 
     def generation(self, id: str) -> StoredGeneration | None:
-        """One generation, by its id or an unambiguous beginning of it."""
-        rows = self._all(sa.select(generations).where(generations.c.id.startswith(id, autoescape=True)).limit(2))
+        """One generation, by its id or, where none has just that, an unambiguous beginning of it."""
+        rows = self._all(sa.select(generations).where(generations.c.id == id))
+        if not rows:
+            rows = self._all(sa.select(generations).where(generations.c.id.startswith(id, autoescape=True)).limit(2))
         if len(rows) != 1:
             return None
         return StoredGeneration(rows[0], self._disagreements_of([rows[0]["id"]]).get(rows[0]["id"], []))

@@ -13,6 +13,8 @@ from specl.shared.errors import WireError
 from specl.shared.store.schema import TABLES, quarantine
 from specl.shared.wire import Generation, Record, Row, decode, kind_of
 
+MOST = 2**40  # of anything that a record counts or measures; a million such still have a sum
+
 
 @dataclass(frozen=True, slots=True)
 class StoredGeneration:
@@ -74,17 +76,34 @@ class Incoming:
 
 
 def read(row: Row) -> Incoming:
-    """What `row` holds; what is no record is a row of the quarantine."""
+    """What `row` holds; what is no record, or none that a row can hold, is a row of the quarantine."""
     try:
         record = decode(row.body)
         if type(record) not in TABLES or kind_of(record) != row.kind or record.id != row.id:
             raise WireError(f"not the record it is labelled as ({row.kind})")
         columns = _row_of(record)
-    except (WireError, ValueError, TypeError, OverflowError, OSError) as error:  # a moment or number out of range
-        reason = f"{type(error).__name__}: {error}"
-        values = {"id": row.id, "kind": row.kind, "created": iso(time.time()), "reason": reason, "raw": row.body}
-        return Incoming(quarantine, values)
-    return Incoming(TABLES[type(record)], columns, _lines_of(record) if isinstance(record, Generation) else ())
+        lines = _lines_of(record) if isinstance(record, Generation) else ()
+        for values in (columns, *lines):
+            _check(values)
+    except Exception as error:  # its free-form parts may hold anything, and one record must not stop those behind it
+        return quarantined(row, error)
+    return Incoming(TABLES[type(record)], columns, lines)
+
+
+def quarantined(row: Row, error: Exception) -> Incoming:
+    """`row` as it came, and why."""
+    reason = f"{type(error).__name__}: {error}"[:500].encode("utf-8", "replace").decode()
+    values = {"id": row.id, "kind": row.kind, "created": iso(time.time()), "reason": reason, "raw": row.body}
+    return Incoming(quarantine, values)
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Raises WireError for numbers that SQLite has no place for (NaN would become NULL), and for those whose sums it would
+    not have: one of 2**63 - 1 tokens, and no summary could be made any more.
+    """
+    for name, value in values.items():
+        if isinstance(value, (int, float)) and not abs(value) < MOST:
+            raise WireError(f"{name}: out of range")
 
 
 def _lines_of(record: Generation) -> list[dict[str, Any]]:
@@ -98,10 +117,10 @@ def _lines_of(record: Generation) -> list[dict[str, Any]]:
 def exported(row: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
     """A generation in the sources' JSONL shape."""
     names = ("position", "draft_token", "target_token", "draft_confidence", "target_confidence")
-    messages = json.loads(row["messages"])
+    said = (json.loads(row["messages"]) or [{}])[-1].get("content")
     return {
         "id": row["id"],
-        "prompt": messages[-1]["content"] if messages else row["prompt"],
+        "prompt": row["prompt"] if said is None else said,
         "target_output": row["output"],
         "acceptance_rate": row["acceptance_rate"],
         "timestamp": row["created"],

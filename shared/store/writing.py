@@ -3,12 +3,16 @@
 from collections.abc import Iterable
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, ProgrammingError
 
 from specl.shared.crash import crash_point
 from specl.shared.store.file import StoreFile
-from specl.shared.store.rows import Incoming, read
+from specl.shared.store.rows import Incoming, quarantined, read
 from specl.shared.store.schema import TABLES, disagreements, generations, quarantine, thresholds
 from specl.shared.wire import Row
+
+# what a record's contents are to blame for; a full disk or a lock are OperationalError, and are waited out
+UNSTORABLE = (IntegrityError, DataError, InterfaceError, ProgrammingError, ValueError, TypeError, OverflowError)
 
 
 class Writing(StoreFile):
@@ -28,12 +32,31 @@ class Writing(StoreFile):
         """
         rows = list(rows)
         incoming = [read(row) for row in rows]
-        with self._errors(), self._engine.begin() as connection:
-            for table in (*TABLES.values(), quarantine):  # generations before what was found out about them
-                self._add(connection, table, [item for item in incoming if item.table is table])
-            crash_point("store.before_commit")
+        with self._errors():
+            try:
+                with self._engine.begin() as connection:
+                    self._add_all(connection, incoming)
+                    crash_point("store.before_commit")
+            except UNSTORABLE:
+                with self._engine.begin() as connection:
+                    self._add_singly(connection, rows, incoming)
+                    crash_point("store.before_commit")
         crash_point("store.after_commit")
         return [row.id for row in rows]
+
+    def _add_all(self, connection: sa.Connection, incoming: list[Incoming]) -> None:
+        for table in (*TABLES.values(), quarantine):  # generations before what was found out about them
+            self._add(connection, table, [item for item in incoming if item.table is table])
+
+    def _add_singly(self, connection: sa.Connection, rows: list[Row], incoming: list[Incoming]) -> None:
+        """One by one, as one of them is refused for what it holds: that one goes to quarantine, the others stand."""
+        order = [*TABLES.values(), quarantine]
+        for row, item in sorted(zip(rows, incoming, strict=True), key=lambda pair: order.index(pair[1].table)):
+            try:
+                with connection.begin_nested():
+                    self._add(connection, item.table, [item])
+            except UNSTORABLE as error:
+                self._add(connection, quarantine, [quarantined(row, getattr(error, "orig", None) or error)])
 
     def _add(self, connection: sa.Connection, table: sa.Table, items: list[Incoming]) -> None:
         """Insert what is not there yet. One statement for all: a statement each costs five times the CPU."""

@@ -163,7 +163,8 @@ class Soak:
         return {
             "faults": self.faults,
             "served": len(house.latencies) + len(self.probed), "refused": dict(house.refusals),
-            "accepted": len(house.acked), "lost": len(set(house.acked) - set(stored)), "doubled": len(stored) - len(set(stored)),
+            "accepted": len(house.acked), "lost": len(set(house.acked) - set(stored)), "doubled": len(house.doubled()),
+            "changed": len(house.changed()),
             "settled_s": round(settled, 2),
             "trained": trained, "runs_lost": max(0, house.output("trainer").count("training.done") - trained),
             "adapters": len(house.stored("adapters")), "adapters_untold": len(untold),

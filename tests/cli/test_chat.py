@@ -75,7 +75,7 @@ def test_no_history_on_disk_where_text_must_not_stay(records):
 
 def test_the_history_file_is_private_and_purged_with_the_logs():
     from specl.cli.byte_search import pieces_of
-    from specl.cli.purge import _scrub_logs
+    from specl.cli.purged_text import _scrub_logs
 
     paths = find_paths().create()
     history = lines._history(paths, Records(), remember=True)

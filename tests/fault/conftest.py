@@ -1,9 +1,21 @@
+import os
+
 import pytest
 from fault_house import House, Zygote
 
 
+@pytest.fixture(scope="session", autouse=True)
+def deaths(tmp_path_factory):
+    """The file in which whoever dies at a named crash point, in any test of this session, writes that name."""
+    file = tmp_path_factory.mktemp("deaths") / "points"
+    file.touch()
+    os.environ["SPECL_CRASH_NOTE"] = str(file)  # the zygote and all that it starts inherit it
+    yield file
+    del os.environ["SPECL_CRASH_NOTE"]
+
+
 @pytest.fixture(scope="session")
-def zygote():
+def zygote(deaths):
     starter = Zygote()
     yield starter
     starter.close()
@@ -51,3 +63,4 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/fault" in str(item.path):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: "every_crash_point" in item.name)  # it looks back on all others

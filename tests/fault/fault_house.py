@@ -1,9 +1,11 @@
 """One run directory with real daemons in it, for tests that break things: start, kill, ask, settle, and the invariant.
 
 The oracle is Jepsen's: `acked` holds every generation id whose answer said `recorded: true`. After settling each of them is in the
-store exactly once, nothing is in quarantine, the outbox is empty and both files pass SQLite's own check.
+store with the text that its client saw, nothing is in quarantine, the outbox is empty and both files pass SQLite's own check. An id
+cannot be there twice (it is unique); what could are its disagreements, so those are counted.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -59,6 +61,11 @@ def process_figures(pid: int) -> tuple[float, int]:
     """Resident MiB and open files of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def digest(text: str) -> str:
+    """Of a text, to compare."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Zygote:
@@ -126,6 +133,7 @@ class House:
         self.set(settings)
         self.daemons: list[Daemon] = []
         self.acked: list[str] = []
+        self.said: dict[str, str] = {}  # what the clients saw of them, as a digest
         self.latencies: list[float] = []
         self.refusals: Counter[str] = Counter()
 
@@ -182,6 +190,7 @@ class House:
                 own.close()
         self.latencies.append(time.monotonic() - start)
         if done.recorded:
+            self.said[done.generation_id] = digest(done.text)
             self.acked.append(done.generation_id)
         return done
 
@@ -224,6 +233,27 @@ class House:
             except sqlite3.OperationalError:
                 return []
 
+    def doubled(self) -> list[tuple[str, int]]:
+        """Disagreements that stand twice (an answer has one a position at most, and one a round), or belong to no answer."""
+        return self._rows(
+            "SELECT generation_id, position FROM disagreements GROUP BY 1, 2 HAVING count(*) > 1 UNION ALL "
+            "SELECT generation_id, position FROM disagreements WHERE generation_id NOT IN (SELECT id FROM generations) "
+            "UNION ALL SELECT id, rounds FROM generations g "
+            "WHERE (SELECT count(*) FROM disagreements d WHERE d.generation_id = g.id) > rounds"
+        )
+
+    def changed(self) -> list[str]:
+        """Ids of answers that are stored with another text than the one their client saw."""
+        rows = self._rows("SELECT id, output FROM generations")
+        return [id for id, output in rows if id in self.said and self.said[id] != digest(output)]
+
+    def _rows(self, query: str) -> list[Any]:
+        db = sqlite3.connect(f"file:{self.paths.store}?mode=ro", uri=True, timeout=5)
+        try:
+            return db.execute(query).fetchall()
+        finally:
+            db.close()
+
     def waiting(self, producer: str = "inference") -> list[str]:
         """Ids in an outbox."""
         path = self.paths.outbox(producer)
@@ -253,7 +283,8 @@ class House:
         stored = self.stored()
         lost = set(self.acked) - set(stored)
         assert not lost, f"{len(lost)} accepted records are not in the store"
-        assert len(stored) == len(set(stored)), "a record is in the store twice"
+        assert not self.doubled(), "disagreements of one answer at one position twice, or of no answer"
+        assert not self.changed(), "an answer is stored with another text than its client saw"
         assert len(self.stored("quarantine")) == quarantined
         assert not self.waiting("inference")
         for path in (self.paths.store, self.paths.outbox("inference")):

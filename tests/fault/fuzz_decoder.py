@@ -13,16 +13,19 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import atheris
+import sqlalchemy as sa
 
 with atheris.instrument_imports(include=["specl", "msgpack", "pydantic"]):
     import msgpack  # noqa: F401 - imported here to be instrumented
 
-    from specl.shared import adapter_manifest, config, store, wire
+    from specl.shared import adapter_manifest, config, wire
     from specl.shared.engine import adapter_files
     from specl.shared.errors import AdapterRejected, ConfigError, WireError
+    from specl.shared.store import Store, schema
 
 MEMORY = Path("/dev/shm")  # files there cost no disk
 SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() else None))
@@ -39,7 +42,19 @@ def _wire(data: bytes) -> None:
 def _record(data: bytes) -> None:
     kinds = [kind.__name__ for kind in wire.RECORDS]
     row = wire.Row("a", kinds[data[0] % len(kinds)] if data else "", data[1:])
-    assert store._read(row).columns["id"] == "a"  # a row of a table, or of the quarantine; never an error
+    store = _store()
+    assert store.add_rows([row]) == ["a"]  # a row of a table, or of the quarantine; never an error
+    store.summary()
+    with store._engine.begin() as connection:
+        found = 0
+        for table in (*schema.TABLES.values(), schema.quarantine, schema.disagreements):
+            found += connection.execute(sa.delete(table)).rowcount
+    assert found
+
+
+@cache
+def _store() -> Store:
+    return Store(SCRATCH / "store.db")
 
 
 def _manifest(data: bytes) -> None:
@@ -57,7 +72,7 @@ def _hot(data: bytes) -> None:
     path = SCRATCH / "hot_vocab.npy"
     path.write_bytes(data)
     with suppress(AdapterRejected):
-        adapter_files._hot_problems(adapter_files._read_hot(path), 8, 128)
+        adapter_files._hot_problems(adapter_files.read_hot(path), 8, 128)
 
 
 def _config(data: bytes) -> None:

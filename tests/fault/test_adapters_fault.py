@@ -13,12 +13,15 @@ import pytest
 import zmq
 from fault_fake import make_adapter, publish_adapter
 from fault_house import HERE, ready_for_training, wait_until
-from test_delivery import PUBLISH_POINTS
 
 from specl.shared.adapters import Adapters
 from specl.shared.wire import AdapterReady, SetAdapter, encode
 
 slow = pytest.mark.slow
+
+PUBLISH_POINTS = (
+    "adapter.files_written", "adapter.before_rename", "adapter.after_rename", "adapter.before_current", "adapter.after_current",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=slow)])
@@ -182,10 +185,14 @@ def test_f13_an_announced_path_outside_is_refused(house):
     house.start("inference")
     house.ready("inference")
     assert publisher.poll(5000)
-    for path in ("/etc", str(house.paths.adapters / ".." / "000002"), "https://example.org/000002"):
-        publisher.send(encode(AdapterReady("000002", path)))
-        said = wait_until(lambda: house.status("inference")["adapter"]["rejected"].get("000002"), 5, "it is refused")
-        assert "lies outside" in said or "not an adapter id" in said
+    outside = ("/etc", str(house.paths.adapters / ".." / "000002"), "https://example.org/000002")
+    for number, path in enumerate(outside, 2):  # an id keeps its first reason
+        id = f"{number:06d}"
+        publisher.send(encode(AdapterReady(id, path)))
+        said = wait_until(
+            lambda id=id: house.status("inference")["adapter"]["rejected"].get(id), 5, f"{path} is refused"
+        )
+        assert "lies outside" in said or "not an adapter id" in said, path
     assert house.status("inference")["adapter"]["active"] == "000001"
     publisher.close()
 

@@ -23,7 +23,7 @@ def test_f9_a_second_daemon_is_refused_and_names_the_first(house, role):
     second = house.start(role)
     wait_until(lambda: second.code is not None, 3, "the second ends")
     assert time.monotonic() - start < 1.5
-    assert second.code == 78
+    assert second.code == 75
     assert f"pid {first.pid}" in house.output(role)
     assert house.status(role)["pid"] == first.pid
 

@@ -277,6 +277,26 @@ def test_a_store_of_schema_one_gets_the_new_views_and_keeps_its_rows(tmp_path, m
     new.close()
 
 
+def test_an_upgrade_that_fails_again_and_again_leaves_one_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 1)
+    old = Store(tmp_path / "old.db")
+    add(old, make_generation("g"))
+    old.close()
+    monkeypatch.undo()
+
+    def broken(connection):
+        connection.exec_driver_sql("CREATE TABLE half AS SELECT * FROM generations")
+        connection.exec_driver_sql("SELECT nonsense")
+
+    monkeypatch.setattr(schema, "MIGRATIONS", (schema.MIGRATIONS[0], broken, *schema.MIGRATIONS[2:]))
+    for second in range(4):
+        monkeypatch.setattr("specl.shared.store.file.time.time", lambda second=second: 1e9 + second)
+        with pytest.raises(StoreError, match="nonsense"):
+            Store(tmp_path / "old.db")
+    (copy,) = tmp_path.glob("*old.db.backup-*")
+    assert ask(copy, "SELECT id FROM generations") == [{"id": "g"}]
+
+
 # ---------------------------------------------------------------------------------------------------- opening
 def test_a_newer_schema_is_refused_and_left_alone(store, path):
     store.close()

@@ -232,3 +232,23 @@ def test_a_value_that_a_peer_would_refuse_is_refused_before_it_is_sent():
 
 def test_binary_keys_are_refused_not_renamed():
     refused(framed(activation(details={b"x": 1})))
+
+
+@pytest.mark.parametrize(
+    "item, count",
+    [(b"\x90", 1 << 20), (b"\x80", 1 << 20), (b"\xa2ab", 2 << 20), (b"\xdd\x00\x03\xff\xff", 0)],
+    ids=["empty lists", "empty maps", "short texts", "headers alone"],
+)
+def test_a_frame_costs_no_multiple_of_its_size(item, count):
+    import tracemalloc
+
+    parts = [b"\xdd" + (1 << 18).to_bytes(4, "big") + item * (1 << 18) for _ in range(count >> 18)] or [item * 400]
+    data = b"\x93\x01\xa6Status\x9f" + b"".join(parts)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError):
+            wire.decode(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20 or peak < 16 * len(data)

@@ -1,0 +1,230 @@
+"""A purge that was stopped half-way is finished, not forgotten; what is short or plenty goes as well. No daemon runs here."""
+
+import json
+import sqlite3
+
+import pytest
+
+from specl.cli import purge, purged_text
+from specl.cli.lines import _history, history_file
+from specl.shared.access import Keys, write_keys
+from specl.shared.checkpoints import checkpoint_folder
+from specl.shared.config import Records
+from specl.shared.errors import SpecLoraError
+from specl.shared.paths import find_paths
+from specl.shared.process import Lock, is_locked
+from specl.shared.store import Store
+from tests.fakes import make_generation, to_row
+
+SECRET = "the purple heron of Aldersgate"
+
+
+def spoken(id, text, **more):
+    return make_generation(id, messages=[{"role": "user", "content": text}], prompt=f"<user>{text}", **more)
+
+
+@pytest.fixture
+def kept():
+    """One generation with the secret, its hidden states and a checkpoint that learned from it; one that stays."""
+    paths = find_paths().create()
+    store = Store(paths.store)
+    store.add_rows([to_row(spoken("a", SECRET)), to_row(spoken("b", "something else, that stays here"))])
+    store.close()
+    (paths.hidden / "a.npy").write_bytes(b"states")
+    checkpoint = checkpoint_folder(paths.training)
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text(json.dumps({"ids": ["a"]}))
+    return paths
+
+
+def left(paths):
+    return (paths.hidden / "a.npy").exists(), checkpoint_folder(paths.training).exists()
+
+
+def ids_in(path):
+    connection = sqlite3.connect(path)
+    try:
+        return [row[0] for row in connection.execute("SELECT id FROM generations ORDER BY n")]
+    finally:
+        connection.close()
+
+
+def stop_after_the_store(monkeypatch, error):
+    """The rows go, then nothing more."""
+    real = Store.purge
+
+    def half(self, ids):
+        real(self, ids)
+        if ids:
+            raise error
+
+    monkeypatch.setattr(Store, "purge", half)
+    return lambda: monkeypatch.setattr(Store, "purge", real)
+
+
+@pytest.mark.parametrize("again", [["--resume"], ["--pattern", "heron", "--yes"], ["--id", "a", "--yes"]])
+@pytest.mark.parametrize("error", [SpecLoraError("another program reads it"), KeyboardInterrupt()])
+def test_a_purge_stopped_half_way_is_finished_by_the_next(specl, kept, monkeypatch, error, again):
+    undo = stop_after_the_store(monkeypatch, error)
+    stopped = specl("store", "purge", "--pattern", "HERON", "--yes")
+    assert stopped.exit_code in (1, 130) and "--resume" in stopped.stderr
+    assert ids_in(kept.store) == ["b"] and left(kept) == (True, True)
+    assert kept.pending_purge.stat().st_mode & 0o077 == 0
+    assert any("purge --resume" in problem for problem in specl("status", "--json").json["problems"])
+    undo()
+    finished = specl("store", "purge", *again)
+    assert finished.exit_code == 0, finished.stderr
+    assert "finishing the purge of" in finished.stdout and "finds nothing" in finished.stdout
+    assert left(kept) == (False, False) and not kept.pending_purge.exists()
+    assert ids_in(kept.store) == ["b"]
+    assert not any("purge" in problem for problem in specl("status", "--json").json["problems"])
+
+
+def test_what_came_after_a_stopped_purge_of_everything_stays(specl, kept, monkeypatch):
+    undo = stop_after_the_store(monkeypatch, SpecLoraError("busy"))
+    assert specl("store", "purge", "--all", "--yes").exit_code == 1
+    undo()
+    store = Store(kept.store)
+    store.add_rows([to_row(spoken("later", "said afterwards", created_at=9e9))])
+    store.close()
+    assert specl("store", "purge", "--resume").exit_code == 0
+    assert ids_in(kept.store) == ["later"]
+
+
+def test_an_id_that_only_begins_a_forgotten_one_is_still_found(specl, kept, monkeypatch):
+    store = Store(kept.store)
+    store.add_rows([to_row(spoken("1", "words one")), to_row(spoken("10", "words ten"))])
+    store.close()
+    undo = stop_after_the_store(monkeypatch, SpecLoraError("busy"))
+    specl("store", "purge", "--id", "10", "--yes")
+    undo()
+    assert specl("store", "purge", "--id", "1", "--yes").exit_code == 0
+    assert ids_in(kept.store) == ["a", "b"]
+
+
+def test_a_note_whose_last_line_was_cut_short_is_used_as_far_as_it_goes(specl, kept, monkeypatch):
+    undo = stop_after_the_store(monkeypatch, SpecLoraError("busy"))
+    specl("store", "purge", "--pattern", "heron", "--yes")
+    with open(kept.pending_purge, "ab") as file:
+        file.write(b'{"ids": ["b')
+    undo()
+    assert specl("store", "purge", "--resume").exit_code == 0
+    assert left(kept) == (False, False) and ids_in(kept.store) == ["b"]
+
+
+def test_resume_without_anything_to_finish_says_so_and_goes_alone(specl, kept):
+    assert "no purge was stopped" in specl("store", "purge", "--resume").stdout
+    assert specl("store", "purge", "--resume", "--all", "--yes").exit_code == 2
+    lock = Lock(kept.run, "purge", "specl-ctl store purge")
+    try:
+        outcome = specl("store", "purge", "--all", "--yes")
+        assert outcome.exit_code == 1 and "is at work" in outcome.stderr
+    finally:
+        lock.release()
+    assert ids_in(kept.store) == ["a", "b"]
+
+
+def test_a_large_purge_goes_in_portions(specl, kept, monkeypatch):
+    from specl.shared.store import forgetting
+
+    store = Store(kept.store)
+    store.add_rows([to_row(spoken(f"n{n}", f"many words, number {n}")) for n in range(23)])
+    store.close()
+    asked = []
+    real = purge.Forgetting._in_its_place
+    monkeypatch.setattr(forgetting, "PURGE_MOST", 5)
+    monkeypatch.setattr(purge, "PURGE_MOST", 5)
+    monkeypatch.setattr(
+        purge.Forgetting,
+        "_in_its_place",
+        lambda self, role, wish: asked.append(len(wish.ids)) or real(self, role, wish),
+    )
+    outcome = specl("store", "purge", "--pattern", "many words", "--yes", "--json")
+    assert outcome.json["stored"] == 23 and ids_in(kept.store) == ["a", "b"]
+    assert max(asked) == 5
+
+
+def test_the_search_leaves_nothing_out_however_much_there_is(specl, kept, monkeypatch):
+    monkeypatch.setattr(purged_text.portions_of, "__defaults__", (3,))
+    texts = [f"{n} is a text of some length, longer than one piece" for n in range(9)]
+    (kept.root / "left").write_text(texts[8])
+    with pytest.raises(SpecLoraError, match="still found in left"):
+        purged_text.prove(kept, lambda: texts)
+    (kept.root / "left").unlink()
+    searched, shared = purged_text.prove(kept, lambda: [*texts, "something else, that stays here"])
+    assert searched == 4 * 3 + 2 and shared == 1, "in five portions, the last of nine texts among them"
+    (kept.root / "zeros").write_bytes(bytes(3 << 20) + texts[3].encode() + bytes(3 << 20))
+    with pytest.raises(SpecLoraError, match="still found in zeros"):
+        purged_text.prove(kept, lambda: texts)
+
+
+def test_short_messages_leave_the_chats_history_too(specl, kept):
+    store = Store(kept.store)
+    store.add_rows([to_row(spoken("pin", "PIN 4711")), to_row(spoken("fenced", "one\nKey 9"))])
+    store.close()
+    history = _history(kept, Records(), remember=True)
+    for message in ("PIN 4711", "PIN 47", '"""one', 'Key 9"""', "stays"):
+        history.store_string(message)
+    assert specl("store", "purge", "--id", "pin", "--id", "fenced", "--yes").exit_code == 0
+    assert list(_history(kept, Records(), remember=True).load_history_strings()) == ["stays", "PIN 47"]
+    (kept.root / "store.db.backup-2-1").write_bytes(b"a copy")
+    assert specl("store", "purge", "--all", "--yes").exit_code == 0
+    assert history_file(kept).read_bytes() == b"" and not list(kept.root.glob("*backup*"))
+
+
+def test_an_id_that_begins_another_and_one_in_quarantine_can_be_purged(specl, kept):
+    from specl.shared.wire import Row
+
+    store = Store(kept.store)
+    store.add_rows(
+        [to_row(spoken("1", "words one")), to_row(spoken("10", "words ten")), Row("bad", "Generation", b"x")]
+    )
+    store.close()
+    assert specl("store", "show", "1", "--json").json["id"] == "1"
+    assert specl("store", "purge", "--id", "1", "--yes").exit_code == 0
+    assert specl("store", "purge", "--id", "bad", "--yes").exit_code == 0
+    assert ids_in(kept.store) == ["a", "b", "10"]
+    opened = Store(kept.store, read_only=True)
+    assert opened.summary().quarantined == 0
+    opened.close()
+
+
+@pytest.mark.parametrize("command", [["purge", "--all", "--yes"], ["import", "--jsonl", "in.jsonl", "--text-only"]])
+def test_on_a_clients_machine_purge_and_import_say_where_to_run_them(specl, tmp_path, monkeypatch, command):
+    paths = find_paths()
+    write_keys(paths.keys, Keys("p" * 40, "c" * 40, "s" * 40))
+    (paths.keys / "server.json").unlink()
+    settings = tmp_path / "s.yaml"
+    settings.write_text("bus: {transport: tcp, host: 192.0.2.7}\n")
+    monkeypatch.setenv("SPECL_CONFIG", str(settings))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x", "target_output": "y"}\n')
+    outcome = specl("store", *command)
+    assert (
+        outcome.exit_code == 2
+        and "another machine" in outcome.stderr
+        and f"store {command[0]}` there" in outcome.stderr
+    )
+    assert not paths.run.exists() and not paths.store.exists()
+
+
+def test_a_purge_waits_for_a_command_in_the_collectors_place(specl, kept):
+    import threading
+
+    held = Lock(kept.run, "collector", "specl-ctl store import")
+    threading.Timer(0.5, held.release).start()
+    assert specl("store", "purge", "--id", "a", "--yes").exit_code == 0
+    assert ids_in(kept.store) == ["b"]
+
+
+def test_asking_whether_a_lock_is_held_makes_nothing_and_is_seen_by_nobody(tmp_path):
+    import fcntl
+
+    assert not is_locked(tmp_path, "collector") and not list(tmp_path.iterdir())
+    Lock(tmp_path, "collector").release()
+    with open(tmp_path / "collector.lock") as other:  # somebody else asks just now
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert not is_locked(tmp_path, "collector")
+    held = Lock(tmp_path, "collector")
+    assert is_locked(tmp_path, "collector")
+    held.release()

@@ -1,0 +1,62 @@
+"""The keeper on each Procfile line: what ends it, and what it waits out."""
+
+import signal
+
+import pytest
+
+from specl.shared import process
+from specl.shared.process import EX_CONFIG, EX_TEMPFAIL, Lock, keep
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """`children(1, 75, 78)`: the exit codes of what the keeper starts, one after the other; what is left of them."""
+
+    def arrange(*codes):
+        left = list(codes)
+
+        class Child:
+            def __init__(self, command, env):
+                self.code = left.pop(0)
+
+            def wait(self, timeout=None):
+                return self.code
+
+        monkeypatch.setattr(process.subprocess, "Popen", Child)
+        return left
+
+    monkeypatch.setattr(process, "BACKOFF_S", (0,))
+    monkeypatch.setattr(process, "OCCUPIED_S", 0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield arrange
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("command", "codes", "left"),
+    [
+        ("", (EX_TEMPFAIL, 0), [0]),  # a second instance ends at once, and honcho all of it
+        ("specl-ctl store import", (EX_TEMPFAIL, EX_TEMPFAIL, EX_CONFIG), []),  # a command ends by itself
+        ("", (1, EX_TEMPFAIL, EX_TEMPFAIL, EX_CONFIG), []),  # it has served: it must not take the others with it
+        ("", (EX_CONFIG, 0), [0]),
+    ],
+)
+def test_a_refused_daemon_ends_its_keeper_only_where_waiting_cannot_help(tmp_path, children, command, codes, left):
+    held = Lock(tmp_path, "collector", command)
+    try:
+        remaining = children(*codes)
+        assert keep("collector", tmp_path) == EX_CONFIG
+        assert remaining == left
+    finally:
+        held.release()
+
+
+def test_who_is_refused_hears_who_is_there(tmp_path):
+    from specl.shared.errors import AlreadyRunning
+
+    for command, words in (("", "another collector daemon"), ("specl-ctl store purge", "`specl-ctl store purge`")):
+        held = Lock(tmp_path, "collector", command)
+        with pytest.raises(AlreadyRunning, match=words):
+            Lock(tmp_path, "collector")
+        held.release()
