@@ -67,7 +67,7 @@ def test_a_second_gateway_is_refused(lone):
         [sys.executable, "-m", "specl.daemons.gateway"],
         env=__import__("os").environ | gateway.house.environment(), capture_output=True, text=True, timeout=30,
     )  # fmt: skip
-    assert second.returncode == 78 and f"pid {gateway.process.pid}" in second.stderr
+    assert second.returncode == 75 and f"pid {gateway.process.pid}" in second.stderr
 
 
 def test_it_stops_in_time_with_streams_open(new_gateway, running):

@@ -272,8 +272,9 @@ def test_acceptance_by_depth_is_what_drafting_at_every_place_counts(stored, tmp_
         text = [int(token) for token in example.tokens]
         states = target.states(mx.array([text[:-1]]))[0]
         for place in range(example.prompt_length, len(text) - 2):
-            drafter = (HeadDrafter if settings.kind == "head" else ModelDrafter)(built.draft)
-            drafter.extend(text[:place], states[: place - 1] if settings.kind == "head" else None)
+            head = settings.kind == "head"
+            drafter = HeadDrafter(built.draft) if head else ModelDrafter(built.draft, int(target.config["vocab_size"]))
+            drafter.extend(text[:place], states[: place - 1] if head else None)
             for depth, token in enumerate(drafter.propose(3, greedy).tokens):
                 tried[depth] += 1
                 stood[depth] += token == text[place + depth]
