@@ -25,6 +25,7 @@ from pathlib import Path
 from specl.shared.adapter_manifest import Manifest, header_problem, parse_manifest
 from specl.shared.crash import crash_point
 from specl.shared.errors import AdapterRejected
+from specl.shared.paths import sync
 
 FILES = ("adapters.safetensors", "adapter_config.json", "manifest.json", "hot_vocab.npy")
 REQUIRED = FILES[:3]
@@ -50,14 +51,6 @@ def sha256_of(path: Path) -> str:
 def _read_bounded(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(MAX_MANIFEST + 1)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Adapters:
@@ -93,13 +86,13 @@ class Adapters:
         document = asdict(manifest) | {"files": hashes}
         (source / "manifest.json").write_text(json.dumps(document, indent=2))
         for path in source.iterdir():
-            _sync(path)
-        _sync(source)
+            sync(path)
+        sync(source)
         final = self.folder / manifest.id
         crash_point("adapter.before_rename")
         os.rename(source, final)
         try:
-            _sync(self.folder)
+            sync(self.folder)
             crash_point("adapter.after_rename")
             if make_current:
                 self.set_current(manifest.id)
@@ -152,12 +145,12 @@ class Adapters:
         scratch = self.folder / f".{name}-{os.getpid()}"
         try:
             scratch.write_text(text)
-            _sync(scratch)
+            sync(scratch)
             os.rename(scratch, self.folder / name)
         except OSError:
             scratch.unlink(missing_ok=True)
             raise
-        _sync(self.folder)
+        sync(self.folder)
 
     def set_previous(self, id: str) -> None:
         """PREVIOUS names what drafted before; it is kept for a rollback. Raises OSError."""

