@@ -74,7 +74,10 @@ class Lookout:
 
     def changed(self, adapter: str, watched: str, previous: str, promised: Depths | None = None) -> None:
         """`adapter` drafts from now on. `watched` names it where it has to prove itself against what `previous` did: on live
-        traffic, or, where that has not drafted yet, as the gate measured it (`promised`). With neither nothing is claimed.
+        traffic or as the gate measured it (`promised`), whichever is less. With neither nothing is claimed.
+
+        Neither is enough alone: what was drafted live may be long ago, of other work, and of confident moments only, while a
+        parked draft is watched by drafts that are forced anywhere; the gate has seen what is answered now, but no drafting.
 
         One that has not proved itself is no measure for the next: that is held to what the first was held to. Where the
         first comes back, its watch goes on.
@@ -82,7 +85,7 @@ class Lookout:
         if self.watch is not None:
             baseline, self.broken_off = self.watch.baseline, self.watch
         else:
-            baseline = self.seen if any(self.seen.tested) else promised or Depths()
+            baseline = self.seen.lower(promised or Depths())
             self._remember()
         self.watch, unfinished = None, self.broken_off
         if unfinished is not None and unfinished.adapter_id == adapter:
@@ -149,15 +152,26 @@ class Lookout:
 
 
 def held_out_before(adapters: Adapters, id: str) -> Depths | None:
-    """What the gate measured of the draft before adapter `id`, depth by depth; None where its manifest does not say."""
+    """What the gate measured of the draft before adapter `id`, depth by depth, the first on the newest texts where the manifest
+    tells those apart; None where it does not say.
+    """
     try:
         metrics = adapters.manifest(id).metrics if id else {}
     except AdapterRejected:
         return None
     shares, positions = metrics.get("heldout_before_by_depth"), metrics.get("heldout_positions")
+    newest = metrics.get("heldout_before_newest")
     is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)  # noqa: E731
     if not (isinstance(shares, list) and shares and is_number(positions)):
         return None
     if not all(is_number(share) and 0 <= share <= 1 for share in shares) or positions <= 0:
         return None
+    if (
+        isinstance(newest, list)
+        and len(newest) == 2
+        and all(map(is_number, newest))
+        and 0 <= newest[0] <= newest[1] > 0
+    ):
+        hits, positions = newest
+        shares = [hits / positions, *shares[1:]]
     return Depths.promised(shares, positions)

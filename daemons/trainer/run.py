@@ -42,6 +42,7 @@ from specl.shared.wire import TrainingRun
 
 MIN_EXAMPLES = 4
 DEPTHS = 3  # of a head's own steps: scored
+NEWEST = 20  # held-out generations, which say what is asked for now
 SHARES = (1.0, 0.9, 0.8, 0.65, 0.5)  # of the way that are tried where all of it spoils general text
 _log = log.get("training")
 
@@ -265,6 +266,9 @@ class TrainingJob:
                 "heldout_after": round(after.value, 5),
                 "heldout_before_by_depth": [round(v, 5) for v in before.by_depth],
                 "heldout_after_by_depth": [round(v, 5) for v in after.by_depth],
+                "heldout_before_newest": [
+                    round(float(part[:NEWEST].sum()), 3) for part in (before.hits, before.positions)
+                ],
                 "heldout_generations": len(self.material.held_out),
                 "heldout_positions": int(after.positions.sum()),
                 "gate": verdict.numbers(),

@@ -41,6 +41,20 @@ class Depths:
             left *= share
         return made
 
+    def lower(self, other: "Depths") -> "Depths":
+        """At each depth whichever of the two has the smaller share; the one that was tested there where only one was."""
+        made = Depths()
+        for depth in range(max(len(self.tested), len(other.tested))):
+            found = [
+                (side.accepted[depth] / side.tested[depth], side.tested[depth], side.accepted[depth])
+                for side in (self, other)
+                if depth < len(side.tested) and side.tested[depth]
+            ]
+            _, tested, accepted = min(found, default=(0.0, 0.0, 0.0))
+            made.tested.append(tested)
+            made.accepted.append(accepted)
+        return made
+
     def faded(self, most: float) -> "Depths":
         """The same shares, remembered as at most `most` tested tokens."""
         scale = min(1.0, most / max(sum(self.tested), 1.0))
@@ -49,8 +63,8 @@ class Depths:
 
 @dataclass(slots=True)
 class Watch:
-    """One adapter under observation. `baseline` is what the adapter before it did on recent live traffic, or, where there was
-    none, on the gate's held-out generations.
+    """One adapter under observation. `baseline` is what the adapter before it did on live traffic and on the gate's newest held-out
+    generations, whichever is less.
     """
 
     adapter_id: str

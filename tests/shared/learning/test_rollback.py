@@ -160,6 +160,54 @@ def test_promoted_before_any_traffic_it_is_held_to_what_the_gate_measured(made):
     assert requests <= 20 and "0.4" in why
 
 
+def test_work_that_changed_while_the_draft_was_parked_is_not_blamed_on_the_next_adapter(made):
+    """Seen in a stream: 0.64 live on one kind of record, then another kind, parked, and three better adapters rolled back."""
+    paths, adapters, first, second = made
+    adapters.set_current(first)
+    swap, lookout, _ = start(paths)
+    lookout.saw([400, 200], [256, 140])
+    document = json.loads((adapters.folder / second / "manifest.json").read_text())
+    document["metrics"] |= {
+        "heldout_before_by_depth": [0.6, 0.6], "heldout_positions": 4000, "heldout_before_newest": [240, 800]
+    }  # fmt: skip
+    (adapters.folder / second / "manifest.json").write_text(json.dumps(document))
+    adapters.set_current(second)
+    swap.follow_current()
+    baseline = lookout.watch.baseline
+    assert baseline.accepted[0] / baseline.tested[0] == pytest.approx(0.3)
+    assert baseline.accepted[1] / baseline.tested[1] == pytest.approx(0.6)
+    whys = [lookout.saw([6], [2]) for _ in range(20)]  # forced drafts of the new kind: a little better than before
+    assert not any(whys) and lookout.last["state"] == "kept"
+
+
+def test_a_bad_adapter_goes_by_the_lower_measure_too(made):
+    paths, adapters, first, second = made
+    adapters.set_current(first)
+    swap, lookout, _ = start(paths)
+    lookout.saw([400], [256])
+    document = json.loads((adapters.folder / second / "manifest.json").read_text())
+    document["metrics"] |= {
+        "heldout_before_by_depth": [0.6], "heldout_positions": 4000, "heldout_before_newest": [240, 800]
+    }  # fmt: skip
+    (adapters.folder / second / "manifest.json").write_text(json.dumps(document))
+    adapters.set_current(second)
+    swap.follow_current()
+    requests, why = 0, ""
+    while not why:
+        requests += 1
+        why = lookout.saw([6], [int(requests % 6 == 0)])
+    assert requests <= 20 and "0.300" in why
+
+
+@pytest.mark.parametrize("odd", [None, [1], [3, 2], ["1", 2], [0, 0], [True, 5], [float("nan"), 5]])
+def test_newest_texts_that_say_nothing_usable_leave_the_rest(made, odd):
+    _, adapters, first, _ = made
+    document = json.loads((adapters.folder / first / "manifest.json").read_text())
+    document["metrics"] |= {"heldout_before_by_depth": [0.5], "heldout_positions": 1000, "heldout_before_newest": odd}
+    (adapters.folder / first / "manifest.json").write_text(json.dumps(document))
+    assert held_out_before(adapters, first).accepted == [500]
+
+
 @pytest.mark.parametrize("odd", [None, [], "0.5", [1.5], [True], [float("nan")]])
 def test_a_manifest_that_promises_nothing_usable_starts_no_watch(made, odd):
     _, adapters, first, _ = made
