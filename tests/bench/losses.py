@@ -11,6 +11,7 @@ import json
 import time
 from pathlib import Path
 
+from specl.shared.models import blas  # noqa: F401, I001 - binds the BLAS before mlx loads
 import mlx.core as mx
 import numpy as np
 

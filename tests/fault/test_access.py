@@ -147,13 +147,13 @@ def test_keys_are_refused_when_others_may_read_them_and_not_replaced_by_accident
 def test_no_pickle_no_eval_no_shell_in_the_product():
     """Names of what turns data into code; `mx.load` and `np.load` read only what their formats hold."""
     words = re.compile(
-        r"\b(import (?:pickle|marshal|shelve)\b|eval\(|exec\(|os\.system|shell=True|allow_pickle=True|yaml\.load\()"
+        r"\b(import (?:pickle|marshal|shelve)\b|(?<!\.)eval\(|exec\(|os\.system|shell=True|allow_pickle=True|yaml\.load\()"
     )
     found = []
     for part in ("shared", "daemons", "cli"):
         for path in (HERE.parent.parent / part).rglob("*.py"):
             for number, line in enumerate(path.read_text().splitlines(), 1):
-                code = line.split("#")[0].replace("mx.eval(", "").replace("allow_pickle=False", "")
+                code = line.split("#")[0].replace("allow_pickle=False", "")
                 if words.search(code):
                     found.append(f"{path.name}:{number}: {line.strip()}")
     assert found == []
