@@ -6,12 +6,13 @@ SHARDS is the work folder of a `draft build` (training-*.npz and held-out-*.npz,
 Rates are over all held-out answers that were greedy; the interval is from drawing those answers again.
 """
 
+# ruff: noqa: I001 - the BLAS comes before mlx
 import argparse
 import json
 import time
 from pathlib import Path
 
-from specl.shared.models import blas  # noqa: F401, I001 - binds the BLAS before mlx loads
+from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
 import mlx.core as mx
 import numpy as np
 
