@@ -19,16 +19,8 @@ ZEROS = bytes(CHUNK)
 Pieces = dict[int, list[bytes]]  # by their first eight bytes
 
 
-def pieces_of(texts: Iterable[str]) -> Pieces:
-    """What to look for: every text in pieces, as UTF-8 and as JSON writes it."""
-    found: Pieces = {}
-    for text in sorted(set(texts)):
-        _cut(text, found)
-    return _once(found)
-
-
 def portions_of(texts: Iterable[str], most: int = MOST_PIECES) -> Iterator[Pieces]:
-    """The same of any number of texts, about `most` pieces at a time (a text is not divided)."""
+    """What to look for: every text in pieces, about `most` at a time (a text is not divided)."""
     found: Pieces = {}
     seen: set[str] = set()
     total = 0

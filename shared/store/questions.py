@@ -74,10 +74,6 @@ class Questions(StoreFile):
         """What `adapter_history` has, newest first."""
         return self.sql("SELECT * FROM adapter_history")
 
-    def activations_of(self, adapter_id: str) -> list[dict[str, Any]]:
-        """When and by whom an adapter was used or sent away, oldest first."""
-        return self.sql("SELECT * FROM adapter_activations WHERE adapter_id = :id", id=adapter_id)
-
     def pending_failures(self) -> int:
         """Failures stored since the last training run that used any. `+n`: by the index of scores, not row after row."""
         (row,) = self.sql(

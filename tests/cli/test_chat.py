@@ -74,7 +74,7 @@ def test_no_history_on_disk_where_text_must_not_stay(records):
 
 
 def test_the_history_file_is_private_and_purged_with_the_logs():
-    from specl.cli.byte_search import pieces_of
+    from specl.cli.byte_search import portions_of
     from specl.cli.purged_text import _scrub_logs
 
     paths = find_paths().create()
@@ -83,7 +83,8 @@ def test_the_history_file_is_private_and_purged_with_the_logs():
     history.store_string("something else altogether")
     file = lines.history_file(paths)
     assert file.stat().st_mode & 0o077 == 0 and b"a secret of mine" in file.read_bytes()
-    _scrub_logs(paths.logs, pieces_of(["a secret of mine that must go"]))
+    (pieces,) = portions_of(["a secret of mine that must go"])
+    _scrub_logs(paths.logs, pieces)
     assert b"secret" not in file.read_bytes() and b"even" not in file.read_bytes()
     assert list(lines._history(paths, Records(), remember=True).load_history_strings()) == ["something else altogether"]
     lines._history(paths, Records(), remember=False).store_string("not kept")
