@@ -6,6 +6,7 @@ a manifest and a weights file must look like is in `adapter_manifest.py`.
     var/adapters/CURRENT        the id that should be active, moved by rename; empty for none
     var/adapters/PREVIOUS       the id that drafted before it
     var/adapters/ROLLED_BACK.json   ids that the watch has rolled back, with the reason
+    var/adapters/SECOND_LOOKS.json  what became of those that were compared once more, on the answers they were rolled back for
 
 Publishing is: files under a temporary name, sync, rename, CURRENT. Whatever is killed whenever, CURRENT names a whole,
 verifying adapter or nothing. A directory is never changed after it was renamed into place.
@@ -35,6 +36,8 @@ KEEP_LAST = 5
 HIGHEST = "HIGHEST"  # the largest id that was ever dropped: ids are never used twice
 PREVIOUS = "PREVIOUS"
 ROLLED_BACK = "ROLLED_BACK.json"
+SECOND_LOOKS = "SECOND_LOOKS.json"
+REINSTATED, CONFIRMED = "reinstated", "confirmed"
 FOREIGN = FILES[:2]  # what an adapter made elsewhere must have; mlx-lm writes no more
 STAGED = ".new-import-"  # swept with everything else that was left half done
 STAGED_NAME = re.compile(re.escape(STAGED) + "[0-9a-f]{32}")
@@ -158,14 +161,40 @@ class Adapters:
 
     def mark_rolled_back(self, id: str, reason: str) -> None:
         """`id` disappointed and is not tried again by itself; an empty reason forgives it. Raises OSError."""
-        marks = {other: why for other, why in self.rolled_back().items() if other != id and other in self.ids()}
+        marks = {other: why for other, why in self._names(ROLLED_BACK).items() if other != id and other in self.ids()}
         self._replace(ROLLED_BACK, json.dumps(marks | ({id: reason} if reason else {}), indent=1))
 
     def rolled_back(self) -> dict[str, str]:
-        """Adapters that were rolled back by the watch, with the reason."""
+        """Adapters that were rolled back by the watch and not reinstated since, with the reason."""
+        looks = self.second_looks()
+        return {id: why for id, why in self._names(ROLLED_BACK).items() if looks.get(id) != REINSTATED}
+
+    def second_looks(self) -> dict[str, str]:
+        """Adapters that were judged again after the watch had rolled them back: REINSTATED or CONFIRMED."""
+        return self._names(SECOND_LOOKS)
+
+    def confirm_rollback(self, id: str) -> None:
+        """The second look agreed with the watch; there is no third. Raises OSError."""
+        self._replace(SECOND_LOOKS, json.dumps(self._looks_but(id) | {id: CONFIRMED}, indent=1))
+
+    def reinstate(self, id: str) -> None:
+        """The second look found that the watch was wrong: `id` counts as rolled back no more, and CURRENT names it. Raises OSError."""
+        others = self._looks_but(id)
+        # before CURRENT: inference turns away from one that is still marked. Two processes, so a file for each of them
+        self._replace(SECOND_LOOKS, json.dumps(others | {id: REINSTATED}, indent=1))
         try:
-            marks = json.loads((self.folder / ROLLED_BACK).read_text())
-            return {str(id): str(reason) for id, reason in marks.items()}
+            self.set_current(id)
+        except OSError:
+            with suppress(OSError):
+                self._replace(SECOND_LOOKS, json.dumps(others, indent=1))
+            raise
+
+    def _looks_but(self, id: str) -> dict[str, str]:
+        return {other: how for other, how in self.second_looks().items() if other != id and other in self.ids()}
+
+    def _names(self, name: str) -> dict[str, str]:
+        try:
+            return {str(id): str(why) for id, why in json.loads((self.folder / name).read_text()).items()}
         except (OSError, ValueError, AttributeError):
             return {}
 

@@ -116,10 +116,13 @@ class Activation:
     details: Json
 
 
+SECOND_LOOK = "second look at "  # how the trigger of one begins
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
     """One run of the trainer, written when it ends. `verdict` is promoted, rejected, no_verdict, failed, cancelled
-    or no_data."""
+    or no_data; of a second look at an adapter that was rolled back, reinstated or confirmed."""
 
     id: str
     created_at: float

@@ -95,6 +95,12 @@ class Lookout:
         self.adapter, self.seen = adapter, self.known.get(adapter, Depths())
         self._save()
 
+    def reinstated(self, adapter: str) -> None:
+        """A second look has found that rolling `adapter` back was wrong; it drafts again."""
+        if self.last.get("adapter") == adapter:
+            self.last = self.last | {"state": "reinstated"}
+            self._save()
+
     def _remember(self) -> None:
         """What the adapter that goes has done."""
         if any(self.seen.tested):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from specl.shared import log
-from specl.shared.adapters import Adapters
+from specl.shared.adapters import REINSTATED, Adapters
 from specl.shared.crash import crash_point
 from specl.shared.engine.adapter_files import loading
 from specl.shared.engine.engine import Engine, LoadedAdapter
@@ -22,6 +22,7 @@ from specl.shared.pieces import Pieces, Stopwatch, T, at_once
 from specl.shared.wire import Reply
 
 REMEMBERED = 32  # refusals that `status` shows
+SECOND_LOOK = "reinstated by a second look"  # it has proved itself, on the answers that it had been rolled back for
 _log = log.get("adapter")
 Stamp = tuple[tuple[str, int, int, int], ...]
 Activated = Callable[[str, str, str, str, dict[str, Any]], None]
@@ -122,7 +123,16 @@ class AdapterSwap:
             yield from self._leave(wanted)
             return
         if wanted != self.engine.adapter_id and self._worth_trying(wanted):
-            yield from self._use(wanted, "restart" if wanted == self._drafted_before else "announced")
+            yield from self._use(wanted, self._why(wanted))
+
+    def _why(self, wanted: str) -> str:
+        """Why CURRENT names it."""
+        if wanted == self._drafted_before:
+            return "restart"
+        return SECOND_LOOK if self._reinstated(wanted) else "announced"
+
+    def _reinstated(self, id: str) -> bool:
+        return self.adapters.second_looks().get(id) == REINSTATED
 
     def _worth_trying(self, id: str) -> bool:
         """Not where it was refused, unless its files have changed or the disk was to blame; nor where it disappointed."""
@@ -269,7 +279,7 @@ class AdapterSwap:
                 return Reply(False, f"there is no adapter {wish!r}")
         self._forgive(id)
         how = "rolled back by hand" if wish == "previous" else "by hand"
-        if id in self.adapters.rolled_back():
+        if id in self.adapters.rolled_back() or self._reinstated(id):
             how = "by hand, once more"
             with suppress(OSError):
                 self.adapters.mark_rolled_back(id, "")

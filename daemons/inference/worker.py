@@ -16,7 +16,7 @@ from specl.daemons.inference.admission import prepare, to_options
 from specl.daemons.inference.answer import Job, to_done, to_generation, token_laws
 from specl.daemons.inference.lookout import Lookout, held_out_before
 from specl.daemons.inference.recorder import Recorder
-from specl.daemons.inference.swap import AdapterSwap
+from specl.daemons.inference.swap import SECOND_LOOK, AdapterSwap
 from specl.shared import log
 from specl.shared.config import Settings
 from specl.shared.engine.decode import Session, rounds_together
@@ -388,10 +388,14 @@ class Worker(threading.Thread):
             self.swap.roll_back(why)
 
     def _look_out(self, adapter_id: str, previous_id: str, reason: str) -> None:
-        """An adapter that came from the gate or by hand is watched; one that somebody insists on, or returns to, is not."""
+        """An adapter that came from the gate or by hand is watched; one that somebody insists on, returns to, or that a second
+        look has reinstated, is not.
+        """
         watched = adapter_id if reason in WATCHED else ""
         if reason != "restart":
             self.lookout.changed(adapter_id, watched, previous_id, held_out_before(self.swap.adapters, adapter_id))
+        if reason == SECOND_LOOK:
+            self.lookout.reinstated(adapter_id)
 
     def _activated(self, event: str, adapter_id: str, previous_id: str, reason: str, details: dict[str, Any]) -> None:
         """An adapter came, went or was refused: a fact for the store, and maybe the start of a watch."""

@@ -6,7 +6,7 @@ general text comes with the draft (`replay.npz`: texts of its target), because a
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,6 +125,11 @@ class Gatherer:
             for part, most in parts
         ]
         return Material(*trained, judged_by, last_generation=rows.newest)
+
+    def since(self, moment: float, most: int, without: Collection[str]) -> list[Example]:
+        """What was answered after `moment`, newest first, held out or not; never what stands in `without`."""
+        rows = [row for row in self.store.outlines(most) if self._fits(row) and row.created_at > moment]
+        return self._examples([row for row in rows if row.id not in set(without)], most)
 
     def _fits(self, row: Outline) -> bool:
         return row.target_fingerprint == self.engine.target.fingerprint and row.output_count > 1

@@ -24,6 +24,10 @@ class Abandoned(Interrupted):
     """The run under way must end, and leave nothing to go on with."""
 
 
+class Overtaken(Interrupted):
+    """What the run goes on from is no longer in force: its outcome would be refused."""
+
+
 class Turnstile:
     """`pass_through` is called between two pieces of work. Time is an argument, so that tests need not wait."""
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from specl.daemons.trainer.course import Course, Live
 from specl.daemons.trainer.data import Gatherer, Material
+from specl.daemons.trainer.politeness import Overtaken
 from specl.daemons.trainer.records import adapter_record, evaluations
 from specl.daemons.trainer.regression import RegressionSlice
 from specl.shared import checkpoints, log
@@ -126,7 +127,7 @@ class TrainingJob:
         shape = self._prepare(learner, parent, replay)
         origin = {"parent": self.parent_id, "draft": self.engine.draft_fingerprint}
         self.course = Course(
-            material, replay, self.settings, self.folder, self.gatherer, origin, self.live, self._pause
+            material, replay, self.settings, self.folder, self.gatherer, origin, self.live, self._while_in_force
         )
         try:
             self.course.run(learner)
@@ -134,6 +135,13 @@ class TrainingJob:
             return self._outcome("failed", str(error))
         self.live.state = "scoring"
         return self._judge(learner, shape, before, *self._weighed(learner, before))
+
+    def _while_in_force(self) -> float:
+        """`pause`. Raises Overtaken, too: the checkpoint stays, for what was rolled back may be reinstated."""
+        waited = self._pause()
+        if self.adapters.current() != self.in_force:
+            raise Overtaken(f"it goes on from adapter {self.parent_id or 'none'}, which is no longer in force")
+        return waited
 
     def _short(self, failures: int, successes: int, held_out: int) -> Outcome | None:
         """What is missing yet: to train on, or to judge by, without which the training would be for nothing."""

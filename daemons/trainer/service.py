@@ -11,14 +11,16 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from specl.daemons.trainer import second_look
 from specl.daemons.trainer.consent import Consent
 from specl.daemons.trainer.course import Live
 from specl.daemons.trainer.data import Gatherer
 from specl.daemons.trainer.facts import Facts
-from specl.daemons.trainer.politeness import Abandoned, Turnstile
+from specl.daemons.trainer.politeness import Abandoned, Overtaken, Turnstile
 from specl.daemons.trainer.records import adapter_record, scored
 from specl.daemons.trainer.regression import RegressionSlice
 from specl.daemons.trainer.run import Outcome, TrainingJob, in_force
+from specl.daemons.trainer.second_look import LookJob, SecondLook
 from specl.daemons.trainer.trial import Trial, TrialJob
 from specl.daemons.trainer.work import BY_HAND, IMPORT, NOW, RUN, Job, kind_of_work
 from specl.shared import checkpoints, log, power
@@ -84,7 +86,7 @@ class Trainer:
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._running = threading.Event()
         self._run_waits = threading.Event()  # one is in the queue, behind other work
-        self._not_before = self._no_score_before = 0.0
+        self._not_before = self._no_score_before = self._no_look_before = 0.0
         self._job: Job = ""
         self._again = self._wanting = ""  # a run to be repeated; what the last one was short of
         self._retry_s = RETRY_S
@@ -137,6 +139,8 @@ class Trainer:
         try:
             self.pending = store.pending_failures()
             unscored = bool(store.unscored(1))
+            doubted = second_look.due(self.adapters)
+            answers_to_look_at = doubted is not None and second_look.ready(doubted, store)
             self.troubles.pop("store", None)
         except StoreError as error:
             self.troubles["store"] = str(error)
@@ -149,7 +153,11 @@ class Trainer:
         self._wants = bool(enough or self._again)
         if self.consent.objection and self._again != NOW:
             return
-        if self._wants and time.monotonic() >= self._not_before:
+        if doubted is not None and answers_to_look_at and time.monotonic() >= self._no_look_before:
+            self._work.put(SecondLook(doubted.id))
+        elif doubted is not None and not answers_to_look_at and second_look.worth_waiting(self.adapters):
+            return  # a run would go on from what may not be in force for long
+        elif self._wants and time.monotonic() >= self._not_before:
             self._put(self._again or f"{self.pending} failures")
             self._again = ""
         elif unscored and time.monotonic() >= self._no_score_before:
@@ -288,6 +296,9 @@ class Trainer:
             except Abandoned:
                 checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
                 _log.info("training.abandoned")
+            except Overtaken as error:
+                self._again = job if isinstance(job, str) else ""
+                _log.info("training.overtaken", reason=str(error))
             except Interrupted:
                 _log.info("training.interrupted")
             except SpecLoraError as error:
@@ -330,7 +341,9 @@ class Trainer:
             return
         if seconds is None:
             seconds, self._retry_s = self._retry_s, min(2 * self._retry_s, LONGEST_RETRY_S)
-        if job == "score":
+        if isinstance(job, SecondLook):
+            self._no_look_before = time.monotonic() + seconds
+        elif job == "score":
             self._no_score_before = time.monotonic() + seconds
         else:
             self._not_before = time.monotonic() + seconds
@@ -360,11 +373,19 @@ class Trainer:
                 self._loaded(), self._gatherer(store), self.adapters, self.paths, self.settings, self.live,
                 self.turnstile.pass_through,
             )  # fmt: skip
-            job = TrialJob(what, *parts) if isinstance(what, Trial) else TrainingJob(*parts, what)
-            outcome = job.run()
+            match what:
+                case Trial():
+                    outcome = TrialJob(what, *parts).run()
+                case SecondLook():
+                    outcome = LookJob(what, *parts).run()
+                case _:
+                    outcome = TrainingJob(*parts, what).run()
         finally:
             store.close()
             give_back()  # a run takes many times what scoring does
+        if isinstance(what, SecondLook):
+            self._looked(what, outcome)
+            return
         if isinstance(what, Trial):
             self.trials[what.run_id] = {
                 "verdict": outcome.verdict, "reason": outcome.reason, "adapter_id": outcome.adapter_id,
@@ -380,6 +401,14 @@ class Trainer:
         ):  # waiting for the same is told of once, not every minute
             self._record(outcome)
         _log.info("training.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)
+
+    def _looked(self, look: SecondLook, outcome: Outcome) -> None:
+        """Tell of a second look that decided something."""
+        if outcome.verdict == "no_verdict":
+            self._hold_off(look, WANTING_S)
+        else:
+            self._record(outcome)
+        _log.info("second_look.done", adapter=look.adapter, verdict=outcome.verdict, reason=outcome.reason)
 
     def _record(self, outcome: Outcome) -> None:
         for record in outcome.records:

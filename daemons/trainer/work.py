@@ -1,15 +1,22 @@
 """What the trainer's MLX thread is given to do, by name: nothing of how."""
 
+from specl.daemons.trainer.second_look import SecondLook
 from specl.daemons.trainer.trial import Trial
 
-Job = str | Trial  # a run's name is what triggered it
-RUN, IMPORT = "run", "import"
+Job = str | Trial | SecondLook  # a run's name is what triggered it
+RUN, IMPORT, LOOK = "run", "import", "second look"
 BY_HAND = "by hand"
 NOW = "by hand, now"  # also while the machine objects
 
 
 def kind_of_work(job: Job) -> str:
-    """`score`, `regression`, `import`, or a training run, whatever triggered it."""
-    if isinstance(job, Trial):
-        return IMPORT
-    return job if job in ("score", "regression") else RUN
+    """`score`, `regression`, `import`, `second look`, or a training run, whatever triggered it."""
+    match job:
+        case Trial():
+            return IMPORT
+        case SecondLook():
+            return LOOK
+        case "score" | "regression":
+            return job
+        case _:
+            return RUN

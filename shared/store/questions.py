@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import Outline, StoredGeneration, exported
 from specl.shared.store.schema import disagreements, generations, training_runs
+from specl.shared.wire import SECOND_LOOK
 
 # what the view `failures` says; counting the view reads whole rows, this an index alone
 _IS_FAILURE = "coalesce(acceptance_rate, agreement) < (SELECT CAST(value AS REAL) FROM settings WHERE name = 'acceptance_threshold')"
@@ -51,7 +52,9 @@ class Questions(StoreFile):
                 g.adapter_id, sa.func.sum(g.model_drafted).label("d"), sa.func.sum(g.model_accepted).label("a")
             ).group_by(g.adapter_id)
         )
-        runs = self._all(sa.select(training_runs).order_by(training_runs.c.n.desc()).limit(1))
+        t = training_runs.c  # second looks are told of by the watch's own figures
+        asked_for = sa.select(training_runs).where(t.trigger.not_like(f"{SECOND_LOOK}%"))
+        runs = self._all(asked_for.order_by(t.n.desc()).limit(1))
         drafted = sum(row["model_drafted"] for row in recent)
         speeds = [row["tokens_per_second"] for row in recent if row["tokens_per_second"] > 0]  # imported ones have none
         return Summary(

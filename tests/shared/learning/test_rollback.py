@@ -275,3 +275,35 @@ def test_answers_with_few_drafts_are_judged_at_twenty_and_do_not_end_the_watch_i
     lookout.changed("000002", "000002", "000001")
     said = [lookout.saw([1], [0]) for _ in range(20)]
     assert not any(said[:19]) and "20 requests" in said[19]
+
+
+def test_what_a_second_look_has_reinstated_drafts_again_and_is_not_watched(made):
+    paths, adapters, first, second = made
+    adapters.set_current(first)
+    swap, lookout, _ = start(paths)
+    for _ in range(20):
+        lookout.saw([20], [14])
+    adapters.set_current(second)
+    swap.follow_current()
+    while not (why := lookout.saw([20], [5])):
+        pass
+    swap.roll_back(why)
+    adapters.reinstate(second)
+    swap.follow_current()
+    assert swap.engine.adapter_id == second and lookout.watch is None and swap.previous == first
+    lookout.reinstated(second)
+    assert lookout.status()["state"] == "reinstated"
+    assert not any(lookout.saw([20], [5]) for _ in range(30))
+    again, later, _ = start(paths)
+    assert again.engine.adapter_id == second and later.watch is None and later.status()["state"] == "reinstated"
+
+
+def test_by_hand_a_reinstated_adapter_is_not_watched_either(made):
+    paths, adapters, first, second = made
+    adapters.mark_rolled_back(second, "it disappointed")
+    adapters.reinstate(second)
+    adapters.set_current(first)
+    swap, lookout, _ = start(paths)
+    for _ in range(20):
+        lookout.saw([20], [14])
+    assert swap.by_hand(second).ok and lookout.watch is None

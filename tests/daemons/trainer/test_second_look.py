@@ -1,0 +1,196 @@
+"""An adapter that the watch has rolled back comes back where it does better on the same answers, and only there."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from specl.daemons.trainer import second_look, service
+from specl.daemons.trainer.course import Live
+from specl.daemons.trainer.data import Gatherer
+from specl.daemons.trainer.politeness import Overtaken
+from specl.daemons.trainer.run import TrainingJob
+from specl.daemons.trainer.second_look import LEAST, LookJob, SecondLook
+from specl.shared import config
+from specl.shared.adapters import CONFIRMED, REINSTATED, Adapters
+from specl.shared.hidden import HiddenSpool
+from specl.shared.learning.traffic import recapture
+from specl.shared.paths import Paths
+from specl.shared.store import Store
+from specl.shared.wire import SECOND_LOOK, Row, TopK, encode
+from tests.fakes import make_generation, make_training_run, tokens_blob
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "fault"))
+from fault_fake import fake_pair, make_adapter
+
+GOOD, BAD = 0.02, 2.0  # scale of random factors: one hardly changes the draft, which is near its target; the other ruins it
+
+
+def publish(adapters, id, scale, parent):
+    scratch, manifest = make_adapter(adapters.folder, id, scale=scale)
+    adapters.publish(scratch, replace(manifest, parent_id=parent))
+
+
+def answers(engine, count, created_at, first=0):
+    """Greedy answers of the target, as records."""
+    made = []
+    for number in range(first, first + count):
+        prompt = np.random.default_rng(number).integers(40, 120, 6).tolist()
+        tokens = list(prompt)
+        for _ in range(12):
+            tokens.append(int(recapture(engine.target, np.array([*tokens, 0]), len(tokens), 1)[1][-1, 0]))
+        _, ids, logprobs = recapture(engine.target, np.array(tokens), len(prompt), 4)
+        blobs = ids.astype("<u4").tobytes(), logprobs.astype("<f2").tobytes()
+        made.append(
+            make_generation(
+                f"g{number}", created_at=created_at, target_fingerprint=engine.target.fingerprint, prompt_tokens=tokens_blob(prompt),
+                output_ids=tokens[6:], disagreements=[], top_k=TopK(4, *blobs, bytes(2 * len(ids)), bytes(2 * len(ids))),
+            )  # fmt: skip
+        )
+    return made
+
+
+class Place:
+    """A run directory with two adapters, the second of which was rolled back, and a store."""
+
+    def __init__(self, root, scales, count=LEAST, parent="000001"):
+        self.engine = fake_pair(config.load(), root)
+        self.paths = Paths(root, root).create()
+        self.adapters = Adapters(self.paths.adapters)
+        before = time.time() - 100
+        for id, scale, its in zip(("000001", "000002"), scales, ("", parent), strict=True):
+            publish(self.adapters, id, scale, its)
+        self.adapters.mark_rolled_back("000002", "it disappointed")
+        self.adapters.set_current("000001")
+        self.store = Store(self.paths.store)
+        self.store.set_threshold(0.5)
+        self.add(answers(self.engine, 6, before, first=100))  # from before it was published: these say nothing
+        self.add(answers(self.engine, count, time.time() + 1))
+
+    def add(self, records):
+        self.store.add_rows([Row(record.id, "Generation", encode(record)) for record in records])
+
+    def parts(self, pause=lambda: 0.0):
+        settings = config.load()
+        gatherer = Gatherer(self.store, self.engine, settings, HiddenSpool(self.paths.hidden, 0), pause)
+        return self.engine, gatherer, self.adapters, self.paths, settings, Live(), pause
+
+    def look(self):
+        return LookJob(SecondLook("000002"), *self.parts()).run()
+
+
+def test_what_does_better_on_the_same_answers_comes_back(tmp_path):
+    place = Place(tmp_path, (BAD, GOOD))
+    outcome = place.look()
+    assert outcome.verdict == "reinstated" and (outcome.adapter_id, outcome.path.name) == ("000002", "000002")
+    assert place.adapters.current() == "000002" and place.adapters.rolled_back() == {}
+    assert place.adapters.second_looks() == {"000002": REINSTATED} and second_look.due(place.adapters) is None
+    run = outcome.records[-1]
+    assert run.trigger == f"{SECOND_LOOK}000002" and run.adapter_id == "" and run.last_generation == ""
+    by = {record.adapter_id: record for record in outcome.records[:-1]}
+    assert by["000002"].agreement > by["000001"].agreement + 0.3 and by["000002"].generations == LEAST
+
+
+@pytest.mark.parametrize("scales", [(GOOD, BAD), (GOOD, GOOD)])
+def test_what_does_worse_or_no_better_stays_away_and_is_not_looked_at_again(tmp_path, scales):
+    place = Place(tmp_path, scales)
+    assert place.look().verdict == "confirmed"
+    assert place.adapters.current() == "000001" and list(place.adapters.rolled_back()) == ["000002"]
+    assert place.adapters.second_looks() == {"000002": CONFIRMED} and second_look.due(place.adapters) is None
+
+
+def test_files_that_no_longer_load_confirm_the_rollback(tmp_path):
+    place = Place(tmp_path, (BAD, GOOD))
+    (place.adapters.folder / "000002" / "adapters.safetensors").write_bytes(b"torn")
+    assert place.look().verdict == "confirmed" and place.adapters.current() == "000001"
+
+
+def test_too_few_answers_decide_nothing(tmp_path):
+    place = Place(tmp_path, (BAD, GOOD), count=LEAST - 1)
+    doubted = second_look.due(place.adapters)
+    assert doubted.id == "000002" and not second_look.ready(doubted, place.store)
+    assert place.look().verdict == "no_verdict" and second_look.due(place.adapters) is not None
+    place.add(answers(place.engine, 1, time.time() + 1, first=50))
+    assert second_look.ready(doubted, place.store)
+
+
+def test_an_adapter_that_went_on_from_another_one_is_not_due(tmp_path):
+    place = Place(tmp_path, (BAD, GOOD), parent="")
+    assert second_look.due(place.adapters) is None
+    place.adapters.set_current("")
+    assert second_look.due(place.adapters).id == "000002"
+
+
+def test_a_full_disk_leaves_it_rolled_back(tmp_path, monkeypatch):
+    place = Place(tmp_path, (BAD, GOOD))
+
+    def full(id):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(place.adapters, "set_current", full)
+    with pytest.raises(OSError):
+        place.look()
+    assert list(place.adapters.rolled_back()) == ["000002"] and second_look.due(place.adapters) is not None
+
+
+def test_a_run_ends_as_soon_as_what_it_goes_on_from_is_no_longer_in_force(tmp_path):
+    place = Place(tmp_path, (GOOD, GOOD))
+    job = TrainingJob(*place.parts(), "t")
+    job._parent()
+    assert job._while_in_force() == 0.0
+    place.adapters.set_current("")
+    with pytest.raises(Overtaken, match="000001"):
+        job._while_in_force()
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    place = Place(tmp_path, (BAD, GOOD), count=LEAST - 1)
+    settings = config.load()
+    training = settings.training.model_copy(update={"min_failure_cases": 3})
+    server = SimpleNamespace(subscribe=lambda *_: None, wake=lambda: None, malformed=0)
+    made = service.Trainer(place.paths, settings.model_copy(update={"training": training}), server)
+    made.place = place
+    yield made
+    made.outbox.close()
+
+
+def test_a_run_waits_for_the_second_look_but_not_for_ever(trainer, monkeypatch):
+    trainer._look()
+    assert trainer._work.empty() and trainer._wants  # failures enough, answers to look at too few
+    trainer.place.add(answers(trainer.place.engine, 1, time.time() + 1, first=50))
+    trainer._look()
+    assert trainer._work.get_nowait() == SecondLook("000002")
+    trainer._no_look_before = float("inf")  # a look that failed
+    trainer._look()
+    assert trainer._work.get_nowait().endswith("failures")
+    trainer._no_look_before = 0.0
+    monkeypatch.setattr(second_look, "LEAST", 100)
+    monkeypatch.setattr(second_look, "PATIENCE_S", 0.0)
+    trainer._run_waits.clear()
+    trainer._look()
+    assert trainer._work.get_nowait().endswith("failures")
+
+
+def test_an_overtaken_run_is_made_again(trainer, monkeypatch):
+    def overtaken(what):
+        raise Overtaken("gone")
+
+    monkeypatch.setattr(trainer, "_one_run", overtaken)
+    for job in ("3 failures", "stop"):
+        trainer._work.put(job)
+    trainer._mlx_thread()
+    assert trainer._again == "3 failures" and not trainer.troubles
+    assert not trainer._running.is_set()
+
+
+def test_a_second_look_is_no_verdict_that_somebody_waits_for(tmp_path):
+    store = Store(tmp_path / "store.db")
+    runs = [make_training_run("a"), make_training_run("b", trigger=f"{SECOND_LOOK}000002", verdict="reinstated")]
+    store.add_rows([Row(run.id, "TrainingRun", encode(run)) for run in runs])
+    assert store.summary().last_verdict["verdict"] == "promoted"
+    store.close()
