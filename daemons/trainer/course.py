@@ -5,7 +5,7 @@ Knows what is learned and for how long, nothing of scores, gates or adapters on 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from specl.shared.learning.steps import Batches, Deadline, StepLoop, StepSetting
 PIECE_TOKENS = 256  # of one forward and backward: what a request may have to wait for
 CHECKPOINT_S = 20.0
 SAME_WORK = 0.75  # of the generations of a checkpoint and a new run that both have
+ENOUGH_NEW = 8  # failures that the parent did not learn from; fewer would be learned by heart
 TRAINED_DEPTHS = 2  # of a head's own steps, as `draft build` does: the third costs half as much time again
 RECIPE = {
     "lora", "loss", "learning_rate", "batch_size", "gradient_accumulation_steps", "replay_ratio", "num_epochs", "max_minutes",
@@ -49,7 +50,8 @@ class Live:
 
 @dataclass(slots=True)
 class Course:
-    """Trains what is attached to `learner`. `origin` is what the weights began from: draft and parent. `pause` as in TrainingJob.
+    """Trains what is attached to `learner`. `origin` is what the weights began from: draft and parent; `known` names the
+    generations that the parent learned from. `pause` as in TrainingJob.
 
     Afterwards `learned` names every generation that the weights have seen, a resumed run's included, and `losses` has one a step.
     """
@@ -60,6 +62,7 @@ class Course:
     folder: Path
     gatherer: Gatherer
     origin: dict[str, str]
+    known: Collection[str]
     live: Live
     pause: Callable[[], float]
     learned: list[str] = field(default_factory=list)
@@ -72,11 +75,8 @@ class Course:
         training, material = self.settings.training, self.material
         taught, aside = set_aside([*material.failures, *material.successes])
         kept = {example.id for example in taught}
-        failures, successes = (
-            [example for example in part if example.id in kept] for part in (material.failures, material.successes)
-        )
         self.learned = sorted({*self.learned, *kept})
-        fresh, again = (failures, [*successes, *self.replay]) if failures else (successes, self.replay)
+        fresh, again = self._pools(kept)
         batches = Batches(fresh, again, training.batch_size, training.replay_ratio, seed=0)
         fresh_a_step = training.batch_size * training.gradient_accumulation_steps * max(batches.fresh_share, 0.1)
         total = max(1, math.ceil(len(fresh) * training.num_epochs / fresh_a_step))
@@ -95,6 +95,20 @@ class Course:
         except Interrupted:
             self._save(loop, deadline)
             raise
+
+    def _pools(self, kept: Collection[str]) -> tuple[list[Example], list[Example]]:
+        """Texts to learn, and texts to replay. Failures that the parent has learned from are replayed, where there are enough others:
+        else work of a new kind would have to wait its turn behind all that ever failed.
+        """
+        failures, successes = (
+            [example for example in part if example.id in kept]
+            for part in (self.material.failures, self.material.successes)
+        )
+        new = [example for example in failures if example.id not in self.known]
+        if len(new) >= ENOUGH_NEW:
+            old = [example for example in failures if example.id in self.known]
+            return new, [*old, *successes, *self.replay]
+        return (failures, [*successes, *self.replay]) if failures else (successes, self.replay)
 
     def _steps(self, loop: StepLoop, batches: Batches, deadline: Deadline, stop: EarlyStop) -> None:
         """Until all are done, the time is over, or what was set aside no longer gets better."""

@@ -8,6 +8,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,20 @@ class TrainingJob:
         shape = self._prepare(learner, parent, replay)
         origin = {"parent": self.parent_id, "draft": self.engine.draft_fingerprint}
         self.course = Course(
-            material, replay, self.settings, self.folder, self.gatherer, origin, self.live, self._while_in_force
-        )
+            material, replay, self.settings, self.folder, self.gatherer, origin, self._known(), self.live, self._while_in_force
+        )  # fmt: skip
         try:
             self.course.run(learner)
         except FloatingPointError as error:
             return self._outcome("failed", str(error))
         self.live.state = "scoring"
         return self._judge(learner, shape, before, *self._weighed(learner, before))
+
+    def _known(self) -> set[str]:
+        """Generations that the parent learned from."""
+        with suppress(AdapterRejected):
+            return set(self.adapters.manifest(self.parent_id).generations) if self.parent_id else set()
+        return set()
 
     def _while_in_force(self) -> float:
         """`pause`. Raises Overtaken, too: the checkpoint stays, for what was rolled back may be reinstated."""

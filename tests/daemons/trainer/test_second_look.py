@@ -27,7 +27,10 @@ from tests.fakes import make_generation, make_training_run, tokens_blob
 sys.path.insert(0, str(Path(__file__).parents[2] / "fault"))
 from fault_fake import fake_pair, make_adapter
 
-GOOD, BAD = 0.02, 2.0  # scale of random factors: one hardly changes the draft, which is near its target; the other ruins it
+GOOD, BAD = (
+    0.02,
+    2.0,
+)  # scale of random factors: one hardly changes the draft, which is near its target; the other ruins it
 
 
 def publish(adapters, id, scale, parent):
@@ -44,13 +47,12 @@ def answers(engine, count, created_at, first=0):
         for _ in range(12):
             tokens.append(int(recapture(engine.target, np.array([*tokens, 0]), len(tokens), 1)[1][-1, 0]))
         _, ids, logprobs = recapture(engine.target, np.array(tokens), len(prompt), 4)
-        blobs = ids.astype("<u4").tobytes(), logprobs.astype("<f2").tobytes()
-        made.append(
-            make_generation(
-                f"g{number}", created_at=created_at, target_fingerprint=engine.target.fingerprint, prompt_tokens=tokens_blob(prompt),
-                output_ids=tokens[6:], disagreements=[], top_k=TopK(4, *blobs, bytes(2 * len(ids)), bytes(2 * len(ids))),
-            )  # fmt: skip
+        law = TopK(
+            4, ids.astype("<u4").tobytes(), logprobs.astype("<f2").tobytes(), bytes(2 * len(ids)), bytes(2 * len(ids))
         )
+        changes = {"created_at": created_at, "target_fingerprint": engine.target.fingerprint, "disagreements": []}
+        ids_of = {"prompt_tokens": tokens_blob(prompt), "output_ids": tokens[6:]}
+        made.append(make_generation(f"g{number}", **changes, **ids_of, top_k=law))
     return made
 
 
