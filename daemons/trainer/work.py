@@ -6,6 +6,7 @@ from specl.daemons.trainer.trial import Trial
 Job = str | Trial | SecondLook  # a run's name is what triggered it
 RUN, IMPORT, LOOK = "run", "import", "second look"
 BY_HAND = "by hand"
+STOP = "stop"  # the last one
 NOW = "by hand, now"  # also while the machine objects
 
 

@@ -80,11 +80,11 @@ def install() -> None:
     import specl.daemons.inference.worker as worker
     import specl.daemons.trainer.course as course
     import specl.daemons.trainer.run as run
-    import specl.daemons.trainer.service as service
+    import specl.daemons.trainer.worker as trainer
 
-    worker.load_pair = service.load_pair = fake_pair
+    worker.load_pair = trainer.load_pair = fake_pair
     course.CHECKPOINT_S = float(os.environ.get("SPECL_TEST_CHECKPOINT_S", course.CHECKPOINT_S))
-    service.DISK_RETRY_S = float(os.environ.get("SPECL_TEST_DISK_RETRY_S", service.DISK_RETRY_S))
+    trainer.DISK_RETRY_S = float(os.environ.get("SPECL_TEST_DISK_RETRY_S", trainer.DISK_RETRY_S))
     worker.IDLE_TICK_S = float(os.environ.get("SPECL_TEST_LOOK_S", worker.IDLE_TICK_S))
     if os.environ.get("SPECL_TEST_RISING"):
         run.agreement = _rising(run.agreement)

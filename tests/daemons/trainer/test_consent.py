@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from specl.daemons.trainer import consent, politeness, service
+from specl.daemons.trainer import consent, politeness, service, worker
 from specl.daemons.trainer.consent import Consent
 from specl.daemons.trainer.politeness import DEFER_S, Turnstile
 from specl.daemons.trainer.run import Outcome
@@ -95,7 +95,7 @@ class House:
         store.close()
         self.wire = Wire()
         self.trainer = Trainer(paths, settings.model_copy(update={"training": changed}), self.wire, self._look)
-        self.trainer._loaded = lambda: SimpleNamespace()
+        self.trainer.worker._loaded = lambda: SimpleNamespace()
         self._thread = threading.Thread(target=lambda: self.trainer.run(self))
         self._thread.start()
 
@@ -119,7 +119,7 @@ class House:
 @pytest.fixture
 def house(monkeypatch):
     monkeypatch.setattr(service, "LOOK_S", 0.02)
-    monkeypatch.setattr(service, "TrainingJob", Work)
+    monkeypatch.setattr(worker, "TrainingJob", Work)
     monkeypatch.setattr(consent, "LOOK_S", 0.02)
     monkeypatch.setattr(politeness, "HELD_NAP_S", 0.02)
     monkeypatch.setattr(Work, "done", 0)

@@ -163,31 +163,31 @@ def trainer(tmp_path):
 
 def test_a_run_waits_for_the_second_look_but_not_for_ever(trainer, monkeypatch):
     trainer._look()
-    assert trainer._work.empty() and trainer._wants  # failures enough, answers to look at too few
+    assert trainer.worker.jobs.empty() and trainer._wants  # failures enough, answers to look at too few
     trainer.place.add(answers(trainer.place.engine, 1, time.time() + 1, first=50))
     trainer._look()
-    assert trainer._work.get_nowait() == SecondLook("000002")
-    trainer._no_look_before = float("inf")  # a look that failed
+    assert trainer.worker.jobs.get_nowait() == SecondLook("000002")
+    trainer.worker.no_look_before = float("inf")  # a look that failed
     trainer._look()
-    assert trainer._work.get_nowait().endswith("failures")
-    trainer._no_look_before = 0.0
+    assert trainer.worker.jobs.get_nowait().endswith("failures")
+    trainer.worker.no_look_before = 0.0
     monkeypatch.setattr(second_look, "LEAST", 100)
     monkeypatch.setattr(second_look, "PATIENCE_S", 0.0)
-    trainer._run_waits.clear()
+    trainer.worker.run_waits.clear()
     trainer._look()
-    assert trainer._work.get_nowait().endswith("failures")
+    assert trainer.worker.jobs.get_nowait().endswith("failures")
 
 
 def test_an_overtaken_run_is_made_again(trainer, monkeypatch):
     def overtaken(what):
         raise Overtaken("gone")
 
-    monkeypatch.setattr(trainer, "_one_run", overtaken)
+    monkeypatch.setattr(trainer.worker, "_one_run", overtaken)
     for job in ("3 failures", "stop"):
-        trainer._work.put(job)
-    trainer._mlx_thread()
-    assert trainer._again == "3 failures" and not trainer.troubles
-    assert not trainer._running.is_set()
+        trainer.worker.jobs.put(job)
+    trainer.worker.run()
+    assert trainer.worker.again == "3 failures" and not trainer.worker.troubles
+    assert not trainer.worker.running.is_set()
 
 
 def test_a_second_look_is_no_verdict_that_somebody_waits_for(tmp_path):

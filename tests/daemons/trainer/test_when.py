@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from specl.daemons.trainer import service
+from specl.daemons.trainer import service, worker
 from specl.daemons.trainer.records import scored
 from specl.daemons.trainer.run import Outcome
+from specl.daemons.trainer.work import BY_HAND
 from specl.shared import config
 from specl.shared.learning.gate import Agreement
 from specl.shared.paths import Paths
@@ -55,17 +56,17 @@ def outcome(verdict):
 
 
 def run_with(trainer, monkeypatch, verdict, what="3 failures"):
-    monkeypatch.setattr(service, "TrainingJob", lambda *_: SimpleNamespace(run=lambda: outcome(verdict)))
-    monkeypatch.setattr(trainer, "_loaded", lambda: None)
-    monkeypatch.setattr(trainer, "_gatherer", lambda store: None)
+    monkeypatch.setattr(worker, "TrainingJob", lambda *_: SimpleNamespace(run=lambda: outcome(verdict)))
+    monkeypatch.setattr(trainer.worker, "_loaded", lambda: None)
+    monkeypatch.setattr(trainer.worker, "_gatherer", lambda store: None)
     trainer.turnstile._idle_s = 0
-    trainer._one_run(what)
+    trainer.worker._one_run(what)
 
 
 def test_enough_failures_begin_a_run_and_only_one(trainer):
     trainer._look()
     trainer._look()
-    assert trainer._work.qsize() == 1
+    assert trainer.worker.jobs.qsize() == 1
     reply = trainer._train(Train(now=True))
     assert not reply.ok and "waits already" in reply.message
 
@@ -74,17 +75,17 @@ def test_nothing_is_done_again_while_its_outcome_is_on_the_way_to_the_store(trai
     run_with(trainer, monkeypatch, "promoted")
     assert trainer.outbox.pending == 1
     trainer._look()
-    assert trainer._work.empty()
+    assert trainer.worker.jobs.empty()
     trainer.outbox.discard([row.id for row in trainer.outbox.oldest()])  # the collector has it
     trainer._look()
-    assert trainer._work.qsize() == 1
+    assert trainer.worker.jobs.qsize() == 1
 
 
 def test_waiting_for_data_is_recorded_once_and_said_again_to_who_asks(trainer, monkeypatch):
     for _ in range(3):
         run_with(trainer, monkeypatch, "no_data")
     assert trainer.outbox.pending == 1
-    run_with(trainer, monkeypatch, "no_data", service.BY_HAND)
+    run_with(trainer, monkeypatch, "no_data", BY_HAND)
     assert trainer.outbox.pending == 2
     run_with(trainer, monkeypatch, "no_verdict")
     run_with(trainer, monkeypatch, "rejected")
@@ -94,11 +95,11 @@ def test_waiting_for_data_is_recorded_once_and_said_again_to_who_asks(trainer, m
 
 def test_a_run_that_fails_again_and_again_is_tried_ever_less_often(trainer, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(service.time, "monotonic", lambda: now)
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now)
     waits = []
     for verdict in ("failed", "failed", "failed", "rejected", "failed"):
         run_with(trainer, monkeypatch, verdict)
-        waits.append(trainer._not_before - now)
+        waits.append(trainer.worker.not_before - now)
     assert waits == [300, 600, 1200, 1200, 300]
 
 

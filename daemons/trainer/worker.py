@@ -1,0 +1,263 @@
+"""The one MLX thread: loads the models when first needed, does what it is given, one job after another, and says how it went.
+
+It touches no socket: what there is to announce goes out through `announce`, records through `facts`.
+"""
+
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from specl.daemons.trainer.consent import Consent
+from specl.daemons.trainer.course import Live
+from specl.daemons.trainer.data import Gatherer
+from specl.daemons.trainer.facts import Facts
+from specl.daemons.trainer.politeness import Abandoned, Overtaken, Turnstile
+from specl.daemons.trainer.records import scored
+from specl.daemons.trainer.regression import RegressionSlice
+from specl.daemons.trainer.run import Outcome, TrainingJob, in_force
+from specl.daemons.trainer.second_look import LookJob, SecondLook
+from specl.daemons.trainer.trial import Trial, TrialJob
+from specl.daemons.trainer.work import BY_HAND, IMPORT, NOW, RUN, STOP, Job, kind_of_work
+from specl.shared import checkpoints, log
+from specl.shared.adapters import Adapters
+from specl.shared.config import Settings
+from specl.shared.crash import crash_point
+from specl.shared.engine.engine import Engine
+from specl.shared.errors import Interrupted, SpecLoraError
+from specl.shared.hidden import HiddenSpool
+from specl.shared.learning.learner import Learner, agreement
+from specl.shared.models import blas
+from specl.shared.models.pair import load_pair
+from specl.shared.models.release import give_back
+from specl.shared.paths import DISK_REFUSES, Paths
+from specl.shared.store import Store
+from specl.shared.wire import AdapterReady
+
+RETRY_S, LONGEST_RETRY_S = 300.0, 4 * 3600.0  # after work that failed: twice as long each time in a row
+WANTING_S = 60.0  # after a run that had too little: more may have come
+DISK_RETRY_S = 15.0  # after one that found no room
+SCORE_BATCH = 64
+_log = log.get("trainer")
+
+
+class Worker(threading.Thread):
+    """What it is doing and when it would do more is for the loop thread to read; it alone decides what goes into `jobs`.
+
+    `announce` and `wake` are called from this thread.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        settings: Settings,
+        facts: Facts,
+        turnstile: Turnstile,
+        consent: Consent,
+        announce: Callable[[Any], None],
+        wake: Callable[[], None],
+    ) -> None:
+        super().__init__(name="mlx", daemon=True)
+        self.paths, self.settings, self.facts, self.turnstile, self.consent = paths, settings, facts, turnstile, consent
+        self._announce, self._wake = announce, wake
+        self.adapters = Adapters(paths.adapters)
+        self.live = Live()
+        self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self.job: Job = ""
+        self.running = threading.Event()
+        self.run_waits = threading.Event()  # one is in the queue, behind other work
+        self.not_before = self.no_score_before = self.no_look_before = 0.0
+        self.again = self._wanting = ""  # a run to be repeated; what the last one was short of
+        self.troubles: dict[str, str] = {}  # by kind of work: a score that succeeds says nothing of a run that failed
+        self.trials: dict[str, dict[str, str]] = {}  # how the last imports went, by run id
+        self.slice_made = False
+        self._retry_s = RETRY_S
+        self._engine: Engine | None = None
+
+    def put(self, job: Job) -> None:
+        """Queue work. What somebody waits for does not wait for the machine, nor does what is asked for in spite of it."""
+        if isinstance(job, Trial) or (job == NOW and self.consent.objects):
+            self.consent.insist(job)
+        if kind_of_work(job) == RUN:
+            self.run_waits.set()
+        self.jobs.put(job)
+
+    def end(self) -> None:
+        """After the present piece of work."""
+        self.turnstile.stop()
+        self.jobs.put(STOP)
+        self.join(timeout=1.5)
+
+    # ------------------------------------------------------------------------------------------------ the thread
+    def run(self) -> None:
+        """One job after another."""
+        while (job := self.jobs.get()) != STOP:
+            self.job = job
+            self.running.set()
+            if kind_of_work(job) == RUN:
+                self.run_waits.clear()
+            try:
+                other = {"score": self._score, "regression": self._regression}.get(job)
+                other() if other is not None else self._one_run(job)
+                self.troubles.pop(kind_of_work(job), None)
+            except Abandoned:
+                checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
+                _log.info("training.abandoned")
+            except Overtaken as error:
+                self.again = job if isinstance(job, str) else ""
+                _log.info("training.overtaken", reason=str(error))
+            except Interrupted:
+                _log.info("training.interrupted")
+            except SpecLoraError as error:
+                self.troubles[kind_of_work(job)] = str(error)
+                self._hold_off(job)
+                _log.error("training.failed", error=str(error))
+            except Exception as error:  # the process edge of this thread: one failed run must not end the daemon
+                self._failed(job, error)
+            finally:
+                self.live.state = "idle"
+                if isinstance(job, Trial):
+                    self._end_of(job)
+                self.running.clear()
+                self.turnstile.abandoned()  # in this order: whoever is told to end from now on has ended
+                self.consent.relent(job)
+
+    def _end_of(self, trial: Trial) -> None:
+        """The staged copy has served; whoever waits for a verdict gets one."""
+        shutil.rmtree(self.adapters.folder / trial.folder, ignore_errors=True)
+        told = self.trials.get(trial.run_id)
+        if told is not None and not told["verdict"]:
+            told |= {"verdict": "failed", "reason": self.troubles.get(IMPORT) or "it was interrupted before a verdict"}
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        """Say what went wrong. A run that found no room on the disk waits for some, and goes on from its checkpoint."""
+        kind = kind_of_work(job)
+        if isinstance(error, OSError) and error.errno in (None, *DISK_REFUSES):
+            self.troubles[kind] = f"the disk refuses, the {kind} is tried again every {DISK_RETRY_S:.0f} s: {error}"
+            self._hold_off(job, DISK_RETRY_S)
+            if kind == RUN:
+                self.again = job
+            _log.error("training.disk_refuses", error=str(error))
+            return
+        self.troubles[kind] = f"{type(error).__name__}: {error}"
+        self._hold_off(job)
+        _log.exception("training.failed")
+
+    def _hold_off(self, job: Job, seconds: float | None = None) -> None:
+        """What failed is not tried again at once; the other kind of work may go on. Without `seconds`: as it failed before."""
+        if isinstance(job, Trial):
+            return
+        if seconds is None:
+            seconds, self._retry_s = self._retry_s, min(2 * self._retry_s, LONGEST_RETRY_S)
+        if isinstance(job, SecondLook):
+            self.no_look_before = time.monotonic() + seconds
+        elif job == "score":
+            self.no_score_before = time.monotonic() + seconds
+        else:
+            self.not_before = time.monotonic() + seconds
+
+    def _loaded(self) -> Engine:
+        if self._engine is None:
+            wanted_for, self.live.state = self.live.state, "loading"
+            blas.set_threads(self.settings.training.threads)
+            self._engine = load_pair(self.settings, self.paths.models, training=True)
+            if self._engine.draft is None:
+                self._engine = None
+                raise SpecLoraError("there is no draft model to train", "set models.draft.name")
+            self.live.state = wanted_for
+        return self._engine
+
+    def _gatherer(self, store: Store) -> Gatherer:
+        spool = HiddenSpool(self.paths.hidden, self.settings.records.hidden_spool_mb << 20)
+        return Gatherer(store, self._loaded(), self.settings, spool, lambda: self.turnstile.pass_through())
+
+    def _one_run(self, what: Job) -> None:
+        """Train, or try what is there already."""
+        self.turnstile.pass_through()
+        store = Store(self.paths.store, read_only=True)
+        self.live.step, self.live.total, self.live.loss = 0, 0, None
+        try:
+            parts = (
+                self._loaded(), self._gatherer(store), self.adapters, self.paths, self.settings, self.live,
+                self.turnstile.pass_through,
+            )  # fmt: skip
+            match what:
+                case Trial():
+                    outcome = TrialJob(what, *parts).run()
+                case SecondLook():
+                    outcome = LookJob(what, *parts).run()
+                case _:
+                    outcome = TrainingJob(*parts, what).run()
+        finally:
+            store.close()
+            give_back()  # a run takes many times what scoring does
+        if isinstance(what, SecondLook):
+            self._looked(what, outcome)
+            return
+        if isinstance(what, Trial):
+            self.trials[what.run_id] = {
+                "verdict": outcome.verdict, "reason": outcome.reason, "adapter_id": outcome.adapter_id,
+            }  # fmt: skip
+        elif outcome.verdict in ("no_data", "no_verdict", "failed"):
+            self._hold_off(what, None if outcome.verdict == "failed" else WANTING_S)
+        else:
+            self._retry_s = RETRY_S
+        again = outcome.verdict == self._wanting and outcome.verdict != ""
+        self._wanting = outcome.verdict if outcome.verdict in ("no_data", "no_verdict") else ""
+        if (
+            isinstance(what, Trial) or what in (NOW, BY_HAND) or not again
+        ):  # waiting for the same is told of once, not every minute
+            self._record(outcome)
+        _log.info("training.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)
+
+    def _looked(self, look: SecondLook, outcome: Outcome) -> None:
+        """Tell of a second look that decided something."""
+        if outcome.verdict == "no_verdict":
+            self._hold_off(look, WANTING_S)
+        else:
+            self._record(outcome)
+        _log.info("second_look.done", adapter=look.adapter, verdict=outcome.verdict, reason=outcome.reason)
+
+    def _record(self, outcome: Outcome) -> None:
+        for record in outcome.records:
+            self.facts.add(record)
+        if outcome.path is not None:
+            crash_point("adapter.before_publish")
+            self._announce(AdapterReady(outcome.adapter_id, str(outcome.path)))
+            self.adapters.prune(keep=())
+        self._wake()
+
+    def _regression(self) -> None:
+        """Make the regression slice and a part of the texts to replay while nobody waits, so that a run need not."""
+        self.live.state = "preparing"
+        count = self.settings.training.regression_prompts
+        RegressionSlice(self.paths.regression, self._loaded(), count, self.turnstile.pass_through).examples()
+        store = Store(self.paths.store, read_only=True)
+        try:
+            more = self._gatherer(store).capture_replay(self.paths.training, self.live.tell)
+        finally:
+            store.close()
+        self.live.tell(0, 0)
+        self.slice_made = not more  # the next part in the next quiet moment, unless a run comes first
+
+    def _score(self) -> None:
+        """Teacher-forced agreement of generations that were parked: without it they would never count as failures."""
+        self.turnstile.pass_through()
+        store = Store(self.paths.store, read_only=True)
+        self.live.state = "scoring"
+        try:
+            engine, gatherer = self._loaded(), self._gatherer(store)
+            adapter = in_force(self.adapters, engine)
+            engine.use_adapter(adapter)
+            rows = store.unscored(SCORE_BATCH, engine.target.fingerprint)
+            for row in rows:
+                self.turnstile.pass_through()
+                score = agreement(Learner(engine.draft), [gatherer.example(row)])
+                self.facts.add(scored(row.values["id"], adapter.id if adapter else "", score))
+            if not rows:  # what is left was written by another target
+                self.no_score_before = time.monotonic() + RETRY_S
+        finally:
+            store.close()
+            self._wake()
