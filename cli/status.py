@@ -23,6 +23,12 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _watched(watch: dict[str, Any]) -> str:
+    """How a promoted adapter does on live traffic."""
+    seen = f"acceptance {_share(watch['acceptance'])} of {watch['drafted']} tokens in {watch['requests']} requests"
+    return f"{watch['adapter']} {watch['state'].replace('_', ' ')}: {seen}, before it {_share(watch['before'])}"
+
+
 def render(found: dict[str, Any], settings: "Settings") -> "Table":
     """The same for a person."""
     from rich.table import Table  # --json goes without
@@ -60,6 +66,8 @@ def render(found: dict[str, Any], settings: "Settings") -> "Table":
     table.add_row("store", stored)
     adapter = found["adapter"]
     table.add_row("adapter", f"{adapter['active'] or 'none'}, before it {adapter['previous'] or 'none'}")
+    if watch := adapter["watch"]:
+        table.add_row("", _watched(watch))
     training = found["training"]
     loss = f", loss {training['loss']:.4f}" if training.get("loss") is not None else ""
     done = f", {training['step']} of {training['total']}" if training.get("total") else ""

@@ -153,7 +153,8 @@ def collect(client: Client) -> dict[str, Any]:
             "generations": summary.get("generations", 0),
             "disagreements": summary.get("disagreements", 0),
         },
-        "adapter": {name: adapter.get(name, "") for name in ("active", "previous", "form")},
+        "adapter": {name: adapter.get(name, "") for name in ("active", "previous", "form")}
+        | {"watch": adapter.get("watch") or {}},
         "training": {
             **(trainer.get("training") or {"state": "stopped", "step": 0, "loss": None}),
             "last_verdict": summary.get("last_verdict"),
