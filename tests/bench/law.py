@@ -7,12 +7,14 @@ runs, and a draft whose weights are swapped in the middle of answers. `--broken`
 law, which must be noticed. Exit code 0: p > 0.001 (with --broken: p < 0.001).
 """
 
+# ruff: noqa: I001 - the BLAS comes before mlx
 import argparse
 import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten

@@ -10,6 +10,7 @@ rows, and with a step that costs the same at any width to 8, as on hardware whos
 charged like one draft token, which flatters the tree.
 """
 
+# ruff: noqa: I001 - the BLAS comes before mlx
 import argparse
 import json
 import tempfile
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache
