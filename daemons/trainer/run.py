@@ -102,6 +102,7 @@ class TrainingJob:
         self.replayed = 0  # texts of the draft's own replay set
         self.material = Material([], [], [], "")
         self.general: list[Example] = []
+        self.pristine = 0.0  # agreement on it without any adapter
         self._start: Weights | None = None  # A and B that training began with, where they are an adapter's
         self.parent_id = self.in_force = ""  # they differ where what CURRENT names cannot be used
         self.records: list[Any] = []
@@ -125,6 +126,7 @@ class TrainingJob:
         learner = Learner(self.engine.draft)
         self.live.state = "scoring"
         before = self._score(learner)
+        self.pristine = self._without_adapter() if parent is not None else before.general.value
         shape = self._prepare(learner, parent, replay)
         origin = {"parent": self.parent_id, "draft": self.engine.draft_fingerprint}
         self.course = Course(
@@ -164,6 +166,10 @@ class TrainingJob:
         """The draft as it is now, on held-out traffic and on the regression slice."""
         sets = (self.material.held_out, self.general)
         return Scores(*[agreement(learner, examples, DEPTHS, pause=self._pause) for examples in sets])
+
+    def _without_adapter(self) -> float:
+        self.engine.use_adapter(None)
+        return agreement(Learner(self.engine.draft), self.general, pause=self._pause).value
 
     def _regression(self) -> list[Example]:
         """The regression slice, made where it is missing; empty for a target that cannot be run in batches."""
@@ -252,6 +258,7 @@ class TrainingJob:
             after.held_out,
             self.settings.training.min_heldout_generations,
             (before.general, after.general) if self.general else None,
+            self.pristine,
             (rates[0], rates[1]),
             lineage_problems(mine, now),
         )

@@ -76,6 +76,7 @@ class TrialJob(TrainingJob):
         self.live.state = "scoring"
         before = self._with(self._parent)
         after = self._with(lambda: foreign.adapter)
+        self.pristine = self._without_adapter()
         return self._pass(foreign, before, after, self._verdict(before, after))
 
     def _with(self, adapter: Callable[[], Any]) -> Scores:

@@ -2,7 +2,8 @@
 
 Candidate and current are scored on the same generations, so the gain is resampled by generation (tokens of one answer are
 not independent): the percentile bootstrap of the pooled agreement's difference. Promotion needs the whole interval above
-zero, and the regression slice (general text, no user data) may fall by less than `MAX_FALL`.
+zero, and the regression slice (general text, no user data) may fall by less than `MAX_FALL`, and all adapters in a row together by
+less than `MAX_DRIFT`: what a year of promotions costs is bounded.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from specl.shared.engine.costs import PRIOR, AcceptanceEstimate, Costs
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 MAX_FALL = 0.005  # of agreement on the regression slice
+MAX_DRIFT = 0.02  # the same, against the draft without any adapter
 CHUNK = 200  # resamples at once: 200 x 100 generations are 20,000 indices
 VERDICTS = ("promoted", "rejected", "no_verdict")
 
@@ -62,6 +64,7 @@ class Verdict:
     high: float
     regression_before: float | None = None
     regression_after: float | None = None
+    regression_pristine: float | None = None
     rate_before: float | None = None
     rate_after: float | None = None
     share: float = 1.0
@@ -69,8 +72,8 @@ class Verdict:
     @property
     def only_spoils(self) -> bool:
         """Whether all that stands against it is general text, so that less of it may do."""
-        fell = self.regression_before is not None and self.regression_before - self.regression_after >= MAX_FALL
-        return self.verdict == "rejected" and self.low > 0 and fell
+        spoils = _spoils(self.regression_before, self.regression_after, self.regression_pristine)
+        return self.verdict == "rejected" and self.low > 0 and bool(spoils)
 
     @property
     def gain(self) -> float:
@@ -141,17 +144,19 @@ def judge(
     after: Agreement,
     minimum: int,
     regression: tuple[Agreement, Agreement] | None = None,
+    pristine: float | None = None,
     rates: tuple[float | None, float | None] = (None, None),
     problems: Sequence[str] = (),
     seed: int = 0,
 ) -> Verdict:
     """The verdict on a candidate (`after`) against what is in force (`before`), on held-out generations.
 
-    `regression` has the same two on the regression slice; `problems` are reasons that no score can outweigh. Fewer than
-    `minimum` generations: no verdict. Raises ValueError where the scores are not paired.
+    `regression` has the same two on the regression slice, `pristine` is the draft's agreement there without any adapter;
+    `problems` are reasons that no score can outweigh. Fewer than `minimum` generations: no verdict. Raises ValueError where the
+    scores are not paired.
     """
     low, high = paired_interval(before, after, seed)
-    general = (regression[0].value, regression[1].value) if regression is not None else (None, None)
+    general = (regression[0].value, regression[1].value, pristine) if regression is not None else (None, None, None)
     if regression is not None:
         _check_paired(*regression)
     count = int((before.positions > 0).sum())
@@ -166,7 +171,7 @@ def _decide(
     high: float,
     count: int,
     minimum: int,
-    general: tuple[float | None, float | None],
+    general: tuple[float | None, float | None, float | None],
     problems: Sequence[str],
 ) -> tuple[str, str]:
     figures = (
@@ -181,6 +186,17 @@ def _decide(
         return "no_verdict", f"{figures}: {minimum} generations are needed for a verdict, so collecting goes on"
     if not low > 0:
         return "rejected", f"{figures}: the interval does not lie above zero"
-    if general[0] is not None and not general[0] - general[1] < MAX_FALL:
-        return "rejected", f"{figures}: general text fell by {MAX_FALL} or more"
+    if spoils := _spoils(*general):
+        return "rejected", f"{figures}: {spoils}"
     return "promoted", figures
+
+
+def _spoils(before: float | None, after: float | None, pristine: float | None) -> str:
+    """What is wrong with general text; empty where nothing is."""
+    if before is None or after is None:
+        return ""
+    if not before - after < MAX_FALL:
+        return f"general text fell by {MAX_FALL} or more"
+    if pristine is not None and after < before and not pristine - after < MAX_DRIFT:
+        return f"general text is {MAX_DRIFT} or more below the {pristine:.4f} of the draft without any adapter"
+    return ""

@@ -55,6 +55,19 @@ def test_general_text_may_fall_by_less_than_half_a_point(fall, verdict):
     assert judge(before, scores(before.hits + 4), 30, general).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("before_general", "after_general", "verdict"),
+    [(0.482, 0.4801, "promoted"), (0.482, 0.4799, "rejected"), (0.450, 0.455, "promoted"), (0.450, 0.449, "rejected")],
+)
+def test_a_chain_of_adapters_may_not_cost_general_text_more_and_more(before_general, after_general, verdict):
+    """The draft alone has 0.5 there. What is far below that already may only get better."""
+    before = drawn(0.5)
+    general = scores([1e5 * before_general], 100_000), scores([1e5 * after_general], 100_000)
+    told = judge(before, scores(before.hits + 4), 30, general, 0.5)
+    assert told.verdict == verdict and told.only_spoils == (verdict == "rejected")
+    assert ("without any adapter" in told.reason) == (verdict == "rejected")
+
+
 def test_only_a_proven_gain_that_spoils_general_text_is_worth_less_of_the_way():
     before, flat = drawn(0.5), scores([50.0], 100)
     spoiled, gained = (flat, scores([40.0], 100)), scores(before.hits + 4)
