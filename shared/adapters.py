@@ -37,7 +37,7 @@ HIGHEST = "HIGHEST"  # the largest id that was ever dropped: ids are never used 
 PREVIOUS = "PREVIOUS"
 ROLLED_BACK = "ROLLED_BACK.json"
 SECOND_LOOKS = "SECOND_LOOKS.json"
-REINSTATED, CONFIRMED = "reinstated", "confirmed"
+REINSTATING, REINSTATED, CONFIRMED = "reinstating", "reinstated", "confirmed"
 FOREIGN = FILES[:2]  # what an adapter made elsewhere must have; mlx-lm writes no more
 STAGED = ".new-import-"  # swept with everything else that was left half done
 STAGED_NAME = re.compile(re.escape(STAGED) + "[0-9a-f]{32}")
@@ -57,10 +57,11 @@ def _read_bounded(path: Path) -> bytes:
 
 
 class Adapters:
-    """The adapters folder of one run directory. The trainer writes; everyone may read."""
+    """The adapters folder of one run directory. The trainer publishes; inference moves CURRENT for a user and for a rollback."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._read: dict[str, dict[str, str]] = {}
 
     # ------------------------------------------------------------------------------------------------ write
     def next_id(self) -> str:
@@ -167,36 +168,47 @@ class Adapters:
     def rolled_back(self) -> dict[str, str]:
         """Adapters that were rolled back by the watch and not reinstated since, with the reason."""
         looks = self.second_looks()
-        return {id: why for id, why in self._names(ROLLED_BACK).items() if looks.get(id) != REINSTATED}
+        back = (REINSTATING, REINSTATED)
+        return {id: why for id, why in self._names(ROLLED_BACK).items() if looks.get(id) not in back}
+
+    def doubted(self) -> list[str]:
+        """Adapters that the watch has rolled back and no second look has decided on, newest first."""
+        decided, looks = (REINSTATED, CONFIRMED), self.second_looks()
+        return sorted((id for id in self._names(ROLLED_BACK) if looks.get(id) not in decided), reverse=True)
 
     def second_looks(self) -> dict[str, str]:
-        """Adapters that were judged again after the watch had rolled them back: REINSTATED or CONFIRMED."""
+        """Adapters that were judged again after the watch had rolled them back: REINSTATED, CONFIRMED, or REINSTATING where that
+        was begun and CURRENT may not have moved yet.
+        """
         return self._names(SECOND_LOOKS)
 
     def confirm_rollback(self, id: str) -> None:
         """The second look agreed with the watch; there is no third. Raises OSError."""
-        self._replace(SECOND_LOOKS, json.dumps(self._looks_but(id) | {id: CONFIRMED}, indent=1))
+        self._looked_at(id, CONFIRMED)
 
     def reinstate(self, id: str) -> None:
-        """The second look found that the watch was wrong: `id` counts as rolled back no more, and CURRENT names it. Raises OSError."""
-        others = self._looks_but(id)
-        # before CURRENT: inference turns away from one that is still marked. Two processes, so a file for each of them
-        self._replace(SECOND_LOOKS, json.dumps(others | {id: REINSTATED}, indent=1))
-        try:
-            self.set_current(id)
-        except OSError:
-            with suppress(OSError):
-                self._replace(SECOND_LOOKS, json.dumps(others, indent=1))
-            raise
+        """The second look found that the watch was wrong: `id` counts as rolled back no more, and CURRENT names it. Raises OSError.
 
-    def _looks_but(self, id: str) -> dict[str, str]:
-        return {other: how for other, how in self.second_looks().items() if other != id and other in self.ids()}
+        Whoever is killed half-way looks once more. Not CURRENT first: inference turns away from one that is still marked. And a file
+        of its own, because two processes write.
+        """
+        self._looked_at(id, REINSTATING)
+        self.set_current(id)
+        self._looked_at(id, REINSTATED)
+
+    def _looked_at(self, id: str, how: str) -> None:
+        looks = {other: what for other, what in self.second_looks().items() if other in self.ids()}
+        self._replace(SECOND_LOOKS, json.dumps(looks | {id: how}, indent=1))
 
     def _names(self, name: str) -> dict[str, str]:
+        """What a file of marks says. One that cannot be read just now says what it said before."""
         try:
-            return {str(id): str(why) for id, why in json.loads((self.folder / name).read_text()).items()}
-        except (OSError, ValueError, AttributeError):
+            self._read[name] = {str(id): str(why) for id, why in json.loads((self.folder / name).read_text()).items()}
+        except (FileNotFoundError, ValueError, AttributeError):
             return {}
+        except OSError:
+            return self._read.get(name, {})
+        return self._read[name]
 
     def drop(self, ids: Sequence[str]) -> None:
         """Remove these adapters for good; their ids are not used again. Raises OSError.

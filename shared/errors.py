@@ -11,6 +11,12 @@ class SpecLoraError(Exception):
         self.hint = hint
 
 
+def disk_failed(error: BaseException) -> bool:
+    """Whether an OSError is behind it: that may pass though no file changes."""
+    cause = error.__cause__
+    return cause is not None and (isinstance(cause, OSError) or disk_failed(cause))
+
+
 class ConfigError(SpecLoraError):
     """A setting, argument or path is unusable; retrying without a change cannot help."""
 

@@ -2,7 +2,7 @@
 
 Runs on the MLX thread, between rounds; what takes longer than a round is done in pieces, one between two rounds, while the
 old adapter goes on drafting. A refused adapter is not tried again while its files are the same; the old one
-keeps serving, whatever is wrong with the new one. Only a user's command moves CURRENT from here.
+keeps serving, whatever is wrong with the new one. CURRENT is moved from here by a user's command and by a rollback.
 """
 
 from collections import deque
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from specl.shared import log
-from specl.shared.adapters import REINSTATED, Adapters
+from specl.shared.adapters import REINSTATED, REINSTATING, Adapters
 from specl.shared.crash import crash_point
 from specl.shared.engine.adapter_files import loading
 from specl.shared.engine.engine import Engine, LoadedAdapter
-from specl.shared.errors import AdapterRejected
+from specl.shared.errors import AdapterRejected, disk_failed
 from specl.shared.paths import Paths
 from specl.shared.pieces import Pieces, Stopwatch, T, at_once
 from specl.shared.wire import Reply
@@ -122,6 +122,8 @@ class AdapterSwap:
         if wanted and wanted in self.adapters.rolled_back():  # killed between the mark and CURRENT
             yield from self._leave(wanted)
             return
+        if wanted in self.rejected and wanted not in self._refused and self._reinstated(wanted):
+            self._forgive(wanted)  # it had been rolled back here, with a disk that kept CURRENT
         if wanted != self.engine.adapter_id and self._worth_trying(wanted):
             yield from self._use(wanted, self._why(wanted))
 
@@ -132,7 +134,7 @@ class AdapterSwap:
         return SECOND_LOOK if self._reinstated(wanted) else "announced"
 
     def _reinstated(self, id: str) -> bool:
-        return self.adapters.second_looks().get(id) == REINSTATED
+        return self.adapters.second_looks().get(id) in (REINSTATING, REINSTATED)
 
     def _worth_trying(self, id: str) -> bool:
         """Not where it was refused, unless its files have changed or the disk was to blame; nor where it disappointed."""
@@ -156,7 +158,7 @@ class AdapterSwap:
         try:
             yield from watch.over(self._switch(id))
         except AdapterRejected as error:
-            self._refused[id] = None if _disk_failed(error) else stamp
+            self._refused[id] = None if disk_failed(error) else stamp
             self._refuse(id, str(error))
             return str(error)
         self._forgive(id)
@@ -298,9 +300,3 @@ class AdapterSwap:
         except AdapterRejected:
             return ""
         return self.adapters.resolve(parent) if parent else ""
-
-
-def _disk_failed(error: BaseException) -> bool:
-    """Whether an OSError is behind it: that may pass though no file changes."""
-    cause = error.__cause__
-    return cause is not None and (isinstance(cause, OSError) or _disk_failed(cause))

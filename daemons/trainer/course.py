@@ -53,7 +53,8 @@ class Course:
     """Trains what is attached to `learner`. `origin` is what the weights began from: draft and parent; `known` names the
     generations that the parent learned from. `pause` as in TrainingJob.
 
-    Afterwards `learned` names every generation that the weights have seen, a resumed run's included, and `losses` has one a step.
+    Afterwards `learned` names every generation that the weights may have seen, a resumed run's included, `shown` those that they
+    have seen, and `losses` has one a step.
     """
 
     material: Material
@@ -66,6 +67,7 @@ class Course:
     live: Live
     pause: Callable[[], float]
     learned: list[str] = field(default_factory=list)
+    shown: set[str] = field(default_factory=set)
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
     watched: list[float] = field(default_factory=list)  # losses on what was set aside
@@ -90,6 +92,7 @@ class Course:
         self.live.state, self.live.step, self.live.total = "training", loop.step_number, total
         try:
             self._steps(loop, batches, deadline, stop)
+            self._save(loop, deadline)  # the scores may be interrupted, too
         except Abandoned:
             raise
         except Interrupted:
@@ -127,6 +130,7 @@ class Course:
                 for group in pieces(batches.next(), PIECE_TOKENS)
             ]
             loop.time_share = deadline.share
+            self.shown |= {example.id for group in groups for example in group} & set(self.learned)
             value = loop.step(groups, wait)
             self.tokens += sum(example.rows for group in groups for example in group)
             self.losses.append(value)
@@ -142,7 +146,13 @@ class Course:
 
     def _save(self, loop: StepLoop, deadline: Deadline) -> None:
         """Keep what a kill should not cost. A disk that has no room for it does not end the run."""
-        done = {"ids": self.learned, "used_s": deadline.used, "losses": self.losses, "tokens": self.tokens}
+        done = {
+            "ids": self.learned,
+            "shown": sorted(self.shown),
+            "used_s": deadline.used,
+            "losses": self.losses,
+            "tokens": self.tokens,
+        }
         try:
             loop.save(self._checkpoint, self._plan() | done)
         except OSError as error:
@@ -173,6 +183,7 @@ class Course:
                 for _ in range(loop.step_number * self.settings.training.gradient_accumulation_steps):
                     batches.next()
                 self.learned = sorted({*about["ids"], *self.learned})
+                self.shown = set(about["shown"])
                 self.losses, self.tokens = list(about["losses"]), int(about["tokens"])
                 _log.info("training.resumed", step=loop.step_number)
                 return float(about["used_s"])

@@ -127,9 +127,10 @@ class Gatherer:
         return Material(*trained, judged_by, last_generation=rows.newest)
 
     def since(self, moment: float, most: int, without: Collection[str]) -> list[Example]:
-        """What was answered after `moment`, newest first, held out or not; never what stands in `without`."""
+        """What was answered after `moment`, newest first, held out or not; never a text of the generations in `without`."""
         rows = [row for row in self.store.outlines(most) if self._fits(row) and row.created_at > moment]
-        return self._examples([row for row in rows if row.id not in set(without)], most)
+        known = {text[-4 * LONGEST :] for text in self.store.tokens(list(without))}
+        return [example for example in self._examples(rows, most) if example.tokens.tobytes() not in known]
 
     def _fits(self, row: Outline) -> bool:
         return row.target_fingerprint == self.engine.target.fingerprint and row.output_count > 1

@@ -140,9 +140,10 @@ class TrainingJob:
         return self._judge(learner, shape, before, *self._weighed(learner, before))
 
     def _known(self) -> set[str]:
-        """Generations that the parent learned from."""
+        """Generations that the parent was shown; adapters of before that was counted say what they might have been shown."""
         with suppress(AdapterRejected):
-            return set(self.adapters.manifest(self.parent_id).generations) if self.parent_id else set()
+            manifest = self.adapters.manifest(self.parent_id)
+            return set(manifest.training.get("shown", manifest.generations))
         return set()
 
     def _while_in_force(self) -> float:
@@ -165,7 +166,7 @@ class TrainingJob:
     def _score(self, learner: Learner) -> Scores:
         """The draft as it is now, on held-out traffic and on the regression slice."""
         sets = (self.material.held_out, self.general)
-        return Scores(*[agreement(learner, examples, DEPTHS, pause=self._pause) for examples in sets])
+        return Scores(*[agreement(learner, examples, DEPTHS, pause=self._while_in_force) for examples in sets])
 
     def _without_adapter(self) -> float:
         self.engine.use_adapter(None)
@@ -217,20 +218,22 @@ class TrainingJob:
         Half of a change keeps more than half of what is gained and loses far less than half of the rest (docs/learning.md).
         No chance is given to what learned nothing: the gain must be proven on all of the way first.
         """
-        learned = lora_weights(learner.module)
+        learned, start = lora_weights(learner.module), self._start
         tried: list[tuple[Scores, Verdict]] = []
         for share in SHARES:
-            learner.module.load_weights(list(part_of_the_way(learned, share, self._start).items()), strict=False)
+            learner.module.load_weights(list(part_of_the_way(learned, share, start).items()), strict=False)
             after = self._score(learner)
             tried.append((after, self._verdict(before, after).of(share)))
             if not tried[-1][1].only_spoils:
                 break
+            if tried[-1][1].drifted:
+                start = None  # it is all adapters before it as well that cost too much: less of the way from no adapter at all
             _log.info("gate.spoils", share=share, reason=tried[-1][1].reason)
         return tried[-1] if tried[-1][1].verdict == "promoted" else tried[0]
 
     def _judge(self, learner: Learner, shape: LoraShape, before: Scores, after: Scores, verdict: Verdict) -> Outcome:
         """Publish if the gate says so."""
-        self._pause()  # the last chance to be told that the material is to be forgotten
+        self._while_in_force()  # the last chance to be told that the material is to be forgotten
         id = self.adapters.next_id() if verdict.verdict == "promoted" else "candidate"
         self._keep_scores(id, before, after, verdict)
         if verdict.verdict != "promoted":
@@ -299,6 +302,7 @@ class TrainingJob:
                 **self._course(),
                 "watched": [round(loss, 4) for loss in self.course.watched] if self.course else [],
                 "generations": self.course.learned if self.course else [],
+                "shown": sorted(self.course.shown) if self.course else [],
                 **self._data(),
             },
         )

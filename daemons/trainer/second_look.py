@@ -17,7 +17,7 @@ from specl.daemons.trainer.run import DEPTHS, Outcome, Scores, TrainingJob
 from specl.shared.adapters import ROLLED_BACK, Adapters, Manifest
 from specl.shared.engine.adapter_files import load_adapter
 from specl.shared.engine.engine import LoadedAdapter
-from specl.shared.errors import AdapterRejected
+from specl.shared.errors import AdapterRejected, disk_failed
 from specl.shared.learning.examples import Example
 from specl.shared.learning.gate import Agreement, judge
 from specl.shared.learning.learner import Learner, agreement
@@ -44,10 +44,10 @@ class SecondLook:
 
 def due(adapters: Adapters) -> Manifest | None:
     """The newest adapter that was rolled back to its parent and not looked at again since."""
-    current, seen = adapters.current(), adapters.second_looks()
-    for id in sorted(adapters.rolled_back(), reverse=True):
+    current = adapters.current()
+    for id in adapters.doubted():
         with suppress(AdapterRejected):
-            if id not in seen and (manifest := adapters.manifest(id)).parent_id == current:
+            if (manifest := adapters.manifest(id)).parent_id == current:
                 return manifest
     return None
 
@@ -78,12 +78,12 @@ class LookJob(TrainingJob):
     def run(self) -> Outcome:
         """Decide. Raises Interrupted when told to stop, OSError where the disk refuses: then nothing is decided yet."""
         self.live.state = "looking again"
+        parent = self._parent()
         try:
             manifest = self.adapters.manifest(self.look.adapter)
             adapter, _ = load_adapter(self.adapters, self.adapters.folder / manifest.id, self.engine)
         except AdapterRejected as error:
-            return self._confirm(str(error))
-        parent = self._parent()
+            return self._outcome("no_verdict", str(error)) if self._may_pass(error) else self._confirm(str(error))
         texts = self.gatherer.since(manifest.created_at, MOST, manifest.generations)
         before, after = (self._agreement_with(side, texts) for side in (parent, adapter))
         verdict = judge(before, after, LEAST)
@@ -94,6 +94,15 @@ class LookJob(TrainingJob):
             return self._outcome("no_verdict", "it is no longer what it replaced that is in force")
         self._keep_scores(manifest.id, Scores(before, NOTHING), Scores(after, NOTHING), verdict)
         return self._reinstate(verdict.reason) if verdict.verdict == "promoted" else self._confirm(verdict.reason)
+
+    def _may_pass(self, error: AdapterRejected) -> bool:
+        """Whether it may load another time: the disk failed for a moment, or the draft is another one for the time being."""
+        with suppress(AdapterRejected):
+            return (
+                disk_failed(error)
+                or self.adapters.manifest(self.look.adapter).base_fingerprint != self.engine.draft_fingerprint
+            )
+        return disk_failed(error)
 
     def _agreement_with(self, adapter: LoadedAdapter | None, texts: Sequence[Example]) -> Agreement:
         """The draft's score with an adapter, as drafting would compute."""

@@ -66,6 +66,7 @@ class Trainer:
         self.started = time.monotonic()
         self.pending = 0
         self._wants = False  # there is reason for a run
+        self._put_off_for = ""  # the adapter that a run waits for a second look at
         self._store_trouble = ""
         server.subscribe(Addresses(paths, settings.bus).publish("inference"), self._published)
 
@@ -109,7 +110,7 @@ class Trainer:
         try:
             self.pending = store.pending_failures()
             unscored = bool(store.unscored(1))
-            doubted = second_look.due(self.adapters)
+            doubted = second_look.due(self.adapters) if self.settings.training.enabled else None
             answers_to_look_at = doubted is not None and second_look.ready(doubted, store)
             self._store_trouble = ""
         except StoreError as error:
@@ -123,11 +124,14 @@ class Trainer:
         self._wants = bool(enough or self.worker.again)
         if self.consent.objection and self.worker.again != NOW:
             return
+        if doubted is None:
+            self.worker.no_look_due()
         # a run would go on from what may not be in force for long
         put_off = doubted is not None and not answers_to_look_at and second_look.worth_waiting(self.adapters)
+        self._put_off_for = doubted.id if put_off and self._wants else ""
         if doubted is not None and answers_to_look_at and time.monotonic() >= self.worker.no_look_before:
             self.worker.put(SecondLook(doubted.id))
-        elif self._wants and not put_off and time.monotonic() >= self.worker.not_before:
+        elif self._wants and (not put_off or self.worker.again == NOW) and time.monotonic() >= self.worker.not_before:
             self.worker.put(self.worker.again or f"{self.pending} failures")
             self.worker.again = ""
         elif unscored and time.monotonic() >= self.worker.no_score_before:
@@ -224,13 +228,19 @@ class Trainer:
                 checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
         return Reply(True, f"the trainer's outbox and checkpoint forgot them{abandoned}", {"ids": ids})
 
+    def _waits_for(self) -> str:
+        """Why no run goes on; empty where one does, or none is wanted."""
+        if self.consent.objection and (self.worker.running.is_set() or self._wants):
+            return self.consent.objection
+        return f"for answers to look at adapter {self._put_off_for} again" if self._put_off_for else ""
+
     def _status(self) -> dict[str, Any]:
         return {
             "state": "busy" if self.worker.running.is_set() else "ready",
             "uptime_s": round(time.monotonic() - self.started, 1),
             "training": {
                 "state": self.worker.live.state,
-                "waits": self.consent.objection if self.worker.running.is_set() or self._wants else "",
+                "waits": self._waits_for(),
                 "step": self.worker.live.step,
                 "total": self.worker.live.total,
                 "loss": self.worker.live.loss,

@@ -53,6 +53,10 @@ class TrialJob(TrainingJob):
             return self._outcome("rejected", str(error))
         return self._scored(foreign)
 
+    def _while_in_force(self) -> float:
+        """A trial is short, and refused rather than repeated where another adapter is in force at its end."""
+        return self._pause()
+
     def _here(self) -> Lineage:
         return Lineage(self.engine.draft_fingerprint, self.engine.target.tokenizer_fingerprint, self.in_force)
 
@@ -87,6 +91,8 @@ class TrialJob(TrainingJob):
     def _pass(self, foreign: Foreign, before: Scores, after: Scores, verdict: Verdict) -> Outcome:
         """Publish if the gate says so."""
         self._pause()
+        if problems := lineage_problems(self._here(), replace(self._here(), parent=self.adapters.current())):
+            verdict = replace(verdict, verdict="rejected", reason="; ".join(problems))
         promoted = verdict.verdict == "promoted"
         id = self.adapters.next_id() if promoted else "candidate"
         self._keep_scores(id, before, after, verdict)

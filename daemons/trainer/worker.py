@@ -20,7 +20,7 @@ from specl.daemons.trainer.regression import RegressionSlice
 from specl.daemons.trainer.run import Outcome, TrainingJob, in_force
 from specl.daemons.trainer.second_look import LookJob, SecondLook
 from specl.daemons.trainer.trial import Trial, TrialJob
-from specl.daemons.trainer.work import BY_HAND, IMPORT, NOW, RUN, STOP, Job, kind_of_work
+from specl.daemons.trainer.work import BY_HAND, IMPORT, LOOK, NOW, RUN, STOP, Job, kind_of_work
 from specl.shared import checkpoints, log
 from specl.shared.adapters import Adapters
 from specl.shared.config import Settings
@@ -38,6 +38,7 @@ from specl.shared.wire import AdapterReady
 
 RETRY_S, LONGEST_RETRY_S = 300.0, 4 * 3600.0  # after work that failed: twice as long each time in a row
 WANTING_S = 60.0  # after a run that had too little: more may have come
+FIRST_RETRY_S = {LOOK: 20.0}
 DISK_RETRY_S = 15.0  # after one that found no room
 SCORE_BATCH = 64
 _log = log.get("trainer")
@@ -73,7 +74,7 @@ class Worker(threading.Thread):
         self.troubles: dict[str, str] = {}  # by kind of work: a score that succeeds says nothing of a run that failed
         self.trials: dict[str, dict[str, str]] = {}  # how the last imports went, by run id
         self.slice_made = False
-        self._retry_s = RETRY_S
+        self._retry_s: dict[str, float] = {}  # by kind of work
         self._engine: Engine | None = None
 
     def put(self, job: Job) -> None:
@@ -83,6 +84,12 @@ class Worker(threading.Thread):
         if kind_of_work(job) == RUN:
             self.run_waits.set()
         self.jobs.put(job)
+
+    def no_look_due(self) -> None:
+        """What the last second look failed for is past."""
+        self.troubles.pop(LOOK, None)
+        self._retry_s.pop(LOOK, None)
+        self.no_look_before = 0.0
 
     def end(self) -> None:
         """After the present piece of work."""
@@ -106,7 +113,8 @@ class Worker(threading.Thread):
                 checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
                 _log.info("training.abandoned")
             except Overtaken as error:
-                self.again = job if isinstance(job, str) else ""
+                if kind_of_work(job) == RUN:
+                    self.again = job
                 _log.info("training.overtaken", reason=str(error))
             except Interrupted:
                 _log.info("training.interrupted")
@@ -150,7 +158,9 @@ class Worker(threading.Thread):
         if isinstance(job, Trial):
             return
         if seconds is None:
-            seconds, self._retry_s = self._retry_s, min(2 * self._retry_s, LONGEST_RETRY_S)
+            kind = kind_of_work(job)
+            seconds = self._retry_s.get(kind, FIRST_RETRY_S.get(kind, RETRY_S))
+            self._retry_s[kind] = min(2 * seconds, LONGEST_RETRY_S)
         if isinstance(job, SecondLook):
             self.no_look_before = time.monotonic() + seconds
         elif job == "score":
@@ -203,7 +213,7 @@ class Worker(threading.Thread):
         elif outcome.verdict in ("no_data", "no_verdict", "failed"):
             self._hold_off(what, None if outcome.verdict == "failed" else WANTING_S)
         else:
-            self._retry_s = RETRY_S
+            self._retry_s.pop(RUN, None)
         again = outcome.verdict == self._wanting and outcome.verdict != ""
         self._wanting = outcome.verdict if outcome.verdict in ("no_data", "no_verdict") else ""
         if (
@@ -215,7 +225,7 @@ class Worker(threading.Thread):
     def _looked(self, look: SecondLook, outcome: Outcome) -> None:
         """Tell of a second look that decided something."""
         if outcome.verdict == "no_verdict":
-            self._hold_off(look, WANTING_S)
+            self._hold_off(look)
         else:
             self._record(outcome)
         _log.info("second_look.done", adapter=look.adapter, verdict=outcome.verdict, reason=outcome.reason)

@@ -76,6 +76,12 @@ class Verdict:
         return self.verdict == "rejected" and self.low > 0 and bool(spoils)
 
     @property
+    def drifted(self) -> bool:
+        """Whether general text is too far below what the draft has there without any adapter."""
+        known = self.regression_pristine is not None and self.regression_after is not None
+        return known and self.regression_pristine - self.regression_after >= MAX_DRIFT
+
+    @property
     def gain(self) -> float:
         """Held-out agreement, after less before."""
         return self.after - self.before

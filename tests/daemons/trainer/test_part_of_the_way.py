@@ -62,3 +62,26 @@ def test_where_no_share_does_the_verdict_is_about_all_of_it():
 def test_what_learned_nothing_gets_no_second_chance():
     job, verdict, _ = weighed(gain=-0.1, fall=0.4)
     assert (verdict.verdict, job.scored) == ("rejected", [1.0])
+
+
+def test_where_all_adapters_together_cost_too_much_the_way_begins_without_any():
+    """The parent's B is 0.8, what was learned 1; the draft alone has 0.52 on general text, which falls with the square of B."""
+    module = nn.Module()
+    module.layer = nn.Linear(4, 4)
+    parent = {"layer.lora_a": mx.ones((4, 2)), "layer.lora_b": 0.8 * mx.ones((2, 4))}
+    attach(module, LoraShape(2, 4, 0.0, ("layer",)), {**parent, "layer.lora_b": mx.ones((2, 4))})
+    job = Job(gain=0.3, fall=0.0)
+    job._start = parent
+
+    def score(learner):
+        share = float(lora_weights(learner.module)["layer.lora_b"][0, 0].item())
+        job.scored.append(round(share, 3))
+        return Scores(agreement(0.3 + 0.3 * share), agreement(0.52 - 0.0225 * share**2))
+
+    job._score = score
+    job._verdict = lambda before, after: judge(
+        before.held_out, after.held_out, 30, (before.general, after.general), 0.52
+    )
+    before = Scores(agreement(0.3 + 0.3 * 0.8), agreement(0.52 - 0.0225 * 0.64))
+    after, verdict = job._weighed(SimpleNamespace(module=module), before)
+    assert job.scored == [1.0, 0.9] and verdict.verdict == "promoted" and "0.9 of the way" in verdict.reason

@@ -17,6 +17,7 @@ from specl.daemons.trainer.run import TrainingJob
 from specl.daemons.trainer.second_look import LEAST, LookJob, SecondLook
 from specl.shared import config
 from specl.shared.adapters import CONFIRMED, REINSTATED, Adapters
+from specl.shared.errors import AdapterRejected
 from specl.shared.hidden import HiddenSpool
 from specl.shared.learning.traffic import recapture
 from specl.shared.paths import Paths
@@ -127,16 +128,51 @@ def test_an_adapter_that_went_on_from_another_one_is_not_due(tmp_path):
     assert second_look.due(place.adapters).id == "000002"
 
 
-def test_a_full_disk_leaves_it_rolled_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails", [1, 2])
+def test_whoever_is_stopped_half_way_looks_once_more(tmp_path, monkeypatch, fails):
+    """A full disk stands for a kill: before CURRENT has moved, and after."""
     place = Place(tmp_path, (BAD, GOOD))
+    write, written = place.adapters._replace, []
 
-    def full(id):
-        raise OSError(28, "No space left on device")
+    def full(name, text):
+        written.append(name)
+        if len(written) > fails:
+            raise OSError(28, "No space left on device")
+        write(name, text)
 
-    monkeypatch.setattr(place.adapters, "set_current", full)
-    with pytest.raises(OSError):
-        place.look()
-    assert list(place.adapters.rolled_back()) == ["000002"] and second_look.due(place.adapters) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(place.adapters, "_replace", full)
+        with pytest.raises(OSError):
+            place.look()
+    assert written == ["SECOND_LOOKS.json", "CURRENT", "SECOND_LOOKS.json"][: fails + 1]
+    moved = fails == 2
+    assert place.adapters.current() == ("000002" if moved else "000001") and place.adapters.rolled_back() == {}
+    assert (second_look.due(place.adapters) is None) == moved
+    if not moved:
+        assert place.look().verdict == "reinstated" and place.adapters.current() == "000002"
+
+
+def test_a_disk_that_fails_for_a_moment_decides_nothing(tmp_path, monkeypatch):
+    place = Place(tmp_path, (BAD, GOOD))
+    with monkeypatch.context() as patch:
+        patch.setattr(second_look, "load_adapter", unreadable)
+        assert place.look().verdict == "no_verdict"
+    assert place.look().verdict == "reinstated"
+
+
+def unreadable(*arguments):
+    raise AdapterRejected("it cannot be read") from OSError(5, "Input/output error")
+
+
+def test_a_text_that_was_learned_from_does_not_judge_when_it_is_said_again(tmp_path):
+    place = Place(tmp_path, (BAD, GOOD))
+    moment = place.adapters.manifest("000002").created_at
+    gatherer = place.parts()[1]
+    assert len(gatherer.since(moment, 40, [])) == LEAST
+    again = replace(answers(place.engine, 1, moment - 50)[0], id="learned")  # what g0 says, said before
+    place.add([again])
+    found = {example.id for example in gatherer.since(moment, 40, ["learned"])}
+    assert len(found) == LEAST - 1 and "g0" not in found
 
 
 def test_a_run_ends_as_soon_as_what_it_goes_on_from_is_no_longer_in_force(tmp_path):
