@@ -16,7 +16,7 @@ from ruamel.yaml.reader import ReaderError
 
 from specl.shared.errors import ConfigError
 from specl.shared.hooks import is_hook
-from specl.shared.remembered import default_file, settings_file
+from specl.shared.remembered import settings_file
 
 SECRETS = {("gateway",), ("gateway", "token")}  # what was given there is never repeated in an error
 LOSSES = ("ce", "kl", "tv", "mixed", "acceptance")
@@ -30,15 +30,13 @@ class _Section(BaseModel):
 class TargetModel(_Section):
     """The model whose words are served."""
 
-    name: str = Field("smollm2-135m", description="a local folder, a hub name, or the built-in `smollm2-135m`")
+    name: str = Field("smollm2-135m", description="any name of docs/models.md")
 
 
 class DraftModel(_Section):
     """The model that guesses."""
 
-    name: str | None = Field(
-        "smollm2-135m-head", description="a draft folder, a hub name, a shipped draft, or null for none"
-    )
+    name: str | None = Field("smollm2-135m-head", description="any name of docs/models.md, or null for none")
 
 
 class Models(_Section):
@@ -58,14 +56,20 @@ class Speculative(_Section):
         "auto", description="auto: chosen every round from measured costs; a number: exactly that many"
     )
     max_draft_tokens: Annotated[int, Field(ge=1, le=16)] = Field(7, description="the most that `auto` may choose")
-    ngram: bool = Field(True, description="also draft from repeats of the running text and past answers")
+    ngram: bool = Field(
+        True,
+        description="also draft from repeats of the running text and, in the daemon, of the same client's past answers",
+    )
     drafter: str | None = Field(None, description="`module:name` of a drafter of your own (docs/api.md)")
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="0: off")
     min_p: Share = Field(0.0, description="0: off")
     max_tokens: Annotated[int, Field(ge=1)] = 512
-    mode: Literal["detailed", "fast"] = Field("detailed", description="fast keeps aggregates only")
+    mode: Literal["detailed", "fast"] = Field(
+        "detailed",
+        description="fast: the text is kept, but no law, disagreement or hidden state, so nothing is learned from it",
+    )
     acceptance_threshold: Share = Field(0.5, description="a generation below it is a failure")
 
     @field_validator("drafter")
@@ -79,8 +83,8 @@ class Speculative(_Section):
 class Lora(_Section):
     """The adapter's shape."""
 
-    rank: Annotated[int, Field(ge=1, le=512)] = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    rank: Annotated[int, Field(ge=1, le=512)] = 32
+    alpha: Annotated[float, Field(gt=0)] = 64.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] | Literal["all"] = Field(
         "all", description="names of linear layers, e.g. [q_proj, v_proj]"
@@ -90,7 +94,9 @@ class Lora(_Section):
 class Loss(_Section):
     """What a step minimises."""
 
-    type: str = Field("mixed", description="ce, kl, tv, mixed, acceptance, or `module:name` of your own (docs/api.md)")
+    type: str = Field(
+        "acceptance", description="ce, kl, tv, mixed, acceptance, or `module:name` of your own (docs/api.md)"
+    )
     temperature: Annotated[float, Field(gt=0)] = 1.0
     alpha: Share = Field(0.5, description="mixed: weight of KL against cross-entropy")
     top_k_logits: Annotated[int, Field(ge=1, le=256)] = Field(
@@ -109,17 +115,20 @@ class Loss(_Section):
 class Training(_Section):
     """When and how the draft learns."""
 
-    enabled: bool = Field(True, description="false: train only on `specl-ctl train --now`")
+    enabled: bool = Field(
+        True,
+        description="false: train only when asked (`specl-ctl train`, the page, `purge --retrain`); no second looks",
+    )
     lora: Lora = Lora()
     loss: Loss = Loss()
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    batch_size: Annotated[int, Field(ge=1, le=64)] = 2
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-4
+    batch_size: Annotated[int, Field(ge=1, le=64)] = 6
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=64)] = 1
-    num_epochs: Annotated[int, Field(ge=1)] = 3
-    max_minutes: Annotated[float, Field(gt=0)] = Field(10.0, description="wall clock of one run's steps")
+    num_epochs: Annotated[int, Field(ge=1)] = 30
+    max_minutes: Annotated[float, Field(gt=0)] = Field(5.0, description="wall clock of one run's steps")
     min_failure_cases: Annotated[int, Field(ge=1)] = 50
     max_failure_cases: Annotated[int, Field(ge=1)] = 1000
-    replay_ratio: Share = Field(0.2, description="share of a batch that replays successes and general text")
+    replay_ratio: Share = Field(0.67, description="share of a batch that replays successes and general text")
     replay_buffer_size: Annotated[int, Field(ge=0)] = Field(
         500, description="stored answers at most that are replayed, and texts that came with the draft"
     )
@@ -333,7 +342,7 @@ def parse(text: str, file: Path) -> Settings:
         return Settings.model_validate(tree)
     except ValidationError as error:
         lines = list(dict.fromkeys(_explain(file, tree, dict(item)) for item in error.errors()))
-        raise ConfigError("\n".join(lines), f"every key and its default: {default_file()}") from error
+        raise ConfigError("\n".join(lines), "docs/settings.md has every key and its default") from error
 
 
 def load(file: Path | None = None) -> Settings:
@@ -366,8 +375,8 @@ def document() -> str:
     head = [
         "# Settings",
         "",
-        "One YAML file, named by `SPECL_CONFIG` (default: the shipped `configs/default.yaml`). A file names only what it",
-        "changes; unknown keys and wrong values are errors that name the file, the line and the key.",
+        "One YAML file, named by `SPECL_CONFIG` (default: the shipped `configs/default.yaml`). What a file leaves out has the",
+        "default of this table; unknown keys and wrong values are errors that name the file, the line and the key.",
         "Environment: `SPECL_VAR` (run directory), `SPECL_MODELS` (converted models), `SPECL_BLAS` (a library, or `none`),",
         "`SPECL_NATIVE=0` (no native CPU kernels).",
         "",

@@ -1,7 +1,7 @@
 """How much memory models, caches and training will take, told before anything is loaded, and whether this machine has it.
 
 Arithmetic over config.json and the headers of the weights files; nothing is loaded. Measured against what really is taken
-with the built-in model on Linux (docs/memory.md); on a Mac it is arithmetic only. Knows no daemons.
+with the built-in model on Linux (docs/models.md); on a Mac it is arithmetic only. Knows no daemons.
 """
 
 import json

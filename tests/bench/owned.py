@@ -1,9 +1,9 @@
 """LoRA against all of a head's own weights: the same new kind of work, the same replayed texts, the same steps, the same seed.
 
-    SPECL_VAR=DIR python tests/bench/owned.py [--steps 120] [--rates lora:3e-4 owned:3e-5 owned:1e-4 owned:3e-4] [--json FILE]
+    SPECL_VAR=DIR python tests/bench/owned.py [--steps 120] [--ways lora:3e-4 owned:3e-5 owned:1e-4 owned:3e-4] [--json FILE]
 
-What an adapter would hold is LoRA's A and B, or the change of every weight. Texts are made once and kept in DIR (training/owned-*.npz,
-beside the replayed texts and the regression slice that a trainer would make there). Agreement, greedy, at depth 1.
+What an adapter would hold is LoRA's A and B, or the change of every weight. A way may name a loss: `lora:3e-4:ce`.
+Texts are made once and kept in DIR (training/owned-*.npz, beside the replayed texts and the regression slice that a trainer would make there). Agreement, greedy, at depth 1.
 """
 
 # ruff: noqa: I001 - the BLAS comes before mlx
@@ -49,7 +49,7 @@ def texts(path, engine, asked):
     return [example for example in load_shard(path) if example.rows > 1]
 
 
-def run(engine, settings, way, rate, sets, steps):
+def run(engine, settings, way, rate, loss, sets, steps):
     """One way to change the shipped head; what it gains, what it costs, how large it is."""
     mx.random.seed(0)
     fresh, replay, unseen, general = sets
@@ -63,9 +63,7 @@ def run(engine, settings, way, rate, sets, steps):
     learner.set_hot(hot_vocabulary([*fresh, *replay], draft.shape.hot_size, vocabulary, keep=draft.hot))
     share = settings.training.replay_ratio
     batches = Batches(fresh, replay, settings.training.batch_size, share, 0)
-    loop = StepLoop(
-        learner, LossSettings(settings.training.loss.type), StepSettings(rate, steps, depths=TRAINED_DEPTHS)
-    )
+    loop = StepLoop(learner, LossSettings(loss), StepSettings(rate, steps, depths=TRAINED_DEPTHS))
     start = time.process_time()
     for _ in range(steps):
         loop.step([batches.next()])
@@ -73,6 +71,7 @@ def run(engine, settings, way, rate, sets, steps):
     return {
         "way": way,
         "learning_rate": rate,
+        "loss": loss,
         "weights": sum(value.size for _, value in tree_flatten(module.trainable_parameters())),
         "unseen": agreement(learner, unseen).value,
         "general": agreement(learner, general).value,
@@ -84,7 +83,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", default=reserved.KINDS[0])
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--rates", nargs="+", default=["lora:3e-4", "owned:3e-5", "owned:1e-4", "owned:3e-4"])
+    parser.add_argument("--ways", nargs="+", default=["lora:3e-4", "owned:3e-5", "owned:1e-4", "owned:3e-4"])
     parser.add_argument("--json", type=Path)
     wish = parser.parse_args()
     settings, paths = config.load(), find_paths().create()
@@ -102,11 +101,12 @@ def main():
         f"| before | | {agreement(learner, unseen).value:.3f} | {agreement(learner, general).value:.4f} | |", flush=True
     )
     results = []
-    for item in wish.rates:
-        way, rate = item.split(":")
-        results.append(made := run(engine, settings, way, float(rate), (fresh, replay, unseen, general), wish.steps))
+    for item in wish.ways:
+        way, rate, loss = (*item.split(":"), settings.training.loss.type)[:3]
+        sets = (fresh, replay, unseen, general)
+        results.append(made := run(engine, settings, way, float(rate), loss, sets, wish.steps))
         scores = f"{made['unseen']:.3f} | {made['general']:.4f} | {made['cpu_s']:.0f}"
-        print(f"| {way}, {rate} | {made['weights']:,} | {scores} |", flush=True)
+        print(f"| {way}, {rate}, {loss} | {made['weights']:,} | {scores} |", flush=True)
         if wish.json:
             wish.json.write_text(json.dumps(results, indent=2))
 
