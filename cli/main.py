@@ -72,9 +72,9 @@ def _print_version(ctx: click.Context, option: click.Parameter, wanted: bool) ->
 def cli() -> None:
     """A local model server that gets faster the more it is used and never changes a word of what it says.
 
-    Start the daemons with `honcho start`, then `specl-ctl ask "..."`. The run directory is SPECL_VAR (default: var/
-    of the checkout, else ~/.local/share/speclora), the settings file SPECL_CONFIG. Exit codes: 0 done, 1 the work failed, 2 bad usage or settings, 3 a daemon is not
-    reachable.
+    Start the daemons with `honcho start`, then `specl-ctl ask "..."`. The run directory is SPECL_VAR (default: var/ of
+    the checkout, else ~/.local/share/speclora), the settings file SPECL_CONFIG. Exit codes: 0 done, 1 the work failed,
+    2 bad usage or settings, 3 a daemon is not reachable.
     """
 
 
