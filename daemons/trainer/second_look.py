@@ -71,9 +71,8 @@ class LookJob(TrainingJob):
     def __init__(self, look: SecondLook, *job: Any) -> None:
         super().__init__(*job, look.trigger)
         self.look = look
-        self.folder = (
-            self.folder / "second-look"
-        )  # the checkpoint of a run that waits to go on is not this one's to drop
+        # the checkpoint of a run that waits to go on is not this one's to drop
+        self.folder = self.folder / "second-look"
 
     def run(self) -> Outcome:
         """Decide. Raises Interrupted when told to stop, OSError where the disk refuses: then nothing is decided yet."""
