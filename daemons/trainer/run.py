@@ -27,7 +27,7 @@ from specl.shared.engine.adapter_files import load_adapter, write_files
 from specl.shared.engine.engine import Engine, LoadedAdapter
 from specl.shared.errors import AdapterRejected, ModelError
 from specl.shared.learning.examples import Example, hot_vocabulary
-from specl.shared.learning.gate import Agreement, Lineage, Verdict, expected_rate, judge, lineage_problems
+from specl.shared.learning.gate import Agreement, Lineage, Verdict, expected_rate, judge, lineage_problems, spoils
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.lora import (
@@ -45,7 +45,7 @@ from specl.shared.wire import TrainingRun
 MIN_EXAMPLES = 4
 DEPTHS = 3  # of a head's own steps: scored
 NEWEST = 20  # held-out generations, which say what is asked for now
-SHARES = (1.0, 0.9, 0.8, 0.65, 0.5)  # of the way that are tried where all of it spoils general text
+SHARES = (0.9, 0.8, 0.65, 0.5)  # of the way that are tried where all of it spoils general text
 _log = log.get("training")
 
 
@@ -165,12 +165,16 @@ class TrainingJob:
 
     def _score(self, learner: Learner) -> Scores:
         """The draft as it is now, on held-out traffic and on the regression slice."""
-        sets = (self.material.held_out, self.general)
-        return Scores(*[agreement(learner, examples, DEPTHS, pause=self._while_in_force) for examples in sets])
+        held_out = agreement(learner, self.material.held_out, DEPTHS, pause=self._while_in_force)
+        return Scores(held_out, self._score_general(learner))
+
+    def _score_general(self, learner: Learner) -> Agreement:
+        """On the regression slice alone; nobody asks for its deeper steps."""
+        return agreement(learner, self.general, pause=self._while_in_force)
 
     def _without_adapter(self) -> float:
         self.engine.use_adapter(None)
-        return agreement(Learner(self.engine.draft), self.general, pause=self._pause).value
+        return self._score_general(Learner(self.engine.draft)).value
 
     def _regression(self) -> list[Example]:
         """The regression slice, made where it is missing; empty for a target that cannot be run in batches."""
@@ -218,18 +222,22 @@ class TrainingJob:
         Half of a change keeps more than half of what is gained and loses far less than half of the rest (docs/learning.md).
         No chance is given to what learned nothing: the gain must be proven on all of the way first.
         """
-        learned, start = lora_weights(learner.module), self._start
-        tried: list[tuple[Scores, Verdict]] = []
+        learned, after = lora_weights(learner.module), self._score(learner)
+        verdict = self._verdict(before, after)
+        if not verdict.only_spoils:
+            return after, verdict
+        # where it is all adapters before it as well that cost too much, the way begins without any
+        start = None if verdict.drifted else self._start
+        _log.info("gate.spoils", reason=verdict.reason)
         for share in SHARES:
             learner.module.load_weights(list(part_of_the_way(learned, share, start).items()), strict=False)
-            after = self._score(learner)
-            tried.append((after, self._verdict(before, after).of(share)))
-            if not tried[-1][1].only_spoils:
-                break
-            if tried[-1][1].drifted:
-                start = None  # it is all adapters before it as well that cost too much: less of the way from no adapter at all
-            _log.info("gate.spoils", share=share, reason=tried[-1][1].reason)
-        return tried[-1] if tried[-1][1].verdict == "promoted" else tried[0]
+            general = self._score_general(learner)
+            if spoils(before.general.value, general.value, self.pristine):
+                continue
+            part = Scores(agreement(learner, self.material.held_out, DEPTHS, pause=self._while_in_force), general)
+            less = self._verdict(before, part).of(share)
+            return (part, less) if less.verdict == "promoted" else (after, verdict)
+        return after, verdict
 
     def _judge(self, learner: Learner, shape: LoraShape, before: Scores, after: Scores, verdict: Verdict) -> Outcome:
         """Publish if the gate says so."""

@@ -72,8 +72,8 @@ class Verdict:
     @property
     def only_spoils(self) -> bool:
         """Whether all that stands against it is general text, so that less of it may do."""
-        spoils = _spoils(self.regression_before, self.regression_after, self.regression_pristine)
-        return self.verdict == "rejected" and self.low > 0 and bool(spoils)
+        against = spoils(self.regression_before, self.regression_after, self.regression_pristine)
+        return self.verdict == "rejected" and self.low > 0 and bool(against)
 
     @property
     def drifted(self) -> bool:
@@ -192,12 +192,12 @@ def _decide(
         return "no_verdict", f"{figures}: {minimum} generations are needed for a verdict, so collecting goes on"
     if not low > 0:
         return "rejected", f"{figures}: the interval does not lie above zero"
-    if spoils := _spoils(*general):
-        return "rejected", f"{figures}: {spoils}"
+    if against := spoils(*general):
+        return "rejected", f"{figures}: {against}"
     return "promoted", figures
 
 
-def _spoils(before: float | None, after: float | None, pristine: float | None) -> str:
+def spoils(before: float | None, after: float | None, pristine: float | None) -> str:
     """What is wrong with general text; empty where nothing is."""
     if before is None or after is None:
         return ""
