@@ -16,6 +16,7 @@ from specl.shared.hooks import is_hook, load_hook
 
 KINDS = LOSSES
 EPSILON = 1e-9
+ROUNDING = 1e-6  # what may be left of 1 by float32 alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +107,19 @@ def _kl_and_overlap(logits: mx.array, teacher: Teacher, temperature: float) -> t
     p = mx.exp(teacher.logprobs) * inside
     # the tail is what lies beyond the top k; top-k tokens that the draft cannot say are left out and the rest renormalised
     tail = mx.maximum(1.0 - mx.exp(teacher.logprobs).sum(axis=1), 0.0)
-    q = mx.exp(mx.take_along_axis(logits, columns, axis=1) - _log_sum_exp(logits)[:, None]) * inside
+    log_q = mx.take_along_axis(logits, columns, axis=1) - _log_sum_exp(logits)[:, None]
+    q = mx.exp(log_q) * inside
     overlap = mx.minimum(p, q).sum(axis=1)
     if temperature != 1.0:
         scaled = logits / temperature
-        q = mx.exp(mx.take_along_axis(scaled, columns, axis=1) - _log_sum_exp(scaled)[:, None]) * inside
+        log_q = mx.take_along_axis(scaled, columns, axis=1) - _log_sum_exp(scaled)[:, None]
+        q = mx.exp(log_q) * inside
         p, tail = _soften(p, tail, temperature)
     total = p.sum(axis=1) + tail
     p, tail = p / mx.maximum(total[:, None], EPSILON), tail / mx.maximum(total, EPSILON)
     q_tail = mx.maximum(1.0 - q.sum(axis=1), EPSILON)
-    kl = (p * (mx.log(p + EPSILON) - mx.log(q + EPSILON)) * inside).sum(axis=1)
+    # log_q and not log(q + EPSILON), which has no gradient where the draft is most wrong
+    kl = (p * (mx.log(p + EPSILON) - log_q) * inside).sum(axis=1)
     kl = kl + tail * (mx.log(tail + EPSILON) - mx.log(q_tail))
     return kl, overlap, (total > EPSILON).astype(mx.float32)
 
@@ -123,4 +127,5 @@ def _kl_and_overlap(logits: mx.array, teacher: Teacher, temperature: float) -> t
 def _soften(p: mx.array, tail: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
     """The teacher at another temperature; the tail is tempered as one outcome, which is exact only at 1."""
     power = 1.0 / temperature
-    return mx.where(p > 0, mx.power(mx.maximum(p, EPSILON), power), 0.0), mx.power(mx.maximum(tail, EPSILON), power)
+    tempered = [mx.power(mx.maximum(part, EPSILON), power) for part in (p, tail)]
+    return mx.where(p > 0, tempered[0], 0.0), mx.where(tail > ROUNDING, tempered[1], 0.0)
