@@ -87,7 +87,7 @@ class Course:
         steps = StepSettings(training.learning_rate, total, depths=TRAINED_DEPTHS, checkpointing=checkpointing)
         loop = StepLoop(learner, loss, steps)
         deadline = Deadline(training.max_minutes * 60, self._resume(loop, batches))
-        stop = EarlyStop(learner, aside, loss, TRAINED_DEPTHS)
+        stop = EarlyStop(learner, aside, loss, TRAINED_DEPTHS, known=self.watched)
         self.watched = stop.losses
         self.live.state, self.live.step, self.live.total = "training", loop.step_number, total
         try:
@@ -152,6 +152,7 @@ class Course:
             "used_s": deadline.used,
             "losses": self.losses,
             "tokens": self.tokens,
+            "watched": self.watched,
         }
         try:
             loop.save(self._checkpoint, self._plan() | done)
@@ -183,7 +184,7 @@ class Course:
                 for _ in range(loop.step_number * self.settings.training.gradient_accumulation_steps):
                     batches.next()
                 self.learned = sorted({*about["ids"], *self.learned})
-                self.shown = set(about["shown"])
+                self.shown, self.watched = set(about["shown"]), list(about["watched"])
                 self.losses, self.tokens = list(about["losses"]), int(about["tokens"])
                 _log.info("training.resumed", step=loop.step_number)
                 return float(about["used_s"])

@@ -49,10 +49,11 @@ class EarlyStop:
         depths: int,
         every_s: float = EVERY_S,
         patience: int = PATIENCE,
+        known: Sequence[float] = (),
     ) -> None:
         self._learner, self._texts, self._settings, self._depths = learner, list(texts), loss, depths
         self._every, self._patience, self._next = every_s, patience, 0.0
-        self.losses: list[float] = []  # one a look, the first before any training
+        self.losses = list(known)  # one a look, the first before any training; of a run that goes on, `known` before
 
     def look(self, worked_s: float, pause: Callable[[], object] = lambda: None) -> bool:
         """Whether to stop. Call it before the first step and after every step; it scores when `every_s` more seconds were

@@ -47,6 +47,11 @@ def test_three_looks_without_a_lower_loss_end_it():
     assert stops_at([5, float("nan"), float("nan"), 4, 5, 5, 5]) == 6
 
 
+def test_a_run_that_goes_on_remembers_how_it_stood():
+    assert stops_at([3.0, 3.0], known=[2.0, 2.5]) == 1  # the third look without a lower one than 2
+    assert stops_at([1.0, 3.0, 3.0], known=[2.0, 2.5]) is None
+
+
 def test_it_looks_once_in_thirty_seconds_of_work_and_never_without_texts():
     learner = Told([5.0] * 9)
     stop = EarlyStop(learner, [text(0), text(1)], LossSettings(), 1)
