@@ -1,5 +1,6 @@
 """`specl-ctl draft build`: a draft out of the target itself, with progress, resumable, ending in a measured table."""
 
+import json
 import re
 import sys
 import time
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 MEASURED_PROMPTS = 8
 MEASURED_TOKENS = 64
+# what a manifest says of the drafts before it
+TOLD = (
+    "command", "prompts_sha256", "answers_sha256", "training_prompts", "training_tokens", "hours", "heldout_acceptance_by_depth",
+    "heldout_agreement_by_depth", "training",
+)  # fmt: skip
 
 
 def seconds_of(text: str) -> float:
@@ -72,6 +78,13 @@ def draft() -> None:
     metavar="FILE",
     help="Your own prompts instead of the shipped 4,000; with --from-store a FILE, or the word `shipped`, adds prompts.",
 )
+@click.option(
+    "--answers",
+    multiple=True,
+    metavar="FILE",
+    help="Answers that the target wrote for an earlier build (--keep-answers), read again; may be repeated. --prompts adds more.",
+)
+@click.option("--keep-answers", "keep", metavar="FILE", help="Write the target's answers there, as token ids (.npz).")
 @click.option("--from-store", is_flag=True, help="Learn from your own traffic (held-out conversations left out).")
 @click.option(
     "--tokens", type=click.IntRange(1000), default=200_000, show_default=True, help="Tokens that the target writes."
@@ -127,11 +140,22 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
     folder = Path(out) if out else paths.models / "drafts" / f"{short}-{wish['kind']}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     begin = load_head(Path(wish["begin"]), wish["begin"], loaded) if wish["begin"] else None
+    about |= {"ancestors": _ancestors(Path(wish["begin"]))} if begin else {}
     workshop = Path(work) if work else folder.with_name(f".{folder.name}.work")
-    built = distil(loaded, texts, workshop, folder, chosen, about, _Teller(), begin)
+    keep = Path(wish["keep"]) if wish["keep"] else None
+    built = distil(loaded, texts, workshop, folder, chosen, about, _Teller(), begin, keep)
     click.echo("", err=True)
     _table(loaded, built, settings, paths.costs)
     click.echo(f"models:\n  draft: {{name: {folder}}}")
+
+
+def _ancestors(folder: Path) -> list[dict[str, Any]]:
+    """What the drafts were made of that a build goes on from, the nearest first: a manifest tells of the last stage alone."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return [{name: manifest[name] for name in TOLD if name in manifest}, *manifest.get("ancestors", [])]
 
 
 def _settings(wish: dict[str, Any], target: "LanguageModel", seconds: float) -> "BuildSettings":
@@ -160,21 +184,25 @@ def _texts(
     wish: dict[str, Any], target: "LanguageModel", settings: config.Settings, store: Path
 ) -> tuple["Texts", dict[str, Any]]:
     """What is learned from, and what a manifest says of it."""
-    from specl.cli.draft_texts import SHIPPED, prompts_of, texts_of_store
+    from specl.cli.draft_texts import SHIPPED, answers_of, prompts_of, texts_of_store
     from specl.shared import prompts
     from specl.shared.learning.distil import Texts
 
     own = texts_of_store(store, settings, target.fingerprint, target.name) if wish["from_store"] else []
-    file = wish["file"] or (None if own else SHIPPED)
+    written, digests = answers_of(wish["answers"], target.fingerprint)
+    file = wish["file"] or (None if own or written else SHIPPED)
     items, digest = prompts_of(file) if file else ([], None)
     about = {
         "prompts_sha256": digest,
         "prompt_kinds": sorted({prompt.kind for prompt in items} | ({"own traffic"} if own else set())),
         "heldout_sha256": prompts.sha256("heldout"),
+        "answers_sha256": digests,
     }
+    if written:
+        click.echo(f"{len(written)} answers of earlier builds to learn from", err=True)
     if own:
         click.echo(f"{len(own)} answers of your own traffic to learn from", err=True)
-    return Texts(items, prompts.load("heldout"), own, prompts.may_train), about
+    return Texts(items, prompts.load("heldout"), own, written, prompts.may_train), about
 
 
 def _command(target: str, limit: str, wish: dict[str, Any]) -> str:
@@ -187,6 +215,7 @@ def _command(target: str, limit: str, wish: dict[str, Any]) -> str:
     )
     parts += [f"--prompts {Path(wish['file']).name}"] if wish["file"] else []
     parts += ["--from-store"] if wish["from_store"] else []
+    parts += [f"--answers {Path(file).name}" for file in wish["answers"]]
     parts += [f"--tokens {wish['tokens']} --time {limit} --epochs {wish['epochs']} --loss {wish['loss']}"]
     parts += [f"--learning-rate {wish['learning_rate']:g} --seed {wish['seed']}"]
     parts += [f"--begin {Path(wish['begin']).name}"] if wish["begin"] else []

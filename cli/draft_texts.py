@@ -2,12 +2,13 @@
 
 import hashlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specl.cli import prompt_file, text_file
 from specl.shared.config import Settings
-from specl.shared.errors import ConfigError
+from specl.shared.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from specl.shared.learning.own import OwnText
@@ -31,6 +32,22 @@ def prompts_of(file: str) -> tuple[list[Any], str]:
     found = prompt_file.read(file) if Path(file).suffix.lower() in prompt_file.KINDS else _mixed(file)
     items = [prompts.ShippedPrompt(f"line-{item.line}", "own", item.messages) for item in found]
     return items, hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
+
+
+def answers_of(files: Sequence[str], fingerprint: str) -> tuple[list["OwnText"], list[str]]:
+    """What this target wrote for earlier builds, and the sha256 of each file. Raises ConfigError for what is no such file."""
+    from specl.shared.learning.answers import load_answers
+
+    found: list[OwnText] = []
+    names = [Path(file).stem for file in files]
+    if len(set(names)) < len(names):
+        raise ConfigError("--answers wants files of different names")
+    for file in files:
+        try:
+            found += load_answers(Path(file).expanduser(), fingerprint)
+        except ModelError as error:
+            raise ConfigError(str(error), error.hint) from error
+    return found, [hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest() for file in files]
 
 
 def _mixed(file: str) -> list[prompt_file.FilePrompt]:

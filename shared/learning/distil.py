@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from specl.shared.errors import ModelError
+from specl.shared.learning.answers import save_answers, save_replay, set_aside
 from specl.shared.learning.depths import ByDepth
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.invent import invent
@@ -39,8 +40,6 @@ GENERATE_SHARE = 0.6  # of the time limit
 CHECKPOINT_S = 60.0
 HELDOUT_PROMPTS = 96
 INVENTING_TEMPERATURE = 1.0
-REPLAY_TEXTS = 600  # 96 were not enough: four minutes of training had each ten times, and general text fell by 0.02
-REPLAY_SHARE = 0.1  # of the answers at most: they are kept out of training
 KINDS = ("head", "layers")
 Group = Callable[[], list[Prompt]]  # made when it is needed: a shard that is there needs no prompts
 
@@ -70,7 +69,8 @@ class BuildSettings:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What a build learns from and is judged by: prompts that the target answers, and texts that it wrote before.
+    """What a build learns from and is judged by: prompts that the target answers, and texts that it wrote before: of a user's
+    traffic (`own`), or for an earlier build (`written`).
 
     Where more text is wanted than the prompts give, the target invents prompts; `wanted` may refuse some.
     """
@@ -78,6 +78,7 @@ class Texts:
     prompts: Sequence[Any]
     heldout: Sequence[Any]
     own: Sequence[OwnText] = ()
+    written: Sequence[OwnText] = ()
     wanted: Callable[[str], bool] = lambda text: True
 
 
@@ -302,19 +303,29 @@ def build(
     about: dict[str, Any],
     tell: Tell = lambda progress: None,
     begin: HeadDraft | None = None,
+    keep_answers: Path | None = None,
 ) -> Built:
-    """The whole pipeline, a head from `begin`'s weights where given. Raises ModelError where the target itself was changed."""
+    """The whole pipeline, a head from `begin`'s weights where given; `keep_answers` is where the target's answers go, a user's
+    own traffic left out. Raises ModelError where the target itself was changed."""
     work.mkdir(parents=True, exist_ok=True)
     work.chmod(0o700)  # it may hold what a user wrote
     start, shared = time.monotonic(), embedding_digest(target)
-    check_work(work, {"target": target.fingerprint, "prompts": about.get("prompts_sha256"), "seed": settings.seed})
+    begun_with = "+".join(filter(None, [about.get("prompts_sha256"), *about.get("answers_sha256", [])])) or None
+    check_work(work, {"target": target.fingerprint, "prompts": begun_with, "seed": settings.seed})
     heldout = encode_prompts(target, texts.heldout[:HELDOUT_PROMPTS], settings, sampled=False)
     judged = generate(target, _groups(heldout), work, "held-out", settings, start + 0.1 * settings.seconds, tell)
     deadline, shards = start + GENERATE_SHARE * settings.seconds, []
-    own = capture(target, texts.own, work, settings.top_k, settings.kind == "head", deadline, tell)
+    read = [*texts.own, *texts.written]
+    captured = capture(target, read, work, settings.top_k, settings.kind == "head", deadline, tell)
+    users = {text.id for text in texts.own}
+    own = [example for example in captured if example.id in users]
+    written = [example for example in captured if example.id not in users]
     if texts.prompts:
         shards = generate(target, _passes(target, texts, settings), work, "training", settings, deadline, tell)
-    general, replay = set_aside(read_examples(target, shards, settings.kind))
+    answers = [*written, *read_examples(target, shards, settings.kind)]
+    if keep_answers is not None and answers:
+        save_answers(keep_answers, answers, target.fingerprint)
+    general, replay = set_aside(answers)
     examples = general + own
     draft = _untrained(target, examples, settings, begin)
     figures = train(draft, examples, work, settings, start + settings.seconds, tell)
@@ -334,6 +345,7 @@ def build(
         "training_prompts": len(examples),
         "training_tokens": int(sum(example.rows for example in examples)),
         "own_texts": len(own),
+        "texts_of_earlier_builds": len(written),
         "answers_to_invented_prompts": sum(example.id.startswith("invented-") for example in general),
         "training": figures,
         "heldout_prompts": len(tests),
@@ -380,34 +392,6 @@ def _write(
         return load_head(out, out.name, target)
     save_layers(draft, target, out, manifest, beside)
     return load(out.name, out.parent, path=out)
-
-
-def set_aside(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """What to train on, and greedy answers to replay later, which this draft shall not know by heart: the last, which a draft
-    that it began from has not seen either.
-    """
-    most = min(REPLAY_TEXTS, int(REPLAY_SHARE * len(examples)))
-    greedy = [i for i, example in enumerate(examples) if example.greedy]
-    kept = set(greedy[len(greedy) - most :] if most < len(greedy) else greedy)
-    return (
-        [example for i, example in enumerate(examples) if i not in kept],
-        [example for i, example in enumerate(examples) if i in kept],
-    )
-
-
-def save_replay(examples: Sequence[Example], path: Path) -> None:
-    """Token ids of texts kept out of training: what the trainer replays so that general text is not forgotten.
-
-    Never a user's own: a purge does not reach what comes with a draft.
-    """
-    if not examples:
-        return
-    np.savez_compressed(
-        path,
-        tokens=np.concatenate([example.tokens for example in examples]).astype(np.uint32),
-        lengths=np.array([len(example.tokens) for example in examples], np.uint32),
-        prompt_lengths=np.array([example.prompt_length for example in examples], np.uint32),
-    )
 
 
 def _coverage(examples: Sequence[Example], hot: np.ndarray) -> float:

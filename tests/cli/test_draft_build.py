@@ -1,13 +1,17 @@
 """`draft build` from the user's own traffic: what it may use, and what it says where there is nothing."""
 
+import json
 import time
 
+import numpy as np
 import pytest
 
 from specl.cli.draft_texts import prompts_of, texts_of_store
 from specl.shared import config, prompts
-from specl.shared.errors import ConfigError
+from specl.shared.errors import ConfigError, ModelError
+from specl.shared.learning.answers import load_answers, save_answers
 from specl.shared.learning.examples import is_held_out
+from specl.shared.learning.own import OwnText
 from specl.shared.paths import find_paths
 from specl.shared.store import Store
 from tests.fakes import make_generation, to_row, tokens_blob
@@ -112,6 +116,8 @@ def test_prompts_are_a_file_or_the_shipped_ones(tmp_path):
         (["--time", "soon"], "a time is written like"),
         (["--from-store"], "no store at"),
         (["--kind", "layers", "--begin", "."], "--begin goes on from a head"),
+        (["--answers", "nowhere.npz"], "does not hold answers"),
+        (["--answers", "a/x.npz", "--answers", "b/x.npz"], "different names"),
     ],
 )
 def test_a_users_mistake_is_one_sentence(specl, stored, monkeypatch, arguments, said):
@@ -134,12 +140,58 @@ def test_the_whole_command_makes_a_draft_that_the_settings_accept(specl, stored,
     )
     file = tmp_path / "mine.txt"
     file.write_text("\n".join(f"say {n} things" for n in range(10)))
-    out = tmp_path / "made"
-    outcome = specl(
-        *("draft", "build", "--target", "it", "--kind", "layers", "--layers", "0,3", "--prompts", file),
-        *("--tokens", "1000", "--epochs", "1", "--time", "5m", "--out", out),
+    out, answers = tmp_path / "made", tmp_path / "answers.npz"
+    common = (
+        "draft",
+        "build",
+        "--target",
+        "it",
+        "--kind",
+        "layers",
+        "--layers",
+        "0,3",
+        "--tokens",
+        "1000",
+        "--epochs",
+        "1",
     )
+    outcome = specl(*common, "--prompts", file, "--time", "5m", "--out", out, "--keep-answers", answers)
     assert outcome.exit_code == 0, outcome.stderr
     assert "held-out acceptance by depth" in outcome.stdout and f"name: {out}" in outcome.stdout
     assert (out / "model.safetensors").is_file()
     assert "one draft token" in outcome.stdout and "these promise" in outcome.stdout
+
+    def no_text(*arguments, **more):
+        raise AssertionError("text was written")
+
+    again = tmp_path / "again"
+    (tmp_path / ".again.work").mkdir()
+    for shard in (tmp_path / ".made.work").glob("held-out-*.npz"):
+        (tmp_path / ".again.work" / shard.name).write_bytes(shard.read_bytes())
+    monkeypatch.setattr(distil, "answer", no_text)
+    outcome = specl(*common, "--answers", answers, "--time", "5m", "--out", again)
+    assert outcome.exit_code == 0, outcome.stderr
+    made, remade = (json.loads((folder / "manifest.json").read_text()) for folder in (out, again))
+    assert remade["training_tokens"] == made["training_tokens"] and remade["own_texts"] == 0
+    assert remade["texts_of_earlier_builds"] >= remade["training_prompts"] == made["training_prompts"]
+    assert len(remade["answers_sha256"]) == 1 and "--answers answers.npz" in remade["command"]
+    with np.load(out / "replay.npz") as first, np.load(again / "replay.npz") as second:
+        assert first["tokens"].tolist() == second["tokens"].tolist()
+
+
+def test_answers_are_read_as_they_were_written_and_only_by_their_target(tmp_path):
+    written = [OwnText(f"w{n}", np.arange(n, n + 9, dtype=np.uint32) * 6000, 3 + n, n == 1) for n in range(3)]
+    path = tmp_path / "kept.npz"
+    save_answers(path, written, "t0")
+    for one, other in zip(load_answers(path, "t0"), written, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert (one.prompt_length, one.greedy) == (other.prompt_length, other.greedy)
+    save_answers(path, written[:1] + [OwnText("w", np.array([70_000, 5], np.uint32), 1, True)], "t0")
+    assert load_answers(path, "t0")[1].tokens.tolist() == [70_000, 5]
+    with pytest.raises(ModelError, match="written by target t0"):
+        load_answers(path, "t1")
+    whole = path.read_bytes()
+    for size in (0, 50, len(whole) - 3):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ModelError, match="does not hold answers"):
+            load_answers(path, "t0")
