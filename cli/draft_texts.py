@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from specl.cli import prompt_file, text_file
 from specl.shared.config import Settings
 from specl.shared.errors import ConfigError, ModelError
@@ -21,7 +23,7 @@ def prompts_of(file: str) -> tuple[list[Any], str]:
     """The prompts in `file` (as `prompt_file` reads them; in plain text a line may be JSON, too), or the shipped ones, and
     their sha256.
 
-    Raises ConfigError that names file and line.
+    Raises ConfigError that names file and line. Left out is what shares eight words with a prompt that drafts are judged by.
     """
     from specl.shared import prompts
 
@@ -30,7 +32,16 @@ def prompts_of(file: str) -> tuple[list[Any], str]:
     if file == "-":
         raise ConfigError("--prompts wants a file: a build that was stopped reads it again")
     found = prompt_file.read(file) if Path(file).suffix.lower() in prompt_file.KINDS else _mixed(file)
-    items = [prompts.ShippedPrompt(f"line-{item.line}", "own", item.messages) for item in found]
+    items = [
+        prompts.ShippedPrompt(f"line-{item.line}", "own", item.messages)
+        for item in found
+        if not any(prompts.is_judge(str(message["content"])) for message in item.messages)
+    ]
+    if not items:
+        raise ConfigError(f"every prompt of {file} is one that drafts are judged by")
+    if len(items) < len(found):
+        said = f"{len(found) - len(items)} prompts of {file} are left out: drafts are judged by prompts with the same words"
+        click.echo(said, err=True)
     return items, hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
 
 

@@ -57,4 +57,9 @@ def _judging() -> frozenset[tuple[str, ...]]:
 
 def may_train(text: str) -> bool:
     """Whether an invented prompt shares no eight words with a judging set and has no trace of a reserved kind."""
-    return not TRACES.search(text) and _judging().isdisjoint(runs(text))
+    return not TRACES.search(text) and not is_judge(text)
+
+
+def is_judge(text: str) -> bool:
+    """Whether a text shares eight words in a row with a judging set: who learns it is not judged by it."""
+    return not _judging().isdisjoint(runs(text))

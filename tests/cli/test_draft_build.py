@@ -108,6 +108,17 @@ def test_prompts_are_a_file_or_the_shipped_ones(tmp_path):
     assert digest != prompts.sha256("train")
 
 
+def test_a_prompt_that_drafts_are_judged_by_is_not_learned(tmp_path, capsys):
+    judge = prompts.load("heldout")[0].messages[-1]["content"]
+    file = tmp_path / "mine.txt"
+    file.write_text(f"one\n{json.dumps({'prompt': judge})}\n")
+    assert [item.messages[-1]["content"] for item in prompts_of(str(file))[0]] == ["one"]
+    assert "1 prompts of" in capsys.readouterr().err
+    file.write_text(json.dumps({"prompt": judge}))
+    with pytest.raises(ConfigError, match="judged by"):
+        prompts_of(str(file))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
