@@ -49,6 +49,18 @@ def start(paths):
     return swap, lookout, events
 
 
+def promoted(made):
+    """A daemon whose first adapter stood at 0.7, and that has just taken the second."""
+    paths, adapters, first, second = made
+    adapters.set_current(first)
+    swap, lookout, _ = start(paths)
+    for _ in range(20):
+        lookout.saw([20], [14])
+    adapters.set_current(second)
+    swap.follow_current()
+    return swap, lookout
+
+
 def test_a_disappointing_adapter_goes_within_twenty_requests_and_stays_gone(made):
     paths, adapters, first, second = made
     adapters.set_current(first)
@@ -102,12 +114,7 @@ def test_rounds_are_forced_only_during_a_watch_and_no_baseline_means_no_watch():
 
 def test_a_restart_goes_on_with_the_watch_and_with_the_way_back(made):
     paths, adapters, first, second = made
-    adapters.set_current(first)
-    swap, lookout, _ = start(paths)
-    for _ in range(20):
-        lookout.saw([20], [14])
-    adapters.set_current(second)
-    swap.follow_current()
+    swap, lookout = promoted(made)
     for _ in range(2):
         assert lookout.saw([15], [8]) == ""
     swap, lookout, events = start(paths)
@@ -279,12 +286,7 @@ def test_answers_with_few_drafts_are_judged_at_twenty_and_do_not_end_the_watch_i
 
 def test_what_a_second_look_has_reinstated_drafts_again_and_is_not_watched(made):
     paths, adapters, first, second = made
-    adapters.set_current(first)
-    swap, lookout, _ = start(paths)
-    for _ in range(20):
-        lookout.saw([20], [14])
-    adapters.set_current(second)
-    swap.follow_current()
+    swap, lookout = promoted(made)
     while not (why := lookout.saw([20], [5])):
         pass
     swap.roll_back(why)
