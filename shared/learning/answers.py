@@ -1,6 +1,7 @@
-"""Answers that a target has written, as token ids alone: small enough to keep and to hand on, and the dear part of a draft's data.
+"""Answers that a target has written, as token ids alone: small enough to keep and to hand on, so that a draft can be made again of
+just the same text.
 
-What the target expects at each token, and the hidden states of a head, are read again: that is several times faster than writing was.
+What the target expects at each token, and the hidden states of a head, are read again.
 """
 
 from collections.abc import Sequence
