@@ -130,6 +130,9 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
         raise ConfigError(
             "--begin goes on from a head draft; a layers draft always begins with the target's own layers"
         )
+    keep = Path(wish["keep"]).expanduser() if wish["keep"] else None
+    if keep and not keep.parent.is_dir():
+        raise ConfigError(f"--keep-answers {keep}: there is no folder {keep.parent}")
     name = target or settings.models.target.name
     check_room(settings, paths, here(name, paths.models), None, "building a draft")
     loaded = load(name, paths.models, settings.models.precision, to_stderr)
@@ -142,7 +145,6 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
     begin = load_head(Path(wish["begin"]), wish["begin"], loaded) if wish["begin"] else None
     about |= {"ancestors": _ancestors(Path(wish["begin"]))} if begin else {}
     workshop = Path(work) if work else folder.with_name(f".{folder.name}.work")
-    keep = Path(wish["keep"]) if wish["keep"] else None
     built = distil(loaded, texts, workshop, folder, chosen, about, _Teller(), begin, keep)
     click.echo("", err=True)
     _table(loaded, built, settings, paths.costs)

@@ -51,7 +51,7 @@ class Live:
 @dataclass(slots=True)
 class Course:
     """Trains what is attached to `learner`. `origin` is what the weights began from: draft and parent; `known` names the
-    generations that the parent learned from. `pause` as in TrainingJob.
+    generations that the parent was shown. `pause` as in TrainingJob.
 
     Afterwards `learned` names every generation that the weights may have seen, a resumed run's included, `shown` those that they
     have seen, and `losses` has one a step.
@@ -100,7 +100,7 @@ class Course:
             raise
 
     def _pools(self, kept: Collection[str]) -> tuple[list[Example], list[Example]]:
-        """Texts to learn, and texts to replay. Failures that the parent has learned from are replayed, where there are enough others:
+        """Texts to learn, and texts to replay. Failures that the parent was shown are replayed, where there are enough others:
         else work of a new kind would have to wait its turn behind all that ever failed.
         """
         failures, successes = (

@@ -195,32 +195,34 @@ class Worker(threading.Thread):
             )  # fmt: skip
             match what:
                 case Trial():
-                    outcome = TrialJob(what, *parts).run()
+                    self._tried(what, TrialJob(what, *parts).run())
                 case SecondLook():
-                    outcome = LookJob(what, *parts).run()
+                    self._looked(what, LookJob(what, *parts).run())
                 case _:
-                    outcome = TrainingJob(*parts, what).run()
+                    self._trained(what, TrainingJob(*parts, what).run())
         finally:
             store.close()
             give_back()  # a run takes many times what scoring does
-        if isinstance(what, SecondLook):
-            self._looked(what, outcome)
-            return
-        if isinstance(what, Trial):
-            self.trials[what.run_id] = {
-                "verdict": outcome.verdict, "reason": outcome.reason, "adapter_id": outcome.adapter_id,
-            }  # fmt: skip
-        elif outcome.verdict in ("no_data", "no_verdict", "failed"):
-            self._hold_off(what, None if outcome.verdict == "failed" else WANTING_S)
+
+    def _trained(self, what: str, outcome: Outcome) -> None:
+        """When to try again, and what the store is told: waiting for the same once, not every minute."""
+        waits = outcome.verdict in ("no_data", "no_verdict")
+        if waits or outcome.verdict == "failed":
+            self._hold_off(what, WANTING_S if waits else None)
         else:
             self._retry_s.pop(RUN, None)
-        again = outcome.verdict == self._wanting and outcome.verdict != ""
-        self._wanting = outcome.verdict if outcome.verdict in ("no_data", "no_verdict") else ""
-        if (
-            isinstance(what, Trial) or what in (NOW, BY_HAND) or not again
-        ):  # waiting for the same is told of once, not every minute
+        known, self._wanting = self._wanting, outcome.verdict if waits else ""
+        if what in (NOW, BY_HAND) or not waits or outcome.verdict != known:
             self._record(outcome)
         _log.info("training.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)
+
+    def _tried(self, trial: Trial, outcome: Outcome) -> None:
+        """Somebody waits for it."""
+        self.trials[trial.run_id] = {
+            "verdict": outcome.verdict, "reason": outcome.reason, "adapter_id": outcome.adapter_id,
+        }  # fmt: skip
+        self._record(outcome)
+        _log.info("import.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)
 
     def _looked(self, look: SecondLook, outcome: Outcome) -> None:
         """Tell of a second look that decided something."""

@@ -128,6 +128,7 @@ def test_a_prompt_that_drafts_are_judged_by_is_not_learned(tmp_path, capsys):
         (["--from-store"], "no store at"),
         (["--kind", "layers", "--begin", "."], "--begin goes on from a head"),
         (["--answers", "nowhere.npz"], "does not hold answers"),
+        (["--keep-answers", "nowhere/kept.npz"], "there is no folder nowhere"),
         (["--answers", "a/x.npz", "--answers", "b/x.npz"], "different names"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from specl.daemons.trainer import service, worker
 from specl.daemons.trainer.records import scored
 from specl.daemons.trainer.run import Outcome
+from specl.daemons.trainer.trial import Trial
 from specl.daemons.trainer.work import BY_HAND
 from specl.shared import config
 from specl.shared.learning.gate import Agreement
@@ -91,6 +92,15 @@ def test_waiting_for_data_is_recorded_once_and_said_again_to_who_asks(trainer, m
     run_with(trainer, monkeypatch, "rejected")
     run_with(trainer, monkeypatch, "no_verdict")
     assert trainer.outbox.pending == 5
+
+
+def test_an_import_between_two_runs_that_wait_is_recorded_and_they_are_told_of_once(trainer, monkeypatch):
+    run_with(trainer, monkeypatch, "no_data")
+    monkeypatch.setattr(worker, "TrialJob", lambda *_: SimpleNamespace(run=lambda: outcome("no_verdict")))
+    trainer.worker._one_run(Trial("run", "folder", "name"))
+    assert trainer.outbox.pending == 2 and trainer.worker.trials["run"]["verdict"] == "no_verdict"
+    run_with(trainer, monkeypatch, "no_data")
+    assert trainer.outbox.pending == 2
 
 
 def test_a_run_that_fails_again_and_again_is_tried_ever_less_often(trainer, monkeypatch):
