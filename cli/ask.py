@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from specl.cli import text_file
+from specl.cli.files import text_file
 from specl.cli.options import sampling
-from specl.shared.client import Client
 from specl.shared.errors import RequestRejected
-from specl.shared.wire import Done
+from specl.shared.messaging.client import Client
+from specl.shared.messaging.messages import Done
 
 
 def summary_line(done: Done) -> str:

@@ -16,11 +16,11 @@ from typing import IO, Any
 
 import click
 
+from specl.cli.files.prompt_file import FilePrompt, read
 from specl.cli.options import sampling
-from specl.cli.prompt_file import FilePrompt, read
-from specl.shared.client import Client
 from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected, SpecLoraError
-from specl.shared.wire import Done
+from specl.shared.messaging.client import Client
+from specl.shared.messaging.messages import Done
 
 PATIENCE_S = 60.0  # for a daemon that is being restarted
 BUSY_S = 0.5

@@ -12,12 +12,12 @@ from importlib.metadata import version
 
 import click
 
-from specl.shared import config
-from specl.shared.access import Addresses, check_exposure, gateway_token
 from specl.shared.errors import ConfigError, SpecLoraError
-from specl.shared.hooks import is_hook, load_hook
+from specl.shared.messaging.endpoints import Addresses, check_exposure, gateway_token
 from specl.shared.paths import DAEMONS, ROLES, find_paths
-from specl.shared.process import holder_of, is_locked
+from specl.shared.runtime.supervisor import holder_of, is_locked
+from specl.shared.settings.load import load_settings, settings_file
+from specl.shared.settings.plugins import is_hook, load_hook
 
 OK, WARN, BAD = "ok", "warn", "bad"
 Finding = tuple[str, str, str]
@@ -64,7 +64,7 @@ def _device(system: str, kind: str) -> Finding:
 def _native() -> Iterator[Finding]:
     """The C++ kernels; on a GPU and on macOS nothing is missing without them."""
     from specl.shared import native
-    from specl.shared.models.fast import on_cpu
+    from specl.shared.models.cpu_kernels import on_cpu
 
     if native.available():
         yield OK, "kernels", f"native {native.instruction_set()}, {native.threads()} threads"
@@ -76,7 +76,7 @@ def _folders() -> Iterator[Finding]:
     paths = find_paths().create()
     free = shutil.disk_usage(paths.root).free / 2**30
     yield (OK if free > 2 else WARN), "disk", f"{free:.1f} GiB free at {paths.root}"
-    for role in DAEMONS if config.load().gateway.enabled else ROLES:
+    for role in DAEMONS if load_settings().gateway.enabled else ROLES:
         if is_locked(paths.run, role):
             yield OK, role, f"runs (pid {holder_of(paths.run, role)})"
         else:
@@ -89,7 +89,7 @@ def _folders() -> Iterator[Finding]:
 
 def _access() -> Iterator[Finding]:
     """Who may connect: the very checks that end a daemon at its start."""
-    settings, paths = config.load(), find_paths()
+    settings, paths = load_settings(), find_paths()
     if settings.gateway.enabled:
         token = gateway_token(settings.gateway)
         check_exposure(settings.gateway, token)
@@ -107,7 +107,7 @@ def _access() -> Iterator[Finding]:
 
 def _hooks() -> Iterator[Finding]:
     """Programs of the user's own that the settings name, imported as the daemons started in this folder would."""
-    settings = config.load()
+    settings = load_settings()
     named = {"speculative.drafter": settings.speculative.drafter, "training.loss.type": settings.training.loss.type}
     sys.path.insert(0, os.getcwd())
     try:
@@ -121,7 +121,7 @@ def _hooks() -> Iterator[Finding]:
 
 def _ports() -> Iterator[Finding]:
     """The TCP ports that the settings name: ours, free, or another program's."""
-    settings, paths = config.load(), find_paths()
+    settings, paths = load_settings(), find_paths()
     wanted: list[tuple[str, str, int, bool]] = []
     if settings.gateway.enabled and settings.gateway.port:
         wanted.append(("gateway.port", settings.gateway.host, settings.gateway.port, is_locked(paths.run, "gateway")))
@@ -151,8 +151,8 @@ def _is_taken(host: str, port: int) -> bool:
 
 
 def _settings() -> Iterator[Finding]:
-    settings = config.load()
-    yield OK, "settings", str(config.settings_file())
+    settings = load_settings()
+    yield OK, "settings", str(settings_file())
     from specl.cli.models import _where
 
     folder = find_paths().models
@@ -169,11 +169,11 @@ def _settings() -> Iterator[Finding]:
 
 def _memory() -> Iterator[Finding]:
     """What the settings' models will take, where they are here."""
-    from specl.cli.room import folders
+    from specl.cli.memory_check import folders
+    from specl.shared.engine.load import estimate_pair
     from specl.shared.models import memory
-    from specl.shared.models.pair import estimate_pair
 
-    settings = config.load()
+    settings = load_settings()
     target, draft = folders(settings, find_paths().models)
     if target is None or (settings.models.draft.name and draft is None):
         yield OK, "memory", "told when the models are here: `specl-ctl models fetch`"

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from specl.cli.files.prompt_file import read
 from specl.cli.options import TEMPERATURE
-from specl.cli.prompt_file import read
-from specl.shared import config
-from specl.shared.adapters import Adapters
+from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.paths import find_paths
+from specl.shared.settings.load import load_settings
 
 if TYPE_CHECKING:
-    from specl.shared.bench.duel import Difference, Side
-    from specl.shared.bench.sets import BenchPrompt
+    from specl.shared.bench.compare_adapters import Difference, Side
+    from specl.shared.bench.prompt_sets import BenchPrompt
     from specl.shared.engine.engine import Engine
 
 NONE = "none"
@@ -56,16 +56,16 @@ def evaluate(
     if names[0] == names[1]:
         raise ConfigError(f"--adapter and --against both mean {names[0]}", _hint(adapter))
     engine = _load()
-    from specl.shared.bench import duel
-    from specl.shared.bench.sets import BenchPrompt
-    from specl.shared.engine.law import Law
+    from specl.shared.bench import compare_adapters
+    from specl.shared.bench.prompt_sets import BenchPrompt
+    from specl.shared.engine.sampling import Law
 
     items = [BenchPrompt(str(item.line), file, item.messages) for item in prompts]
-    sides = [duel.Side(name, _adapter(engine, name)) for name in names]
+    sides = [compare_adapters.Side(name, _adapter(engine, name)) for name in names]
     law = Law(temperature=temperature)
     items = _fitting(engine, items, max_tokens)
-    plain = duel.duel(engine, items, max_tokens, law, sides, _tell)
-    report(sides, duel.difference(*sides), plain, len(items), as_object)
+    plain = compare_adapters.duel(engine, items, max_tokens, law, sides, _tell)
+    report(sides, compare_adapters.difference(*sides), plain, len(items), as_object)
 
 
 def _resolve(name: str) -> str:
@@ -84,12 +84,12 @@ def _hint(name: str) -> str:
 
 
 def _load() -> "Engine":
-    from specl.cli.room import check_room, folders
+    from specl.cli.memory_check import check_room, folders
+    from specl.shared.engine.load import load_pair
     from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
     from specl.shared.models.load import to_stderr
-    from specl.shared.models.pair import load_pair
 
-    paths, settings = find_paths(), config.load()
+    paths, settings = find_paths(), load_settings()
     target, draft = folders(settings, paths.models)
     check_room(settings, paths, target, draft, "loading the models a second time")
     engine = load_pair(settings, paths.models, to_stderr)
@@ -101,7 +101,7 @@ def _load() -> "Engine":
 
 
 def _adapter(engine: "Engine", name: str) -> Any:
-    from specl.shared.engine.adapter_files import load_adapter
+    from specl.shared.adapters.tensors import load_adapter
 
     adapters = Adapters(find_paths().adapters)
     return None if name == NONE else load_adapter(adapters, adapters.folder / name, engine)[0]

@@ -2,8 +2,8 @@
 
 import click
 
-from specl.shared.access import read_keys, write_keys
 from specl.shared.errors import SpecLoraError
+from specl.shared.messaging.endpoints import read_keys, write_keys
 from specl.shared.paths import find_paths
 
 
@@ -16,7 +16,7 @@ def keys() -> None:
 @click.option("--force", is_flag=True, help="Replace the keys that are there; clients with the old ones are shut out.")
 def make(force: bool) -> None:
     """Make keys for this run directory (0600). Every socket asks for them from the daemons' next start on."""
-    from specl.shared.bus import new_keys
+    from specl.shared.messaging.bus import new_keys
 
     paths = find_paths().create()
     if not force and read_keys(paths.keys) is not None:

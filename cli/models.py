@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specl.shared import config
 from specl.shared.errors import ModelError
 from specl.shared.paths import find_paths
+from specl.shared.settings.load import load_settings
 
 if TYPE_CHECKING:
     from specl.shared.models.gguf_tensors import Quantize
@@ -26,11 +26,11 @@ def _where(name: str | None, folder: Path, is_draft: bool) -> str | None:
     if name is None:
         return None
     if is_draft:
-        from specl.shared.models.pair import draft_folder
+        from specl.shared.engine.load import draft_folder
 
-        found = draft_folder(name, folder)
-        if found is not None:
-            return str(found)
+        path = draft_folder(name, folder)
+        if path is not None:
+            return str(path)
     if name == builtin.NAME:
         path = folder / name
         return str(path) if (path / "config.json").is_file() else None
@@ -59,21 +59,21 @@ def list_(as_object: bool, others: bool) -> None:
     if others:
         _list_found(as_object)
         return
-    settings, folder = config.load(), find_paths().models
-    found: dict[str, Any] = {
+    settings, folder = load_settings(), find_paths().models
+    rows: dict[str, Any] = {
         role: {"name": model.name, "path": _where(model.name, folder, role == "draft")}
         for role, model in (("target", settings.models.target), ("draft", settings.models.draft))
     }
     if as_object:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(rows))
         return
-    for role, item in found.items():
+    for role, item in rows.items():
         where = item["path"] or ("not here yet: `specl-ctl models fetch`" if item["name"] else "")
         click.echo(f"{role:<8}{item['name'] or 'none':<28}{where}".rstrip())
 
 
 def _list_found(as_object: bool) -> None:
-    from specl.shared.models.found import search_here
+    from specl.shared.models.local_models import search_here
 
     items = search_here()
     if as_object:
@@ -107,13 +107,13 @@ def import_(file: str, quantize: "Quantize", name: str | None, as_object: bool) 
     specl-ctl models import ~/Downloads/qwen2.5-0.5b-instruct-q8_0.gguf --name qwen-small
     specl-ctl models import ollama:llama3.2:1b
     """
-    from specl.shared.models import found
-    from specl.shared.models.imports import import_gguf, suggested_name
+    from specl.shared.models import local_models
+    from specl.shared.models.gguf_import import import_gguf, suggested_name
     from specl.shared.models.load import to_stderr
 
     path = Path(file).expanduser()
-    if file.startswith(found.PREFIXES):
-        item = found.find(file, found.search_here())
+    if file.startswith(local_models.PREFIXES):
+        item = local_models.find(file, local_models.search_here())
         if item.format == "mlx":
             raise ModelError(f"{file} needs no import: it is an MLX model", f"set models.target.name to {file}")
         path = item.path
@@ -132,10 +132,10 @@ def import_(file: str, quantize: "Quantize", name: str | None, as_object: bool) 
 @models.command()
 def fetch() -> None:
     """Fetch and convert what the settings name and is not here yet."""
+    from specl.shared.engine.load import draft_folder
     from specl.shared.models.load import resolve, to_stderr
-    from specl.shared.models.pair import draft_folder
 
-    settings, paths = config.load(), find_paths()
+    settings, paths = load_settings(), find_paths()
     click.echo(f"target  {resolve(settings.models.target.name, paths.models, to_stderr)}")
     draft = settings.models.draft.name
     if draft is not None:

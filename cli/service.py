@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from specl.shared import config
 from specl.shared.errors import ConfigError
 from specl.shared.paths import DAEMONS, find_paths
-from specl.shared.process import EX_CONFIG
+from specl.shared.runtime.supervisor import EX_CONFIG
+from specl.shared.settings.load import settings_file
 
 LABEL = "org.speclora"
 FOLDERS = ("SPECL_MODELS", "HF_HOME", "OLLAMA_MODELS", "PYTHONPATH")  # written whole: a unit starts somewhere else
@@ -77,7 +77,7 @@ def environment() -> dict[str, str]:
     """What the daemons need to find what this command finds."""
     found = {"SPECL_VAR": str(find_paths().root)}
     if os.environ.get("SPECL_CONFIG"):
-        found["SPECL_CONFIG"] = str(config.settings_file().absolute())
+        found["SPECL_CONFIG"] = str(settings_file().absolute())
     found |= {name: _whole(os.environ[name]) for name in FOLDERS if os.environ.get(name)}
     return found | {name: os.environ[name] for name in KEPT if os.environ.get(name)}
 
@@ -104,7 +104,7 @@ def systemd_unit() -> str:
             "",
             "[Service]",
             *lines,
-            f"ExecStart={program} -m specl.daemons.keep %i",
+            f"ExecStart={program} -m specl.daemons.supervise %i",
             "Restart=on-failure",
             "RestartSec=5",
             f"# a settings error does not get better by trying again: `journalctl --user -u speclora@inference` names it\n"
@@ -125,7 +125,7 @@ def launchd_list(role: str) -> str:
     paths = find_paths()
     job = {
         "Label": f"{LABEL}.{role}",
-        "ProgramArguments": [sys.executable, "-m", "specl.daemons.keep", role],
+        "ProgramArguments": [sys.executable, "-m", "specl.daemons.supervise", role],
         "EnvironmentVariables": environment(),
         "RunAtLoad": True,
         # again after a crash; not after a settings error, which the keeper reports and leaves with another code than 0:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specl.shared.client import Client
+from specl.shared.messaging.client import Client
 from specl.shared.paths import ROLES
 from specl.shared.status import collect
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from specl.shared.config import Settings
+    from specl.shared.settings.schema import Settings
 
 
 def _share(value: float | None) -> str:

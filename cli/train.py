@@ -5,8 +5,8 @@ import time
 import click
 
 from specl.cli.status import collect
-from specl.shared.client import Client
 from specl.shared.errors import SpecLoraError
+from specl.shared.messaging.client import Client
 
 
 @click.command()

@@ -5,15 +5,17 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from specl.shared import config, log
-from specl.shared.access import Addresses
-from specl.shared.bus import Server
 from specl.shared.errors import AlreadyRunning, ConfigError, SpecLoraError
+from specl.shared.messaging.bus import Server
+from specl.shared.messaging.endpoints import Addresses
 from specl.shared.paths import Paths, find_paths
-from specl.shared.process import EX_CONFIG, EX_TEMPFAIL, Lock, StopFlag, keeper
+from specl.shared.runtime import log
+from specl.shared.runtime.supervisor import EX_CONFIG, EX_TEMPFAIL, Lock, StopFlag, keeper
+from specl.shared.settings.load import load_settings, settings_file
+from specl.shared.settings.schema import Settings
 
-Main = Callable[[Paths, config.Settings, Server, StopFlag], None]
-Serve = Callable[[Paths, config.Settings], None]
+Main = Callable[[Paths, Settings, Server, StopFlag], None]
+Serve = Callable[[Paths, Settings], None]
 
 
 def leave(code: int) -> None:
@@ -29,7 +31,7 @@ def leave(code: int) -> None:
 def run_daemon(role: str, main: Main) -> int:
     """Run `main` as the only `role` on this run directory, with its sockets on the bus; the exit code of `run_alone`."""
 
-    def serve(paths: Paths, settings: config.Settings) -> None:
+    def serve(paths: Paths, settings: Settings) -> None:
         addresses = Addresses(paths, settings.bus)
         server = Server(addresses.answer(role), addresses.publish(role))
         try:
@@ -47,11 +49,11 @@ def run_alone(role: str, serve: Serve) -> int:
     os.umask(0o077)  # whatever is made from here on, by whichever library, is this user's alone
     lock: Lock | None = None
     try:
-        settings = config.load()
+        settings = load_settings()
         paths = find_paths().create()
         log.set_up(role, paths.logs, settings.logging.level)
         lock = Lock(paths.run, role)  # before the bind: an ipc path can be stolen by a second one
-        log.get(role).info("daemon.started", var=str(paths.root), settings=str(config.settings_file()))
+        log.get(role).info("daemon.started", var=str(paths.root), settings=str(settings_file()))
         serve(paths, settings)
         log.get(role).info("daemon.stopped")
         return 0

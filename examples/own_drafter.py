@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from specl import Engine
 from specl.shared.engine.drafters import NOTHING, Draft, Draw
-from specl.shared.engine.law import point_mass
+from specl.shared.engine.sampling import point_mass
 from specl.shared.models.load import LanguageModel
 
 

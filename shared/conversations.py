@@ -2,7 +2,7 @@
 
 A client in OpenAI's style sends the whole history each time and no name for it. Its turns share how they began; so do the
 repeats of one prompt. The hash tells nobody the text, but whoever has the text can tell that it is its hash: a record whose
-text is not kept does not keep the hash either (shared/privacy.py).
+text is not kept does not keep the hash either (shared/retention/redaction.py).
 """
 
 import hashlib

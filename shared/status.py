@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specl.shared.client import START, Client
+from specl.shared.messaging.client import START, Client
 from specl.shared.paths import DAEMONS, ROLES, Paths
-from specl.shared.process import holder_of, is_locked
+from specl.shared.runtime.supervisor import holder_of, is_locked
 
 if TYPE_CHECKING:
-    from specl.shared.config import Settings
+    from specl.shared.settings.schema import Settings
 
 
 def _daemon(body: dict[str, Any] | None, role: str, paths: Paths) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _elsewhere(answers: dict[str, Any], paths: Paths) -> bool:
 
 def _current(paths: Paths) -> str:
     """The adapter that inference would draft with if it ran."""
-    from specl.shared.adapters import Adapters  # with it comes a validator, and who is up says it anyway
+    from specl.shared.adapters.registry import Adapters  # with it comes a validator, and who is up says it anyway
 
     return Adapters(paths.adapters).current()
 

@@ -9,7 +9,17 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from specl.shared.wire import Activation, Adapter, Disagreement, Evaluation, Generation, Row, TopK, TrainingRun, encode
+from specl.shared.messaging.messages import (
+    Activation,
+    Adapter,
+    Disagreement,
+    Evaluation,
+    Generation,
+    Row,
+    TopK,
+    TrainingRun,
+    encode,
+)
 
 ROOT = Path(__file__).parent.parent
 CHAT_TEMPLATE = (

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("shared", "daemons", "cli")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 # word lists; every record and message of the wire in one place
-LONG = {"shared/wire.py", "shared/prompts/build_prompts.py", "shared/prompts/reserved.py"}
+LONG = {"shared/messaging/messages.py", "shared/prompts/build_prompts.py", "shared/prompts/reserved.py"}
 
 
 def imports(path):
@@ -44,7 +44,7 @@ def test_imports_keep_to_the_rooms(path):
         assert not any(module.startswith("specl.daemons") for module in found)
     if where.startswith(("shared/engine/", "shared/models/", "shared/learning/", "shared/native/")):
         assert not tops & {"zmq", "sqlalchemy", "click", "msgpack"}
-    assert "zmq" not in tops or where in ("shared/bus.py", "shared/access.py")
+    assert "zmq" not in tops or where in ("shared/messaging/bus.py", "shared/messaging/endpoints.py")
     assert "sqlalchemy" not in tops or where.startswith("shared/store/")
     assert "pickle" not in tops
 
@@ -113,16 +113,16 @@ def test_the_wheel_holds_every_package_and_data_file(tmp_path):
 
 
 def test_the_settings_document_is_the_settings():
-    from specl.shared import config
+    from specl.shared.settings.load import settings_document
 
-    assert (ROOT / "docs" / "settings.md").read_text() == config.document()
+    assert (ROOT / "docs" / "settings.md").read_text() == settings_document()
 
 
 def test_every_shipped_settings_file_is_valid():
-    from specl.shared import config
+    from specl.shared.settings.load import load_settings
 
     for path in (ROOT / "configs").glob("*.yaml"):
-        config.load(path)
+        load_settings(path)
 
 
 def test_no_reserved_kind_is_in_a_drafts_training_data():
@@ -138,7 +138,7 @@ def test_no_reserved_kind_is_in_a_drafts_training_data():
 def test_every_crash_point_is_known():
     import re
 
-    from specl.shared.crash import POINTS
+    from specl.shared.runtime.failpoints import POINTS
 
     used = {point for path in FILES for point in re.findall(r'crash_point\("([^"]+)"\)', path.read_text())}
     assert used == set(POINTS)

@@ -4,10 +4,10 @@ import sys
 
 from specl.daemons.collector.service import Collector
 from specl.daemons.run import run_daemon
-from specl.shared.bus import Server
-from specl.shared.config import Settings
+from specl.shared.messaging.bus import Server
 from specl.shared.paths import Paths
-from specl.shared.process import StopFlag
+from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
 
 

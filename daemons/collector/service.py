@@ -8,17 +8,27 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from specl.shared import log
-from specl.shared.access import Addresses
-from specl.shared.bus import Server
-from specl.shared.config import Settings
-from specl.shared.crash import crash_point
 from specl.shared.errors import StoreError, StoreTooNew
-from specl.shared.hidden import HiddenSpool
+from specl.shared.messaging.bus import Server
+from specl.shared.messaging.endpoints import Addresses
+from specl.shared.messaging.messages import (
+    FETCH_LIMIT,
+    Batch,
+    Fetch,
+    GetStatus,
+    Import,
+    Purge,
+    RecordReady,
+    Reply,
+    Status,
+)
 from specl.shared.paths import Paths
-from specl.shared.process import StopFlag
+from specl.shared.retention.hidden_states import HiddenSpool
+from specl.shared.runtime import log
+from specl.shared.runtime.failpoints import crash_point
+from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
-from specl.shared.wire import FETCH_LIMIT, Batch, Fetch, GetStatus, Import, Purge, RecordReady, Reply, Status
 
 PRODUCERS = ("inference", "trainer")
 TICK_S = 1.0

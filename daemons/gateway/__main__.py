@@ -3,10 +3,10 @@
 import time
 
 from specl.daemons.run import leave, run_alone
-from specl.shared import log
-from specl.shared.config import Settings
 from specl.shared.paths import Paths
-from specl.shared.process import StopFlag, keeper
+from specl.shared.runtime import log
+from specl.shared.runtime.supervisor import StopFlag, keeper
+from specl.shared.settings.schema import Settings
 
 LOOK_S = 0.2
 

@@ -14,18 +14,18 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from specl.daemons.gateway.answers import END, Shape, error_event
-from specl.daemons.gateway.board import Board
+from specl.daemons.gateway.access_control import Guard
+from specl.daemons.gateway.dashboard import Board
 from specl.daemons.gateway.errors import Refusal, refusal_of
-from specl.daemons.gateway.guard import Guard
 from specl.daemons.gateway.metrics import Metrics
+from specl.daemons.gateway.request_schema import Wish, read_wish, served_names
+from specl.daemons.gateway.responses import END, Shape, error_event
 from specl.daemons.gateway.upstream import Upstream
-from specl.daemons.gateway.wishes import Wish, read_wish, served_names
-from specl.shared.access import Addresses
-from specl.shared.config import Settings
 from specl.shared.errors import SpecLoraError
+from specl.shared.messaging.endpoints import Addresses
+from specl.shared.messaging.messages import Delta, Done, TokenLaw
 from specl.shared.paths import Paths
-from specl.shared.wire import Delta, Done, TokenLaw
+from specl.shared.settings.schema import Settings
 
 EVENT_STREAM = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}}
 STATIC = {

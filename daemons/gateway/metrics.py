@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from specl.shared.wire import Done
+from specl.shared.messaging.messages import Done
 
 
 class Metrics:

@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 import uvicorn
 
 from specl.daemons.gateway.app import make_app
-from specl.daemons.gateway.patience import impatient
-from specl.shared import log
-from specl.shared.access import check_exposure, gateway_token
-from specl.shared.config import Gateway, Settings
+from specl.daemons.gateway.header_timeout import impatient
 from specl.shared.errors import ConfigError, SpecLoraError
+from specl.shared.messaging.endpoints import check_exposure, gateway_token
 from specl.shared.paths import Paths
-from specl.shared.process import StopFlag
+from specl.shared.runtime import log
+from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.settings.schema import Gateway, Settings
 from specl.shared.status import gateway_file
 
 RETRY_S = 5.0  # between tries for a port that another program has

@@ -1,17 +1,17 @@
-"""The bus for an asyncio server: one request, its pieces as they come, and its end. `shared/client.py` does the same with
+"""The bus for an asyncio server: one request, its pieces as they come, and its end. `shared/messaging/client.py` does the same with
 threads; eight streams are eight tasks here. Knows nothing of HTTP.
 """
 
 import time
 from collections.abc import AsyncIterator
 
-from specl.shared.access import Addresses
-from specl.shared.bus import AsyncConnection
-from specl.shared.client import FIRST_ANSWER_S, HEARTBEAT_S, SILENCE_S, START, error_of, send_request
 from specl.shared.errors import DaemonUnreachable
+from specl.shared.messaging.bus import AsyncConnection
+from specl.shared.messaging.client import FIRST_ANSWER_S, HEARTBEAT_S, SILENCE_S, START, error_of, send_request
+from specl.shared.messaging.endpoints import Addresses
+from specl.shared.messaging.messages import Alive, Ask, Cancel, Delta, Done, Failed, GetStatus
 from specl.shared.paths import Paths
-from specl.shared.process import is_locked
-from specl.shared.wire import Alive, Ask, Cancel, Delta, Done, Failed, GetStatus
+from specl.shared.runtime.supervisor import is_locked
 
 
 class Upstream:

@@ -2,10 +2,10 @@
 
 from specl.daemons.inference.service import Inference
 from specl.daemons.run import leave, run_daemon
-from specl.shared.bus import Server
-from specl.shared.config import Settings
+from specl.shared.messaging.bus import Server
 from specl.shared.paths import Paths
-from specl.shared.process import StopFlag
+from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.settings.schema import Settings
 
 
 def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> None:

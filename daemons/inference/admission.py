@@ -1,11 +1,11 @@
 """A request before it runs: its tokens, every reason to refuse it, and what the engine is told of it. Holds no state."""
 
-from specl.daemons.inference.answer import Job
-from specl.shared.config import Settings
+from specl.daemons.inference.job import Job
 from specl.shared.engine.decode import Options
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.law import Law
+from specl.shared.engine.sampling import Law
 from specl.shared.errors import RequestRejected
+from specl.shared.settings.schema import Settings
 
 
 def prepare(job: Job, engine: Engine, budget: int) -> None:

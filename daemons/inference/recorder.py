@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from specl.shared import log
-from specl.shared.crash import crash_point
-from specl.shared.engine.past import PastAnswers
+from specl.shared.engine.answer_history import PastAnswers
 from specl.shared.errors import OutboxFull, WireError
-from specl.shared.hidden import HiddenSpool
-from specl.shared.outbox import Outbox
-from specl.shared.privacy import Discretion
-from specl.shared.wire import Batch, Done, Fetch, Generation, Purge, Record, Reply, encode, kind_of
+from specl.shared.messaging.messages import Batch, Done, Fetch, Generation, Purge, Record, Reply, encode, kind_of
+from specl.shared.messaging.outbox import Outbox
+from specl.shared.retention.hidden_states import HiddenSpool
+from specl.shared.retention.redaction import Discretion
+from specl.shared.runtime import log
+from specl.shared.runtime.failpoints import crash_point
 
 _log = log.get("recorder")
 _STOP = object()

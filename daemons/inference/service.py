@@ -8,21 +8,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from specl.daemons.inference.answer import Job
+from specl.daemons.inference.job import Job
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.worker import Worker
-from specl.shared import log
-from specl.shared.access import Addresses
-from specl.shared.bus import Server
-from specl.shared.config import Settings
-from specl.shared.engine.past import PastAnswers
-from specl.shared.hidden import HiddenSpool
-from specl.shared.models import blas
-from specl.shared.outbox import Outbox
-from specl.shared.paths import Paths
-from specl.shared.privacy import Discretion, is_meant
-from specl.shared.process import StopFlag
-from specl.shared.wire import (
+from specl.shared.engine.answer_history import PastAnswers
+from specl.shared.messaging.bus import Server
+from specl.shared.messaging.endpoints import Addresses
+from specl.shared.messaging.messages import (
     Activity,
     AdapterReady,
     Alive,
@@ -39,6 +31,14 @@ from specl.shared.wire import (
     SetAdapter,
     Status,
 )
+from specl.shared.messaging.outbox import Outbox
+from specl.shared.models import blas
+from specl.shared.paths import Paths
+from specl.shared.retention.hidden_states import HiddenSpool
+from specl.shared.retention.redaction import Discretion, is_meant
+from specl.shared.runtime import log
+from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.settings.schema import Settings
 
 TICK_S = 0.5
 ACTIVITY_S = 2.0

@@ -11,15 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from specl.shared import log
-from specl.shared.adapters import REINSTATED, REINSTATING, Adapters
-from specl.shared.crash import crash_point
-from specl.shared.engine.adapter_files import loading
+from specl.shared.adapters.registry import REINSTATED, REINSTATING, Adapters
+from specl.shared.adapters.tensors import loading
 from specl.shared.engine.engine import Engine, LoadedAdapter
 from specl.shared.errors import AdapterRejected, disk_failed
+from specl.shared.messaging.messages import Reply
 from specl.shared.paths import Paths
-from specl.shared.pieces import Pieces, Stopwatch, T, at_once
-from specl.shared.wire import Reply
+from specl.shared.runtime import log
+from specl.shared.runtime.failpoints import crash_point
+from specl.shared.runtime.incremental import Pieces, Stopwatch, T, at_once
 
 REMEMBERED = 32  # refusals that `status` shows
 SECOND_LOOK = "reinstated by a second look"  # it has proved itself, on the answers that it had been rolled back for

@@ -12,24 +12,24 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from specl.daemons.inference.adapter_monitor import Lookout, held_out_before
 from specl.daemons.inference.admission import prepare, to_options
-from specl.daemons.inference.answer import Job, to_done, to_generation, token_laws
-from specl.daemons.inference.lookout import Lookout, held_out_before
+from specl.daemons.inference.job import Job, to_done, to_generation, token_laws
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.swap import SECOND_LOOK, AdapterSwap
-from specl.shared import log
-from specl.shared.config import Settings
+from specl.shared.engine.answer_history import PastAnswers
 from specl.shared.engine.decode import Session, rounds_together
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.past import PastAnswers
+from specl.shared.engine.load import load_pair
 from specl.shared.engine.statistics import acceptance_rate
 from specl.shared.engine.text import TextStream
 from specl.shared.errors import SpecLoraError
+from specl.shared.messaging.messages import Activation, AdapterReady, Delta, Failed, Queued, Reply, SetAdapter
 from specl.shared.models import blas
-from specl.shared.models.pair import load_pair
-from specl.shared.models.release import give_back
+from specl.shared.models.free_memory import give_back
 from specl.shared.paths import Paths
-from specl.shared.wire import Activation, AdapterReady, Delta, Failed, Queued, Reply, SetAdapter
+from specl.shared.runtime import log
+from specl.shared.settings.schema import Settings
 
 WATCHED = ("announced", "by hand")  # reasons to use an adapter that say nothing of its worth on live traffic
 IDLE_TICK_S = 5.0  # how often CURRENT is looked at when nobody announces anything

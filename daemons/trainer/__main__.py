@@ -2,10 +2,10 @@
 
 from specl.daemons.run import leave, run_daemon
 from specl.daemons.trainer.service import Trainer
-from specl.shared.bus import Server
-from specl.shared.config import Settings
+from specl.shared.messaging.bus import Server
 from specl.shared.paths import Paths
-from specl.shared.process import StopFlag, step_back
+from specl.shared.runtime.supervisor import StopFlag, step_back
+from specl.shared.settings.schema import Settings
 
 
 def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> None:

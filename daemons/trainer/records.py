@@ -5,9 +5,9 @@ import uuid
 from dataclasses import asdict
 from typing import Any
 
-from specl.shared.adapters import Adapters, Manifest
+from specl.shared.adapters.registry import Adapters, Manifest
 from specl.shared.learning.gate import Agreement
-from specl.shared.wire import Adapter, Evaluation
+from specl.shared.messaging.messages import Adapter, Evaluation
 
 SCORES = uuid.UUID("5c0de5c0-0000-4000-8000-000000000000")  # a namespace of ids, nothing else
 

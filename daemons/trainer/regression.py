@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from specl.shared import log, prompts
+from specl.shared import prompts
 from specl.shared.engine.engine import Engine
+from specl.shared.learning.batch_generate import Prompt, answer, kept_shard, save_shard
 from specl.shared.learning.examples import Example
-from specl.shared.learning.traffic import Prompt, answer, kept_shard, save_shard
+from specl.shared.runtime import log
 
 CHUNK = 8  # prompts answered side by side: what a kill can cost
 MAX_TOKENS = 48

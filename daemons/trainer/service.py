@@ -9,28 +9,20 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from specl.daemons.trainer import second_look
-from specl.daemons.trainer.consent import Consent
-from specl.daemons.trainer.facts import Facts
-from specl.daemons.trainer.politeness import Turnstile
+from specl.daemons.trainer import reevaluation
+from specl.daemons.trainer.adapter_evaluation import Trial
+from specl.daemons.trainer.jobs import BY_HAND, NOW, RUN, Job, kind_of_work
+from specl.daemons.trainer.power_policy import Consent
+from specl.daemons.trainer.record_queue import Facts
 from specl.daemons.trainer.records import adapter_record
-from specl.daemons.trainer.second_look import SecondLook
-from specl.daemons.trainer.trial import Trial
-from specl.daemons.trainer.work import BY_HAND, NOW, RUN, Job, kind_of_work
+from specl.daemons.trainer.reevaluation import SecondLook
+from specl.daemons.trainer.throttle import Turnstile
 from specl.daemons.trainer.worker import Worker
-from specl.shared import checkpoints, log, power
-from specl.shared.access import Addresses
-from specl.shared.adapters import Adapters
-from specl.shared.bus import Server
-from specl.shared.config import Settings
+from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected, OutboxFull, StoreError
-from specl.shared.outbox import Outbox
-from specl.shared.paths import Paths
-from specl.shared.power import Power
-from specl.shared.privacy import is_meant
-from specl.shared.process import StopFlag
-from specl.shared.store import Store
-from specl.shared.wire import (
+from specl.shared.messaging.bus import Server
+from specl.shared.messaging.endpoints import Addresses
+from specl.shared.messaging.messages import (
     Activity,
     Batch,
     Fetch,
@@ -42,6 +34,15 @@ from specl.shared.wire import (
     Train,
     TryAdapter,
 )
+from specl.shared.messaging.outbox import Outbox
+from specl.shared.paths import Paths
+from specl.shared.retention import checkpoints
+from specl.shared.retention.redaction import is_meant
+from specl.shared.runtime import log, power
+from specl.shared.runtime.power import Power
+from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.settings.schema import Settings
+from specl.shared.store import Store
 
 TICK_S = 0.5
 LOOK_S = 5.0  # between looks at the store
@@ -110,8 +111,8 @@ class Trainer:
         try:
             self.pending = store.pending_failures()
             unscored = bool(store.unscored(1))
-            doubted = second_look.due(self.adapters) if self.settings.training.enabled else None
-            answers_to_look_at = doubted is not None and second_look.ready(doubted, store)
+            doubted = reevaluation.due(self.adapters) if self.settings.training.enabled else None
+            answers_to_look_at = doubted is not None and reevaluation.ready(doubted, store)
             self._store_trouble = ""
         except StoreError as error:
             self._store_trouble = str(error)
@@ -127,7 +128,7 @@ class Trainer:
         if doubted is None:
             self.worker.no_look_due()
         # a run would go on from what may not be in force for long
-        put_off = doubted is not None and not answers_to_look_at and second_look.worth_waiting(self.adapters)
+        put_off = doubted is not None and not answers_to_look_at and reevaluation.worth_waiting(self.adapters)
         self._put_off_for = doubted.id if put_off and self._wants else ""
         if doubted is not None and answers_to_look_at and time.monotonic() >= self.worker.no_look_before:
             self.worker.put(SecondLook(doubted.id))

@@ -10,31 +10,32 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from specl.daemons.trainer.consent import Consent
-from specl.daemons.trainer.course import Live
-from specl.daemons.trainer.data import Gatherer
-from specl.daemons.trainer.facts import Facts
-from specl.daemons.trainer.politeness import Abandoned, Overtaken, Turnstile
+from specl.daemons.trainer.adapter_evaluation import Trial, TrialJob
+from specl.daemons.trainer.data_loader import Gatherer
+from specl.daemons.trainer.jobs import BY_HAND, IMPORT, LOOK, NOW, RUN, STOP, Job, kind_of_work
+from specl.daemons.trainer.power_policy import Consent
+from specl.daemons.trainer.record_queue import Facts
 from specl.daemons.trainer.records import scored
+from specl.daemons.trainer.reevaluation import LookJob, SecondLook
 from specl.daemons.trainer.regression import RegressionSlice
-from specl.daemons.trainer.run import Outcome, TrainingJob, in_force
-from specl.daemons.trainer.second_look import LookJob, SecondLook
-from specl.daemons.trainer.trial import Trial, TrialJob
-from specl.daemons.trainer.work import BY_HAND, IMPORT, LOOK, NOW, RUN, STOP, Job, kind_of_work
-from specl.shared import checkpoints, log
-from specl.shared.adapters import Adapters
-from specl.shared.config import Settings
-from specl.shared.crash import crash_point
+from specl.daemons.trainer.throttle import Abandoned, Overtaken, Turnstile
+from specl.daemons.trainer.training_loop import Live
+from specl.daemons.trainer.training_run import Outcome, TrainingJob, in_force
+from specl.shared.adapters.registry import Adapters
 from specl.shared.engine.engine import Engine
+from specl.shared.engine.load import load_pair
 from specl.shared.errors import Interrupted, SpecLoraError
-from specl.shared.hidden import HiddenSpool
 from specl.shared.learning.learner import Learner, agreement
+from specl.shared.messaging.messages import AdapterReady
 from specl.shared.models import blas
-from specl.shared.models.pair import load_pair
-from specl.shared.models.release import give_back
+from specl.shared.models.free_memory import give_back
 from specl.shared.paths import DISK_REFUSES, Paths
+from specl.shared.retention import checkpoints
+from specl.shared.retention.hidden_states import HiddenSpool
+from specl.shared.runtime import log
+from specl.shared.runtime.failpoints import crash_point
+from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
-from specl.shared.wire import AdapterReady
 
 RETRY_S, LONGEST_RETRY_S = 300.0, 4 * 3600.0  # after work that failed: twice as long each time in a row
 WANTING_S = 60.0  # after a run that had too little: more may have come

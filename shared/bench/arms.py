@@ -16,11 +16,11 @@ import numpy as np
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.sample_utils import make_sampler
 
-from specl.shared.bench.sets import BenchPrompt
-from specl.shared.bench.texts import TopTwo
+from specl.shared.bench.prompt_sets import BenchPrompt
+from specl.shared.bench.text_equality import TopTwo
 from specl.shared.engine.decode import Options, Tally
 from specl.shared.engine.engine import Engine, LoadedAdapter, nothing_known
-from specl.shared.engine.law import Law, top_indices
+from specl.shared.engine.sampling import Law, top_indices
 from specl.shared.models.load import LanguageModel, load
 
 PLAIN = "mlx-lm plain"

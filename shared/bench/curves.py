@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from specl.shared.bench.learned import ROLLING, Side, curve
+from specl.shared.bench.learning_report import ROLLING, Side, curve
 from specl.shared.bench.plot import require_matplotlib
 from specl.shared.bench.stream import Pass, Row
 

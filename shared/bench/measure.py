@@ -11,8 +11,8 @@ import mlx.core as mx
 
 from specl.shared.bench.arms import PLAIN, Answer, Arm, top_two
 from specl.shared.bench.progress import Progress
-from specl.shared.bench.sets import BenchPrompt
-from specl.shared.bench.texts import TIE_FP32, TIE_HALF, Comparison, compare, copied_share, repeated_share
+from specl.shared.bench.prompt_sets import BenchPrompt
+from specl.shared.bench.text_equality import TIE_FP32, TIE_HALF, Comparison, compare, copied_share, repeated_share
 from specl.shared.engine.engine import Engine
 
 ENOUGH_DRAFTED, ENOUGH_REJECTED = 100, 20  # below these a run says nothing about equality

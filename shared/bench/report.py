@@ -10,7 +10,7 @@ from typing import Any
 
 from specl.shared.bench.arms import PLAIN
 from specl.shared.bench.measure import ENOUGH_DRAFTED, ENOUGH_REJECTED, Run
-from specl.shared.bench.texts import LOOPING
+from specl.shared.bench.text_equality import LOOPING
 
 SHORT = 16  # an answer below this many tokens is too short to time
 FIXED = "k="

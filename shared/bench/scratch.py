@@ -17,14 +17,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from specl.shared.bench.arms import Answer, timed
-from specl.shared.bench.sets import BenchPrompt
-from specl.shared.client import Client
-from specl.shared.config import Settings
-from specl.shared.engine.law import Law
+from specl.shared.bench.prompt_sets import BenchPrompt
+from specl.shared.engine.sampling import Law
 from specl.shared.errors import DaemonUnreachable, SpecLoraError
+from specl.shared.messaging.client import Client
+from specl.shared.messaging.messages import Purge
 from specl.shared.models.load import LanguageModel
 from specl.shared.paths import Paths
-from specl.shared.wire import Purge
+from specl.shared.settings.schema import Settings
 
 READY_S = 120.0
 STOP_S = 5.0

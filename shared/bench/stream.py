@@ -11,11 +11,11 @@ from itertools import count
 from typing import Any
 
 from specl.shared.bench.progress import Progress
-from specl.shared.client import Client
-from specl.shared.config import Settings
 from specl.shared.errors import SpecLoraError
 from specl.shared.learning.examples import is_held_out
+from specl.shared.messaging.client import Client
 from specl.shared.prompts import reserved
+from specl.shared.settings.schema import Settings
 from specl.shared.status import collect
 
 FIXED_K = 4  # acceptance as a result is reported at this length

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specl.shared.engine.law import Distribution
+from specl.shared.engine.sampling import Distribution
 
 TargetRow = Callable[[int], Distribution]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from specl.shared.engine.law import largest
+from specl.shared.engine.sampling import largest
 
 
 @dataclass(frozen=True, slots=True)

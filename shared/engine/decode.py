@@ -17,11 +17,11 @@ import numpy as np
 from mlx_lm.models.cache import trim_prompt_cache
 
 from specl.shared.engine.acceptance import Verdict, block, coupled, greedy, rejection
+from specl.shared.engine.answer_history import OwnAnswers
 from specl.shared.engine.capture import Capture, RejectedDraft, Told, told
 from specl.shared.engine.costs import AcceptanceEstimate, KChooser, Stopper
 from specl.shared.engine.drafters import NOTHING, Draft, Drafter, Draw, NgramDrafter
-from specl.shared.engine.law import Law, distribution, position_noise
-from specl.shared.engine.past import OwnAnswers
+from specl.shared.engine.sampling import Law, distribution, position_noise
 from specl.shared.models.load import FEW_ROWS, LanguageModel
 
 PREFILL_ROWS = 512

@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, trim_prompt_cache
 
+from specl.shared.engine.answer_history import OwnAnswers
 from specl.shared.engine.costs import Stopper
-from specl.shared.engine.law import Distribution, Law, distribution, log_sum_exp, point_mass
-from specl.shared.engine.past import OwnAnswers
+from specl.shared.engine.sampling import Distribution, Law, distribution, log_sum_exp, point_mass
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
 

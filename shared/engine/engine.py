@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from specl.shared import config
+from specl.shared.engine.answer_history import PastAnswers
 from specl.shared.engine.costs import (
     GREEDY_PRIOR,
     SAMPLED_PRIOR,
@@ -26,19 +26,19 @@ from specl.shared.engine.costs import (
     kept,
     load_or_calibrate,
 )
+from specl.shared.engine.custom_drafter import Complain, MakeDrafter, OwnDrafter, own_names, raise_it
 from specl.shared.engine.decode import NGRAM_DEPTH, Options, Session, State
 from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, Draw, HeadDrafter, ModelDrafter
-from specl.shared.engine.law import Law
-from specl.shared.engine.own_drafter import Complain, MakeDrafter, OwnDrafter, own_names, raise_it
-from specl.shared.engine.past import PastAnswers
-from specl.shared.engine.prefix import Entry, PrefixCache
+from specl.shared.engine.prefix_cache import Entry, PrefixCache
+from specl.shared.engine.sampling import Law
 from specl.shared.engine.text import HOLD
 from specl.shared.errors import ConfigError, RequestRejected
-from specl.shared.models.fast import on_cpu, speed_up
+from specl.shared.models.cpu_kernels import on_cpu, speed_up
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
 from specl.shared.models.lora import LoraShape, Pristine, Weights, fusing
-from specl.shared.pieces import Pieces, at_once
+from specl.shared.runtime.incremental import Pieces, at_once
+from specl.shared.settings.schema import Settings
 
 MOST_LOGPROBS = 20  # alternatives of a token that a client may ask for, as with OpenAI
 WARM_CONTEXT = 128  # tokens in the caches while costs are measured
@@ -64,7 +64,7 @@ class Engine:
         self,
         target: LanguageModel,
         draft: HeadDraft | LanguageModel | None,
-        settings: config.Settings,
+        settings: Settings,
         make_drafter: MakeDrafter | None = None,
         complain: Complain | None = None,
     ) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from specl.shared.config import LOSSES
 from specl.shared.errors import SpecLoraError
-from specl.shared.hooks import is_hook, load_hook
+from specl.shared.settings.plugins import is_hook, load_hook
+from specl.shared.settings.schema import LOSSES
 
 KINDS = LOSSES
 EPSILON = 1e-9

@@ -20,12 +20,12 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from specl.shared.checkpoints import all_of
-from specl.shared.crash import crash_point
 from specl.shared.learning.checkpointing import checkpointed
 from specl.shared.learning.examples import Example, collate
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import EPSILON, LossSettings
+from specl.shared.retention.checkpoints import all_of
+from specl.shared.runtime.failpoints import crash_point
 
 WARM_UP = 0.05  # share of the steps
 CLIP = 1.0  # gradient norm

@@ -21,10 +21,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from specl.shared.errors import ModelError
-from specl.shared.models.fast import ONE_CALL, draft_stack, on_cpu, speed_up, speed_up_layer
+from specl.shared.models.cpu_kernels import ONE_CALL, draft_stack, on_cpu, speed_up, speed_up_layer
 from specl.shared.models.load import DENSE_ROWS, FEW_ROWS, LanguageModel
-from specl.shared.models.whole import whole
-from specl.shared.pieces import Pieces, at_once
+from specl.shared.runtime.atomic_files import whole
+from specl.shared.runtime.incremental import Pieces, at_once
 
 MODEL_TYPE = "speclora_head"
 

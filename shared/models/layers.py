@@ -17,7 +17,7 @@ from mlx_lm.utils import load_model
 
 from specl.shared.errors import ConfigError, ModelError
 from specl.shared.models.load import LanguageModel, dense_fp32
-from specl.shared.models.whole import whole
+from specl.shared.runtime.atomic_files import whole
 
 SHARED = ("model.embed_tokens", "lm_head")
 BESIDE = ("*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")  # what comes with the tokenizer

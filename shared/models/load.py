@@ -20,9 +20,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
 from specl.shared.errors import ModelError
-from specl.shared.models import builtin, found
-from specl.shared.models.fast import ONE_CALL, blocks_of, on_cpu, speed_up
-from specl.shared.models.imports import in_place, is_gguf, place_of
+from specl.shared.models import builtin, local_models
+from specl.shared.models.cpu_kernels import ONE_CALL, blocks_of, on_cpu, speed_up
+from specl.shared.models.gguf_import import in_place, is_gguf, place_of
 
 SAMPLE = 64 * 1024  # bytes read at each of the 32 places that a weights file is fingerprinted by
 FEW_ROWS, DENSE_ROWS = 16, 512
@@ -148,8 +148,8 @@ def located(name: str, models: Path) -> Path | None:
     path = Path(name).expanduser()
     if "/" not in name and (models / name / "config.json").is_file():
         return models / name
-    if name.startswith(found.PREFIXES):
-        path = found.find(name, found.search_here()).path
+    if name.startswith(local_models.PREFIXES):
+        path = local_models.find(name, local_models.search_here()).path
     if is_gguf(path):
         converted = place_of(path, models)
         return converted if (converted / "config.json").is_file() else path

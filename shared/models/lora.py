@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from specl.shared.errors import AdapterRejected
-from specl.shared.pieces import Pieces, at_once
+from specl.shared.runtime.incremental import Pieces, at_once
 
 Weights = dict[str, mx.array]
 FIDELITY_LIMIT = 0.1  # share of an adapter's effect that fusing may lose (FACTS: fp32 0, fp16 0.02-0.2, 4-bit > 3)

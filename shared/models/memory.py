@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specl.shared.config import Settings
 from specl.shared.errors import ModelError
+from specl.shared.settings.schema import Settings
 
 PROCESS = 200e6  # Python, MLX and the libraries (measured: 90 MB imported, the rest as buffers come)
 COLLECTOR = 120e6
@@ -166,7 +166,7 @@ def _elements(name: str, shape: list[int], tensors: dict[str, list[int]], groups
 def this_machine(precision: str) -> Machine:
     """Physical memory, or less where this process may only have less (containers), and how models are held here."""
     from specl.shared import native
-    from specl.shared.models.fast import on_cpu
+    from specl.shared.models.cpu_kernels import on_cpu
 
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):

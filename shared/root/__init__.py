@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from specl.shared.client import Client as Client
-    from specl.shared.notebook import Answer as Answer
-    from specl.shared.notebook import Engine as Engine
+    from specl.shared.in_process import Answer as Answer
+    from specl.shared.in_process import Engine as Engine
+    from specl.shared.messaging.client import Client as Client
 
-_WHERE = {"Client": "client", "Engine": "notebook", "Answer": "notebook"}
+_WHERE = {"Client": "messaging.client", "Engine": "in_process", "Answer": "in_process"}
 
 
 def __getattr__(name: str) -> object:

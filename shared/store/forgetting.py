@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from specl.shared.conversations import DIGITS
 from specl.shared.errors import StoreError
-from specl.shared.privacy import strings, typed_in
+from specl.shared.retention.redaction import strings, typed_in
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import iso
 from specl.shared.store.schema import disagreements, evaluations, generations, quarantine, training_runs

@@ -6,10 +6,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from specl.shared.messaging.messages import SECOND_LOOK
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import Outline, StoredGeneration, exported
 from specl.shared.store.schema import disagreements, generations, training_runs
-from specl.shared.wire import SECOND_LOOK
 
 # what the view `failures` says; counting the view reads whole rows, this an index alone
 _IS_FAILURE = "coalesce(acceptance_rate, agreement) < (SELECT CAST(value AS REAL) FROM settings WHERE name = 'acceptance_threshold')"

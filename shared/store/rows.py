@@ -10,8 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from specl.shared.errors import WireError
+from specl.shared.messaging.messages import Generation, Record, Row, decode, kind_of
 from specl.shared.store.schema import TABLES, quarantine
-from specl.shared.wire import Generation, Record, Row, decode, kind_of
 
 MOST = 2**40  # of anything that a record counts or measures; a million such still have a sum
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from specl.shared.messaging.messages import Activation, Adapter, Evaluation, Generation, TrainingRun
 from specl.shared.store.views import ADAPTER_ACTIVATIONS, ADAPTER_HISTORY, VIEWS
-from specl.shared.wire import Activation, Adapter, Evaluation, Generation, TrainingRun
 
 SCHEMA_VERSION = 4
 _meta = sa.MetaData()

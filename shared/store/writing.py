@@ -5,11 +5,11 @@ from collections.abc import Iterable
 import sqlalchemy as sa
 from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, ProgrammingError
 
-from specl.shared.crash import crash_point
+from specl.shared.messaging.messages import Row
+from specl.shared.runtime.failpoints import crash_point
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import Incoming, quarantined, read
 from specl.shared.store.schema import TABLES, disagreements, generations, quarantine, thresholds
-from specl.shared.wire import Row
 
 # what a record's contents are to blame for; a full disk or a lock are OperationalError, and are waited out
 UNSTORABLE = (IntegrityError, DataError, InterfaceError, ProgrammingError, ValueError, TypeError, OverflowError)

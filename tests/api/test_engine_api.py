@@ -9,7 +9,7 @@ import pytest
 from specl import Engine
 from specl.shared.engine.acceptance import block
 from specl.shared.engine.drafters import NOTHING, Draft
-from specl.shared.engine.law import Distribution, point_mass
+from specl.shared.engine.sampling import Distribution, point_mass
 from specl.shared.errors import AdapterRejected, ConfigError, ModelError, RequestRejected, SpecLoraError
 from tests.fakes import run_python
 
@@ -191,10 +191,10 @@ def test_fixed_guesses_leave_the_law_of_sampled_tokens_alone():
 
 
 def test_in_a_daemon_a_broken_drafter_costs_speed_and_nothing_else(engine, model_folder):
-    from specl.shared import config
     from specl.shared.engine.decode import Options
     from specl.shared.engine.engine import Engine as Core
     from specl.shared.models.load import load
+    from specl.shared.settings.schema import Settings
 
     def fail(draft):
         raise KeyError("a bug")
@@ -202,7 +202,7 @@ def test_in_a_daemon_a_broken_drafter_costs_speed_and_nothing_else(engine, model
     plain = engine.generate("hello", **WISH, num_draft_tokens=0)
     heard = []
     target = load(str(model_folder), model_folder)
-    core = Core(target, None, config.Settings(), lambda t, d: Oracle(plain.tokens, fail), heard.append)
+    core = Core(target, None, Settings(), lambda t, d: Oracle(plain.tokens, fail), heard.append)
     _, prompt = core.encode_chat([{"role": "user", "content": "hello"}])
     made = [t for part in core.generate(prompt, Options(max_tokens=12, num_draft_tokens=3, ngram=False)) for t in part]
     assert made == plain.tokens and [str(error) for error in heard] == ["'a bug'"]

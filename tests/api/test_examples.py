@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from specl.shared import config
 from specl.shared.errors import ConfigError
+from specl.shared.settings.load import parse_settings
 from tests.fakes import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -43,11 +43,11 @@ def test_own_loss_falls():
 
 
 def test_the_settings_take_hooks_and_refuse_what_is_none():
-    parsed = config.parse("speculative: {drafter: 'a.b:c'}\ntraining: {loss: {type: 'm:f'}}\n", EXAMPLES)
+    parsed = parse_settings("speculative: {drafter: 'a.b:c'}\ntraining: {loss: {type: 'm:f'}}\n", EXAMPLES)
     assert parsed.speculative.drafter == "a.b:c" and parsed.training.loss.type == "m:f"
     for text in ("speculative: {drafter: nothing}", "training: {loss: {type: klx}}"):
         with pytest.raises(ConfigError, match="module:name"):
-            config.parse(text, EXAMPLES)
+            parse_settings(text, EXAMPLES)
 
 
 def test_the_settings_drafter_is_loaded_with_the_models(model_folder, tmp_path, monkeypatch):
@@ -57,7 +57,7 @@ def test_the_settings_drafter_is_loaded_with_the_models(model_folder, tmp_path, 
 
     def load(drafter):
         text = f"models: {{target: {{name: {model_folder}}}, draft: {{name: null}}}}\nspeculative: {{drafter: '{drafter}'}}\n"
-        return Engine.load(settings=config.parse(text, tmp_path), calibrate=False)
+        return Engine.load(settings=parse_settings(text, tmp_path), calibrate=False)
 
     with load("own_drafter:make") as engine:
         answer = engine.generate("one two one two one", max_tokens=24, temperature=0, ngram=False)

@@ -8,12 +8,12 @@ Requests go back to back, in blocks of one mode that alternate, so that the mach
 import argparse
 import time
 
-from specl.shared import config
-from specl.shared.bench import sets
+from specl.shared.bench import prompt_sets
 from specl.shared.bench.scratch import ScratchDaemons
+from specl.shared.engine.load import draft_folder
 from specl.shared.models.load import resolve
-from specl.shared.models.pair import draft_folder
 from specl.shared.paths import find_paths
+from specl.shared.settings.load import load_settings
 
 
 def main():
@@ -23,11 +23,11 @@ def main():
     parser.add_argument("--block", type=int, default=5)
     parser.add_argument("--draft")
     wish = parser.parse_args()
-    settings, paths = config.load(), find_paths()
+    settings, paths = load_settings(), find_paths()
     target = resolve(settings.models.target.name, paths.models)
     name = wish.draft or settings.models.draft.name
     draft = str(draft_folder(name, paths.models) or name) if name else None
-    items = sets.pick("general", wish.requests)
+    items = prompt_sets.pick("general", wish.requests)
     seconds, tokens = {"fast": 0.0, "detailed": 0.0}, {"fast": 0, "detailed": 0}
     with ScratchDaemons(settings, target, draft, paths.models, paths.costs) as daemons, daemons.client() as client:
         client.ask(items[0].messages, max_tokens=8, temperature=0.0)

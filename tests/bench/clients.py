@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 
 import httpx2 as httpx
 
-from specl.shared.client import Client
+from specl.shared.messaging.client import Client
 from specl.shared.status import collect
 
 PROMPT = "Write a few sentences about the number {n} and what it is used for."

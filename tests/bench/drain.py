@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "fault"))
 
 from fault_house import House, Zygote, fill, process_figures
 
-from specl.shared.outbox import Outbox
+from specl.shared.messaging.outbox import Outbox
 
 
 def cpu_seconds(pid: int) -> float:

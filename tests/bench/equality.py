@@ -15,19 +15,20 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from specl.shared import config
-from specl.shared.bench import sets
+from specl.shared.bench import prompt_sets
 from specl.shared.bench.arms import EngineArm
 from specl.shared.bench.measure import ENOUGH_DRAFTED, ENOUGH_REJECTED, check
-from specl.shared.engine.law import Law
-from specl.shared.models.pair import load_pair
+from specl.shared.engine.load import load_pair
+from specl.shared.engine.sampling import Law
 from specl.shared.paths import find_paths
+from specl.shared.settings.load import load_settings
+from specl.shared.settings.schema import DraftModel
 
 SETS = ("general", "code", "structured", "copy")
 
 
 def chosen(count):
-    items = [item for name in SETS for item in sets.load(name)]
+    items = [item for name in SETS for item in prompt_sets.load(name)]
     return [items[i * len(items) // count] for i in range(min(count, len(items)))]
 
 
@@ -39,7 +40,7 @@ def write_reference(file, prompts, tokens):
 
     from specl.shared.models.load import load
 
-    settings = config.load()
+    settings = load_settings()
     target = load(settings.models.target.name, find_paths().models, settings.models.precision)
     found = []
     for place, prompt in enumerate(prompts):
@@ -80,10 +81,10 @@ def main():
     wish = parser.parse_args()
     if wish.write:
         return write_reference(wish.write, json.loads(wish.asked.read_text()), wish.tokens)
-    settings, paths = config.load(), find_paths()
+    settings, paths = load_settings(), find_paths()
     if wish.draft:
         settings = settings.model_copy(
-            update={"models": settings.models.model_copy(update={"draft": config.DraftModel(name=wish.draft)})}
+            update={"models": settings.models.model_copy(update={"draft": DraftModel(name=wish.draft)})}
         )
     engine = load_pair(settings, paths.models)
     paths.costs.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 
-from specl.shared.client import Client
+from specl.shared.messaging.client import Client
 from specl.shared.status import collect
 
 PROCESSES = Path("/proc")

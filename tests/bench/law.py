@@ -20,13 +20,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.llama import Model, ModelArgs
 from scipy.stats import chisquare
-
-from specl.shared import config
+from specl.shared.settings.schema import Settings
 from specl.shared.engine import acceptance
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.decode import Options
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.law import Law, distribution
+from specl.shared.engine.sampling import Law, distribution
 from specl.shared.models.load import LanguageModel
 
 VOCABULARY, LENGTH, END = 8, 3, 7
@@ -105,7 +104,7 @@ def main():
     law = Law(temperature=wish.temperature, top_p=wish.top_p)
     target, draft = model(3), model(4)
     others = [model(seed).model.parameters() for seed in (4, 5, 3)]
-    engine = Engine(target, draft, config.Settings())
+    engine = Engine(target, draft, Settings())
     engine.costs = Costs({1: 1.0, 2: 1.02, 8: 1.1}, {1: 0.1, 8: 0.8}, ngram=0.01)
     law_of = exact(target, law)
     counts, k_used = draw_all(engine, law, wish.draws, others)

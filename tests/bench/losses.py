@@ -15,9 +15,8 @@ from pathlib import Path
 from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
 import mlx.core as mx
 import numpy as np
-
-from specl.shared import config
-from specl.shared.learning.distil import read_examples
+from specl.shared.settings.load import load_settings
+from specl.shared.learning.build_draft import read_examples
 from specl.shared.learning.examples import hot_vocabulary
 from specl.shared.learning.learner import Learner, agreement, by_depth
 from specl.shared.learning.losses import KINDS, LossSettings
@@ -69,7 +68,7 @@ def main():
     parser.add_argument("--losses", nargs="+", default=["kl", "tv", "acceptance", "ce"], choices=KINDS)
     parser.add_argument("--json", type=Path)
     wish = parser.parse_args()
-    settings, paths = config.load(), find_paths()
+    settings, paths = load_settings(), find_paths()
     target = load(settings.models.target.name, paths.models, settings.models.precision, to_stderr)
     training = read_examples(target, sorted(wish.shards.glob("training-*.npz"))[: wish.train], "head")
     tests = read_examples(target, sorted(wish.shards.glob("held-out-*.npz")), "head")

@@ -25,17 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from specl.shared.models import blas  # noqa: F401, I001 - binds the BLAS before mlx loads
 import mlx.core as mx
 
-from specl.shared import config, prompts
+from specl.shared import prompts
+from specl.shared.settings.load import load_settings
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.gate import Verdict, judge
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import Batches, StepLoop, StepSettings
-from specl.shared.learning.traffic import Prompt, answer
+from specl.shared.learning.batch_generate import Prompt, answer
 from specl.shared.models.head import HeadDraft, new_head
 from specl.shared.models.load import to_stderr
 from specl.shared.models.lora import LoraShape, attach, choose_layers, detach
-from specl.shared.models.pair import load_pair
+from specl.shared.engine.load import load_pair
 from specl.shared.paths import find_paths
 from specl.shared.prompts import reserved
 from tests.conftest import tiny_model
@@ -97,8 +98,8 @@ class Builtin:
     """SmolLM2 and its shipped head: answers to a reserved kind, and to general prompts. As World otherwise."""
 
     def __init__(self, kind_prompts: int = KIND_PROMPTS, general_prompts: int = GENERAL_PROMPTS) -> None:
-        self.settings = config.load().training
-        self.engine = load_pair(config.load(), find_paths().models, to_stderr)
+        self.settings = load_settings().training
+        self.engine = load_pair(load_settings(), find_paths().models, to_stderr)
         self.learner = Learner(self.engine.draft)
         self.learner.module.freeze()
         self.hot = self.engine.draft.hot

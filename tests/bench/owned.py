@@ -17,18 +17,18 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from specl.daemons.trainer.course import TRAINED_DEPTHS
-from specl.daemons.trainer.data import Gatherer
+from specl.daemons.trainer.training_loop import TRAINED_DEPTHS
+from specl.daemons.trainer.data_loader import Gatherer
 from specl.daemons.trainer.regression import RegressionSlice
-from specl.shared import config
+from specl.shared.settings.load import load_settings
 from specl.shared.learning.examples import hot_vocabulary
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import Batches, StepLoop, StepSettings
-from specl.shared.learning.traffic import Prompt, answer, load_shard, save_shard
+from specl.shared.learning.batch_generate import Prompt, answer, load_shard, save_shard
 from specl.shared.models.head import load_head
 from specl.shared.models.lora import LoraShape, attach, choose_layers
-from specl.shared.models.pair import load_pair
+from specl.shared.engine.load import load_pair
 from specl.shared.paths import find_paths
 from specl.shared.prompts import reserved
 
@@ -86,7 +86,7 @@ def main():
     parser.add_argument("--ways", nargs="+", default=["lora:3e-4", "owned:3e-5", "owned:1e-4", "owned:3e-4"])
     parser.add_argument("--json", type=Path)
     wish = parser.parse_args()
-    settings, paths = config.load(), find_paths().create()
+    settings, paths = load_settings(), find_paths().create()
     engine = load_pair(settings, paths.models)
     kept = paths.training
     fresh = texts(kept / f"owned-{wish.kind}-learn.npz", engine, reserved.prompts(wish.kind, 80, seed=1))

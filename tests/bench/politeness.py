@@ -21,14 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
-from specl.cli.daemons import scratch_daemons
-from specl.shared import config
-from specl.shared.bench import sets
-from specl.shared.bench.learned import estimate
+from specl.shared.bench import prompt_sets
+from specl.shared.bench.learning_report import estimate
+from specl.shared.bench.scratch_daemons import scratch_daemons
 from specl.shared.bench.stream import conversation
-from specl.shared.client import Client
-from specl.shared.models.pair import SHIPPED
+from specl.shared.engine.load import SHIPPED
+from specl.shared.messaging.client import Client
 from specl.shared.paths import find_paths
+from specl.shared.settings.load import load_settings
+from specl.shared.settings.schema import Settings
 
 COLLECTED, HELD_OUT = 12, 0.34
 IDLE_S, WORK_S = 0.5, 2.0  # quiet before the trainer resumes, and what it then has before the next request
@@ -48,16 +49,16 @@ class Figures:
         return float(np.array(self.tokens)[picks].sum() / np.array(self.seconds)[picks].sum())
 
 
-def settings_with(draft: Path) -> config.Settings:
+def settings_with(draft: Path) -> Settings:
     """A run that does not end by itself, on little traffic."""
-    document = config.load().model_dump(mode="json")
+    document = load_settings().model_dump(mode="json")
     document["models"]["draft"]["name"] = str(draft)
     document["speculative"] |= {"temperature": 0.0, "ngram": False}
     document["training"] |= {
         "enabled": False, "heldout_share": HELD_OUT, "min_heldout_generations": 2, "regression_prompts": 0,
         "idle_seconds": IDLE_S, "max_minutes": 600.0, "num_epochs": 10**6,
     }  # fmt: skip
-    return config.Settings.model_validate(document)
+    return Settings.model_validate(document)
 
 
 def training(client: Client) -> dict:
@@ -67,7 +68,7 @@ def training(client: Client) -> dict:
 
 def begin(client: Client, wish: argparse.Namespace) -> None:
     """Collect a little, and have the run make its first steps."""
-    for n, item in enumerate(sets.pick("code", COLLECTED)):
+    for n, item in enumerate(prompt_sets.pick("code", COLLECTED)):
         client.ask(item.messages, max_tokens=wish.tokens, conversation_id=conversation(n, HELD_OUT))
     time.sleep(1.0)
     reply = client.train(now=True)
@@ -78,7 +79,7 @@ def begin(client: Client, wish: argparse.Namespace) -> None:
         time.sleep(0.2)
 
 
-def ask(client: Client, item: sets.BenchPrompt, tokens: int, into: Figures, wait_s: float) -> None:
+def ask(client: Client, item: prompt_sets.BenchPrompt, tokens: int, into: Figures, wait_s: float) -> None:
     """One request after a pause."""
     time.sleep(wait_s)
     start = time.perf_counter()
@@ -92,7 +93,7 @@ def compare(client: Client, wish: argparse.Namespace) -> dict:
     pid = client.status(2.0)["trainer"]["pid"]
     alone, beside = Figures(), Figures()
     steps, first = 0, training(client)["step"]
-    for number, item in enumerate(sets.pick("general", wish.requests)):
+    for number, item in enumerate(prompt_sets.pick("general", wish.requests)):
         for halted in (True, False) if number % 2 else (False, True):
             if halted:
                 os.kill(pid, signal.SIGSTOP)

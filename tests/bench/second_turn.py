@@ -10,12 +10,12 @@ import argparse
 import statistics
 import time
 
-from specl.shared import config
 from specl.shared.bench.scratch import ScratchDaemons
+from specl.shared.engine.load import draft_folder
+from specl.shared.messaging.messages import Purge
 from specl.shared.models.load import load, resolve
-from specl.shared.models.pair import draft_folder
 from specl.shared.paths import find_paths
-from specl.shared.wire import Purge
+from specl.shared.settings.load import load_settings
 
 LINES = (
     '    print("👩‍💻  step {n}: naïve café ☕")\n',
@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--first", type=int, default=1000, help="tokens of the first turn's prompt")
     parser.add_argument("--draft")
     wish = parser.parse_args()
-    settings, paths = config.load(), find_paths()
+    settings, paths = load_settings(), find_paths()
     target = resolve(settings.models.target.name, paths.models)
     tokenizer = load(settings.models.target.name, paths.models, settings.models.precision).tokenizer
     name = wish.draft or settings.models.draft.name

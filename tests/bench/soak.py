@@ -26,7 +26,7 @@ from fault_house import SETTINGS, House, Zygote, percentile, process_figures, wa
 from test_delivery import COLLECTOR_POINTS, INFERENCE_POINTS
 from test_frames import hostile
 
-from specl.shared.adapters import Adapters
+from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import SpecLoraError
 
 ROLES = ("inference", "collector", "trainer")

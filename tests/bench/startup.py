@@ -20,12 +20,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from specl.shared.access import Addresses
-from specl.shared.bus import Server
-from specl.shared.config import Settings
+from specl.shared.messaging.bus import Server
+from specl.shared.messaging.endpoints import Addresses
+from specl.shared.messaging.messages import Ask, Done, GetStatus, Status
 from specl.shared.paths import ROLES, Paths
-from specl.shared.process import Lock
-from specl.shared.wire import Ask, Done, GetStatus, Status
+from specl.shared.runtime.supervisor import Lock
+from specl.shared.settings.schema import Settings
 
 BAR_S = 0.4
 COMMAND = str(Path(sys.executable).parent / "specl-ctl")

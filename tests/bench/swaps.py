@@ -30,12 +30,12 @@ from mlx.utils import tree_flatten
 
 import specl.daemons.inference.worker as working
 from specl.daemons.inference.service import Inference
-from specl.shared import config
-from specl.shared.access import Addresses
-from specl.shared.adapters import Adapters, Manifest
-from specl.shared.bus import Server
-from specl.shared.client import Client
-from specl.shared.engine.adapter_files import write_files
+from specl.shared.settings.load import parse_settings
+from specl.shared.messaging.endpoints import Addresses
+from specl.shared.adapters.registry import Adapters, Manifest
+from specl.shared.messaging.bus import Server
+from specl.shared.messaging.client import Client
+from specl.shared.adapters.tensors import write_files
 from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
 from specl.shared.paths import Paths
 
@@ -48,7 +48,7 @@ class Daemon:
 
     def __init__(self, folder: Path, tiny: bool) -> None:
         models = Path(os.environ.get("SPECL_MODELS") or Path(__file__).resolve().parents[2] / "var" / "models")
-        self.paths, self.settings = Paths(folder, models).create(), config.parse(SETTINGS, folder / "settings.yaml")
+        self.paths, self.settings = Paths(folder, models).create(), parse_settings(SETTINGS, folder / "settings.yaml")
         if tiny:
             working.load_pair = fake_pair
         self.rounds: list[float] = []

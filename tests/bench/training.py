@@ -27,7 +27,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from specl.shared import config, prompts
+from specl.shared import prompts
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
@@ -36,6 +36,7 @@ from specl.shared.models.layers import new_layers, pick_layers
 from specl.shared.models.load import LanguageModel, load, to_stderr
 from specl.shared.models.lora import LoraShape, attach, choose_layers
 from specl.shared.paths import find_paths
+from specl.shared.settings.load import load_settings
 
 RANK, SCALE, RATE, DECAY = 8, 2.0, 1e-4, 0.01
 TOP_K = 8  # of the stored law; cross-entropy does not read it
@@ -131,7 +132,7 @@ def texts_of(target: LanguageModel, number: int, length: int) -> np.ndarray:
 
 def measure(wish: argparse.Namespace) -> dict:
     """Both sides in turn."""
-    settings = config.load()
+    settings = load_settings()
     target = load(settings.models.target.name, find_paths().models, "auto", to_stderr)
     layers = pick_layers(str(wish.layers), int(target.config["num_hidden_layers"]))
     texts = texts_of(target, 4 * wish.batch, wish.length)

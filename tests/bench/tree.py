@@ -23,7 +23,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from specl.shared import config, prompts
+from specl.shared import prompts
+from specl.shared.settings.load import load_settings
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.decode import Options
 from specl.shared.engine.engine import Engine
@@ -129,9 +130,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    from specl.shared.models.pair import load_pair
+    from specl.shared.engine.load import load_pair
 
-    engine = load_pair(config.load(), find_paths().models)
+    engine = load_pair(load_settings(), find_paths().models)
     with tempfile.TemporaryDirectory() as folder:
         costs = engine.calibrate(Path(folder))
     answers = []

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from specl.cli.main import main
-from specl.shared.adapters import Adapters, Manifest
+from specl.shared.adapters.registry import Adapters, Manifest
 from specl.shared.paths import find_paths
 from specl.shared.store import Store
 from tests.fakes import make_activation, make_evaluation, make_training_run, to_row

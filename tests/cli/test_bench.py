@@ -10,19 +10,19 @@ from mlx_lm.models.llama import Model, ModelArgs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from specl.cli.main import main
-from specl.shared import config
 from specl.shared.bench import measure as measuring
-from specl.shared.bench import sets
+from specl.shared.bench import prompt_sets
 from specl.shared.bench.arms import PLAIN, Answer, EngineArm, MlxSpeculativeArm, PlainArm, timed, top_two
-from specl.shared.bench.crowd import crowd_rate
+from specl.shared.bench.concurrency import crowd_rate
 from specl.shared.bench.measure import Plan, Run, measure
 from specl.shared.bench.report import as_json, equality, groups, hindsight, ratio
-from specl.shared.bench.texts import TopTwo, compare, copied_share, first_difference, repeated_share
+from specl.shared.bench.text_equality import TopTwo, compare, copied_share, first_difference, repeated_share
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.law import Law
+from specl.shared.engine.sampling import Law
 from specl.shared.errors import ConfigError
 from specl.shared.models.load import load
+from specl.shared.settings.schema import Settings
 
 END = "<|im_end|>"
 FROZEN = {
@@ -79,7 +79,7 @@ def folders(tmp_path_factory):
 def engine(folders, tmp_path_factory):
     models = tmp_path_factory.mktemp("none")
     target, draft = (load(str(folder), models) for folder in folders)
-    made = Engine(target, draft, config.Settings())
+    made = Engine(target, draft, Settings())
     made.costs = Costs({1: 1.0, 8: 1.2}, {1: 0.05, 8: 0.4})
     return made
 
@@ -96,7 +96,7 @@ def runs(engine):
         EngineArm("auto fast", engine, law, None, ngram=True),
         EngineArm("auto detailed", engine, law, None, ngram=True, capture_k=8),
     ]
-    items = [*sets.pick("general", 3), *sets.pick("copy", 2)]
+    items = [*prompt_sets.pick("general", 3), *prompt_sets.pick("copy", 2)]
     seen = []
     found = measure(engine, Plan(items, 40, 1, arms), True, seen.append)
     assert [progress.done for progress in seen] == [7, 14, 21, 28, 35]
@@ -183,7 +183,7 @@ def test_every_arm_writes_the_reference_text(runs):
 
 
 def test_a_wrong_text_is_found(engine):
-    item = sets.pick("general", 1)[0]
+    item = prompt_sets.pick("general", 1)[0]
     _, prompt = engine.encode_chat(item.messages)
     arm = PlainArm(engine.target, Law())
     expected = arm.answer(item, prompt, 12).tokens
@@ -258,18 +258,18 @@ def test_too_little_drafting_is_inconclusive(runs):
 
 # ------------------------------------------------------------------------------------------------ sets, crowd, command
 def test_the_sets_are_frozen():
-    known = {name: sets.sha256(name)[:12] for name in sets.NAMES}
+    known = {name: prompt_sets.sha256(name)[:12] for name in prompt_sets.NAMES}
     assert known == FROZEN
 
 
 def test_picks_are_spread_and_distinct():
-    found = sets.pick("structured", 6)
+    found = prompt_sets.pick("structured", 6)
     assert len({item.id for item in found}) == 6
-    assert len(sets.pick("copy", 1000)) == 40
+    assert len(prompt_sets.pick("copy", 1000)) == 40
 
 
 def test_a_crowd_shares_the_work_and_its_errors_are_raised():
-    items = sets.pick("general", 7)
+    items = prompt_sets.pick("general", 7)
     assert crowd_rate(lambda: lambda item: 10, 3, items) > 0
 
     def broken(item):

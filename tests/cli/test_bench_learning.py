@@ -14,8 +14,8 @@ import mlx.core as mx
 import pytest
 from test_bench import write_model
 
-from specl.cli.bench_gain import gain_lines
-from specl.cli.bench_learning import stream_lines
+from specl.cli.bench.gain import gain_lines
+from specl.cli.bench.learning import stream_lines
 
 SETTINGS = """\
 models: {{target: {{name: {target}}}, draft: {{name: {draft}}}}}

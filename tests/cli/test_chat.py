@@ -13,13 +13,13 @@ from contextlib import suppress
 
 import pytest
 
-from specl.cli import lines
-from specl.cli.chat import coloured
-from specl.cli.conversation import Conversation
-from specl.shared.config import Records
+from specl.cli.chat import chat_input
+from specl.cli.chat.command import coloured
+from specl.cli.chat.conversation import Conversation
 from specl.shared.errors import SpecLoraError
+from specl.shared.messaging.messages import Delta
 from specl.shared.paths import find_paths
-from specl.shared.wire import Delta
+from specl.shared.settings.schema import Records
 
 COMMAND = [sys.executable, "-c", "from specl.cli.main import main; main()"]
 
@@ -32,7 +32,7 @@ def test_without_a_daemon_one_sentence_and_exit_3(specl):
 
 def test_messages_are_lines_and_fenced_blocks():
     text = 'one\n"""two\nthree"""\n\n"""\nfour\n"""\n"""never closed\nfive\n'
-    assert list(lines.messages(lines.piped(text.splitlines()))) == [
+    assert list(chat_input.messages(chat_input.piped(text.splitlines()))) == [
         "one", "two\nthree", "", "four", "never closed\nfive",
     ]  # fmt: skip
 
@@ -69,25 +69,27 @@ def test_each_token_has_the_colour_of_its_source():
 
 @pytest.mark.parametrize("records", [{"keep": "statistics"}, {"redact": ["x"]}, {"retention_days": 3}])
 def test_no_history_on_disk_where_text_must_not_stay(records):
-    assert lines.history_is_kept(Records())
-    assert not lines.history_is_kept(Records(**records))
+    assert chat_input.history_is_kept(Records())
+    assert not chat_input.history_is_kept(Records(**records))
 
 
 def test_the_history_file_is_private_and_purged_with_the_logs():
-    from specl.cli.byte_search import portions_of
-    from specl.cli.purged_text import _scrub_logs
+    from specl.shared.retention.byte_search import portions_of
+    from specl.shared.retention.erasure_check import _scrub_logs
 
     paths = find_paths().create()
-    history = lines._history(paths, Records(), remember=True)
+    history = chat_input._history(paths, Records(), remember=True)
     history.store_string("a secret of mine that must go\nwith all its lines\n# even this one")
     history.store_string("something else altogether")
-    file = lines.history_file(paths)
+    file = chat_input.history_file(paths)
     assert file.stat().st_mode & 0o077 == 0 and b"a secret of mine" in file.read_bytes()
     (pieces,) = portions_of(["a secret of mine that must go"])
     _scrub_logs(paths.logs, pieces)
     assert b"secret" not in file.read_bytes() and b"even" not in file.read_bytes()
-    assert list(lines._history(paths, Records(), remember=True).load_history_strings()) == ["something else altogether"]
-    lines._history(paths, Records(), remember=False).store_string("not kept")
+    assert list(chat_input._history(paths, Records(), remember=True).load_history_strings()) == [
+        "something else altogether"
+    ]
+    chat_input._history(paths, Records(), remember=False).store_string("not kept")
     assert b"not kept" not in file.read_bytes()
 
 

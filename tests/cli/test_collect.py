@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fault_house import House, Zygote, wait_until
 
-from specl.cli.prompt_file import read, to_messages
+from specl.cli.files.prompt_file import read, to_messages
 from specl.shared.errors import ConfigError
 
 

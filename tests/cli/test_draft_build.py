@@ -6,13 +6,14 @@ import time
 import numpy as np
 import pytest
 
-from specl.cli.draft_texts import prompts_of, texts_of_store
-from specl.shared import config, prompts
+from specl.cli.draft.texts import prompts_of, texts_of_store
+from specl.shared import prompts
 from specl.shared.errors import ConfigError, ModelError
-from specl.shared.learning.answers import load_answers, save_answers
 from specl.shared.learning.examples import is_held_out
-from specl.shared.learning.own import OwnText
+from specl.shared.learning.target_texts import load_answers, save_answers
+from specl.shared.learning.user_texts import OwnText
 from specl.shared.paths import find_paths
+from specl.shared.settings.load import load_settings
 from specl.shared.store import Store
 from tests.fakes import make_generation, to_row, tokens_blob
 
@@ -46,7 +47,7 @@ def record(id, **changes):
 
 
 def found(path, **records):
-    settings = config.load()
+    settings = load_settings()
     settings = settings.model_copy(update={"records": settings.records.model_copy(update=records)})
     return texts_of_store(path, settings, "t0", "target")
 
@@ -140,13 +141,13 @@ def test_a_users_mistake_is_one_sentence(specl, stored, monkeypatch, arguments, 
 
 
 def test_the_whole_command_makes_a_draft_that_the_settings_accept(specl, stored, monkeypatch, tmp_path):
-    from specl.shared.learning import distil
+    from specl.shared.learning import build_draft
     from specl.shared.models import load
 
     target = stored()
     real = load.load
-    monkeypatch.setattr(distil, "HELDOUT_PROMPTS", 4)
-    monkeypatch.setattr("specl.cli.draft.MEASURED_PROMPTS", 1)
+    monkeypatch.setattr(build_draft, "HELDOUT_PROMPTS", 4)
+    monkeypatch.setattr("specl.cli.draft.command.MEASURED_PROMPTS", 1)
     monkeypatch.setattr(
         load, "load", lambda name, *given, **more: target if name == "it" else real(name, *given, **more)
     )
@@ -180,7 +181,7 @@ def test_the_whole_command_makes_a_draft_that_the_settings_accept(specl, stored,
     (tmp_path / ".again.work").mkdir()
     for shard in (tmp_path / ".made.work").glob("held-out-*.npz"):
         (tmp_path / ".again.work" / shard.name).write_bytes(shard.read_bytes())
-    monkeypatch.setattr(distil, "answer", no_text)
+    monkeypatch.setattr(build_draft, "answer", no_text)
     outcome = specl(*common, "--answers", answers, "--time", "5m", "--out", again)
     assert outcome.exit_code == 0, outcome.stderr
     made, remade = (json.loads((folder / "manifest.json").read_text()) for folder in (out, again))

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from fault_fake import fake_pair, publish_adapter
 
-from specl.shared import config
-from specl.shared.bench.duel import Side, difference
+from specl.shared.bench.compare_adapters import Side, difference
 from specl.shared.paths import find_paths
+from specl.shared.settings.schema import Settings
 
 
 @pytest.fixture
 def random_models(monkeypatch):
-    import specl.shared.models.pair
+    import specl.shared.engine.load
 
-    monkeypatch.setattr(specl.shared.models.pair, "load_pair", fake_pair)
+    monkeypatch.setattr(specl.shared.engine.load, "load_pair", fake_pair)
     monkeypatch.setenv("SPECL_TEST_TOKEN_MS", "0")
 
 
@@ -54,12 +54,12 @@ def test_mistakes_are_told_before_models_load(specl, prompts, tmp_path):
 
 def test_no_draft_is_one_sentence(specl, prompts, tmp_path, monkeypatch):
     from specl.cli import eval as command
-    from specl.shared.models import pair
+    from specl.shared.engine import load
 
-    settings = config.Settings()
+    settings = Settings()
     made = fake_pair(settings, tmp_path)
     made.draft = None
-    monkeypatch.setattr(pair, "load_pair", lambda *_: made)
+    monkeypatch.setattr(load, "load_pair", lambda *_: made)
     with pytest.raises(Exception, match="no draft"):
         command._load()
 

@@ -5,14 +5,15 @@ import sqlite3
 
 import pytest
 
-from specl.cli import purge, purged_text
-from specl.cli.lines import _history, history_file
-from specl.shared.access import Keys, write_keys
-from specl.shared.checkpoints import checkpoint_folder
-from specl.shared.config import Records
+from specl.cli.chat.chat_input import _history, history_file
+from specl.cli.store import purge
 from specl.shared.errors import SpecLoraError
+from specl.shared.messaging.endpoints import Keys, write_keys
 from specl.shared.paths import find_paths
-from specl.shared.process import Lock, is_locked
+from specl.shared.retention import erasure_check
+from specl.shared.retention.checkpoints import checkpoint_folder
+from specl.shared.runtime.supervisor import Lock, is_locked
+from specl.shared.settings.schema import Records
 from specl.shared.store import Store
 from tests.fakes import make_generation, to_row
 
@@ -145,17 +146,17 @@ def test_a_large_purge_goes_in_portions(specl, kept, monkeypatch):
 
 
 def test_the_search_leaves_nothing_out_however_much_there_is(specl, kept, monkeypatch):
-    monkeypatch.setattr(purged_text.portions_of, "__defaults__", (3,))
+    monkeypatch.setattr(erasure_check.portions_of, "__defaults__", (3,))
     texts = [f"{n} is a text of some length, longer than one piece" for n in range(9)]
     (kept.root / "left").write_text(texts[8])
     with pytest.raises(SpecLoraError, match="still found in left"):
-        purged_text.prove(kept, lambda: texts)
+        erasure_check.prove(kept, lambda: texts)
     (kept.root / "left").unlink()
-    searched, shared = purged_text.prove(kept, lambda: [*texts, "something else, that stays here"])
+    searched, shared = erasure_check.prove(kept, lambda: [*texts, "something else, that stays here"])
     assert searched == 4 * 3 + 2 and shared == 1, "in five portions, the last of nine texts among them"
     (kept.root / "zeros").write_bytes(bytes(3 << 20) + texts[3].encode() + bytes(3 << 20))
     with pytest.raises(SpecLoraError, match="still found in zeros"):
-        purged_text.prove(kept, lambda: texts)
+        erasure_check.prove(kept, lambda: texts)
 
 
 def test_short_messages_leave_the_chats_history_too(specl, kept):
@@ -173,7 +174,7 @@ def test_short_messages_leave_the_chats_history_too(specl, kept):
 
 
 def test_an_id_that_begins_another_and_one_in_quarantine_can_be_purged(specl, kept):
-    from specl.shared.wire import Row
+    from specl.shared.messaging.messages import Row
 
     store = Store(kept.store)
     store.add_rows(

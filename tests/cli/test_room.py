@@ -5,11 +5,13 @@ import errno
 import pytest
 
 from specl.cli import eval as eval_command
-from specl.cli import lines, room
-from specl.shared import config
+from specl.cli import memory_check
+from specl.cli.chat import chat_input
 from specl.shared.errors import ModelError
 from specl.shared.paths import find_paths
-from specl.shared.process import Lock
+from specl.shared.runtime.supervisor import Lock
+from specl.shared.settings.load import load_settings
+from specl.shared.settings.schema import Settings
 
 
 @pytest.fixture
@@ -26,13 +28,13 @@ def use(tmp_path, monkeypatch, stored):
 
 def test_the_daemons_copy_counts_while_they_run(use):
     target = use(0.5)
-    settings, paths = config.load(), find_paths().create()
-    room.check_room(settings, paths, target, None, "this")
+    settings, paths = load_settings(), find_paths().create()
+    memory_check.check_room(settings, paths, target, None, "this")
     lock = Lock(paths.run, "inference")
     with pytest.raises(
         ModelError, match=r"this needs about 0\.\d GB beside the 0\.\d GB of the running daemons; 0\.5 GB"
     ):
-        room.check_room(settings, paths, target, None, "this")
+        memory_check.check_room(settings, paths, target, None, "this")
     lock.release()
 
 
@@ -54,7 +56,7 @@ def test_import_eval_and_draft_build_refuse_before_they_load(use, specl, tmp_pat
 def test_a_full_disk_ends_remembering_not_talking(tmp_path, monkeypatch, capsys):
     from prompt_toolkit.history import FileHistory
 
-    history = lines._history(find_paths().create(), config.Settings().records, remember=True)
+    history = chat_input._history(find_paths().create(), Settings().records, remember=True)
     history.append_string("first")
 
     def full(self, string):

@@ -13,8 +13,8 @@ import pytest
 
 from specl.cli import completion, service, version
 from specl.cli.main import COMMANDS
-from specl.shared import log
 from specl.shared.paths import DAEMONS, find_paths
+from specl.shared.runtime import log
 
 BIN = Path(sys.executable).parent
 
@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 def test_the_systemd_unit_says_what_runs_where(specl, monkeypatch, tmp_path):
     monkeypatch.setenv("SPECL_VAR", str(tmp_path / 'a "strange" 50% folder'))
     unit = specl("service", "systemd").stdout
-    assert f'ExecStart="{sys.executable}" -m specl.daemons.keep %i' in unit
+    assert f'ExecStart="{sys.executable}" -m specl.daemons.supervise %i' in unit
     assert 'a \\"strange\\" 50%% folder"' in unit and "RestartPreventExitStatus=78" in unit
 
 
@@ -39,7 +39,7 @@ def test_systemd_accepts_the_unit(tmp_path):
 @pytest.mark.parametrize("role", DAEMONS)
 def test_the_property_list_is_one(specl, role):
     job = plistlib.loads(specl("service", "launchd", role).stdout.encode())
-    assert job["ProgramArguments"] == [sys.executable, "-m", "specl.daemons.keep", role]
+    assert job["ProgramArguments"] == [sys.executable, "-m", "specl.daemons.supervise", role]
     assert job["EnvironmentVariables"]["SPECL_VAR"] == str(find_paths().root)
 
 
@@ -81,8 +81,9 @@ def test_status_misses_a_gateway_only_where_one_is_wanted(specl, monkeypatch, tm
 
 
 def test_a_gateway_beside_daemons_elsewhere_is_not_missed(monkeypatch):
-    from specl.shared import client, status
-    from specl.shared.process import Lock
+    from specl.shared import status
+    from specl.shared.messaging import client
+    from specl.shared.runtime.supervisor import Lock
 
     paths = find_paths().create()
     body = {"state": "ready", "uptime_s": 1.0, "summary": {"generations": 0}}
@@ -177,8 +178,8 @@ def test_every_command_of_the_list_is_there_and_teaches(specl):
 
 
 def test_status_waits_for_nobody_whose_lock_is_free(monkeypatch):
-    from specl.shared import client
-    from specl.shared.process import Lock
+    from specl.shared.messaging import client
+    from specl.shared.runtime.supervisor import Lock
 
     asked = []
     monkeypatch.setattr(client, "gather", lambda questions, timeout_s: asked.extend(questions) or {})

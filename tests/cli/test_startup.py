@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 from fault_house import House, Zygote
 
-from specl.shared import config, remembered
 from specl.shared.errors import ConfigError
 from specl.shared.paths import find_paths
+from specl.shared.settings import cache, schema
 
 CODE = """
 import json, sys
@@ -80,18 +80,18 @@ def test_remembered_settings_are_those_of_the_file_and_follow_it(tmp_path, monke
         "speculative: {temperature: 1}\n",
     ):
         file.write_text(text)
-        known = config.load(file).model_dump(mode="json")
-        first, again = remembered.load(paths), remembered.load(paths)
+        known = schema.load(file).model_dump(mode="json")
+        first, again = cache.load(paths), cache.load(paths)
         assert first.model_dump(mode="json") == known and not hasattr(again, "model_dump")
         assert known["gateway"].pop("token", None) is None or "0123456789abcdef" not in memory(paths).read_text()
         assert plain(again) == known and memory(paths).stat().st_mode & 0o077 == 0
     file.write_text("speculative: {temperature: warm}\n")
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"settings.yaml:1"):
-            remembered.load(paths)
+            cache.load(paths)
     memory(paths).write_text("not json")
     file.write_text("{}")
-    assert remembered.load(paths) == config.load(file)
+    assert cache.load(paths) == schema.load(file)
 
 
 def memory(paths):

@@ -5,11 +5,11 @@ import io
 from rich.console import Console
 
 from specl.cli.status import render
-from specl.daemons.inference.lookout import Lookout
-from specl.shared import config
-from specl.shared.client import Client
-from specl.shared.learning.watch import Depths
+from specl.daemons.inference.adapter_monitor import Lookout
+from specl.shared.learning.live_check import Depths
+from specl.shared.messaging.client import Client
 from specl.shared.paths import find_paths
+from specl.shared.settings.load import load_settings
 from specl.shared.status import collect
 
 
@@ -22,7 +22,7 @@ def test_a_watch_is_told_of_while_it_is_on_and_how_it_ended(tmp_path, monkeypatc
     with Client() as client:
         found = collect(client)
     assert found["adapter"]["watch"] == {}
-    settings = config.load()
+    settings = load_settings()
 
     def told():
         found["adapter"]["watch"] = lookout.status()

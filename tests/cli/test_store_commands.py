@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from specl.cli.imported import law_of, parse, spelled, to_record
-from specl.cli.show import marked, pieces
+from specl.cli.store.import_jsonl import law_of, parse, spelled, to_record
+from specl.cli.store.show import marked, pieces
 from specl.shared.paths import find_paths
-from specl.shared.process import is_locked
+from specl.shared.runtime.supervisor import is_locked
 from specl.shared.store import Store, StoredGeneration
 from tests.fakes import make_disagreement, make_generation, to_row
 

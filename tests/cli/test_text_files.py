@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from specl.cli import text_file
-from specl.cli.draft_texts import prompts_of
-from specl.cli.imported import read_items
-from specl.cli.prompt_file import read
+from specl.cli.draft.texts import prompts_of
+from specl.cli.files import text_file
+from specl.cli.files.prompt_file import read
+from specl.cli.store.import_jsonl import read_items
 from specl.shared.errors import ConfigError
 
 ODD = "one\u2028two\u0085three\x0cfour"

@@ -13,13 +13,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specl.shared import config, prompts
-from specl.shared.adapters import Adapters, Manifest
+from specl.shared import prompts
+from specl.shared.adapters.registry import Adapters, Manifest
+from specl.shared.adapters.tensors import write_files
 from specl.shared.bench.stream import conversation
-from specl.shared.client import Client
-from specl.shared.engine.adapter_files import write_files
+from specl.shared.messaging.client import Client
 from specl.shared.models.lora import LoraShape, change_norm, choose_layers, linear_layers, lora_weights
 from specl.shared.paths import Paths
+from specl.shared.settings.load import parse_settings
 from tests.bench.null import Builtin, permuted
 from tests.e2e.conftest import make_box, stop, wait_until
 
@@ -114,7 +115,7 @@ def house(bad):
     """All daemons, with live traffic behind them; `texts` are the target's own answers."""
     made = make_box(SETTINGS)
     made.process = made.start()
-    made.client = Client(Paths(made.var, made.var), config.parse(SETTINGS, made.var / "settings.yaml"))
+    made.client = Client(Paths(made.var, made.var), parse_settings(SETTINGS, made.var / "settings.yaml"))
     made.asked = [item.messages for item in prompts.load("heldout")[:REQUESTS]]
     made.texts = [
         made.client.ask(asked, conversation_id=conversation(n, HELD_OUT)).text for n, asked in enumerate(made.asked)

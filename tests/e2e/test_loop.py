@@ -118,7 +118,7 @@ def test_bad_requests_are_refused_in_one_line(system):
 def test_a_second_set_of_daemons_is_refused_naming_the_first(system):
     holder = str(system.status()["collector"]["pid"])
     done = subprocess.run(
-        [os.sys.executable, "-m", "specl.daemons.keep", "collector"],
+        [os.sys.executable, "-m", "specl.daemons.supervise", "collector"],
         env=system.environment,
         capture_output=True,
         text=True,
@@ -224,7 +224,7 @@ def test_the_verdict_is_a_row(system):
 
 
 def test_a_zero_or_foreign_adapter_put_in_by_hand_is_refused(system):
-    from specl.shared.adapters import Adapters
+    from specl.shared.adapters.registry import Adapters
 
     source = system.var / "adapters" / "000001"
     for id, spoil, reason in (("000002", _zero, "zero"), ("000003", _foreign, "trained on draft")):

@@ -78,16 +78,16 @@ def fake_pair(settings: Any, models: Path, say: Any = None, training: bool = Fal
 def install() -> None:
     """Put the fake where the daemons look for their models."""
     import specl.daemons.inference.worker as worker
-    import specl.daemons.trainer.course as course
-    import specl.daemons.trainer.run as run
+    import specl.daemons.trainer.training_loop as training_loop
+    import specl.daemons.trainer.training_run as training_run
     import specl.daemons.trainer.worker as trainer
 
     worker.load_pair = trainer.load_pair = fake_pair
-    course.CHECKPOINT_S = float(os.environ.get("SPECL_TEST_CHECKPOINT_S", course.CHECKPOINT_S))
+    training_loop.CHECKPOINT_S = float(os.environ.get("SPECL_TEST_CHECKPOINT_S", training_loop.CHECKPOINT_S))
     trainer.DISK_RETRY_S = float(os.environ.get("SPECL_TEST_DISK_RETRY_S", trainer.DISK_RETRY_S))
     worker.IDLE_TICK_S = float(os.environ.get("SPECL_TEST_LOOK_S", worker.IDLE_TICK_S))
     if os.environ.get("SPECL_TEST_RISING"):
-        run.agreement = _rising(run.agreement)
+        training_run.agreement = _rising(training_run.agreement)
 
 
 def _rising(score: Any) -> Any:
@@ -108,8 +108,8 @@ def make_adapter(
     """Write an adapter for the fake draft the way the trainer does, unpublished; its scratch folder and manifest."""
     import mlx.core as mx
 
-    from specl.shared.adapters import Adapters, Manifest
-    from specl.shared.engine.adapter_files import write_files
+    from specl.shared.adapters.registry import Adapters, Manifest
+    from specl.shared.adapters.tensors import write_files
     from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
 
     module = fake_model("draft", 2).model
@@ -137,7 +137,7 @@ def make_adapter(
 
 def publish_adapter(folder: Path, id: str, **more: Any) -> Path:
     """Write and publish an adapter; CURRENT names it."""
-    from specl.shared.adapters import Adapters
+    from specl.shared.adapters.registry import Adapters
 
     scratch, manifest = make_adapter(folder, id, **more)
     return Adapters(folder).publish(scratch, manifest)

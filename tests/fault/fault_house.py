@@ -22,15 +22,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from specl.shared import config
-from specl.shared.access import Addresses
-from specl.shared.bus import gather
-from specl.shared.client import Client
 from specl.shared.errors import SpecLoraError
-from specl.shared.outbox import Outbox
+from specl.shared.messaging.bus import gather
+from specl.shared.messaging.client import Client
+from specl.shared.messaging.endpoints import Addresses
+from specl.shared.messaging.messages import Done, Generation, GetStatus, Status, TopK, encode
+from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
-from specl.shared.process import holder_of
-from specl.shared.wire import Done, Generation, GetStatus, Status, TopK, encode
+from specl.shared.runtime.supervisor import holder_of
+from specl.shared.settings.load import parse_settings
 
 HERE = Path(__file__).parent
 SETTINGS = """\
@@ -140,7 +140,7 @@ class House:
     def set(self, settings: str) -> None:
         """Write the settings that daemons started from now on read."""
         self.file.write_text(settings)
-        self.settings = config.parse(settings, self.file)
+        self.settings = parse_settings(settings, self.file)
 
     def environment(self, **more: str) -> dict[str, str]:
         return {

@@ -22,9 +22,10 @@ import sqlalchemy as sa
 with atheris.instrument_imports(include=["specl", "msgpack", "pydantic"]):
     import msgpack  # noqa: F401 - imported here to be instrumented
 
-    from specl.shared import adapter_manifest, config, wire
-    from specl.shared.engine import adapter_files
+    from specl.shared.adapters import manifest, tensors
     from specl.shared.errors import AdapterRejected, ConfigError, WireError
+    from specl.shared.messaging import messages
+    from specl.shared.settings.load import parse_settings
     from specl.shared.store import Store, schema
 
 MEMORY = Path("/dev/shm")  # files there cost no disk
@@ -33,15 +34,15 @@ SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() el
 
 def _wire(data: bytes) -> None:
     try:
-        value = wire.decode(data)
+        value = messages.decode(data)
     except WireError:
         return
-    assert wire.decode(wire.encode(value)) == value
+    assert messages.decode(messages.encode(value)) == value
 
 
 def _record(data: bytes) -> None:
-    kinds = [kind.__name__ for kind in wire.RECORDS]
-    row = wire.Row("a", kinds[data[0] % len(kinds)] if data else "", data[1:])
+    kinds = [kind.__name__ for kind in messages.RECORDS]
+    row = messages.Row("a", kinds[data[0] % len(kinds)] if data else "", data[1:])
     store = _store()
     assert store.add_rows([row]) == ["a"]  # a row of a table, or of the quarantine; never an error
     store.summary()
@@ -59,25 +60,25 @@ def _store() -> Store:
 
 def _manifest(data: bytes) -> None:
     with suppress(AdapterRejected):
-        adapter_manifest.parse_manifest(data).score  # noqa: B018 - a property that must not raise
+        manifest.parse_manifest(data).score  # noqa: B018 - a property that must not raise
 
 
 def _safetensors(data: bytes) -> None:
     path = SCRATCH / "adapters.safetensors"
     path.write_bytes(data)
-    assert isinstance(adapter_manifest.header_problem(path), str)
+    assert isinstance(manifest.header_problem(path), str)
 
 
 def _hot(data: bytes) -> None:
     path = SCRATCH / "hot_vocab.npy"
     path.write_bytes(data)
     with suppress(AdapterRejected):
-        adapter_files._hot_problems(adapter_files.read_hot(path), 8, 128)
+        tensors._hot_problems(tensors.read_hot(path), 8, 128)
 
 
 def _config(data: bytes) -> None:
     with suppress(ConfigError):
-        config.parse(data.decode("utf-8", "replace"), Path("settings.yaml"))
+        parse_settings(data.decode("utf-8", "replace"), Path("settings.yaml"))
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
@@ -103,7 +104,15 @@ def seeds(folder: Path) -> None:
     yaml = b"models: {target: {name: x}}\ntraining:\n  lora: {rank: 4}\n  target_modules: [a, b]\n"
     manifest = b'{"id": "000001", "kind": "lora", "rank": 4, "alpha": 8.0, "modules": ["a"], "training": {"generations": ["x"]}}'
     for number, data in enumerate(
-        [*GOOD, wire.encode(generation("a", size=4)), b"\0" + wire.encode(generation("a")), *files, hot, yaml, manifest]
+        [
+            *GOOD,
+            messages.encode(generation("a", size=4)),
+            b"\0" + messages.encode(generation("a")),
+            *files,
+            hot,
+            yaml,
+            manifest,
+        ]
     ):
         (folder / f"seed-{number}").write_bytes(data)
 

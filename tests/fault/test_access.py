@@ -11,13 +11,13 @@ import zmq
 from fault_house import HERE, SETTINGS, wait_until
 from fault_proxy import _free_ports
 
-from specl.shared.access import Addresses, is_loopback, read_keys, write_keys
-from specl.shared.bus import Server, new_keys
-from specl.shared.client import Client
-from specl.shared.config import Bus
 from specl.shared.errors import ConfigError, DaemonUnreachable
+from specl.shared.messaging.bus import Server, new_keys
+from specl.shared.messaging.client import Client
+from specl.shared.messaging.endpoints import Addresses, is_loopback, read_keys, write_keys
+from specl.shared.messaging.messages import GetStatus, encode
 from specl.shared.paths import ROLES, Paths
-from specl.shared.wire import GetStatus, encode
+from specl.shared.settings.schema import Bus
 
 
 def test_everything_a_daemon_makes_is_private(house):

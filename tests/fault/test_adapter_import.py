@@ -17,15 +17,15 @@ from fault_house import SETTINGS, wait_until
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from specl.shared import config
-from specl.shared.adapters import Adapters
-from specl.shared.engine.foreign import read_foreign
+from specl.shared.adapters.external import read_foreign
+from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected
+from specl.shared.settings.schema import Settings
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return fake_pair(config.Settings(), None)
+    return fake_pair(Settings(), None)
 
 
 def rewrite(folder, name, **changes):

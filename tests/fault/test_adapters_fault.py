@@ -14,8 +14,8 @@ import zmq
 from fault_fake import make_adapter, publish_adapter
 from fault_house import HERE, ready_for_training, wait_until
 
-from specl.shared.adapters import Adapters
-from specl.shared.wire import AdapterReady, SetAdapter, encode
+from specl.shared.adapters.registry import Adapters
+from specl.shared.messaging.messages import AdapterReady, SetAdapter, encode
 
 slow = pytest.mark.slow
 

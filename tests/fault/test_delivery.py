@@ -12,10 +12,10 @@ import pytest
 from fault_fake import publish_adapter
 from fault_house import HERE, fill, generation, percentile, process_figures, ready_for_training, wait_until
 
-from specl.shared.crash import POINTS
 from specl.shared.errors import SpecLoraError
-from specl.shared.outbox import Outbox
-from specl.shared.wire import encode
+from specl.shared.messaging.messages import encode
+from specl.shared.messaging.outbox import Outbox
+from specl.shared.runtime.failpoints import POINTS
 
 slow = pytest.mark.slow
 INFERENCE_POINTS = (
@@ -157,7 +157,7 @@ def test_f3_every_crash_point_in_the_code_has_killed_something(deaths, request):
     root = HERE.parent.parent
     sources = [path for part in ("shared", "daemons", "cli") for path in (root / part).rglob("*.py")]
     used = {name for path in sources for name in re.findall(r'crash_point\("([^"]+)"\)', path.read_text())}
-    assert used == set(POINTS), "shared/crash.py and the code name different points"
+    assert used == set(POINTS), "shared/runtime/failpoints.py and the code name different points"
     ran = {item.originalname for item in request.session.items}
     if not {name for name in globals() if name.startswith("test_f3")} | F12 <= ran:
         pytest.skip("the tests that die at the points were not all chosen")

@@ -13,9 +13,9 @@ from fault_fake import make_adapter, publish_adapter
 from fault_house import SETTINGS, generation, ready_for_training, wait_until
 
 from specl.shared import status
-from specl.shared.adapters import Adapters
-from specl.shared.outbox import Outbox
-from specl.shared.wire import encode
+from specl.shared.adapters.registry import Adapters
+from specl.shared.messaging.messages import encode
+from specl.shared.messaging.outbox import Outbox
 
 
 class SmallDisk:

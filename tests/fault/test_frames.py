@@ -13,8 +13,7 @@ import zmq
 from fault_house import SETTINGS, process_figures, wait_until
 
 from specl.shared.errors import DaemonUnreachable, RequestRejected
-from specl.shared.paths import ROLES
-from specl.shared.wire import (
+from specl.shared.messaging.messages import (
     Ask,
     Batch,
     Fetch,
@@ -28,6 +27,7 @@ from specl.shared.wire import (
     decode,
     encode,
 )
+from specl.shared.paths import ROLES
 
 slow = pytest.mark.slow
 GOOD = [
@@ -242,8 +242,8 @@ def test_f10_a_coverage_guided_fuzzer_finds_no_way_past_the_decoder(figures, sec
     """
     import sys
 
-    from specl.shared import wire
     from specl.shared.errors import WireError
+    from specl.shared.messaging import messages
 
     rng = random.Random(int(os.environ.get("SPECL_TEST_SEED", "3")))
     corpus, seen, tried, accepted = [*GOOD, b"", nested(20)], set(), 0, 0
@@ -251,7 +251,7 @@ def test_f10_a_coverage_guided_fuzzer_finds_no_way_past_the_decoder(figures, sec
     last = [0]
 
     def trace(frame, event, argument):
-        if frame.f_code.co_filename != wire.__file__:
+        if frame.f_code.co_filename != messages.__file__:
             return None
         if event == "line":
             edges.add((last[0], frame.f_lineno))

@@ -15,8 +15,7 @@ import zmq
 from fault_house import process_figures, wait_until
 
 from specl.shared.errors import WireError
-from specl.shared.paths import ROLES
-from specl.shared.wire import (
+from specl.shared.messaging.messages import (
     MESSAGES,
     RECORDS,
     Alive,
@@ -32,6 +31,7 @@ from specl.shared.wire import (
     decode,
     encode,
 )
+from specl.shared.paths import ROLES
 
 slow = pytest.mark.slow
 TEXTS = (

@@ -6,8 +6,8 @@ import pytest
 from fault_house import generation, wait_until
 
 from specl.shared.errors import StoreError, StoreTooNew
+from specl.shared.messaging.messages import Row, encode
 from specl.shared.store import Store, schema
-from specl.shared.wire import Row, encode
 
 NOW = schema.SCHEMA_VERSION
 

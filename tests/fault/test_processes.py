@@ -12,7 +12,7 @@ import pytest
 from fault_house import HERE, SETTINGS, wait_until
 
 from specl.shared.paths import DAEMONS, ROLES
-from specl.shared.process import BACKOFF_S, holder_of, is_locked
+from specl.shared.runtime.supervisor import BACKOFF_S, holder_of, is_locked
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -147,7 +147,7 @@ def test_f15_a_dead_daemon_comes_back_and_the_tree_stops_cleanly(house, figures,
 
 def test_f15_a_daemon_that_dies_at_every_start_is_started_less_and_less_often(house, figures):
     keeper = subprocess.Popen(
-        [sys.executable, "-m", "specl.daemons.keep", "collector"],
+        [sys.executable, "-m", "specl.daemons.supervise", "collector"],
         env=os.environ | house.environment(SPECL_CRASH_AT="fetch.before_request"),
         stdout=open(house.outputs / "keeper.out", "wb"), stderr=subprocess.STDOUT,
     )  # fmt: skip

@@ -12,14 +12,15 @@ import pytest
 from fault_fake import make_adapter
 from fault_house import SETTINGS, fill, generation, ready_for_training, wait_until
 
-from specl.shared.adapters import Adapters
-from specl.shared.checkpoints import all_of, checkpoint_folder, generations_in
-from specl.shared.config import Records, parse
+from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import ConfigError
-from specl.shared.outbox import Outbox
-from specl.shared.privacy import Discretion
+from specl.shared.messaging.messages import Row, TrainingRun, encode
+from specl.shared.messaging.outbox import Outbox
+from specl.shared.retention.checkpoints import all_of, checkpoint_folder, generations_in
+from specl.shared.retention.redaction import Discretion
+from specl.shared.settings.load import parse_settings
+from specl.shared.settings.schema import Records
 from specl.shared.store import Store
-from specl.shared.wire import Row, TrainingRun, encode
 
 SECRET = "the purple heron of Aldersgate hums at noon"
 
@@ -312,7 +313,7 @@ def test_redaction_reaches_nested_content_and_keeps_what_is_clean():
     assert keep.apply(nested).messages[0]["content"][0]["text"] == "a [redacted]"
     assert keep.apply(nested).output_tokens == b"" and keep.apply(nested).top_k is None
     with pytest.raises(ConfigError, match="regular expression"):
-        parse("records: {redact: ['(']}", "x.yaml")
+        parse_settings("records: {redact: ['(']}", "x.yaml")
 
 
 @pytest.mark.parametrize(

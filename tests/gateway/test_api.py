@@ -312,8 +312,8 @@ def test_a_bug_of_ours_still_has_openais_shape(tmp_path):
     import asyncio
 
     from specl.daemons.gateway.app import make_app
-    from specl.shared.config import Settings
     from specl.shared.paths import Paths
+    from specl.shared.settings.schema import Settings
 
     def broken():
         raise RuntimeError("on purpose")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fault_house import fill, wait_until
 
-from specl.shared.outbox import Outbox
+from specl.shared.messaging.outbox import Outbox
 
 STATIC = Path(__file__).resolve().parents[2] / "daemons" / "gateway" / "static"
 SCREENSHOT = os.environ.get("SPECL_TEST_SCREENSHOT")

@@ -9,7 +9,7 @@ import time
 import httpx2 as httpx
 from fault_house import wait_until
 
-from specl.shared.process import is_locked
+from specl.shared.runtime.supervisor import is_locked
 from specl.shared.status import collect
 
 
@@ -104,15 +104,15 @@ def test_the_page_is_there_and_the_state_is_complete(lone):
 def test_health_asks_inference_alone_and_not_every_time(tmp_path, monkeypatch):
     import asyncio
 
-    from specl.daemons.gateway import board
-    from specl.shared.client import Client
-    from specl.shared.config import Settings
+    from specl.daemons.gateway import dashboard
+    from specl.shared.messaging.client import Client
     from specl.shared.paths import Paths
+    from specl.shared.settings.schema import Settings
 
     asked = []
     monkeypatch.setattr(Client, "status", lambda self, timeout_s, roles: asked.append(roles) or {})
-    monkeypatch.setattr(board, "collect", None)  # what the page costs
-    looker = board.Board(Paths(tmp_path, tmp_path).create(), Settings(), lambda: False)
+    monkeypatch.setattr(dashboard, "collect", None)  # what the page costs
+    looker = dashboard.Board(Paths(tmp_path, tmp_path).create(), Settings(), lambda: False)
 
     async def monitors():
         return await asyncio.gather(*[looker.inference_state() for _ in range(20)])

@@ -10,9 +10,9 @@ from starlette.routing import Route
 from specl.daemons.gateway.app import Completions, _refused
 from specl.daemons.gateway.errors import Refusal
 from specl.daemons.gateway.metrics import Metrics
-from specl.shared.config import Gateway, Settings
 from specl.shared.errors import DaemonUnreachable
-from specl.shared.wire import Delta
+from specl.shared.messaging.messages import Delta
+from specl.shared.settings.schema import Gateway, Settings
 
 SCOPE = {
     "type": "http", "method": "POST", "path": "/", "raw_path": b"/", "query_string": b"", "root_path": "", "scheme": "http",

@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def language_model():
     """A factory of tiny random targets as the loader gives them."""
-    from specl.shared.models.fast import ONE_CALL
+    from specl.shared.models.cpu_kernels import ONE_CALL
     from specl.shared.models.load import LanguageModel
     from tests.native.test_model import SIZES, tiny
 

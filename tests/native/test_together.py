@@ -5,13 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from specl.shared import config
 from specl.shared.engine import decode
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.decode import Options, rounds_together
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.law import Law
+from specl.shared.engine.sampling import Law
 from specl.shared.models.head import new_head
+from specl.shared.settings.schema import Settings
 
 CHEAP = Costs({1: 1.0, 16: 1.1}, {1: 0.01, 8: 0.08})
 PROMPTS = [[5, 17, 40, 8, 17, 40, 8, 22], [9], list(range(20, 60)), [5, 5, 5, 5], [7, 8, 9] * 6]
@@ -27,7 +27,7 @@ def engine(language_model):
     target.tokenizer = _Tokenizer()
     draft = new_head(target, np.arange(0, 311, 2))
     draft.speed_up()
-    made = Engine(target, draft, config.Settings())
+    made = Engine(target, draft, Settings())
     made.costs = CHEAP
     return made
 

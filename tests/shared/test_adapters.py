@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from specl.shared.adapter_manifest import MAX_HEADER
-from specl.shared.adapters import Adapters, Manifest
+from specl.shared.adapters.manifest import MAX_HEADER
+from specl.shared.adapters.registry import Adapters, Manifest
 from specl.shared.errors import AdapterRejected
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ def test_an_adapter_is_never_changed_after_it_was_published(adapters):
 
 CRASH = """
 from pathlib import Path
-from specl.shared.adapters import Adapters
+from specl.shared.adapters.registry import Adapters
 from tests.shared.test_adapters import publish
 adapters = Adapters(Path({folder!r}))
 publish(adapters)

@@ -5,9 +5,9 @@ import time
 import pytest
 import zmq
 
-from specl.shared import bus
-from specl.shared.access import Endpoint
-from specl.shared.wire import Fetch, RecordReady, Reply, decode, encode
+from specl.shared.messaging import bus
+from specl.shared.messaging.endpoints import Endpoint
+from specl.shared.messaging.messages import Fetch, RecordReady, Reply, decode, encode
 
 LIMIT = 1000  # so that 4 * LIMIT stands for 64 MiB
 LONG = b"x" * (5 * LIMIT)

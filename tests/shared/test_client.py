@@ -11,9 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "fault"))
 from fault_house import House, Zygote, wait_until
 
-from specl.shared import client as client_module
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
-from specl.shared.wire import SetAdapter
+from specl.shared.messaging import client as client_module
+from specl.shared.messaging.messages import SetAdapter
 
 
 @pytest.fixture(scope="module")

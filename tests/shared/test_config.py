@@ -4,23 +4,24 @@ from pathlib import Path
 
 import pytest
 
-from specl.shared import config
 from specl.shared.errors import ConfigError
+from specl.shared.settings.load import load_settings, parse_settings, settings_document
+from specl.shared.settings.schema import Settings
 
 FILE = Path("settings.yaml")
 
 
 def said(text):
     with pytest.raises(ConfigError) as caught:
-        config.parse(text, FILE)
+        parse_settings(text, FILE)
     return str(caught.value)
 
 
 def test_an_empty_file_is_all_defaults_and_a_key_changes_one_thing():
-    assert config.parse("", FILE) == config.parse("# nothing\n", FILE) == config.Settings()
-    changed = config.parse("speculative: {num_draft_tokens: 3}\n", FILE)
+    assert parse_settings("", FILE) == parse_settings("# nothing\n", FILE) == Settings()
+    changed = parse_settings("speculative: {num_draft_tokens: 3}\n", FILE)
     assert changed.speculative.num_draft_tokens == 3
-    assert changed.training == config.Settings().training
+    assert changed.training == Settings().training
 
 
 ODD = ["int", "interval", "integer_steps", "constrained", "constrained_k", "constrained-int", "literal[x]", "list[str]"]
@@ -108,18 +109,18 @@ def test_a_file_that_is_missing_or_not_text_is_one_sentence(tmp_path):
         if data is not None:
             path.write_bytes(data)
         with pytest.raises(ConfigError) as caught:
-            config.load(path)
+            load_settings(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(ConfigError):
-        config.load(tmp_path)
+        load_settings(tmp_path)
 
 
 def test_every_documented_key_can_be_set_to_its_default():
-    rows = [line for line in config.document().splitlines() if line.startswith("| `")]
+    rows = [line for line in settings_document().splitlines() if line.startswith("| `")]
     assert len(rows) > 50
     for row in rows:
         keys = row.split("`")[1].split(".")
-        value = config.Settings()
+        value = Settings()
         for key in keys:
             value = getattr(value, key)
 
@@ -138,10 +139,10 @@ def test_every_documented_key_can_be_set_to_its_default():
 )
 def test_a_secret_is_never_repeated(text):
     with pytest.raises(ConfigError) as caught:
-        config.parse(text, FILE)
+        parse_settings(text, FILE)
     assert "s3cret" not in f"{caught.value} {caught.value.hint}" and str(caught.value).startswith("settings.yaml:")
 
 
 def test_settings_in_a_traceback_or_log_do_not_show_the_token():
-    settings = config.parse("gateway: {token: s3cret-s3cret-s3cret}\n", FILE)
+    settings = parse_settings("gateway: {token: s3cret-s3cret-s3cret}\n", FILE)
     assert settings.gateway.token and "s3cret" not in f"{settings!r} {settings}"

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from specl.shared.config import Records
 from specl.shared.conversations import conversation_of, is_hash_shaped
-from specl.shared.privacy import Discretion, is_meant
-from specl.shared.wire import Purge
+from specl.shared.messaging.messages import Purge
+from specl.shared.retention.redaction import Discretion, is_meant
+from specl.shared.settings.schema import Records
 from tests.fakes import make_generation, to_row
 
 SYSTEM = {"role": "system", "content": "You are brief."}

@@ -6,7 +6,7 @@ import stat
 import numpy as np
 import pytest
 
-from specl.shared.hidden import HiddenSpool
+from specl.shared.retention.hidden_states import HiddenSpool
 
 STATES = np.arange(12, dtype=np.float32).reshape(3, 4)
 

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from specl.shared import wire
-from specl.shared.adapters import Adapters, Manifest
+from specl.shared.adapters.registry import Adapters, Manifest
 from specl.shared.errors import AdapterRejected, OutboxFull, StoreError
-from specl.shared.outbox import Outbox
+from specl.shared.messaging import messages
+from specl.shared.messaging.outbox import Outbox
 from specl.shared.store import Store
 
 
 def generation(id=None, acceptance=0.2, text="hello", created=None, agreement_only=False):
     tokens = np.arange(5, dtype="<u4").tobytes()
-    top = wire.TopK(2, np.zeros((5, 2), "<u4").tobytes(), np.zeros((5, 2), "<f2").tobytes(), bytes(10), bytes(10))
-    lines = [wire.Disagreement(2, 7, 9, " a", " b", 0.5, 0.75, "model", 1, [1, 2, 3])]
-    return wire.Generation(
+    top = messages.TopK(2, np.zeros((5, 2), "<u4").tobytes(), np.zeros((5, 2), "<f2").tobytes(), bytes(10), bytes(10))
+    lines = [messages.Disagreement(2, 7, 9, " a", " b", 0.5, 0.75, "model", 1, [1, 2, 3])]
+    return messages.Generation(
         id=id or uuid.uuid4().hex, conversation_id="c", created_at=created or time.time(), mode="detailed",
         messages=[{"role": "user", "content": text}], prompt=text, prompt_tokens=tokens, output=f"{text} there", output_tokens=tokens,
         finish_reason="stop", sampling={"temperature": 0.0}, drafted=20, accepted=4, model_drafted=20, model_accepted=4, rounds=9,
@@ -33,7 +33,7 @@ def generation(id=None, acceptance=0.2, text="hello", created=None, agreement_on
 
 
 def row(record):
-    return wire.Row(record.id, wire.kind_of(record), wire.encode(record))
+    return messages.Row(record.id, messages.kind_of(record), messages.encode(record))
 
 
 # ------------------------------------------------------------------------------------------------ outbox
@@ -59,7 +59,7 @@ def test_at_the_cap_new_records_are_refused_and_old_ones_kept(tmp_path):
 CRASH = """
 import sys
 from pathlib import Path
-from specl.shared.outbox import Outbox
+from specl.shared.messaging.outbox import Outbox
 box = Outbox(Path(sys.argv[1]))
 box.append("old", "Generation", b"1")
 box.append("new", "Generation", b"2")
@@ -95,7 +95,7 @@ def store(tmp_path):
 
 def test_twice_is_once_and_poison_blocks_nothing(store, tmp_path):
     good = generation()
-    rows = [row(good), wire.Row("poison", "Generation", b"\x00nonsense"), row(generation())]
+    rows = [row(good), messages.Row("poison", "Generation", b"\x00nonsense"), row(generation())]
     assert store.add_rows(rows) == [r.id for r in rows]
     store.add_rows(rows)
     summary = store.summary()
@@ -110,11 +110,13 @@ def test_twice_is_once_and_poison_blocks_nothing(store, tmp_path):
 def test_every_kind_of_record_is_stored(store):
     now = time.time()
     records = [
-        wire.Activation("a1", now, "activated", "000001", "", "announced", {"pause_ms": 3}),
-        wire.TrainingRun("t1", now, now, "by hand", "promoted", "it rose", "", "000001", 5, 9, 100, 2.0, 1.0, "", {}),
-        wire.Evaluation("e1", now, "heldout", "", "t1", "", 4, 40, 0.2, [0.2], {}),
-        wire.Evaluation("e2", now, "heldout", "", "t1", "000001", 4, 40, 0.4, [0.4], {}),
-        wire.Adapter("000001", now, "lora", "", "t1", "/x", "s", "b", {}),
+        messages.Activation("a1", now, "activated", "000001", "", "announced", {"pause_ms": 3}),
+        messages.TrainingRun(
+            "t1", now, now, "by hand", "promoted", "it rose", "", "000001", 5, 9, 100, 2.0, 1.0, "", {}
+        ),
+        messages.Evaluation("e1", now, "heldout", "", "t1", "", 4, 40, 0.2, [0.2], {}),
+        messages.Evaluation("e2", now, "heldout", "", "t1", "000001", 4, 40, 0.4, [0.4], {}),
+        messages.Adapter("000001", now, "lora", "", "t1", "/x", "s", "b", {}),
     ]
     store.add_rows([row(record) for record in records])
     (line,) = store.sql("SELECT * FROM adapter_history")
@@ -126,7 +128,7 @@ def test_pending_failures_count_from_the_last_run_that_used_any(store):
     first, second = generation(), generation()
     store.add_rows([row(first), row(generation(acceptance=0.9)), row(second)])
     assert store.pending_failures() == 2
-    run = wire.TrainingRun("t", 0.0, 1.0, "x", "rejected", "", "", "", 1, 1, 1, None, None, first.id, {})
+    run = messages.TrainingRun("t", 0.0, 1.0, "x", "rejected", "", "", "", 1, 1, 1, None, None, first.id, {})
     store.add_rows([row(run)])
     assert store.pending_failures() == 1
 
@@ -135,7 +137,7 @@ def test_agreement_makes_a_parked_generation_a_failure(store):
     parked = generation(agreement_only=True)
     store.add_rows([row(parked)])
     assert store.summary().failures == 0 and len(store.unscored(5)) == 1
-    store.add_rows([row(wire.Evaluation("e", 0.0, "generation", parked.id, "", "", 1, 5, 0.1, [0.1], {}))])
+    store.add_rows([row(messages.Evaluation("e", 0.0, "generation", parked.id, "", "", 1, 5, 0.1, [0.1], {}))])
     assert store.summary().failures == 1 and not store.unscored(5)
 
 
@@ -231,7 +233,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from tests.shared.test_keeping import publish
-from specl.shared.adapters import Adapters
+from specl.shared.adapters.registry import Adapters
 publish(Adapters(Path(sys.argv[1])), "000002")
 """
 POINTS = ("files_written", "before_rename", "after_rename", "before_current", "after_current")

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from specl.shared import config
 from specl.shared.bench import stream
-from specl.shared.bench.learned import Side, adapters, beside, compare, curve, estimate, gain, report, windows
+from specl.shared.bench.learning_report import Side, adapters, beside, compare, curve, estimate, gain, report, windows
 from specl.shared.bench.stream import Pass, Row
 from specl.shared.learning.examples import is_held_out
 from specl.shared.prompts import reserved
+from specl.shared.settings.schema import Settings
 
 
 def row(n, speed=20.0, tokens=40, plain=None, hits=None, adapter="", prompt=None, drafted=20, accepted=10):
@@ -178,7 +178,7 @@ def test_held_out_conversations_are_spread_evenly(share):
 
 
 def test_settings_shrink_only_what_a_short_stream_needs():
-    given = config.Settings()
+    given = Settings()
     found = stream.scaled(given, 20, 0.3, 1.5, 1.0, True, False)
     names = type(given.training).model_fields
     changed = {name for name in names if getattr(found.training, name) != getattr(given.training, name)}

@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from specl.shared.errors import OutboxFull
-from specl.shared.outbox import Outbox
-from specl.shared.wire import Row
+from specl.shared.messaging.messages import Row
+from specl.shared.messaging.outbox import Outbox
 from tests.fakes import run_python
 
 
@@ -135,7 +135,7 @@ def test_a_locked_file_refuses_in_its_own_words(path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from specl.shared.outbox import Outbox
+from specl.shared.messaging.outbox import Outbox
 outbox = Outbox(Path(sys.argv[1]) if len(sys.argv) > 1 else Path({path!r}))
 outbox.append("one", "Generation", b"1")
 print("accepted one", flush=True)

@@ -8,8 +8,8 @@ import pytest
 import sqlalchemy as sa
 
 from specl.shared.errors import StoreError, WireError
+from specl.shared.messaging.messages import Row, Status, encode, kind_of
 from specl.shared.store import Store, rows, schema
-from specl.shared.wire import Row, Status, encode, kind_of
 from tests.fakes import (
     make_activation,
     make_adapter_record,

@@ -6,8 +6,8 @@ Apple's pmset.c where nobody published a warning.
 
 import pytest
 
-from specl.shared import power
-from specl.shared.power import Power, drains, drawing_from_battery, is_hot, read_mac
+from specl.shared.runtime import power
+from specl.shared.runtime.power import Power, drains, drawing_from_battery, is_hot, read_mac
 
 ON_BATTERY = """\
 Now drawing from 'Battery Power'

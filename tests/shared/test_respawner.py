@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from specl.shared import process
-from specl.shared.process import EX_CONFIG, EX_TEMPFAIL, Lock, keep
+from specl.shared.runtime import supervisor
+from specl.shared.runtime.supervisor import EX_CONFIG, EX_TEMPFAIL, Lock, keep
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def children(monkeypatch):
             def wait(self, timeout=None):
                 return self.code
 
-        monkeypatch.setattr(process.subprocess, "Popen", Child)
+        monkeypatch.setattr(supervisor.subprocess, "Popen", Child)
         return left
 
-    monkeypatch.setattr(process, "BACKOFF_S", (0,))
-    monkeypatch.setattr(process, "OCCUPIED_S", 0)
+    monkeypatch.setattr(supervisor, "BACKOFF_S", (0,))
+    monkeypatch.setattr(supervisor, "OCCUPIED_S", 0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield arrange
     for number, handler in handlers.items():

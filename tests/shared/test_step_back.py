@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from specl.shared.process import SESSION_NICE
+from specl.shared.runtime.supervisor import SESSION_NICE
 
 AUTOGROUP = Path("/proc/self/autogroup")
 TELL = """
 import os, pathlib
-from specl.shared.process import step_back
+from specl.shared.runtime.supervisor import step_back
 step_back()
 group = pathlib.Path("/proc/self/autogroup")
 print(os.nice(0), group.read_text() if group.exists() else "")

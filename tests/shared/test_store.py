@@ -6,8 +6,8 @@ import stat
 import pytest
 
 from specl.shared.errors import StoreError
+from specl.shared.messaging.messages import Row
 from specl.shared.store import Store, schema, views
-from specl.shared.wire import Row
 from tests.fakes import (
     make_activation,
     make_adapter_record,
@@ -122,7 +122,7 @@ def test_a_batch_is_stored_whole_or_not_at_all(path):
 from pathlib import Path
 from specl.shared.store import Store
 from tests.fakes import make_generation, to_row
-from specl.shared.wire import Row
+from specl.shared.messaging.messages import Row
 store = Store(Path({str(path)!r}))
 store.add_rows([to_row(make_generation("old"))])
 store.add_rows([to_row(make_generation("g1")), Row("p", "Generation", b"poison"), to_row(make_generation("g2"))])

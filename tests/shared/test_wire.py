@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from specl.shared import wire
 from specl.shared.errors import WireError
-from specl.shared.wire import MAX_DEPTH, MAX_FRAME, MESSAGES, RECORDS, VERSION, decode, encode
+from specl.shared.messaging import messages
+from specl.shared.messaging.messages import MAX_DEPTH, MAX_FRAME, MESSAGES, RECORDS, VERSION, decode, encode
 from tests.fakes import make_activation, make_generation
 
 plain = st.recursive(
@@ -157,7 +157,7 @@ def test_no_field_takes_another_type(kind):
     @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
     @given(values_of(kind))
     def check(value):
-        body = wire._plain(value)
+        body = messages._plain(value)
         for name in body:
             refused(framed(body | {name: msgpack.Timestamp(1, 1)}, kind.__name__))
             hint = typing.get_type_hints(kind)[name]
@@ -218,7 +218,7 @@ def test_a_value_that_a_peer_would_refuse_is_refused_before_it_is_sent():
         make_activation("a", details={1: 2}),
         make_activation("a", details={"x": b"bytes"}),
         make_activation("a", reason=7),
-        make_activation("a", reason="x" * (wire.MAX_TEXT + 1)),
+        make_activation("a", reason="x" * (messages.MAX_TEXT + 1)),
         make_activation("a", reason="\ud800"),
         make_activation("a", details={"x": 2**70}),
         make_generation("g", prompt_tokens=bytes(MAX_FRAME)),
@@ -247,7 +247,7 @@ def test_a_frame_costs_no_multiple_of_its_size(item, count):
     tracemalloc.start()
     try:
         with pytest.raises(WireError):
-            wire.decode(data)
+            messages.decode(data)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

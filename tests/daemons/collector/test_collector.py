@@ -5,11 +5,11 @@ import time
 import pytest
 
 from specl.daemons.collector import service
-from specl.shared.config import Settings
 from specl.shared.errors import StoreError
+from specl.shared.messaging.messages import Batch, Import, Reply, Row
 from specl.shared.paths import find_paths
+from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
-from specl.shared.wire import Batch, Import, Reply, Row
 from tests.fakes import make_generation, to_row
 
 

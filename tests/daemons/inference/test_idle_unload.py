@@ -10,8 +10,9 @@ from fault_fake import fake_pair, publish_adapter
 from fault_house import SETTINGS, wait_until
 
 from specl.daemons.inference.worker import Worker
-from specl.shared import config
 from specl.shared.errors import ModelError
+from specl.shared.settings.load import parse_settings
+from specl.shared.settings.schema import Settings
 
 IDLE = SETTINGS + "memory: {idle_unload_minutes: 0.01}\n"  # 0.6 s
 
@@ -68,7 +69,7 @@ def worker(house, monkeypatch):
     monkeypatch.setattr(module, "load_pair", fake_pair)
     said = []
     made = Worker(
-        house.paths, config.parse(IDLE, house.file), None, lambda peer, message: said.append(message), lambda: None
+        house.paths, parse_settings(IDLE, house.file), None, lambda peer, message: said.append(message), lambda: None
     )
     made.said = said
     made._load()
@@ -87,8 +88,8 @@ def test_nothing_holds_the_weights_once_they_are_let_go(worker):
 
 def test_models_that_cannot_come_back_are_a_refusal_and_the_next_request_tries_again(worker, monkeypatch):
     import specl.daemons.inference.worker as module
-    from specl.daemons.inference.answer import Job
-    from specl.shared.wire import Ask, Sampling
+    from specl.daemons.inference.job import Job
+    from specl.shared.messaging.messages import Ask, Sampling
 
     def job(id):
         ask = Ask(request_id=id, messages=[{"role": "user", "content": "hi"}], prompt="", max_tokens=4, sampling=Sampling(),
@@ -109,4 +110,4 @@ def test_models_that_cannot_come_back_are_a_refusal_and_the_next_request_tries_a
 
 
 def test_by_default_they_stay():
-    assert config.Settings().memory.idle_unload_minutes == 0
+    assert Settings().memory.idle_unload_minutes == 0

@@ -7,19 +7,19 @@ import pytest
 from fault_fake import fake_pair, publish_adapter
 
 import specl.daemons.inference.worker as module
-from specl.daemons.inference.answer import Job
-from specl.daemons.inference.lookout import Lookout
+from specl.daemons.inference.adapter_monitor import Lookout
+from specl.daemons.inference.job import Job
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.worker import Worker
-from specl.shared import config
+from specl.shared.engine.answer_history import PastAnswers
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.past import PastAnswers
-from specl.shared.hidden import HiddenSpool
-from specl.shared.learning.watch import Depths, Watch
-from specl.shared.outbox import Outbox
+from specl.shared.learning.live_check import Depths, Watch
+from specl.shared.messaging.messages import Ask, Done, Sampling
+from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
-from specl.shared.privacy import Discretion
-from specl.shared.wire import Ask, Done, Sampling
+from specl.shared.retention.hidden_states import HiddenSpool
+from specl.shared.retention.redaction import Discretion
+from specl.shared.settings.load import parse_settings
 
 LONG = "x" * 600  # more than one piece of prefill
 
@@ -72,7 +72,7 @@ def bench(tmp_path, monkeypatch):
     made = []
 
     def make(settings="{}"):
-        made.append(Bench(tmp_path / "run", config.parse(settings, tmp_path / "settings.yaml")))
+        made.append(Bench(tmp_path / "run", parse_settings(settings, tmp_path / "settings.yaml")))
         return made[-1]
 
     yield make

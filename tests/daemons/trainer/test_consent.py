@@ -6,17 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from specl.daemons.trainer import consent, politeness, service, worker
-from specl.daemons.trainer.consent import Consent
-from specl.daemons.trainer.politeness import DEFER_S, Turnstile
-from specl.daemons.trainer.run import Outcome
+from specl.daemons.trainer import power_policy, service, throttle, worker
+from specl.daemons.trainer.power_policy import Consent
 from specl.daemons.trainer.service import Trainer
-from specl.shared import config
-from specl.shared.config import Training
+from specl.daemons.trainer.throttle import DEFER_S, Turnstile
+from specl.daemons.trainer.training_run import Outcome
+from specl.shared.messaging.messages import GetStatus, Train
 from specl.shared.paths import find_paths
-from specl.shared.power import Power
+from specl.shared.runtime.power import Power
+from specl.shared.settings.load import load_settings
+from specl.shared.settings.schema import Training
 from specl.shared.store import Store
-from specl.shared.wire import GetStatus, Train
 from tests.fakes import make_generation, to_row
 
 BATTERY, MAINS, HOT = Power(on_battery=True), Power(), Power(hot=True)
@@ -86,7 +86,7 @@ class House:
 
     def __init__(self, machine, **training):
         self.machine, self.looks, self.stopping = machine, 0, False
-        settings = config.load()
+        settings = load_settings()
         changed = settings.training.model_copy(update={"idle_seconds": 0.0, "min_failure_cases": 3} | training)
         paths = find_paths().create()
         store = Store(paths.store)
@@ -120,8 +120,8 @@ class House:
 def house(monkeypatch):
     monkeypatch.setattr(service, "LOOK_S", 0.02)
     monkeypatch.setattr(worker, "TrainingJob", Work)
-    monkeypatch.setattr(consent, "LOOK_S", 0.02)
-    monkeypatch.setattr(politeness, "HELD_NAP_S", 0.02)
+    monkeypatch.setattr(power_policy, "LOOK_S", 0.02)
+    monkeypatch.setattr(throttle, "HELD_NAP_S", 0.02)
     monkeypatch.setattr(Work, "done", 0)
     made = []
 

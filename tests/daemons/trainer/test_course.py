@@ -6,13 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specl.daemons.trainer.course import Course, Live
-from specl.daemons.trainer.data import Material
-from specl.daemons.trainer.politeness import Abandoned, Overtaken
-from specl.shared import checkpoints, config
+from specl.daemons.trainer.data_loader import Material
+from specl.daemons.trainer.throttle import Abandoned, Overtaken
+from specl.daemons.trainer.training_loop import Course, Live
 from specl.shared.errors import Interrupted
 from specl.shared.learning.learner import Learner
 from specl.shared.models.lora import LoraShape, attach, choose_layers, detach, lora_weights
+from specl.shared.retention import checkpoints
+from specl.shared.settings.load import load_settings
 from tests.conftest import tiny_model
 from tests.shared.learning.test_learning import example
 
@@ -53,7 +54,7 @@ class Pause:
 
 def course(folder, texts, pause=None, missing=(), known=(), **changes):
     failures, replay = texts
-    settings = config.load()
+    settings = load_settings()
     training = settings.training.model_copy(update=WISH | changes)
     gatherer = SimpleNamespace(store=SimpleNamespace(missing=lambda ids: [id for id in ids if id in missing]))
     return Course(

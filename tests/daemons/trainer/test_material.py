@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from specl.daemons.trainer.data import LONGEST, Gatherer
-from specl.shared import config
+from specl.daemons.trainer.data_loader import LONGEST, Gatherer
 from specl.shared.conversations import conversation_of
 from specl.shared.learning.examples import is_held_out
+from specl.shared.settings.load import load_settings
 from specl.shared.store import Store
 from tests.fakes import make_generation, make_top_k, to_row, tokens_blob
 
@@ -23,7 +23,7 @@ def material(tmp_path):
     def gather(records, **training):
         store = Store(tmp_path / "store.db")
         store.add_rows([to_row(record) for record in records])
-        settings = config.load()
+        settings = load_settings()
         changed = settings.training.model_copy(update={"heldout_share": SHARE} | training)
         engine = SimpleNamespace(target=SimpleNamespace(fingerprint="t0"), reads_states=False)
         gatherer = Gatherer(store, engine, settings.model_copy(update={"training": changed}), None, lambda: None)

@@ -7,8 +7,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from specl.daemons.trainer import run
-from specl.daemons.trainer.run import SHARES, Scores, TrainingJob
+from specl.daemons.trainer import training_run
+from specl.daemons.trainer.training_run import SHARES, Scores, TrainingJob
 from specl.shared.learning.gate import Agreement, judge
 from specl.shared.models.lora import LoraShape, attach, lora_weights
 
@@ -49,7 +49,7 @@ def scores(monkeypatch):
             job.judged += 1
         return job.at(b, examples)
 
-    monkeypatch.setattr(run, "agreement", score)
+    monkeypatch.setattr(training_run, "agreement", score)
 
 
 def weighed(job, parent=0.0):

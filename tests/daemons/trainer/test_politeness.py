@@ -2,7 +2,7 @@
 
 import pytest
 
-from specl.daemons.trainer.politeness import DEFER_S, SILENCE_S, Abandoned, Turnstile
+from specl.daemons.trainer.throttle import DEFER_S, SILENCE_S, Abandoned, Turnstile
 from specl.shared.errors import Interrupted
 
 IDLE_S = 2.0

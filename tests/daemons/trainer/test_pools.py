@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from specl.daemons.trainer.course import ENOUGH_NEW, Course
-from specl.daemons.trainer.data import Material
+from specl.daemons.trainer.data_loader import Material
+from specl.daemons.trainer.training_loop import ENOUGH_NEW, Course
 
 
 def pools(failures, known, successes=2, replay=3, kept=None):

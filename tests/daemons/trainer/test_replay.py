@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from specl.daemons.trainer import data
-from specl.daemons.trainer.data import Gatherer
-from specl.shared import config
-from specl.shared.hidden import HiddenSpool
-from specl.shared.learning.traffic import recapture
+from specl.daemons.trainer import data_loader
+from specl.daemons.trainer.data_loader import Gatherer
+from specl.shared.learning.batch_generate import recapture
+from specl.shared.retention.hidden_states import HiddenSpool
+from specl.shared.settings.load import load_settings
+from specl.shared.settings.schema import Settings
 from tests.stored import write_target
 
 
@@ -21,7 +22,7 @@ def gatherer_of(tmp_path, reads_states):
     np.savez(tmp_path / "replay.npz", tokens=tokens, lengths=[5, 4], prompt_lengths=[2, 2])
     draft = SimpleNamespace(path=tmp_path)
     engine = SimpleNamespace(target=target, draft=draft, draft_fingerprint="d", reads_states=reads_states)
-    return Gatherer(None, engine, config.load(), None, lambda: None)
+    return Gatherer(None, engine, load_settings(), None, lambda: None)
 
 
 @pytest.mark.parametrize("reads_states", [True, False])
@@ -35,7 +36,7 @@ def test_a_drafts_texts_are_replayed_with_the_targets_law(tmp_path, reads_states
 
 
 def test_a_run_captures_what_no_quiet_moment_has_and_a_stopped_one_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "REPLAY_PART", 1)
+    monkeypatch.setattr(data_loader, "REPLAY_PART", 1)
     gatherer = gatherer_of(tmp_path, reads_states=True)
     assert gatherer.capture_replay(tmp_path) is True  # a quiet moment
     captured = []
@@ -53,26 +54,26 @@ def test_a_run_captures_what_no_quiet_moment_has_and_a_stopped_one_goes_on(tmp_p
 
 
 def test_a_torn_part_is_made_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "REPLAY_PART", 1)
+    monkeypatch.setattr(data_loader, "REPLAY_PART", 1)
     gatherer = gatherer_of(tmp_path, reads_states=True)
     first = gatherer.replay(tmp_path)
     torn, other = sorted(tmp_path.glob("replay-d-*.npz"))
     torn.write_bytes(b"")
     made_at = other.stat().st_mtime_ns
     said = []
-    monkeypatch.setattr(data, "_damaged", said.append)
+    monkeypatch.setattr(data_loader, "_damaged", said.append)
     again = gatherer.replay(tmp_path)
     assert [e.id for e in again] == [e.id for e in first] and (again[0].states == first[0].states).all()
     assert len(said) == 1 and torn.name in said[0] and other.stat().st_mtime_ns == made_at
 
 
 def test_a_new_k_captures_anew_and_what_the_old_one_left_goes(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "REPLAY_PART", 1)
+    monkeypatch.setattr(data_loader, "REPLAY_PART", 1)
     gatherer = gatherer_of(tmp_path, reads_states=True)
     for name in ("replay-d-0000.npz", "replay-another-0000.npz"):  # of an older version, and of another draft
         (tmp_path / name).write_bytes(b"")
     assert {e.ids.shape[1] for e in gatherer.replay(tmp_path)} == {32}
-    gatherer.settings = config.Settings(training={"loss": {"top_k_logits": 16}})
+    gatherer.settings = Settings(training={"loss": {"top_k_logits": 16}})
     assert {e.ids.shape[1] for e in gatherer.replay(tmp_path)} == {16}
     left = sorted(path.name for path in tmp_path.glob("replay-*.npz"))
     target = gatherer.engine.target.fingerprint
@@ -118,6 +119,6 @@ def test_of_a_very_long_text_no_more_is_read_again_than_it_must(tmp_path, monkey
         read.append(len(tokens))
         return np.zeros((len(tokens) - 1, 64), np.float16), None, None
 
-    monkeypatch.setattr(data, "recapture", recaptured)
+    monkeypatch.setattr(data_loader, "recapture", recaptured)
     found = gatherer.example(stored_row(np.arange(3000), 2950))
-    assert read == [data.READ] and len(found.tokens) == 512 and len(found.states) == 511 and found.rows == 50
+    assert read == [data_loader.READ] and len(found.tokens) == 512 and len(found.states) == 511 and found.rows == 50

@@ -9,20 +9,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from specl.daemons.trainer import second_look, service
-from specl.daemons.trainer.course import Live
-from specl.daemons.trainer.data import Gatherer
-from specl.daemons.trainer.politeness import Overtaken
-from specl.daemons.trainer.run import TrainingJob
-from specl.daemons.trainer.second_look import LEAST, LookJob, SecondLook
-from specl.shared import config
-from specl.shared.adapters import CONFIRMED, REINSTATED, Adapters
+from specl.daemons.trainer import reevaluation, service
+from specl.daemons.trainer.data_loader import Gatherer
+from specl.daemons.trainer.reevaluation import LEAST, LookJob, SecondLook
+from specl.daemons.trainer.throttle import Overtaken
+from specl.daemons.trainer.training_loop import Live
+from specl.daemons.trainer.training_run import TrainingJob
+from specl.shared.adapters.registry import CONFIRMED, REINSTATED, Adapters
 from specl.shared.errors import AdapterRejected
-from specl.shared.hidden import HiddenSpool
-from specl.shared.learning.traffic import recapture
+from specl.shared.learning.batch_generate import recapture
+from specl.shared.messaging.messages import SECOND_LOOK, Row, TopK, encode
 from specl.shared.paths import Paths
+from specl.shared.retention.hidden_states import HiddenSpool
+from specl.shared.settings.load import load_settings
 from specl.shared.store import Store
-from specl.shared.wire import SECOND_LOOK, Row, TopK, encode
 from tests.fakes import make_generation, make_training_run, tokens_blob
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fault"))
@@ -61,7 +61,7 @@ class Place:
     """A run directory with two adapters, the second of which was rolled back, and a store."""
 
     def __init__(self, root, scales, count=LEAST, parent="000001"):
-        self.engine = fake_pair(config.load(), root)
+        self.engine = fake_pair(load_settings(), root)
         self.paths = Paths(root, root).create()
         self.adapters = Adapters(self.paths.adapters)
         before = time.time() - 100
@@ -78,7 +78,7 @@ class Place:
         self.store.add_rows([Row(record.id, "Generation", encode(record)) for record in records])
 
     def parts(self, pause=lambda: 0.0):
-        settings = config.load()
+        settings = load_settings()
         gatherer = Gatherer(self.store, self.engine, settings, HiddenSpool(self.paths.hidden, 0), pause)
         return self.engine, gatherer, self.adapters, self.paths, settings, Live(), pause
 
@@ -91,7 +91,7 @@ def test_what_does_better_on_the_same_answers_comes_back(tmp_path):
     outcome = place.look()
     assert outcome.verdict == "reinstated" and (outcome.adapter_id, outcome.path.name) == ("000002", "000002")
     assert place.adapters.current() == "000002" and place.adapters.rolled_back() == {}
-    assert place.adapters.second_looks() == {"000002": REINSTATED} and second_look.due(place.adapters) is None
+    assert place.adapters.second_looks() == {"000002": REINSTATED} and reevaluation.due(place.adapters) is None
     run = outcome.records[-1]
     assert run.trigger == f"{SECOND_LOOK}000002" and run.adapter_id == "" and run.last_generation == ""
     by = {record.adapter_id: record for record in outcome.records[:-1]}
@@ -103,7 +103,7 @@ def test_what_does_worse_or_no_better_stays_away_and_is_not_looked_at_again(tmp_
     place = Place(tmp_path, scales)
     assert place.look().verdict == "confirmed"
     assert place.adapters.current() == "000001" and list(place.adapters.rolled_back()) == ["000002"]
-    assert place.adapters.second_looks() == {"000002": CONFIRMED} and second_look.due(place.adapters) is None
+    assert place.adapters.second_looks() == {"000002": CONFIRMED} and reevaluation.due(place.adapters) is None
 
 
 def test_files_that_no_longer_load_confirm_the_rollback(tmp_path):
@@ -114,18 +114,18 @@ def test_files_that_no_longer_load_confirm_the_rollback(tmp_path):
 
 def test_too_few_answers_decide_nothing(tmp_path):
     place = Place(tmp_path, (BAD, GOOD), count=LEAST - 1)
-    doubted = second_look.due(place.adapters)
-    assert doubted.id == "000002" and not second_look.ready(doubted, place.store)
-    assert place.look().verdict == "no_verdict" and second_look.due(place.adapters) is not None
+    doubted = reevaluation.due(place.adapters)
+    assert doubted.id == "000002" and not reevaluation.ready(doubted, place.store)
+    assert place.look().verdict == "no_verdict" and reevaluation.due(place.adapters) is not None
     place.add(answers(place.engine, 1, time.time() + 1, first=50))
-    assert second_look.ready(doubted, place.store)
+    assert reevaluation.ready(doubted, place.store)
 
 
 def test_an_adapter_that_went_on_from_another_one_is_not_due(tmp_path):
     place = Place(tmp_path, (BAD, GOOD), parent="")
-    assert second_look.due(place.adapters) is None
+    assert reevaluation.due(place.adapters) is None
     place.adapters.set_current("")
-    assert second_look.due(place.adapters).id == "000002"
+    assert reevaluation.due(place.adapters).id == "000002"
 
 
 @pytest.mark.parametrize("fails", [1, 2])
@@ -147,7 +147,7 @@ def test_whoever_is_stopped_half_way_looks_once_more(tmp_path, monkeypatch, fail
     assert written == ["SECOND_LOOKS.json", "CURRENT", "SECOND_LOOKS.json"][: fails + 1]
     moved = fails == 2
     assert place.adapters.current() == ("000002" if moved else "000001") and place.adapters.rolled_back() == {}
-    assert (second_look.due(place.adapters) is None) == moved
+    assert (reevaluation.due(place.adapters) is None) == moved
     if not moved:
         assert place.look().verdict == "reinstated" and place.adapters.current() == "000002"
 
@@ -155,7 +155,7 @@ def test_whoever_is_stopped_half_way_looks_once_more(tmp_path, monkeypatch, fail
 def test_a_disk_that_fails_for_a_moment_decides_nothing(tmp_path, monkeypatch):
     place = Place(tmp_path, (BAD, GOOD))
     with monkeypatch.context() as patch:
-        patch.setattr(second_look, "load_adapter", unreadable)
+        patch.setattr(reevaluation, "load_adapter", unreadable)
         assert place.look().verdict == "no_verdict"
     assert place.look().verdict == "reinstated"
 
@@ -188,7 +188,7 @@ def test_a_run_ends_as_soon_as_what_it_goes_on_from_is_no_longer_in_force(tmp_pa
 @pytest.fixture
 def trainer(tmp_path):
     place = Place(tmp_path, (BAD, GOOD), count=LEAST - 1)
-    settings = config.load()
+    settings = load_settings()
     training = settings.training.model_copy(update={"min_failure_cases": 3})
     server = SimpleNamespace(subscribe=lambda *_: None, wake=lambda: None, malformed=0)
     made = service.Trainer(place.paths, settings.model_copy(update={"training": training}), server)
@@ -207,8 +207,8 @@ def test_a_run_waits_for_the_second_look_but_not_for_ever(trainer, monkeypatch):
     trainer._look()
     assert trainer.worker.jobs.get_nowait().endswith("failures")
     trainer.worker.no_look_before = 0.0
-    monkeypatch.setattr(second_look, "LEAST", 100)
-    monkeypatch.setattr(second_look, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(reevaluation, "LEAST", 100)
+    monkeypatch.setattr(reevaluation, "PATIENCE_S", 0.0)
     trainer.worker.run_waits.clear()
     trainer._look()
     assert trainer.worker.jobs.get_nowait().endswith("failures")

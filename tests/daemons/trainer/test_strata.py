@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from specl.daemons.trainer.strata import STRATA, fair_share, stratified
+from specl.daemons.trainer.stratified_sample import STRATA, fair_share, stratified
 from specl.shared.store import Outline
 
 

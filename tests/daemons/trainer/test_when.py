@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from specl.daemons.trainer import service, worker
+from specl.daemons.trainer.adapter_evaluation import Trial
+from specl.daemons.trainer.jobs import BY_HAND
 from specl.daemons.trainer.records import scored
-from specl.daemons.trainer.run import Outcome
-from specl.daemons.trainer.trial import Trial
-from specl.daemons.trainer.work import BY_HAND
-from specl.shared import config
+from specl.daemons.trainer.training_run import Outcome
 from specl.shared.learning.gate import Agreement
+from specl.shared.messaging.messages import Generation, Row, Train, TrainingRun, encode
 from specl.shared.paths import Paths
+from specl.shared.settings.load import load_settings
 from specl.shared.store import Store
-from specl.shared.wire import Generation, Row, Train, TrainingRun, encode
 
 FAILURES = 3
 
@@ -33,7 +33,7 @@ def failure():
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    settings = config.load()
+    settings = load_settings()
     training = settings.training.model_copy(update={"min_failure_cases": FAILURES})
     paths = Paths(tmp_path, tmp_path / "models")
     for folder in (paths.outbox("trainer").parent, paths.adapters):

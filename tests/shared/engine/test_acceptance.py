@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from specl.shared.engine.acceptance import Verdict, block, coupled, greedy, rejection, residual, run_chance, run_weights
-from specl.shared.engine.law import Distribution, point_mass, position_noise
+from specl.shared.engine.sampling import Distribution, point_mass, position_noise
 
 SIZE = 12
 

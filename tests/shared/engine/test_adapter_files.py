@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 
 from specl.daemons.inference.swap import AdapterSwap
-from specl.shared import config
-from specl.shared.adapters import Adapters, Manifest
-from specl.shared.engine import adapter_files
-from specl.shared.engine.adapter_files import load_adapter, read_shape, write_files
+from specl.shared.adapters.registry import Adapters, Manifest
+from specl.shared.adapters.tensors import load_adapter, read_shape, write_files
 from specl.shared.engine.engine import Engine
 from specl.shared.errors import AdapterRejected
 from specl.shared.models.head import HeadDraft, new_head
 from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
 from specl.shared.paths import Paths
+from specl.shared.settings.schema import Settings
 
 HOT = np.arange(0, 60, 2)
 KEYS = ("self_attn.q_proj", "mlp.down_proj")
@@ -28,8 +27,8 @@ def engine_with(tiny, draft):
     if draft == "head":
         head = new_head(target, HOT)
         head.fingerprint = "head-0"
-        return Engine(target, head, config.Settings())
-    return Engine(target, tiny(seed=22, layers=1), config.Settings())
+        return Engine(target, head, Settings())
+    return Engine(target, tiny(seed=22, layers=1), Settings())
 
 
 @pytest.fixture
@@ -337,7 +336,7 @@ def test_an_error_that_no_check_foresaw_is_a_refusal_too(adapters, engine, swap,
     logits, hot = drafting(engine)
     path = publish(adapters, engine)
     if where == "load":
-        monkeypatch.setattr(adapter_files, "examining", lambda *_: 1 / 0)
+        monkeypatch.setattr(tensors, "examining", lambda *_: 1 / 0)
     else:
         real = Engine.taking
 
@@ -374,6 +373,6 @@ def test_an_announced_adapter_comes_in_pieces_and_the_old_one_drafts_meanwhile(a
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 def test_what_is_not_the_candidates_fault_is_not_hidden(adapters, engine, swap, monkeypatch, error):
     publish(adapters, engine)
-    monkeypatch.setattr(adapter_files, "examining", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(tensors, "examining", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(error):
         swap.follow_current()

@@ -6,15 +6,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specl.shared import config
 from specl.shared.engine import acceptance
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.decode import Options
 from specl.shared.engine.drafters import Draw, ModelDrafter
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.law import Law, distribution
+from specl.shared.engine.sampling import Law, distribution
 from specl.shared.errors import RequestRejected
 from specl.shared.models.head import new_head
+from specl.shared.settings.schema import Settings
 
 PROMPT = [5, 17, 40, 8, 17, 40, 8, 22]
 CHEAP = Costs({1: 1.0, 16: 1.1}, {1: 0.01, 8: 0.08})
@@ -58,26 +58,24 @@ def test_greedy_output_is_the_targets_own_whatever_drafts(tiny, family, kind):
     target = tiny(family=family)
     expected = plain_greedy(target, PROMPT, 40)
     for k, ngram in itertools.product((0, 1, 2, 4, 7, None), (False, True)):
-        engine = Engine(target, drafts(tiny, family)[kind], config.Settings())
+        engine = Engine(target, drafts(tiny, family)[kind], Settings())
         session = run(engine, Options(max_tokens=40, num_draft_tokens=k, ngram=ngram, capture_k=8))
         assert session.output == expected, (k, ngram)
 
 
 def test_a_draft_that_is_the_target_is_always_accepted(tiny):
-    session = run(Engine(tiny(), tiny(), config.Settings()), Options(max_tokens=24, num_draft_tokens=4, ngram=False))
+    session = run(Engine(tiny(), tiny(), Settings()), Options(max_tokens=24, num_draft_tokens=4, ngram=False))
     assert session.tally.accepted["model"] == session.tally.drafted["model"] > 0
 
 
 def test_the_length_limit_is_exact_and_an_end_token_inside_a_draft_ends_the_answer(tiny):
     target = tiny()
     for limit in range(1, 9):
-        session = run(
-            Engine(target, target, config.Settings()), Options(max_tokens=limit, num_draft_tokens=4, ngram=False)
-        )
+        session = run(Engine(target, target, Settings()), Options(max_tokens=limit, num_draft_tokens=4, ngram=False))
         assert len(session.output) <= limit
     stopped = tiny(seed=11)
     stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[5:6])
-    session = run(Engine(stopped, stopped, config.Settings()), Options(max_tokens=30, num_draft_tokens=7, ngram=False))
+    session = run(Engine(stopped, stopped, Settings()), Options(max_tokens=30, num_draft_tokens=7, ngram=False))
     assert session.finish_reason == "stop" and session.output[-1] in stopped.stop_tokens
     assert session.output == plain_greedy(stopped, PROMPT, 30)
     stopped.tokenizer.eos_token_ids = {3}
@@ -88,7 +86,7 @@ def test_a_draft_that_is_never_wrong_is_never_counted_as_refused_where_its_end_t
     for place in range(1, 8):
         stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[place : place + 1])
         options = Options(max_tokens=30, num_draft_tokens=4, ngram=False)
-        tally = run(Engine(stopped, stopped, config.Settings()), options).tally
+        tally = run(Engine(stopped, stopped, Settings()), options).tally
         assert tally.tested_by_depth == tally.accepted_by_depth and tally.rejected == 0
         assert sum(tally.accepted_by_depth) == tally.accepted["model"] > 0
     stopped.tokenizer.eos_token_ids = {3}
@@ -99,7 +97,7 @@ def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
     texts = set()
     for draft, k, ngram in itertools.product(drafts(tiny, "llama").values(), (0, 1, 4, None), (False, True)):
         session = run(
-            Engine(target, draft, config.Settings()), Options(law=law, max_tokens=24, num_draft_tokens=k, ngram=ngram)
+            Engine(target, draft, Settings()), Options(law=law, max_tokens=24, num_draft_tokens=k, ngram=ngram)
         )
         texts.add(tuple(session.output))
     assert len(texts) == 1
@@ -108,7 +106,7 @@ def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
 @pytest.mark.parametrize("law", [Law(), Law(temperature=0.9, seed=12), Law(temperature=2.0)])
 def test_a_sibling_with_a_larger_padded_vocabulary_drafts_only_tokens_that_exist(tiny, law):
     target = tiny()
-    engine = Engine(target, tiny(seed=5, vocabulary=160, sharp=0.1), config.Settings())
+    engine = Engine(target, tiny(seed=5, vocabulary=160, sharp=0.1), Settings())
     for _ in range(3):
         session = run(engine, Options(law=law, max_tokens=12, num_draft_tokens=4, ngram=False))
         assert session.tally.drafted["model"] > 0 and max(session.output) < 97
@@ -142,7 +140,7 @@ def test_a_draft_model_compares_with_the_text_only_from_where_both_were_last_the
 @pytest.mark.parametrize("kind", ["itself", "head"])
 def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
     target = tiny()
-    engine = Engine(target, drafts(tiny, "llama")[kind], config.Settings())
+    engine = Engine(target, drafts(tiny, "llama")[kind], Settings())
     prompt = np.random.default_rng(0).integers(4, 97, 40).tolist()
     for turn in range(3):
         options = Options(max_tokens=12, num_draft_tokens=3, ngram=False)
@@ -158,7 +156,7 @@ def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
 
 
 def test_a_cut_answer_leaves_caches_and_text_in_step(tiny):
-    engine = Engine(tiny(), tiny(), config.Settings())
+    engine = Engine(tiny(), tiny(), Settings())
     session = run(engine, Options(max_tokens=20, num_draft_tokens=4, ngram=False, capture_k=4))
     session.cut(7, "stop")
     session.check_in_step()
@@ -168,7 +166,7 @@ def test_a_cut_answer_leaves_caches_and_text_in_step(tiny):
 def test_capture_has_one_row_an_output_token_and_only_true_disagreements(tiny):
     target = tiny()
     session = run(
-        Engine(target, tiny(seed=5, layers=1), config.Settings()),
+        Engine(target, tiny(seed=5, layers=1), Settings()),
         Options(max_tokens=30, num_draft_tokens=4, ngram=False, capture_k=16),
     )
     capture = session.capture
@@ -184,7 +182,7 @@ def test_capture_has_one_row_an_output_token_and_only_true_disagreements(tiny):
 
 
 def test_bad_requests_are_refused(tiny):
-    engine = Engine(tiny(), None, config.Settings())
+    engine = Engine(tiny(), None, Settings())
     for prompt, options in (
         ([], Options()),
         ([1] * 256, Options()),
@@ -228,7 +226,7 @@ def chi_square_p(observed, expected, draws):
 def sampled(tiny, law, draws, k=2):
     target, draft = tiny(vocabulary=8, sharp=2.0), tiny(seed=7, vocabulary=8, sharp=2.0)
     target.tokenizer.eos_token_ids = set()
-    engine = Engine(target, draft, config.Settings())
+    engine = Engine(target, draft, Settings())
     observed = {}
     for i in range(draws):
         session = run(

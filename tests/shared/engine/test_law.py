@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specl.shared.engine.acceptance import coupled, greedy, rejection, residual
-from specl.shared.engine.law import (
+from specl.shared.engine.sampling import (
     Distribution,
     Law,
     distribution,

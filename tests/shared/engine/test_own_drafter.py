@@ -7,12 +7,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specl.shared import config
+from specl.shared.engine.custom_drafter import OwnDrafter
 from specl.shared.engine.decode import Options
 from specl.shared.engine.drafters import NOTHING, Draft, Draw
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.law import Distribution, Law, point_mass
-from specl.shared.engine.own_drafter import OwnDrafter
+from specl.shared.engine.sampling import Distribution, Law, point_mass
+from specl.shared.settings.schema import Settings
 
 DRAW = Draw(Law(), lambda: 0.5, None)
 
@@ -104,7 +104,7 @@ class FailsOnce:
 
 def test_a_failure_ends_with_its_request_though_the_caches_live_on(tiny):
     heard = []
-    engine = Engine(tiny(), None, config.Settings(), lambda target, draft: FailsOnce(), heard.append)
+    engine = Engine(tiny(), None, Settings(), lambda target, draft: FailsOnce(), heard.append)
     prompt, drafted = list(range(4, 44)), []
     for _ in range(2):
         session = engine.session(prompt, Options(max_tokens=6, num_draft_tokens=1, ngram=False))
@@ -129,7 +129,7 @@ def test_costs_of_a_drafter_that_failed_are_not_kept_and_a_changed_file_has_cost
     monkeypatch.setitem(sys.modules, "somebodys", importlib.import_module("somebodys"))
     make, folder = sys.modules["somebodys"].make, tmp_path / "costs"
     folder.mkdir()
-    engine = Engine(tiny(), None, config.Settings(), make, lambda error: None)
+    engine = Engine(tiny(), None, Settings(), make, lambda error: None)
     engine.calibrate(folder)
     assert not list(folder.iterdir())
     before = engine._costs_key()

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specl.shared import config
+from specl.shared.engine.answer_history import MATCH, OwnAnswers, PastAnswers
 from specl.shared.engine.decode import Options
 from specl.shared.engine.drafters import Draw, NgramDrafter
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.law import Law
-from specl.shared.engine.past import MATCH, OwnAnswers, PastAnswers
+from specl.shared.engine.sampling import Law
+from specl.shared.settings.schema import Settings
 
 PROMPT = [5, 17, 40, 8, 22]
 
@@ -86,7 +86,7 @@ def test_the_longer_of_running_text_and_past_answer_is_drafted():
 
 
 def test_the_same_question_again_is_drafted_from_the_last_answer(tiny):
-    engine = Engine(tiny(), None, config.Settings())
+    engine = Engine(tiny(), None, Settings())
     engine.past = PastAnswers()
 
     def answer(owner):

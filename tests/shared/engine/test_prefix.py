@@ -6,11 +6,11 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import AutoTokenizer
 
-from specl.shared import config
 from specl.shared.engine.decode import Options
 from specl.shared.engine.engine import Engine
-from specl.shared.engine.prefix import Entry, PrefixCache
+from specl.shared.engine.prefix_cache import Entry, PrefixCache
 from specl.shared.models.head import new_head
+from specl.shared.settings.schema import Settings
 from tests.conftest import tiny_model
 from tests.fakes import END, write_tokenizer
 
@@ -23,7 +23,7 @@ def engine(tmp_path_factory):
     write_tokenizer(folder)
     target = tiny_model(vocabulary=300)
     target.tokenizer = TokenizerWrapper(AutoTokenizer.from_pretrained(folder), eos_token_ids=[END])
-    return Engine(target, new_head(target, np.arange(0, 300, 2)), config.Settings())
+    return Engine(target, new_head(target, np.arange(0, 300, 2)), Settings())
 
 
 def say(engine, prompt, ids, output):

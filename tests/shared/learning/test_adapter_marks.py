@@ -1,6 +1,6 @@
 """What the adapters folder remembers of a rollback, and what it never removes."""
 
-from specl.shared.adapters import KEEP_LAST, Adapters, Manifest
+from specl.shared.adapters.registry import KEEP_LAST, Adapters, Manifest
 
 
 def publish(adapters, after, parent=""):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from specl.shared.errors import ModelError
-from specl.shared.learning import distil
+from specl.shared.learning import build_draft
+from specl.shared.learning.batch_generate import load_shard
+from specl.shared.learning.build_draft import BuildSettings, Texts, embedding_digest, read_examples
 from specl.shared.learning.depths import ByDepth
-from specl.shared.learning.distil import BuildSettings, Texts, embedding_digest, read_examples
-from specl.shared.learning.own import OwnText
 from specl.shared.learning.steps import Batches
-from specl.shared.learning.traffic import load_shard
+from specl.shared.learning.user_texts import OwnText
 from specl.shared.models.head import HeadDraft
 from specl.shared.prompts import ShippedPrompt
 
@@ -35,7 +35,7 @@ ABOUT = {"prompts_sha256": "0"}
 
 
 def run(target, folder, settings, texts=TEXTS, tell=lambda progress: None):
-    return distil.build(target, texts, folder / "work", folder / "draft", settings, ABOUT, tell)
+    return build_draft.build(target, texts, folder / "work", folder / "draft", settings, ABOUT, tell)
 
 
 def weights_of(folder):
@@ -71,7 +71,7 @@ def test_an_embedding_that_changed_is_noticed(stored, tmp_path, monkeypatch):
         inner.weight = kept + 1e-3
         return ByDepth((), ())
 
-    monkeypatch.setattr(distil, "by_depth", meddle)
+    monkeypatch.setattr(build_draft, "by_depth", meddle)
     try:
         with pytest.raises(ModelError, match="embedding"):
             run(target, tmp_path, LAYERS)
@@ -93,7 +93,7 @@ def test_a_build_killed_at_every_stage_ends_as_the_uninterrupted_one(
     stored, tmp_path, settings, uninterrupted, monkeypatch
 ):
     target, moments = stored(), []
-    monkeypatch.setattr(distil, "CHECKPOINT_S", 0.0)  # after every step
+    monkeypatch.setattr(build_draft, "CHECKPOINT_S", 0.0)  # after every step
 
     def dies_at(stage, count):
         passed = 0
@@ -118,7 +118,7 @@ def test_a_build_killed_at_every_stage_ends_as_the_uninterrupted_one(
             run(target, tmp_path, settings, tell=dies_at(stage, count))
         assert not (tmp_path / "draft").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(distil, "save_replay", lambda *arguments: (_ for _ in ()).throw(Killed))
+        patch.setattr(build_draft, "save_replay", lambda *arguments: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):  # the weights are written, the folder has no name yet
             run(target, tmp_path, settings)
     assert not (tmp_path / "draft").exists()
@@ -171,7 +171,7 @@ def texts_in(folder):
 
 def test_what_is_replayed_later_is_never_trained_on(stored, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(distil, "Batches", lambda *given: trained.extend(given[0]) or Batches(*given))
+    monkeypatch.setattr(build_draft, "Batches", lambda *given: trained.extend(given[0]) or Batches(*given))
     run(stored(), tmp_path, LAYERS)
     kept = texts_in(tmp_path)
     assert len(kept) == len(trained) // 9  # a tenth of all
@@ -185,7 +185,7 @@ def test_more_text_than_the_prompts_give_comes_from_invented_prompts_and_is_made
         asked_for.append(rng.bit_generator.state["state"]["state"])
         return [f"tell me more about the rain, please {n} {len(asked_for)}" for n in range(count)]
 
-    monkeypatch.setattr(distil, "invent", invent)
+    monkeypatch.setattr(build_draft, "invent", invent)
     more = replace(LAYERS, tokens=40 * 12 + 300)
     assert run(stored(), tmp_path, more).manifest["answers_to_invented_prompts"] > 10
     ids = [e.id for path in sorted((tmp_path / "work").glob("training-*.npz")) for e in load_shard(path)]
@@ -202,7 +202,7 @@ def refuses(*given):
 
 @pytest.mark.parametrize("invent", [lambda *given: [], refuses], ids=["nothing", "refuses"])
 def test_a_target_that_cannot_invent_answers_the_prompts_again_sampled(stored, tmp_path, monkeypatch, invent):
-    monkeypatch.setattr(distil, "invent", invent)
+    monkeypatch.setattr(build_draft, "invent", invent)
     run(stored(), tmp_path, replace(LAYERS, tokens=40 * 12 + 300))
     found = [e for path in sorted((tmp_path / "work").glob("training-*.npz")) for e in load_shard(path)]
     again = [example for example in found if example.id.endswith("#again")]
@@ -260,7 +260,7 @@ def test_what_is_purged_between_two_runs_is_not_learned_from(stored, tmp_path):
 @pytest.mark.parametrize("settings", [HEAD, LAYERS], ids=["head", "layers"])
 def test_acceptance_by_depth_is_what_drafting_at_every_place_counts(stored, tmp_path, settings):
     from specl.shared.engine.drafters import Draw, HeadDrafter, ModelDrafter
-    from specl.shared.engine.law import Law
+    from specl.shared.engine.sampling import Law
     from specl.shared.learning.learner import Learner, by_depth
 
     target = stored()

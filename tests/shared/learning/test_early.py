@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specl.shared.learning.early import EarlyStop, set_aside
+from specl.shared.learning.early_stopping import EarlyStop, set_aside
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings

@@ -7,8 +7,8 @@ import pytest
 
 from specl.shared import prompts
 from specl.shared.errors import ModelError
-from specl.shared.learning import invent as inventing
-from specl.shared.learning.invent import LONGEST, invent
+from specl.shared.learning import synthetic_prompts as inventing
+from specl.shared.learning.synthetic_prompts import LONGEST, invent
 from specl.shared.prompts import reserved
 
 HOT = 50.0  # a random model says one token only at 1

@@ -6,11 +6,11 @@ import os
 import numpy as np
 import pytest
 
-from specl.shared.learning import distil, own, traffic
-from specl.shared.learning.distil import BuildSettings
+from specl.shared.learning import batch_generate, build_draft, user_texts
+from specl.shared.learning.batch_generate import Prompt, kept_shard, save_shard
+from specl.shared.learning.build_draft import BuildSettings
 from specl.shared.learning.examples import Example
-from specl.shared.learning.own import OwnText, capture
-from specl.shared.learning.traffic import Prompt, kept_shard, save_shard
+from specl.shared.learning.user_texts import OwnText, capture
 
 
 def text(n, rows=3):
@@ -57,7 +57,7 @@ def test_a_shard_that_may_not_be_read_is_not_thrown_away(tmp_path, monkeypatch):
         def refuse(*_, number=number):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(traffic, "load_shard", refuse)
+        monkeypatch.setattr(batch_generate, "load_shard", refuse)
         with pytest.raises(OSError):
             kept_shard(path)
     assert path.exists()
@@ -85,17 +85,17 @@ def test_a_build_makes_its_torn_shards_again(stored, tmp_path, capfd):
     target, settings = stored(), BuildSettings(kind="layers", tokens=30, answer_tokens=5, top_k=4)
     prompts = [Prompt(f"p{n}", [5, 9, 40 + n]) for n in range(3)]
     groups = [lambda: prompts[:2], lambda: prompts[2:]]
-    make = lambda: distil.generate(target, groups, tmp_path, "training", settings, np.inf, lambda progress: None)  # noqa: E731
-    first = [traffic.load_shard(path) for path in make()]
+    make = lambda: build_draft.generate(target, groups, tmp_path, "training", settings, np.inf, lambda progress: None)  # noqa: E731
+    first = [batch_generate.load_shard(path) for path in make()]
     shards = sorted(tmp_path.glob("training-*.npz"))
     empty(shards[0])
     made_at = shards[1].stat().st_mtime_ns
-    assert all(same(traffic.load_shard(path), texts) for path, texts in zip(make(), first, strict=True))
+    assert all(same(batch_generate.load_shard(path), texts) for path, texts in zip(make(), first, strict=True))
     assert "training-00000.npz was damaged" in capfd.readouterr().err and shards[1].stat().st_mtime_ns == made_at
 
 
 def test_own_text_that_was_torn_is_captured_again(stored, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(own, "SHARD_TEXTS", 2)
+    monkeypatch.setattr(user_texts, "SHARD_TEXTS", 2)
     texts = [OwnText(f"o{n}", np.arange(5, 20 + n).astype(np.uint32), 6, True) for n in range(4)]
     read = lambda: capture(stored(), texts, tmp_path, 4, True, np.inf, lambda progress: None)  # noqa: E731
     first = read()
@@ -112,5 +112,5 @@ def test_of_a_long_text_of_ones_own_the_end_of_the_answer_is_captured(stored, tm
     (found,) = capture(stored(), texts, tmp_path, 4, True, np.inf, lambda progress: None)
     assert found.tokens.tolist() == tokens[-512:].tolist()
     assert found.rows == len(found.ids) == len(found.logprobs) == len(found.weights) == left
-    states, ids, _ = traffic.recapture(stored(), tokens[-1024:], max(1, len(tokens[-1024:]) - left), 4)
+    states, ids, _ = batch_generate.recapture(stored(), tokens[-1024:], max(1, len(tokens[-1024:]) - left), 4)
     assert np.array_equal(found.states, states[-511:]) and np.array_equal(found.ids, ids)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specl.shared.learning.watch import ENOUGH_TOKENS, EVERY, MOST_REQUESTS, Depths, Watch
+from specl.shared.learning.live_check import ENOUGH_TOKENS, EVERY, MOST_REQUESTS, Depths, Watch
 
 
 def watch(share=0.6, tokens=400):

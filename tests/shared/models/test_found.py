@@ -8,8 +8,8 @@ import tiny_gguf
 from gguf import GGMLQuantizationType as Kind
 
 from specl.shared.errors import ModelError
-from specl.shared.models.found import find, search, search_here
 from specl.shared.models.load import load, located, resolve
+from specl.shared.models.local_models import find, search, search_here
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from mlx_lm.utils import dequantize_model, load_model
 from tiny_gguf import TEXTS
 from tokenizers import Tokenizer
 
-from specl.shared.config import Settings
 from specl.shared.engine.engine import Engine
 from specl.shared.errors import ModelError
-from specl.shared.models import imports
+from specl.shared.models import gguf_import
 from specl.shared.models.gguf_file import convert, size_needed
-from specl.shared.models.imports import import_gguf, in_place, is_gguf, suggested_name
+from specl.shared.models.gguf_import import import_gguf, in_place, is_gguf, suggested_name
 from specl.shared.models.load import load, resolve
+from specl.shared.settings.schema import Settings
 
 KINDS = [
     Kind.F32,
@@ -322,7 +322,7 @@ def test_values_too_large_for_fp16_are_refused(tmp_path):
 def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     tiny_gguf.write(tmp_path / "m.gguf")
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(imports.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(gguf_import.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     with pytest.raises(ModelError, match=r"needs 0\.0 GB; .* has 0\.0 GB free"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "models", "m", "keep", quiet)
 

@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 from specl.shared.engine.drafters import Draw, HeadDrafter
-from specl.shared.engine.law import Law
+from specl.shared.engine.sampling import Law
 from specl.shared.errors import ModelError
 from specl.shared.models.head import head_shape, is_head, load_head, new_head, save_head
 

@@ -9,12 +9,13 @@ import pytest
 import tiny_gguf
 from gguf import GGMLQuantizationType as Kind
 
-from specl.shared import config
+from specl.shared.engine.load import load_pair
 from specl.shared.errors import ModelError
 from specl.shared.models import memory
 from specl.shared.models.gguf_file import convert
 from specl.shared.models.memory import Machine, ModelSize, check, estimate, limit, size_of
-from specl.shared.models.pair import load_pair
+from specl.shared.settings.load import load_settings
+from specl.shared.settings.schema import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
 # Qwen2.5's published shapes; 4-bit files take 4.5 bits a weight
@@ -26,11 +27,11 @@ LINUX_16 = Machine(16 * 2**30, True, True)
 
 
 def settings(**sections):
-    return config.Settings.model_validate(sections)
+    return Settings.model_validate(sections)
 
 
 def profile(name):
-    return config.load(ROOT / "configs" / name)
+    return load_settings(ROOT / "configs" / name)
 
 
 # ---------------------------------------------------------------------------------------------------- arithmetic
@@ -155,7 +156,7 @@ def test_nothing_is_loaded_where_it_cannot_fit_and_everything_where_it_can(tmp_p
     names = {"target": {"name": str(tmp_path / "m.gguf")}, "draft": {"name": str(tmp_path / "m.gguf")}}
     engine = load_pair(settings(models=names), tmp_path / "models")
     assert engine.draft is not None
-    monkeypatch.setattr("specl.shared.models.pair.load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("specl.shared.engine.load.load", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match=r"needs about 0\.4 GB"):
         load_pair(settings(models=names, memory={"limit_gb": 0.1}), tmp_path / "models")
 
@@ -175,7 +176,7 @@ def test_the_estimate_of_the_builtin_model_is_near_what_a_process_takes():
 
     code = """
 from specl.shared import config
-from specl.shared.models.pair import estimate_pair, load_pair, resolve_draft
+from specl.shared.engine.load import estimate_pair, load_pair, resolve_draft
 from specl.shared.models.load import resolve
 from specl.shared.paths import find_paths
 models, settings = find_paths().models, config.load()

@@ -1,0 +1,1 @@
+"""`specl-ctl adapters`."""

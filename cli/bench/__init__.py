@@ -1,0 +1,1 @@
+"""`specl-ctl bench`, `bench learning` and `demo`."""

@@ -1,0 +1,1 @@
+"""`specl-ctl chat`."""

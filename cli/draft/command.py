@@ -1,0 +1,268 @@
+"""`specl-ctl draft build`: a draft out of the target itself, with progress, resumable, ending in a measured table."""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from specl.shared.errors import ConfigError
+from specl.shared.paths import find_paths
+from specl.shared.settings.load import load_settings
+from specl.shared.settings.schema import Settings
+
+if TYPE_CHECKING:
+    from specl.shared.learning.build_draft import BuildSettings, Built, Texts
+    from specl.shared.models.load import LanguageModel
+    from specl.shared.runtime.progress import Progress
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+MEASURED_PROMPTS = 8
+MEASURED_TOKENS = 64
+# what a manifest says of the drafts before it
+TOLD = (
+    "command", "prompts_sha256", "answers_sha256", "training_prompts", "training_tokens", "hours", "heldout_acceptance_by_depth",
+    "heldout_agreement_by_depth", "training",
+)  # fmt: skip
+
+
+def seconds_of(text: str) -> float:
+    """`90s`, `45m`, `2h`. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if not match:
+        raise ConfigError(f"a time is written like 90s, 45m or 2h, not {text!r}")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+class _Teller:
+    """Progress on stderr: a line that changes on a terminal, a line every 20 s elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._said = 0.0
+        self._stage = ""
+
+    def __call__(self, progress: "Progress") -> None:
+        pause = 0.5 if self._terminal else 20.0
+        if progress.stage == self._stage and time.monotonic() - self._said < pause:
+            return
+        fresh = progress.stage != self._stage
+        self._said, self._stage = time.monotonic(), progress.stage
+        share = 100 * progress.done / max(progress.total, 1)
+        line = f"{progress.stage}: {progress.done} of {progress.total} ({share:.0f}%), {progress.left_s / 60:.1f} min left {progress.note}"
+        end = "" if self._terminal else "\n"
+        lead = "\n" if self._terminal and fresh else ("\r\033[K" if self._terminal else "")
+        click.echo(f"{lead}{line}{end}", err=True, nl=False)
+
+
+@click.group()
+def draft() -> None:
+    """Build a draft model out of the target."""
+
+
+@draft.command()
+@click.option("--target", default=None, help="A folder, a hub name or smollm2-135m; the settings' target otherwise.")
+@click.option(
+    "--kind",
+    type=click.Choice(["head", "layers"]),
+    default="head",
+    show_default=True,
+    help="head: one layer that reads the target's states. layers: some of the target's own layers, an ordinary model.",
+)
+@click.option("--layers", default="5", show_default=True, help="For layers: how many, or which (0,1,2,28,29).")
+@click.option(
+    "--prompts",
+    "file",
+    metavar="FILE",
+    help="Your own prompts instead of the shipped 4,000; with --from-store a FILE, or the word `shipped`, adds prompts.",
+)
+@click.option(
+    "--answers",
+    multiple=True,
+    metavar="FILE",
+    help="Answers that the target wrote for an earlier build (--keep-answers), read again; may be repeated. --prompts adds more.",
+)
+@click.option("--keep-answers", "keep", metavar="FILE", help="Write the target's answers there, as token ids (.npz).")
+@click.option("--from-store", is_flag=True, help="Learn from your own traffic (held-out conversations left out).")
+@click.option(
+    "--tokens", type=click.IntRange(1000), default=200_000, show_default=True, help="Tokens that the target writes."
+)
+@click.option("--time", "limit", default="1h", show_default=True, help="Stop after this long with what there is.")
+@click.option(
+    "--hot", type=click.IntRange(64), default=8192, show_default=True, help="Size of a head's hot vocabulary."
+)
+@click.option("--epochs", type=click.IntRange(1), default=6, show_default=True)
+@click.option(
+    "--depths",
+    type=click.IntRange(1, 8),
+    default=2,
+    show_default=True,
+    help="Own steps that a head learns to follow; a third costs half as much time again.",
+)
+@click.option("--learning-rate", type=click.FloatRange(1e-6, 1e-1), default=1e-3, show_default=True)
+@click.option(
+    "--loss", type=click.Choice(["acceptance", "kl", "tv", "mixed", "ce"]), default="acceptance", show_default=True
+)
+@click.option(
+    "--begin", type=click.Path(exists=True, file_okay=False), help="A head draft of this target to go on from."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--out", type=click.Path(file_okay=False), help="Where the draft goes (default: var/models/drafts/NAME-KIND)."
+)
+@click.option("--work", type=click.Path(file_okay=False), help="Where a stopped build goes on (default: beside --out).")
+def build(target: str | None, limit: str, out: str | None, work: str | None, **wish: Any) -> None:
+    """Distil a draft out of the target: it writes text, the draft learns to guess it.
+
+    A stopped build goes on where it was when the same command is run again. The draft is ready for
+    `models.draft.name` in the settings file.
+    """
+    from specl.cli.memory_check import check_room, here
+    from specl.shared.learning.build_draft import build as distil
+    from specl.shared.models.head import load_head
+    from specl.shared.models.load import load, to_stderr
+
+    seconds = seconds_of(limit)
+    settings, paths = load_settings(), find_paths()
+    if wish["begin"] and wish["kind"] != "head":
+        raise ConfigError(
+            "--begin goes on from a head draft; a layers draft always begins with the target's own layers"
+        )
+    keep = Path(wish["keep"]).expanduser() if wish["keep"] else None
+    if keep and not keep.parent.is_dir():
+        raise ConfigError(f"--keep-answers {keep}: there is no folder {keep.parent}")
+    name = target or settings.models.target.name
+    check_room(settings, paths, here(name, paths.models), None, "building a draft")
+    loaded = load(name, paths.models, settings.models.precision, to_stderr)
+    short = Path(name).name
+    chosen = _settings(wish, loaded, seconds)
+    texts, about = _texts(wish, loaded, settings, paths.store)
+    about = {"command": _command(short, limit, wish), **about}
+    folder = Path(out) if out else paths.models / "drafts" / f"{short}-{wish['kind']}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    begin = load_head(Path(wish["begin"]), wish["begin"], loaded) if wish["begin"] else None
+    about |= {"ancestors": _ancestors(Path(wish["begin"]))} if begin else {}
+    workshop = Path(work) if work else folder.with_name(f".{folder.name}.work")
+    built = distil(loaded, texts, workshop, folder, chosen, about, _Teller(), begin, keep)
+    click.echo("", err=True)
+    _table(loaded, built, settings, paths.costs)
+    click.echo(f"models:\n  draft: {{name: {folder}}}")
+
+
+def _ancestors(folder: Path) -> list[dict[str, Any]]:
+    """What the drafts were made of that a build goes on from, the nearest first: a manifest tells of the last stage alone."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return [{name: manifest[name] for name in TOLD if name in manifest}, *manifest.get("ancestors", [])]
+
+
+def _settings(wish: dict[str, Any], target: "LanguageModel", seconds: float) -> "BuildSettings":
+    """What the options ask for. Raises ConfigError for layers that the target does not have."""
+    from specl.shared.learning.build_draft import BuildSettings
+    from specl.shared.learning.losses import LossSettings
+    from specl.shared.models.layers import pick_layers
+
+    kind = wish["kind"]
+    total = int(target.config["num_hidden_layers"])
+    return BuildSettings(
+        kind=kind,
+        layers=pick_layers(wish["layers"], total) if kind == "layers" else (),
+        tokens=wish["tokens"],
+        seconds=seconds,
+        hot_size=wish["hot"],
+        epochs=wish["epochs"],
+        depths=wish["depths"] if kind == "head" else 1,
+        learning_rate=wish["learning_rate"],
+        loss=LossSettings(wish["loss"]),
+        seed=wish["seed"],
+    )
+
+
+def _texts(
+    wish: dict[str, Any], target: "LanguageModel", settings: Settings, store: Path
+) -> tuple["Texts", dict[str, Any]]:
+    """What is learned from, and what a manifest says of it."""
+    from specl.cli.draft.texts import SHIPPED, answers_of, prompts_of, texts_of_store
+    from specl.shared import prompts
+    from specl.shared.learning.build_draft import Texts
+
+    own = texts_of_store(store, settings, target.fingerprint, target.name) if wish["from_store"] else []
+    written, digests = answers_of(wish["answers"], target.fingerprint)
+    file = wish["file"] or (None if own or written else SHIPPED)
+    items, digest = prompts_of(file) if file else ([], None)
+    about = {
+        "prompts_sha256": digest,
+        "prompt_kinds": sorted({prompt.kind for prompt in items} | ({"own traffic"} if own else set())),
+        "heldout_sha256": prompts.sha256("heldout"),
+        "answers_sha256": digests,
+    }
+    if written:
+        click.echo(f"{len(written)} answers of earlier builds to learn from", err=True)
+    if own:
+        click.echo(f"{len(own)} answers of your own traffic to learn from", err=True)
+    return Texts(items, prompts.load("heldout"), own, written, prompts.may_train), about
+
+
+def _command(target: str, limit: str, wish: dict[str, Any]) -> str:
+    """The command line that makes the same draft again; no path of this machine is in it."""
+    parts = [f"specl-ctl draft build --target {target} --kind {wish['kind']}"]
+    parts += (
+        [f"--layers {wish['layers']}"]
+        if wish["kind"] == "layers"
+        else [f"--hot {wish['hot']} --depths {wish['depths']}"]
+    )
+    parts += [f"--prompts {Path(wish['file']).name}"] if wish["file"] else []
+    parts += ["--from-store"] if wish["from_store"] else []
+    parts += [f"--answers {Path(file).name}" for file in wish["answers"]]
+    parts += [f"--tokens {wish['tokens']} --time {limit} --epochs {wish['epochs']} --loss {wish['loss']}"]
+    parts += [f"--learning-rate {wish['learning_rate']:g} --seed {wish['seed']}"]
+    parts += [f"--begin {Path(wish['begin']).name}"] if wish["begin"] else []
+    return " ".join(parts)
+
+
+def _table(target: "LanguageModel", built: "Built", settings: Settings, costs: Path) -> None:
+    """What was made, and what it does here: measured on held-out prompts, plain and drafted in turn."""
+    from specl.shared import prompts
+    from specl.shared.engine.decode import Options
+    from specl.shared.engine.engine import Engine
+    from specl.shared.learning.gate import expected_rate
+
+    engine = Engine(target, built.draft, settings)
+    costs.mkdir(parents=True, exist_ok=True)
+    measured = engine.calibrate(costs)
+    seconds, tokens = {0: 0.0, None: 0.0}, {0: 0, None: 0}
+    for prompt in prompts.load("heldout")[-MEASURED_PROMPTS:]:
+        _, ids = engine.encode_chat(prompt.messages)
+        for k in (0, None):
+            engine.prefixes.purge()
+            session = engine.session(ids, Options(max_tokens=MEASURED_TOKENS, num_draft_tokens=k, ngram=False))
+            while not session.prefill():
+                pass
+            while session.finish_reason is None:
+                session.round()
+            seconds[k] += session.tally.decode_s
+            tokens[k] += len(session.output)
+    plain, drafted = tokens[0] / seconds[0], tokens[None] / seconds[None]
+    expected = expected_rate(measured, built.by_depth.acceptance, settings.speculative.max_draft_tokens)
+    manifest = built.manifest
+    figures = manifest["training"]
+    click.echo(
+        f"{figures['steps']} steps over {figures['tokens_seen']} tokens; there are {manifest['training_tokens']}"
+        f" of {manifest['training_prompts']} answers"
+    )
+    click.echo(
+        "held-out acceptance by depth, each given the one before: "
+        + ", ".join(f"{v:.3f}" for v in built.by_depth.acceptance)
+    )
+    click.echo(
+        f"one draft token {1000 * measured.draft_s(1):.1f} ms, one plain step {1000 * measured.verify_s(1):.1f} ms; "
+        f"these promise {expected * measured.verify_s(1):.2f}x plain"
+    )
+    click.echo(
+        f"plain {plain:.1f} tok/s, drafted {drafted:.1f} tok/s: {drafted / plain:.2f}x ({MEASURED_PROMPTS} held-out prompts, greedy)"
+    )

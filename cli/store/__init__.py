@@ -1,0 +1,1 @@
+"""`specl-ctl store`: look, export, import, purge."""

@@ -1,0 +1,147 @@
+"""`specl-ctl store`: look into the failure store without SQL; export, import and purge."""
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from specl.cli.store.export_import import export, import_
+from specl.cli.store.purge import moment, purge
+from specl.cli.store.show import show
+from specl.shared.paths import find_paths
+from specl.shared.store import Store
+
+LONG = ("prompt", "output")
+WIDE = 140  # columns of a table that goes to a file or a pipe
+WIDE_ENOUGH = 110  # for the answers beside the prompts
+SORTS = {
+    "newest": "g.created_at DESC",
+    "oldest": "g.created_at",
+    "acceptance": "coalesce(g.acceptance_rate, g.agreement)",
+    "disagreements": "f.disagreements DESC",
+    "tokens": "g.output_count DESC",
+    "speed": "g.tokens_per_second",
+}
+
+
+@click.group()
+def store() -> None:
+    """Look into the failure store; export, import and purge. `sqlite3 var/store.db` reads it as well."""
+
+
+def _open() -> Store:
+    return Store(find_paths().store, read_only=True)
+
+
+def _print(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Figures whole; the text columns share what is left of the line."""
+    long = [column for column in columns if column in LONG]
+    table = Table(box=None, padding=(0, 2, 0, 0), expand=bool(long))
+    for column in columns:
+        ratio = {"ratio": 1, "overflow": "ellipsis"} if column in long else {}
+        table.add_column(column.replace("_", " "), no_wrap=True, **ratio)
+    for row in rows:
+        table.add_row(*("-" if row[column] is None else _one_line(row[column]) for column in columns))
+    Console(width=_width()).print(table)
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
+
+
+def _one_line(value: Any) -> Any:
+    from rich.text import Text
+
+    return Text(" ".join(str(value).split()))  # Text: what models write is no markup
+
+
+@store.command()
+@click.option("--json", "as_object", is_flag=True, help="One JSON object.")
+def summary(as_object: bool) -> None:
+    """Counts, acceptance by day and adapter, and the tokens that cost most."""
+    opened = _open()
+    counts = asdict(opened.summary())
+    days = opened.sql("SELECT * FROM acceptance_by_day")
+    costly = opened.sql("SELECT * FROM costliest_tokens LIMIT 10")
+    if as_object:
+        click.echo(json.dumps(counts | {"acceptance_by_day": days, "costliest_tokens": costly}))
+        return
+    click.echo(
+        f"{counts['generations']} generations, {counts['failures']} failures ({counts['pending_failures']} not yet trained on), "
+        f"{counts['disagreements']} disagreements, {counts['quarantined']} in quarantine"
+    )
+    if days:
+        _print(days, ("day", "adapter_id", "generations", "drafted", "acceptance", "agreement", "tokens_per_second"))
+    if costly:
+        for row in costly:
+            row["draft_text"], row["target_text"] = repr(row["draft_text"]), repr(row["target_text"])
+        _print(costly, ("draft_text", "target_text", "times", "draft_confidence", "target_confidence"))
+
+
+@store.command()
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Rows of a page.")
+@click.option("--page", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--sort", type=click.Choice(list(SORTS)), default="newest", show_default=True)
+@click.option("--contains", help="Only where the prompt or the answer contains this text.")
+@click.option("--adapter", help="Only what this adapter drafted; `none` for the bare draft.")
+@click.option("--below", type=click.FloatRange(0, 1), help="Only below this acceptance.")
+@click.option("--since", help="Only newer than e.g. 90m, 12h or 30d, or than a date (2026-01-31).")
+@click.option("--json", "as_object", is_flag=True, help="A JSON list.")
+def failures(limit: int, page: int, sort: str, as_object: bool, **wish: Any) -> None:
+    """Generations whose acceptance fell below the threshold.
+
+    \b
+    specl-ctl store failures --sort acceptance --limit 5
+    specl-ctl store failures --contains SELECT --since 7d --page 2
+    """
+    where, values = _filter(**wish)
+    source = f"FROM failures f JOIN generations g ON g.id = f.id WHERE {where}"
+    opened = _open()
+    total = opened.sql(f"SELECT count(*) AS n {source}", **values)[0]["n"]
+    query = f"SELECT f.* {source} ORDER BY {SORTS[sort]}, g.n DESC LIMIT :limit OFFSET :start"
+    rows = opened.sql(query, limit=limit, start=(page - 1) * limit, **values)
+    if as_object:
+        click.echo(json.dumps(rows, ensure_ascii=False))
+    elif rows:
+        for row in rows:
+            row["id"], row["created"] = row["id"][:8], row["created"][5:16].replace("T", " ")
+            row["accept"], row["agree"], row["wrong"] = row["acceptance"], row["agreement"], row["disagreements"]
+            row["adapter"] = row["adapter_id"] or "none"
+        columns = ("id", "created", "accept", "agree", "wrong", "tokens", "adapter", "prompt")
+        _print(rows, columns if _width() < WIDE_ENOUGH else (*columns, "output"))
+        if total > len(rows):
+            more = f"; `--page {page + 1}` goes on" if page * limit < total else ""
+            click.echo(f"page {page} of {-(-total // limit)}, {total} failures{more}", err=True)
+    else:
+        click.echo(f"page {page} is beyond the last of {total} failures" if total else "no such failures are stored")
+
+
+def _filter(contains: str | None, adapter: str | None, below: float | None, since: str | None) -> tuple[str, dict]:
+    """The options as a condition and its values."""
+    parts: list[str] = []
+    values: dict[str, Any] = {}
+    if contains:
+        parts.append("(instr(lower(g.messages), lower(:contains)) OR instr(lower(g.output), lower(:contains)))")
+        values["contains"] = contains
+    if adapter is not None:
+        parts.append("g.adapter_id = :adapter")
+        values["adapter"] = "" if adapter == "none" else adapter
+    if below is not None:
+        parts.append("coalesce(g.acceptance_rate, g.agreement) < :below")
+        values["below"] = below
+    if since:
+        parts.append("g.created_at >= :since")
+        values["since"] = moment(since, time.time())
+    return " AND ".join(parts) or "1", values
+
+
+store.add_command(show)
+store.add_command(export)
+store.add_command(import_)
+store.add_command(purge)

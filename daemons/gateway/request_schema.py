@@ -1,0 +1,233 @@
+"""OpenAI's request fields as a request of ours. What cannot be honoured is refused by name, never ignored. Knows no bus."""
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specl.daemons.gateway.errors import Refusal
+from specl.shared.messaging.messages import Ask, Sampling
+from specl.shared.settings.schema import Settings
+
+MOST_STOPS = 16
+MOST_LOGPROBS = 20
+SEED_LIMIT = 2**63
+ALIASES = ("speclora", "default")
+# fields that change nothing about the answer here
+ACCOUNTING = {"user", "safety_identifier", "metadata", "prompt_cache_key", "service_tier"}
+# fields that may be sent as long as they ask for nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), 
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
+    "modalities": (["text"],), "parallel_tool_calls": (True, False), "web_search_options": (),
+    "reasoning_effort": (), "verbosity": (), "prediction": (), "audio": (),
+}  # fmt: skip
+COMMON = {
+    "model", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "max_tokens", "top_k", "min_p", "speclora", "store",
+    "logprobs",
+}  # fmt: skip
+CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
+TEXT = COMMON | {"prompt"}
+OURS = {"mode": str, "record": bool, "num_draft_tokens": int, "ngram": bool, "conversation_id": str}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is sent to inference, and how the answer is wanted."""
+
+    ask: Ask
+    stream: bool
+    usage: bool
+
+
+def _bad(name: str, text: str) -> Refusal:
+    return Refusal(400, f"`{name}` {text}", name, "invalid_value")
+
+
+def _number(body: dict[str, Any], name: str, low: float, high: float, default: float, above: bool = False) -> float:
+    value = body.get(name)
+    if value is None:
+        return float(default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise _bad(name, "must be a number")
+    if not low <= value <= high or (above and value == low):
+        raise _bad(name, f"must lie {'above' if above else 'between'} {low:g} {'up to' if above else 'and'} {high:g}")
+    return float(value)
+
+
+def _whole(body: dict[str, Any], name: str, low: int, high: int, default: int | None) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise _bad(name, f"must be a whole number from {low} to {high}")
+    return value
+
+
+def _flag(body: dict[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise _bad(name, "must be true or false")
+    return value
+
+
+def _stops(body: dict[str, Any]) -> list[str]:
+    stop = body.get("stop")
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(item, str) and item for item in stops):
+        raise _bad("stop", "must be a text or a list of texts, none of them empty")
+    if len(stops) > MOST_STOPS:
+        raise _bad("stop", f"may hold up to {MOST_STOPS} texts")
+    return stops
+
+
+def _refuse_unsupported(body: dict[str, Any], known: set[str]) -> None:
+    for name, value in body.items():
+        if name in known or name in ACCOUNTING or value is None:
+            continue
+        if name not in NEUTRAL:
+            raise Refusal(400, f"`{name}` is not supported by this server", name, "unsupported_parameter")
+        if not any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in NEUTRAL[name]):
+            allowed = ", ".join(str(item) for item in NEUTRAL[name])
+            raise Refusal(
+                400,
+                f"`{name}` is not supported by this server" + (f" (only {allowed})" if allowed else ""),
+                name,
+                "unsupported_parameter",
+            )
+
+
+def served_names(settings: Settings) -> tuple[str, ...]:
+    """The names that `model` may have: the target's first."""
+    name = settings.models.target.name
+    return tuple(dict.fromkeys((Path(name).name if name.startswith(("/", "~", ".")) else name, name, *ALIASES)))
+
+
+def _check_model(body: dict[str, Any], settings: Settings) -> None:
+    model, names = body.get("model"), served_names(settings)
+    if model is not None and model not in names:
+        raise Refusal(
+            404, f"the model {model!r} is not served here; {names[0]!r} is (or `speclora`)", "model", "model_not_found"
+        )
+
+
+def _content(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if not isinstance(value, list):
+        raise _bad(where, "must be a text or a list of text parts")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise Refusal(400, f"`{where}`: only text parts are supported", where, "unsupported_value")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
+    given = body.get("messages")
+    if not isinstance(given, list) or not given:
+        raise _bad("messages", "must be a list of messages, and not an empty one")
+    made = []
+    for place, message in enumerate(given):
+        where = f"messages[{place}]"
+        if not isinstance(message, dict):
+            raise _bad(where, "must be an object")
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise Refusal(400, f"`{where}.role` must be one of {', '.join(ROLES)}", f"{where}.role", "invalid_value")
+        for name, value in message.items():
+            if name not in ("role", "content") and value not in (None, [], {}):
+                raise Refusal(400, f"`{where}.{name}` is not supported", f"{where}.{name}", "unsupported_parameter")
+        made.append({"role": ROLES[role], "content": _content(message.get("content"), f"{where}.content")})
+    return made
+
+
+def _prompt(body: dict[str, Any]) -> str:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise _bad("prompt", "must be one text (lists of texts or tokens are not supported)")
+    return prompt
+
+
+def _ours(body: dict[str, Any]) -> dict[str, Any]:
+    given = body.get("speclora") or {}
+    if not isinstance(given, dict):
+        raise _bad("speclora", "must be an object")
+    for name, value in given.items():
+        if name not in OURS:
+            raise _bad(f"speclora.{name}", f"is not known; known are {', '.join(OURS)}")
+        if type(value) is not OURS[name]:
+            raise _bad(f"speclora.{name}", f"must be a {OURS[name].__name__}")
+    return ({"record": False} if body.get("store") is not None and not _flag(body, "store") else {}) | given
+
+
+def _usage(body: dict[str, Any], stream: bool) -> bool:
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not stream:
+        raise _bad("stream_options", "is only for `stream: true`")
+    if not isinstance(options, dict):
+        raise _bad("stream_options", "must be an object")
+    for name, value in options.items():
+        if name not in ("include_usage", "include_obfuscation") or (name == "include_obfuscation" and value):
+            raise Refusal(400, f"`stream_options.{name}` is not supported", "stream_options", "unsupported_parameter")
+    return _flag(options, "include_usage")
+
+
+def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
+    """How many alternatives of each token are wanted; None for no log-probabilities at all."""
+    if not chat:
+        return _whole(body, "logprobs", 0, MOST_LOGPROBS, None)
+    wanted = _flag(body, "logprobs")
+    count = _whole(body, "top_logprobs", 0, MOST_LOGPROBS, 0)
+    if count and not wanted:
+        raise _bad("top_logprobs", "needs `logprobs: true`")
+    return count if wanted else None
+
+
+def _client(body: dict[str, Any]) -> str:
+    """Whose past answers may draft this one: the end user that the request names, or nobody's."""
+    name = body.get("safety_identifier") or body.get("user")
+    return f"gateway {name}" if isinstance(name, str) and name else ""
+
+
+def read_wish(body: Any, settings: Settings, chat: bool) -> Wish:
+    """The wish in a request's JSON. Raises Refusal that names the field."""
+    if not isinstance(body, dict):
+        raise Refusal(400, "the body must be a JSON object", code="invalid_body")
+    _refuse_unsupported(body, CHAT if chat else TEXT)
+    _check_model(body, settings)
+    defaults, stream = settings.speculative, _flag(body, "stream")
+    sampling = Sampling(
+        temperature=_number(body, "temperature", 0, 2, defaults.temperature),
+        top_p=_number(body, "top_p", 0, 1, defaults.top_p, above=True),
+        top_k=_whole(body, "top_k", 0, 1_000_000, defaults.top_k),
+        min_p=_number(body, "min_p", 0, 1, defaults.min_p),
+        seed=_whole(body, "seed", -SEED_LIMIT, SEED_LIMIT - 1, None),
+    )
+    limit = _whole(body, "max_tokens", 1, 1_000_000, None)
+    if chat:
+        limit = _whole(body, "max_completion_tokens", 1, 1_000_000, limit)
+    ours = {"mode": defaults.mode} | _ours(body)
+    ask = Ask(
+        request_id=uuid.uuid4().hex,
+        messages=_messages(body) if chat else [],
+        prompt="" if chat else _prompt(body),
+        max_tokens=limit or defaults.max_tokens,
+        sampling=sampling,
+        stop=_stops(body),
+        client=_client(body),
+        logprobs=_logprobs(body, chat),
+        **ours,
+    )
+    return Wish(ask, stream, _usage(body, stream))

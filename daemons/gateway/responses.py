@@ -1,0 +1,142 @@
+"""Answers of ours in OpenAI's shapes, with our statistics in `speclora`. Pure: records in, JSON out."""
+
+import itertools
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from specl.daemons.gateway.errors import Refusal
+from specl.shared.messaging.messages import Delta, Done, TokenLaw, Weighed
+
+REASONS = {"stop": "stop", "length": "length"}
+END = b"data: [DONE]\n\n"
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def finish_reason(done: Done) -> str:
+    """OpenAI's word for it; an answer that a deadline cut short is one that ran out of length."""
+    return REASONS.get(done.finish_reason, "length")
+
+
+def usage(done: Done) -> dict[str, Any]:
+    """Tokens in and out."""
+    prompt = int(done.stats.get("prompt_tokens", 0))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": done.tokens,
+        "total_tokens": prompt + done.tokens,
+        "prompt_tokens_details": {"cached_tokens": int(done.stats.get("reused_prompt_tokens", 0))},
+    }
+
+
+def statistics(done: Done) -> dict[str, Any]:
+    """What the `speclora` field holds."""
+    return {
+        "generation_id": done.generation_id,
+        "adapter_id": done.adapter_id,
+        "recorded": done.recorded,
+        "record_note": done.record_note,
+        "finish_reason": done.finish_reason,
+        **done.stats,
+    }
+
+
+def _weighed(token: Weighed) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw) or None}
+
+
+def chat_logprobs(laws: Sequence[TokenLaw]) -> dict[str, Any]:
+    """`logprobs` of a chat choice."""
+    content = [_weighed(law.chosen) | {"top_logprobs": [_weighed(token) for token in law.top]} for law in laws]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(laws: Sequence[TokenLaw], start: int) -> dict[str, Any]:
+    """`logprobs` of a plain completion whose text so far has `start` characters."""
+    offsets = itertools.accumulate((len(law.chosen.text) for law in laws), initial=start)
+    return {
+        "tokens": [law.chosen.text for law in laws],
+        "token_logprobs": [law.chosen.logprob for law in laws],
+        # of tokens with one text the likeliest counts
+        "top_logprobs": [{token.text: token.logprob for token in reversed(law.top)} for law in laws],
+        "text_offset": list(offsets)[: len(laws)],
+    }
+
+
+class Shape:
+    """One answer's envelope: chat or plain completion, whole or in chunks."""
+
+    def __init__(self, request_id: str, model: str, chat: bool, logprobs: bool = False) -> None:
+        self._chat, self._model, self._created = chat, model, int(time.time())
+        self._logprobs, self._offset = logprobs, 0
+        self._first, self._around = True, ()
+        self._id = ("chatcmpl-" if chat else "cmpl-") + request_id
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+
+    def _laws(self, laws: Sequence[TokenLaw]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        if self._chat:
+            return chat_logprobs(laws)
+        start, self._offset = self._offset, self._offset + sum(len(law.chosen.text) for law in laws)
+        return text_logprobs(laws, start)
+
+    def whole(self, done: Done, laws: Sequence[TokenLaw]) -> dict[str, Any]:
+        """The answer to a request without `stream`."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": self._laws(laws), "finish_reason": finish_reason(done)}
+        if self._chat:
+            choice["message"] = {"role": "assistant", "content": done.text, "refusal": None}
+        else:
+            choice["text"] = done.text
+        kind = "chat.completion" if self._chat else "text_completion"
+        return self._envelope(kind, [choice]) | {"usage": usage(done), "speclora": statistics(done)}
+
+    def events(self, pieces: Sequence[Delta | Done], wants_usage: bool) -> bytes:
+        """What a stream sends for `pieces`, which came together: one chunk for all their text, and the end where it is there."""
+        deltas = [piece for piece in pieces if isinstance(piece, Delta)]
+        text, laws = "".join(piece.text for piece in deltas), [law for piece in deltas for law in piece.laws]
+        sent = self._piece(text, laws) if text or laws else b""
+        if isinstance(done := pieces[-1], Done):
+            sent += b"".join(event(chunk) for chunk in self._last(done, wants_usage)) + END
+        return sent
+
+    def _piece(self, text: str, laws: Sequence[TokenLaw]) -> bytes:
+        if self._first or self._logprobs:
+            return event(self._chunk(text, laws=laws))
+        if not self._around:  # nothing but the text changes from here on
+            mark = uuid.uuid4().hex
+            self._around = tuple(event(self._chunk(mark)).split(json.dumps(mark).encode()))
+        before, after = self._around
+        return before + json.dumps(text, ensure_ascii=False).encode() + after
+
+    def _chunk(self, text: str, reason: str | None = None, laws: Sequence[TokenLaw] = ()) -> dict[str, Any]:
+        """One piece of a stream; the last has the reason."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": None if reason else self._laws(laws), "finish_reason": reason}
+        if self._chat:
+            content = {} if reason else {"content": text}
+            choice["delta"] = ({"role": "assistant"} if self._first else {}) | content
+        else:
+            choice["text"] = text
+        self._first = False
+        return self._envelope("chat.completion.chunk" if self._chat else "text_completion", [choice])
+
+    def _last(self, done: Done, wants_usage: bool) -> list[dict[str, Any]]:
+        """The chunks that end a stream: the reason with our statistics, then the usage where it was asked for."""
+        ending = self._chunk("", finish_reason(done)) | {"speclora": statistics(done)}
+        if not wants_usage:
+            return [ending]
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        return [ending | {"usage": None}, self._envelope(kind, []) | {"usage": usage(done)}]
+
+
+def error_event(refusal: Refusal) -> bytes:
+    """A failure in the middle of a stream: the status has long been sent."""
+    return event(refusal.body())

@@ -1,0 +1,249 @@
+"""Rows of the store as examples: failures, replayed successes, held-out conversations; states from the spool or recomputed.
+
+Held out is a stable hash of the conversation; what is held out is never trained on, nor is the same text elsewhere. Replay of
+general text comes with the draft (`replay.npz`: texts of its target), because a new user's store has no successes yet.
+"""
+
+import json
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from specl.daemons.trainer.stratified_sample import stratified
+from specl.shared.engine.engine import Engine
+from specl.shared.learning.batch_generate import kept_shard, recapture, save_shard
+from specl.shared.learning.examples import Example, is_held_out
+from specl.shared.retention.hidden_states import HiddenSpool
+from specl.shared.runtime import log
+from specl.shared.settings.schema import Settings
+from specl.shared.store import Outline, Store, StoredGeneration
+
+LONGEST = 512  # tokens of an example: the last of a long text
+READ = 1024  # tokens that are read again, at most, for the states of those
+HELDOUT_MOST = 100
+HELDOUT_DAYS = 30
+LOOKED_AT = 20_000  # of the newest generations that failures, successes and held-out ones are chosen from
+REPLAY_PART = 96  # texts captured at once: about 20 s on two cores
+Text = tuple[np.ndarray, int]  # tokens, and how many of them are the prompt
+Tell = Callable[[int, int], None]  # done, in all
+_log = log.get("replay")
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What one run works with. `failures` and `successes` are for training, `held_out` for judging."""
+
+    failures: list[Example]
+    successes: list[Example]
+    held_out: list[Example]
+    last_generation: str
+
+    @property
+    def fresh_ids(self) -> list[str]:
+        """Generations that are trained on."""
+        return [example.id for example in [*self.failures, *self.successes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted:
+    """Generations, newest first. `judges` are those of `held_out` that are new enough to judge by."""
+
+    failures: list[Outline]
+    successes: list[Outline]
+    held_out: list[Outline]
+    judges: list[Outline]
+    newest: str
+
+
+def to_example(row: StoredGeneration, error_weight: float) -> Example:
+    """One stored generation; positions where the draft was wrong weigh more."""
+    values = row.values
+    prompt = np.frombuffer(values["prompt_tokens"], "<u4")
+    output = np.frombuffer(values["output_tokens"], "<u4")
+    k = int(values["top_k"])
+    rows = min(len(output), len(values["top_ids"]) // (4 * k))
+    weights = np.ones(rows, np.float32)
+    for item in row.disagreements:
+        if item["position"] < rows:
+            weights[item["position"]] = error_weight
+    return Example(
+        id=values["id"],
+        tokens=np.concatenate([prompt, output[:rows]]),
+        prompt_length=len(prompt),
+        ids=np.frombuffer(values["top_ids"], "<u4").reshape(-1, k)[:rows],
+        logprobs=np.frombuffer(values["top_logprobs"], "<f2").reshape(-1, k)[:rows],
+        weights=weights,
+        states=None,
+        greedy=values["temperature"] == 0,
+    )
+
+
+def is_failure(row: Outline, threshold: float) -> bool:
+    """Acceptance decides, agreement where acceptance is null; with neither, nobody knows, and it is no failure yet."""
+    return row.figure is not None and row.figure < threshold
+
+
+class Gatherer:
+    """Reads examples for an engine's draft. `pause` is called between pieces of work and may wait."""
+
+    def __init__(
+        self, store: Store, engine: Engine, settings: Settings, spool: HiddenSpool, pause: Callable[[], None]
+    ) -> None:
+        self.store, self.engine, self.settings, self.spool, self._pause = store, engine, settings, spool, pause
+
+    def sorted(self, clock: Callable[[], float] = time.time) -> "Sorted":
+        """What this target wrote, told apart; quick, because no text is read."""
+        training = self.settings.training
+        rows = [row for row in self.store.outlines(LOOKED_AT) if self._fits(row)]
+        threshold = self.settings.speculative.acceptance_threshold
+        failures, successes, held_out = [], [], []
+        since = clock() - HELDOUT_DAYS * 86400
+        for row in rows:
+            if is_held_out(row.conversation_id, training.heldout_share):
+                held_out.append(row)
+            elif is_failure(row, threshold):
+                failures.append(row)
+            else:
+                successes.append(row)
+        judges = [row for row in held_out if row.created_at > since]
+        return Sorted(failures, successes, held_out, judges, rows[0].id if rows else "")
+
+    def material(self, rows: "Sorted | None" = None) -> Material:
+        """Failures, successes and held-out conversations, each chosen as strata.py says. No text that is held out, be it in another
+        conversation too, is among those to train on.
+        """
+        training, rows = self.settings.training, rows or self.sorted()
+        judged_by = self._examples(rows.judges, HELDOUT_MOST)
+        # of all that is held out, not only of what is judged by today: tomorrow it may be another part of it
+        held = {text[-4 * LONGEST :] for text in self.store.tokens([row.id for row in rows.held_out])}
+        parts = ((rows.failures, training.max_failure_cases), (rows.successes, training.replay_buffer_size))
+        trained = [
+            [example for example in self._examples(part, most) if example.tokens.tobytes() not in held]
+            for part, most in parts
+        ]
+        return Material(*trained, judged_by, last_generation=rows.newest)
+
+    def since(self, moment: float, most: int, without: Collection[str]) -> list[Example]:
+        """What was answered after `moment`, newest first, held out or not; never a text of the generations in `without`."""
+        rows = [row for row in self.store.outlines(most) if self._fits(row) and row.created_at > moment]
+        known = {text[-4 * LONGEST :] for text in self.store.tokens(list(without))}
+        return [example for example in self._examples(rows, most) if example.tokens.tobytes() not in known]
+
+    def _fits(self, row: Outline) -> bool:
+        return row.target_fingerprint == self.engine.target.fingerprint and row.output_count > 1
+
+    def _examples(self, rows: Sequence[Outline], most: int) -> list[Example]:
+        """At most so many of them, without repeats."""
+        chosen = self.store.whole([row.id for row in stratified(rows, most)])
+        return _distinct([self.example(row) for row in chosen])
+
+    def example(self, row: StoredGeneration) -> Example:
+        """One row, with the states that a head needs."""
+        example = to_example(row, self.settings.training.loss.error_weight)
+        return (self.with_states(example) if self.engine.reads_states else example).clipped(LONGEST)
+
+    def with_states(self, example: Example) -> Example:
+        """The same with states, spooled or recomputed. Where those have to be recomputed of a very long text, its end alone."""
+        states = self.spool.read(example.id)
+        needed = len(example.tokens) - 1
+        if states is None or len(states) < needed or states.shape[1] != self.engine.target.hidden_size:
+            self._pause()
+            example = example.clipped(READ)
+            needed = len(example.tokens) - 1
+            states, _, _ = recapture(self.engine.target, example.tokens, example.prompt_length, 1, with_law=False)
+        return example.with_states(states[:needed])
+
+    def replay(self, folder: Path, tell: Tell = lambda done, total: None) -> list[Example]:
+        """General texts of the target that came with the draft. What no quiet moment has captured yet is captured now."""
+        parts = self._replay_parts(folder)
+        total = sum(len(texts) for _, texts in parts)
+        found: list[Example] = []
+        for path, texts in parts:
+            found += kept_shard(path, _damaged) or self._capture(path, texts, len(found), total, tell)
+        return found
+
+    def capture_replay(self, folder: Path, tell: Tell = lambda done, total: None) -> bool:
+        """Capture the next part of them and keep it in `folder`; whether there is more to capture. `tell` hears texts: done, in all."""
+        parts = self._replay_parts(folder)
+        missing = [part for part in parts if not part[0].is_file()]
+        total = sum(len(texts) for _, texts in parts)
+        done = total - sum(len(texts) for _, texts in missing)
+        for path, texts in missing[:1]:
+            self._capture(path, texts, done, total, tell)
+        return len(missing) > 1
+
+    def _capture(self, path: Path, texts: Sequence[Text], done: int, total: int, tell: Tell) -> list[Example]:
+        """One part, captured and kept; `done` texts of `total` have been before."""
+        examples: list[Example] = []
+        for tokens, prompt_length in texts:
+            self._pause()
+            tell(done + len(examples), total)
+            k = self.settings.training.loss.top_k_logits
+            states, ids, logprobs = recapture(self.engine.target, tokens, prompt_length, k)
+            name, weights = f"{path.stem}-{len(examples)}", np.ones(len(ids), np.float32)
+            kept = states if self.engine.reads_states else None
+            examples.append(Example(name, tokens, prompt_length, ids, logprobs, weights, kept))
+        save_shard(path, examples)
+        self._drop_others(path)
+        return examples
+
+    @property
+    def _replay_names(self) -> str:
+        return f"replay-{self.engine.draft_fingerprint}-"
+
+    def _drop_others(self, kept: Path) -> None:
+        """Remove what another k or target has left of this draft's parts: nothing will read it."""
+        stem = kept.stem.rpartition("-")[0]
+        for path in kept.parent.glob(f"{self._replay_names}*.npz"):
+            if path.stem.rpartition("-")[0] != stem:
+                path.unlink(missing_ok=True)
+
+    def _replay_parts(self, folder: Path) -> list[tuple[Path, list[Text]]]:
+        """Files and the texts that belong in them. A name says what a capture depends on: the draft's texts, the target, k."""
+        draft = self.engine.draft
+        source = draft.path / "replay.npz" if draft is not None and draft.path else None
+        if source is None or not source.is_file():
+            return []
+        texts = _texts(source)
+        stem = f"{self._replay_names}{self.engine.target.fingerprint}-k{self.settings.training.loss.top_k_logits}"
+        return [
+            (folder / f"{stem}-{start:04d}.npz", texts[start : start + REPLAY_PART])
+            for start in range(0, min(len(texts), self.settings.training.replay_buffer_size), REPLAY_PART)
+        ]
+
+
+def _damaged(reason: str) -> None:
+    _log.warning("replay.damaged", reason=reason)
+
+
+def _texts(path: Path) -> list[Text]:
+    with np.load(path, allow_pickle=False) as file:
+        tokens, lengths, prompts = file["tokens"], file["lengths"], file["prompt_lengths"]
+    ends = np.cumsum(lengths)
+    return [
+        (tokens[end - length : end], int(prompt)) for end, length, prompt in zip(ends, lengths, prompts, strict=True)
+    ]
+
+
+def _distinct(examples: Sequence[Example]) -> list[Example]:
+    """Without repeats of the same text."""
+    return list({example.tokens.tobytes(): example for example in examples}.values())
+
+
+def pieces(group: Sequence[Example], most: int) -> list[list[Example]]:
+    """A batch in pieces of at most `most` tokens with padding, longest texts first; one text is never split."""
+    made: list[list[Example]] = []
+    for example in sorted(group, key=lambda item: -len(item.tokens)):
+        room = made and len(made[-1][0].tokens) * (len(made[-1]) + 1) <= most
+        made[-1].append(example) if room else made.append([example])
+    return made
+
+
+def describe(material: Material) -> str:
+    """For a log line."""
+    return json.dumps(
+        {"failures": len(material.failures), "successes": len(material.successes), "held_out": len(material.held_out)}
+    )

@@ -1,0 +1,92 @@
+"""The trainer's records on their way into its outbox. What the outbox refuses waits here and is offered again.
+
+Inference drops a refused record, because the next request is more important; the trainer has few, and each took minutes to
+make. They wait in memory, oldest first, and are lost only with the process. Safe to use from both of the trainer's threads.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from specl.shared.errors import OutboxFull, WireError
+from specl.shared.messaging.messages import Record, Row, encode, kind_of
+from specl.shared.messaging.outbox import Outbox
+from specl.shared.runtime import log
+
+MOST_WAITING = 1000
+_log = log.get("trainer")
+
+
+class Facts:
+    """`announce(id)` is called after each commit."""
+
+    def __init__(self, outbox: Outbox, announce: Callable[[str], None]) -> None:
+        self._outbox, self._announce = outbox, announce
+        self._waiting: deque[tuple[str, str, bytes]] = deque()
+        self._lock = threading.Lock()
+        self.refused = 0
+        self.trouble = outbox.trouble
+
+    @property
+    def waiting(self) -> int:
+        """Records that the outbox has refused so far."""
+        return len(self._waiting)
+
+    @property
+    def undelivered(self) -> int:
+        """Records that the store does not have yet, as far as is known here."""
+        return self.waiting + self._outbox.pending
+
+    def add(self, record: Record) -> None:
+        """Record a fact, behind those that wait."""
+        try:
+            item = (record.id, kind_of(record), encode(record))
+        except WireError as error:
+            self.refused += 1
+            self.trouble = str(error)
+            _log.error("record.refused", kind=kind_of(record), reason=str(error))
+            return
+        with self._lock:
+            before = len(self._waiting)
+            self._waiting.append(item)
+            self._offer()
+            if len(self._waiting) > before:
+                self.refused += 1
+                _log.error("record.refused", kind=item[1], reason=self.trouble, waiting=len(self._waiting))
+            while len(self._waiting) > MOST_WAITING:
+                self._waiting.popleft()
+
+    def offer(self) -> None:
+        """Try again what was refused."""
+        with self._lock:
+            if self._waiting:
+                self._offer()
+
+    def _offer(self) -> None:
+        while self._waiting:
+            id, kind, body = self._waiting[0]
+            try:
+                self._outbox.append(id, kind, body)
+            except OutboxFull as error:
+                self.trouble = str(error)
+                return
+            self._waiting.popleft()
+            self._announce(id)
+        self.trouble = ""
+
+    def purge(self, wanted: Callable[[Row], bool]) -> list[str]:
+        """Forget those that `wanted` is true of; their ids."""
+        with self._lock:
+            gone = [item[0] for item in self._waiting if wanted(Row(*item))]
+            self._waiting = deque(item for item in self._waiting if item[0] not in gone)
+        return gone
+
+    def status(self) -> dict[str, Any]:
+        """The outbox's part of the daemon's status."""
+        return {
+            "pending": self._outbox.pending,
+            "waiting": self.waiting,
+            "refused": self.refused,
+            "trouble": self.trouble or self._outbox.trouble,
+        }

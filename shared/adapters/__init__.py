@@ -1,0 +1,1 @@
+"""Adapter directories: written whole or not at all, verified, listed, loaded as tensors."""

@@ -1,0 +1,374 @@
+"""Adapter directories: write whole or not at all, verify, list, aliases, current. Knows files and names, no modules; what
+a manifest and a weights file must look like is in `adapter_manifest.py`.
+
+    var/adapters/000007/        adapters.safetensors and adapter_config.json as mlx-lm writes them,
+                                manifest.json, hot_vocab.npy where the hot vocabulary was refreshed
+    var/adapters/CURRENT        the id that should be active, moved by rename; empty for none
+    var/adapters/PREVIOUS       the id that drafted before it
+    var/adapters/ROLLED_BACK.json   ids that the watch has rolled back, with the reason
+    var/adapters/SECOND_LOOKS.json  what became of those that were compared once more, on the answers they were rolled back for
+
+Publishing is: files under a temporary name, sync, rename, CURRENT. Whatever is killed whenever, CURRENT names a whole,
+verifying adapter or nothing. A directory is never changed after it was renamed into place.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from specl.shared.adapters.manifest import Manifest, header_problem, parse_manifest
+from specl.shared.errors import AdapterRejected
+from specl.shared.paths import sync
+from specl.shared.runtime.failpoints import crash_point
+
+FILES = ("adapters.safetensors", "adapter_config.json", "manifest.json", "hot_vocab.npy")
+REQUIRED = FILES[:3]
+MAX_FILE = 2 * 1024**3
+MAX_MANIFEST = 64 * 1024**2
+KEEP_LAST = 5
+HIGHEST = "HIGHEST"  # the largest id that was ever dropped: ids are never used twice
+PREVIOUS = "PREVIOUS"
+ROLLED_BACK = "ROLLED_BACK.json"
+SECOND_LOOKS = "SECOND_LOOKS.json"
+REINSTATING, REINSTATED, CONFIRMED = "reinstating", "reinstated", "confirmed"
+FOREIGN = FILES[:2]  # what an adapter made elsewhere must have; mlx-lm writes no more
+STAGED = ".new-import-"  # swept with everything else that was left half done
+STAGED_NAME = re.compile(re.escape(STAGED) + "[0-9a-f]{32}")
+ID = re.compile(r"[0-9]{6}")
+ALIASES = ("latest", "best", "previous", "current")
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_bounded(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(MAX_MANIFEST + 1)
+
+
+class Adapters:
+    """The adapters folder of one run directory. The trainer publishes; inference moves CURRENT for a user and for a rollback."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._read: dict[str, dict[str, str]] = {}
+
+    # ------------------------------------------------------------------------------------------------ write
+    def next_id(self) -> str:
+        """The id after the highest that ever was in this folder."""
+        with suppress(OSError, ValueError):
+            return f"{max(int((self.folder / HIGHEST).read_text()), *self._numbers(), 0) + 1:06d}"
+        return f"{max(self._numbers(), default=0) + 1:06d}"
+
+    def _numbers(self) -> list[int]:
+        return [int(id) for id in self.ids()]
+
+    def sweep(self) -> None:
+        """Remove what a killed trainer left half done. Call with the trainer's lock held."""
+        for path in self.folder.glob(".new-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def publish(self, source: Path, manifest: Manifest, make_current: bool = True) -> Path:
+        """Take the files in `source` as adapter `manifest.id`; with `make_current`, CURRENT names it.
+
+        Raises OSError where the disk refuses; then there is no such adapter, and `source` is the caller's to remove.
+        """
+        crash_point("adapter.files_written")
+        hashes = {
+            name: sha256_of(source / name) for name in FILES if name != "manifest.json" and (source / name).exists()
+        }
+        document = asdict(manifest) | {"files": hashes}
+        (source / "manifest.json").write_text(json.dumps(document, indent=2))
+        for path in source.iterdir():
+            sync(path)
+        sync(source)
+        final = self.folder / manifest.id
+        crash_point("adapter.before_rename")
+        os.rename(source, final)
+        try:
+            sync(self.folder)
+            crash_point("adapter.after_rename")
+            if make_current:
+                self.set_current(manifest.id)
+        except OSError:
+            if self.current() != manifest.id:  # CURRENT moves last: nobody has heard of it
+                shutil.rmtree(final, ignore_errors=True)
+                raise
+        return final
+
+    def scratch(self, id: str) -> Path:
+        """An empty folder to write an adapter's files into."""
+        path = self.folder / f".new-{id}-{os.getpid()}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def stage(self, source: Path, token: str) -> Path:
+        """Copy the files of an adapter made elsewhere to where the trainer reads it; `token` makes its name.
+
+        Raises AdapterRejected for what is no adapter directory, OSError where the copy fails.
+        """
+        if not source.is_dir():
+            raise AdapterRejected(f"there is no directory {source}")
+        if missing := [name for name in FOREIGN if not (source / name).is_file()]:
+            raise AdapterRejected(f"{source} holds no adapter: {' and '.join(missing)} not found")
+        if large := [name for name in FILES if (source / name).is_file() and (source / name).stat().st_size > MAX_FILE]:
+            raise AdapterRejected(f"{source / large[0]} is larger than {MAX_FILE >> 30} GiB")
+        folder = self.folder / f"{STAGED}{token}"
+        folder.mkdir(parents=True, mode=0o700)
+        for name in FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        return folder
+
+    def staged(self, name: str) -> Path:
+        """The staged copy of this name. Raises AdapterRejected for any other name, and for one that is gone."""
+        folder = self.folder / name
+        if not STAGED_NAME.fullmatch(name) or folder.is_symlink() or not folder.is_dir():
+            raise AdapterRejected(f"{name!r} is not an adapter that was staged for import")
+        return folder
+
+    def set_current(self, id: str) -> None:
+        """CURRENT names `id` from now on; empty for none."""
+        crash_point("adapter.before_current")
+        self._replace("CURRENT", id)
+        crash_point("adapter.after_current")
+
+    def _replace(self, name: str, text: str) -> None:
+        """The file `name` here holds `text`, or what it held before, whatever is killed whenever."""
+        scratch = self.folder / f".{name}-{os.getpid()}"
+        try:
+            scratch.write_text(text)
+            sync(scratch)
+            os.rename(scratch, self.folder / name)
+        except OSError:
+            scratch.unlink(missing_ok=True)
+            raise
+        sync(self.folder)
+
+    def set_previous(self, id: str) -> None:
+        """PREVIOUS names what drafted before; it is kept for a rollback. Raises OSError."""
+        self._replace(PREVIOUS, id)
+
+    def mark_rolled_back(self, id: str, reason: str) -> None:
+        """`id` disappointed and is not tried again by itself; an empty reason forgives it. Raises OSError."""
+        marks = {other: why for other, why in self._names(ROLLED_BACK).items() if other != id and other in self.ids()}
+        self._replace(ROLLED_BACK, json.dumps(marks | ({id: reason} if reason else {}), indent=1))
+
+    def rolled_back(self) -> dict[str, str]:
+        """Adapters that were rolled back by the watch and not reinstated since, with the reason."""
+        looks = self.second_looks()
+        back = (REINSTATING, REINSTATED)
+        return {id: why for id, why in self._names(ROLLED_BACK).items() if looks.get(id) not in back}
+
+    def doubted(self) -> list[str]:
+        """Adapters that the watch has rolled back and no second look has decided on, newest first."""
+        decided, looks = (REINSTATED, CONFIRMED), self.second_looks()
+        return sorted((id for id in self._names(ROLLED_BACK) if looks.get(id) not in decided), reverse=True)
+
+    def second_looks(self) -> dict[str, str]:
+        """Adapters that were judged again after the watch had rolled them back: REINSTATED, CONFIRMED, or REINSTATING where that
+        was begun and CURRENT may not have moved yet.
+        """
+        return self._names(SECOND_LOOKS)
+
+    def confirm_rollback(self, id: str) -> None:
+        """The second look agreed with the watch; there is no third. Raises OSError."""
+        self._looked_at(id, CONFIRMED)
+
+    def reinstate(self, id: str) -> None:
+        """The second look found that the watch was wrong: `id` counts as rolled back no more, and CURRENT names it. Raises OSError.
+
+        Whoever is killed half-way looks once more. Not CURRENT first: inference turns away from one that is still marked. And a file
+        of its own, because two processes write.
+        """
+        self._looked_at(id, REINSTATING)
+        self.set_current(id)
+        self._looked_at(id, REINSTATED)
+
+    def _looked_at(self, id: str, how: str) -> None:
+        looks = {other: what for other, what in self.second_looks().items() if other in self.ids()}
+        self._replace(SECOND_LOOKS, json.dumps(looks | {id: how}, indent=1))
+
+    def _names(self, name: str) -> dict[str, str]:
+        """What a file of marks says. One that cannot be read just now says what it said before."""
+        try:
+            self._read[name] = {str(id): str(why) for id, why in json.loads((self.folder / name).read_text()).items()}
+        except (FileNotFoundError, ValueError, AttributeError):
+            return {}
+        except OSError:
+            return self._read.get(name, {})
+        return self._read[name]
+
+    def drop(self, ids: Sequence[str]) -> None:
+        """Remove these adapters for good; their ids are not used again. Raises OSError.
+
+        The caller has made sure that CURRENT names none of them.
+        """
+        scratch = self.folder / f".{HIGHEST}"
+        scratch.write_text(str(int(self.next_id()) - 1))
+        os.rename(scratch, self.folder / HIGHEST)
+        for id in ids:
+            self._remove(id)
+
+    def descendants(self, ids: Sequence[str]) -> list[str]:
+        """`ids` and every adapter that was trained on from one of them, oldest first."""
+        found = set(ids)
+        for id in self.ids():
+            with suppress(AdapterRejected):
+                if self.manifest(id).parent_id in found:
+                    found.add(id)
+        return sorted(found)
+
+    def trained_on(self, generations: Sequence[str]) -> list[str]:
+        """Adapters that learned from any of these generations, themselves or through a parent."""
+        wanted, found = set(generations), []
+        for id in self.ids():
+            with suppress(AdapterRejected):
+                if wanted & set(self.manifest(id).generations):
+                    found.append(id)
+        return self.descendants(found)
+
+    def _remove(self, id: str) -> None:
+        doomed = self.folder / f".new-removed-{id}"
+        os.rename(self.folder / id, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def prune(self, keep: Sequence[str]) -> list[str]:
+        """Remove all but the last five, CURRENT, the previous, the best and those in `keep`; the removed ids."""
+        kept = {*self.ids()[-KEEP_LAST:], *(self.resolve(name) for name in ("current", "previous", "best")), *keep}
+        removed = [id for id in self.ids() if id not in kept]
+        for id in removed:
+            self._remove(id)
+        return removed
+
+    # ------------------------------------------------------------------------------------------------ read
+    def ids(self) -> list[str]:
+        """Ids of published adapters, oldest first."""
+        try:
+            return sorted(path.name for path in self.folder.iterdir() if ID.fullmatch(path.name) and path.is_dir())
+        except FileNotFoundError:
+            return []
+
+    def current(self) -> str:
+        """The id that CURRENT names; empty for none, and for what is no id."""
+        try:
+            return self.named()
+        except AdapterRejected:
+            return ""
+
+    def named(self) -> str:
+        """What CURRENT names; empty for none. Raises AdapterRejected where that is no id, or cannot be read."""
+        try:
+            id = (self.folder / "CURRENT").read_bytes()[:64].decode("ascii", "replace").strip()
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise AdapterRejected(f"CURRENT cannot be read: {error}") from error
+        if id and not ID.fullmatch(id):
+            raise AdapterRejected(f"CURRENT names {id!r}, which is not an adapter id")
+        return id
+
+    def manifest(self, id: str) -> Manifest:
+        """An adapter's manifest. Raises AdapterRejected where it is missing or malformed."""
+        try:
+            document = _read_bounded(self.folder / id / "manifest.json")
+        except OSError as error:
+            raise AdapterRejected(f"adapter {id}: its manifest cannot be read: {error}") from error
+        try:
+            manifest = parse_manifest(document)
+        except AdapterRejected as error:
+            raise AdapterRejected(f"adapter {id}: {error}") from error
+        if manifest.id != id:
+            raise AdapterRejected(f"adapter {id}: its manifest says it is {manifest.id}")
+        return manifest
+
+    def resolve(self, name: str) -> str:
+        """The id behind a name: an id, `latest`, `current`, `previous` or `best` (highest held-out agreement of those that
+        were not rolled back). Empty where there is none.
+
+        An adapter whose manifest is malformed or has no score is never the best.
+        """
+        if name == "latest":
+            return next(reversed(self.ids()), "")
+        if name == "current":
+            return self.current()
+        if name == "previous":
+            with suppress(OSError):
+                name = (self.folder / PREVIOUS).read_bytes()[:64].decode("ascii", "replace").strip()
+            return name if name in self.ids() else ""
+        if name == "best":
+            scored, gone = [], self.rolled_back()
+            for id in (id for id in self.ids() if id not in gone):
+                with suppress(AdapterRejected):
+                    if (score := self.manifest(id).score) is not None:
+                        scored.append((score, id))
+            return max(scored, default=(0.0, ""))[1]
+        id = name.zfill(6) if name.isdigit() else name
+        return id if id in self.ids() else ""
+
+    def verify(self, path: str | Path, base_fingerprint: str, tokenizer_fingerprint: str) -> Manifest:
+        """The manifest of the adapter directory at `path`, once everything about its files is right: it lies in this
+        folder and nowhere else, holds regular files of known names, sizes and sha256, and was made for this draft.
+
+        Raises AdapterRejected with every reason found. Tensors are checked by whoever loads them.
+        """
+        folder = self.confine(Path(path))
+        problems = self._file_problems(folder)
+        if problems:
+            raise AdapterRejected(f"adapter {folder.name}: " + "; ".join(problems))
+        manifest = self.manifest(folder.name)
+        for name in FILES:
+            present = (folder / name).exists()
+            if name == "manifest.json" or (not present and name not in manifest.files):
+                continue
+            if not present:
+                problems.append(f"{name} is missing, though the manifest names it")
+            elif manifest.files.get(name) != sha256_of(folder / name):
+                problems.append(f"{name} is not the file that was published (sha256)")
+        if manifest.base_fingerprint != base_fingerprint:
+            problems.append(f"it was trained on draft {manifest.base_fingerprint}, this one is {base_fingerprint}")
+        if manifest.tokenizer_fingerprint != tokenizer_fingerprint:
+            problems.append("its tokenizer is another one")
+        if problems:
+            raise AdapterRejected(f"adapter {folder.name}: " + "; ".join(problems))
+        return manifest
+
+    def confine(self, path: Path) -> Path:
+        """`path` if it is directly inside this folder, without links. Raises AdapterRejected."""
+        name = path.name
+        if path.parent not in (self.folder, Path(".")) and path.parent.absolute() != self.folder.absolute():
+            raise AdapterRejected(f"{path} lies outside {self.folder}")
+        if not ID.fullmatch(name):
+            raise AdapterRejected(f"{name!r} is not an adapter id")
+        inside = self.folder / name
+        if inside.is_symlink():
+            raise AdapterRejected(f"adapter {name}: a link, not a folder")
+        if not inside.is_dir():
+            raise AdapterRejected(f"there is no adapter {name}")
+        return inside
+
+    def _file_problems(self, folder: Path) -> list[str]:
+        present = {path.name: path.lstat() for path in folder.iterdir()}
+        problems = [f"{name} is missing" for name in REQUIRED if name not in present]
+        for name, info in sorted(present.items()):
+            if name not in FILES:
+                problems.append(f"{name} does not belong in an adapter")
+            elif not stat.S_ISREG(info.st_mode):
+                problems.append(f"{name} is not a regular file")
+            elif info.st_size > MAX_FILE:
+                problems.append(f"{name} has {info.st_size} bytes")
+        if not problems:
+            problem = header_problem(folder / "adapters.safetensors")
+            problems += [problem] if problem else []
+        return problems

@@ -1,0 +1,147 @@
+"""An adapter directory's files to and from tensors: what `adapters.py` verifies as files is here verified as an adapter.
+
+Names, shapes and values are checked all at once against the draft it is for; a zero adapter is refused, because it is one
+that was never trained.
+"""
+
+import json
+import math
+from pathlib import Path
+from tokenize import TokenError
+from typing import Annotated, Literal
+
+import mlx.core as mx
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from specl.shared.adapters.manifest import reasons
+from specl.shared.adapters.registry import Adapters, Manifest
+from specl.shared.engine.engine import Engine, LoadedAdapter
+from specl.shared.errors import AdapterRejected
+from specl.shared.models.head import HeadDraft
+from specl.shared.models.lora import LoraShape, Weights, examining, norming
+from specl.shared.runtime.incremental import Pieces, at_once
+
+
+def write_files(folder: Path, shape: LoraShape, weights: Weights, hot: np.ndarray | None) -> None:
+    """adapters.safetensors and adapter_config.json as mlx-lm writes them (scale = alpha / rank), hot_vocab.npy. Raises OSError."""
+    try:
+        mx.save_safetensors(str(folder / "adapters.safetensors"), dict(weights), metadata={"format": "mlx"})
+    except RuntimeError as error:  # what mlx says of a full disk
+        raise OSError(f"the adapter could not be written to {folder}: {error}") from error
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": -1,
+        "lora_parameters": {
+            "rank": shape.rank,
+            "scale": shape.scale,
+            "dropout": shape.dropout,
+            "keys": list(shape.keys),
+        },
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    if hot is not None:
+        np.save(folder / "hot_vocab.npy", hot.astype(np.uint32))
+
+
+def _distinct(keys: list[str]) -> list[str]:
+    if len(set(keys)) != len(keys):
+        raise ValueError("a layer is named twice")
+    return keys
+
+
+class _LoraParameters(BaseModel):
+    """What is read of mlx-lm's `lora_parameters`."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    rank: Annotated[int, Field(ge=1)]
+    scale: float
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    keys: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class _AdapterConfig(BaseModel):
+    """What is read of an adapter_config.json; mlx-lm writes its training arguments beside it."""
+
+    model_config = ConfigDict(strict=True)
+
+    fine_tune_type: Literal["lora"]
+    lora_parameters: _LoraParameters
+
+
+def read_shape(folder: Path) -> LoraShape:
+    """The LoRA of an adapter_config.json. Raises AdapterRejected with every field that is wrong."""
+    try:
+        lora = _AdapterConfig.model_validate_json((folder / "adapter_config.json").read_bytes()).lora_parameters
+    except OSError as error:
+        raise AdapterRejected(f"adapter {folder.name}: adapter_config.json cannot be read: {error}") from error
+    except ValidationError as error:
+        raise AdapterRejected(f"adapter {folder.name}: adapter_config.json cannot be used: {reasons(error)}") from error
+    return LoraShape(lora.rank, lora.scale * lora.rank, lora.dropout, tuple(lora.keys))
+
+
+def load_adapter(adapters: Adapters, path: str | Path, engine: Engine) -> tuple[LoadedAdapter, Manifest]:
+    """Verify everything about an adapter for this engine's draft and read it. Raises AdapterRejected with the reasons."""
+    return at_once(loading(adapters, path, engine))
+
+
+def loading(adapters: Adapters, path: str | Path, engine: Engine) -> Pieces[tuple[LoadedAdapter, Manifest]]:
+    """`load_adapter` in pieces."""
+    draft = engine.draft
+    if draft is None:
+        raise AdapterRejected("there is no draft model to adapt")
+    manifest = adapters.verify(path, engine.draft_fingerprint, engine.target.tokenizer_fingerprint)
+    yield
+    folder = adapters.folder / manifest.id
+    shape = read_shape(folder)
+    try:
+        weights: Weights = mx.load(str(folder / "adapters.safetensors"))
+        mx.eval(weights)  # mx.load is lazy: evaluated now, nothing that happens to the file later matters
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AdapterRejected(f"adapter {manifest.id}: its weights cannot be read: {error}") from error
+    hot = read_hot(folder / "hot_vocab.npy") if "hot_vocab.npy" in manifest.files else None
+    yield
+    if found := (yield from misfits(engine, shape, weights, hot)):
+        raise AdapterRejected(f"adapter {manifest.id}: " + "; ".join(found))
+    return LoadedAdapter(manifest.id, shape, weights, hot.astype(np.int64) if hot is not None else None), manifest
+
+
+def misfits(engine: Engine, shape: LoraShape, weights: Weights, hot: np.ndarray | None) -> Pieces[list[str]]:
+    """Everything that keeps these tensors from being an adapter for `engine`'s draft. Empty means usable."""
+    found = yield from examining(engine.draft_module, shape, weights)
+    if not found:
+        norm = yield from norming(shape, weights)
+        found = ["it changes nothing: every weight change is zero"] if norm == 0 else []
+        found += [] if math.isfinite(norm) else ["its weight changes overflow together"]
+    draft = engine.draft
+    if hot is not None and isinstance(draft, HeadDraft):
+        found += _hot_problems(hot, draft.shape.hot_size, int(draft.target.config["vocab_size"]))
+    return found
+
+
+def read_hot(path: Path) -> np.ndarray:
+    """The one array of a .npy file. Raises AdapterRejected where it is anything else."""
+    where = f"adapter {path.parent.name}: {path.name}"
+    try:
+        # mapped: a header that promises more than the file holds is found out before memory is asked for
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, TypeError, EOFError, OverflowError, RecursionError, SyntaxError, TokenError) as error:
+        raise AdapterRejected(f"{where} cannot be read: {error}") from error
+    if not isinstance(mapped, np.ndarray):
+        raise AdapterRejected(f"{where} is an archive, not one array")
+    return np.array(mapped)
+
+
+def _hot_problems(hot: np.ndarray, size: int, vocabulary: int) -> list[str]:
+    """Everything that keeps `hot` from naming `size` distinct tokens of a vocabulary. Empty means usable."""
+    if hot.ndim != 1 or not np.issubdtype(hot.dtype, np.integer):
+        return [f"its hot vocabulary is {hot.dtype} of shape {hot.shape}, not a list of token ids"]
+    found = []
+    if len(hot) != size:
+        found.append(f"its hot vocabulary has {len(hot)} tokens; the draft scores {size}")
+    if len(np.unique(hot)) != len(hot):
+        found.append("its hot vocabulary names a token twice")
+    if len(hot) and not 0 <= int(hot.min()) <= int(hot.max()) < vocabulary:
+        found.append(f"its hot vocabulary goes from {hot.min()} to {hot.max()}; tokens are 0 to {vocabulary - 1}")
+    return found

@@ -1,0 +1,147 @@
+"""Where daemons listen, and who may connect: addresses from the settings, CURVE keys from var/keys, the gateway's token. Knows
+no socket.
+
+ipc in a private folder is the default: whoever is this user may talk to the daemons, nobody else. TCP reaches further, so
+beyond loopback it needs keys; once keys are made, every socket uses them, ipc too. `server.json` stays with the daemons;
+`client.json` is all that a client on another machine needs.
+"""
+
+import ipaddress
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specl.shared.errors import ConfigError
+from specl.shared.paths import ROLES, Paths
+
+if TYPE_CHECKING:
+    from specl.shared.settings.schema import Bus, Gateway
+
+MAKE_KEYS = "make them with `specl-ctl keys make`, or set bus.host to 127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Z85 text as libzmq takes it. `server_secret` is empty on a machine that only connects."""
+
+    server_public: str
+    client_public: str
+    client_secret: str
+    server_secret: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One socket's address, and the keys it must show; None for a private ipc or loopback socket without keys."""
+
+    address: str
+    keys: Keys | None = None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nothing outside this machine reaches `host`. Names other than localhost are taken to be reachable."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_elsewhere(keys: Keys | None) -> bool:
+    """Whether these are the keys of a machine that only connects: the daemons and their files are on another one."""
+    return keys is not None and not keys.server_secret
+
+
+def read_keys(folder: Path) -> Keys | None:
+    """The keys in `folder`, or None where there are none. Raises ConfigError for unreadable, exposed or broken ones."""
+    found: dict[str, str] = {}
+    for name in ("client.json", "server.json"):
+        path = folder / name
+        try:
+            if path.stat().st_mode & 0o077:
+                raise ConfigError(f"others may read the key file {path}", f"chmod 600 {path}")
+            found |= {key: str(value) for key, value in json.loads(path.read_text()).items()}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"the key file {path} cannot be used: {error}", "make new ones: `specl-ctl keys make --force`"
+            ) from error
+    if not found:
+        return None
+    try:
+        return Keys(**found)
+    except TypeError as error:
+        raise ConfigError(
+            f"the keys in {folder} are incomplete", "make new ones: `specl-ctl keys make --force`"
+        ) from error
+
+
+def write_keys(folder: Path, keys: Keys) -> None:
+    """Keep new keys (0700, 0600). Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    client = {
+        "server_public": keys.server_public,
+        "client_public": keys.client_public,
+        "client_secret": keys.client_secret,
+    }
+    for name, content in (("client.json", client), ("server.json", {"server_secret": keys.server_secret})):
+        scratch = folder / f".{name}"
+        with open(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(content, file)
+        os.rename(scratch, folder / name)
+
+
+def gateway_token(settings: "Gateway") -> str | None:
+    """The bearer token in force. Raises ConfigError where it is too short to be one."""
+    token = os.environ.get("SPECL_GATEWAY_TOKEN") or settings.token
+    if token is not None and len(token) < 16:
+        raise ConfigError("SPECL_GATEWAY_TOKEN has less than 16 characters", "`openssl rand -hex 16` makes one")
+    return token
+
+
+def check_exposure(settings: "Gateway", token: str | None) -> None:
+    """Raises ConfigError where other machines could connect without that being wanted and guarded."""
+    if is_loopback(settings.host):
+        return
+    missing = []
+    if not settings.allow_remote:
+        missing.append("gateway.allow_remote: true")
+    if token is None:
+        missing.append("a gateway.token (or SPECL_GATEWAY_TOKEN)")
+    if missing:
+        raise ConfigError(
+            f"gateway.host {settings.host} is beyond loopback, which needs {' and '.join(missing)}",
+            "set that, or gateway.host to 127.0.0.1",
+        )
+
+
+class Addresses:
+    """Both endpoints of every role on one run directory.
+
+    Raises ConfigError for TCP beyond loopback without keys, and for a run directory whose name is too long for a socket.
+    """
+
+    def __init__(self, paths: Paths, bus: "Bus") -> None:
+        self._paths, self._bus = paths, bus
+        self.keys = read_keys(paths.keys)
+        if bus.transport == "tcp" and not is_loopback(bus.host) and self.keys is None:
+            raise ConfigError(
+                f"bus.host {bus.host} is beyond loopback and there are no keys in {paths.keys}", MAKE_KEYS
+            )
+
+    def answer(self, role: str) -> Endpoint:
+        """Where `role` answers requests."""
+        return self._endpoint(role, 0)
+
+    def publish(self, role: str) -> Endpoint:
+        """Where `role` publishes hints."""
+        return self._endpoint(role, 1)
+
+    def _endpoint(self, role: str, place: int) -> Endpoint:
+        if self._bus.transport == "ipc":
+            return Endpoint(self._paths.socket(role + ("-pub" if place else "")), self.keys)
+        host = f"[{self._bus.host}]" if ":" in self._bus.host else self._bus.host
+        return Endpoint(f"tcp://{host}:{self._bus.port + 2 * ROLES.index(role) + place}", self.keys)

@@ -1,0 +1,149 @@
+"""What a producer has recorded and the collector has not yet committed. One SQLite file a producer; survives kill -9.
+
+The promise: a record is *accepted* when `append` returns, and stays here until its id comes back as done. Order is that
+of acceptance. A disk that refuses now is asked again with the next record, so nothing needs a restart. Knows nothing of
+sockets and never opens a record's bytes, save to purge.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from specl.shared.errors import OutboxFull
+from specl.shared.messaging.messages import FETCH_BYTES, FETCH_LIMIT, Row
+from specl.shared.runtime.failpoints import crash_point
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS outbox (
+  n INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, kind TEXT NOT NULL, body BLOB NOT NULL
+)
+"""
+
+
+class Outbox:
+    """The file at `path`, made where it is missing. Safe to use from several threads of one process.
+
+    Making one never fails: where the file cannot be opened (a full or read-only disk), `trouble` says why and every use
+    tries again.
+    """
+
+    def __init__(self, path: Path, limit_bytes: int = 1024**3) -> None:
+        self.path = path
+        self.limit_bytes = limit_bytes
+        self.trouble = ""
+        self._lock = threading.Lock()
+        self._opened: sqlite3.Connection | None = None
+        self._bytes = self._count = 0
+        with suppress(OutboxFull), self._use():
+            pass
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch(mode=0o600)
+        db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=5.0)
+        try:
+            # FULL: `append` returns after the commit is on disk; secure_delete: a purged text leaves no free pages
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=ON", "secure_delete=ON"):
+                db.execute(f"PRAGMA {pragma}")
+            db.execute(_SCHEMA)
+            sums = "SELECT coalesce(sum(length(body)), 0), count(*) FROM outbox"
+            self._bytes, self._count = db.execute(sums).fetchone()
+        except sqlite3.Error:
+            db.close()
+            raise
+        return db
+
+    @contextmanager
+    def _use(self) -> Iterator[sqlite3.Connection]:
+        """The open file, for one thread at a time. Raises OutboxFull for whatever SQLite or the disk refuses."""
+        with self._lock:
+            try:
+                if self._opened is None:
+                    self._opened = self._open()
+                yield self._opened
+            except (sqlite3.Error, OSError) as error:
+                if self._opened is not None and self._opened.in_transaction:
+                    with suppress(sqlite3.Error):  # SQLite has rolled back by itself after some errors
+                        self._opened.execute("ROLLBACK")
+                self.trouble = f"the outbox {self.path}: {error}"
+                raise OutboxFull(self.trouble, "free some disk; recording goes on by itself") from error
+            self.trouble = ""
+
+    def append(self, id: str, kind: str, body: bytes) -> None:
+        """Accept a record. Raises OutboxFull, with nothing changed, at the size cap or where the disk refuses."""
+        with self._use() as db:
+            if self._bytes + len(body) > self.limit_bytes:
+                raise OutboxFull(f"the outbox holds {self._bytes >> 20} MiB; its limit is {self.limit_bytes >> 20} MiB")
+            crash_point("outbox.before_commit")
+            try:
+                db.execute("INSERT INTO outbox (id, kind, body) VALUES (?, ?, ?)", (id, kind, body))
+            except sqlite3.IntegrityError:
+                return  # the same record twice is that record once
+            self._bytes += len(body)
+            self._count += 1
+            crash_point("outbox.after_commit")
+
+    def discard(self, ids: Iterable[str]) -> None:
+        """Let go of what the collector has committed. Raises OutboxFull, with nothing changed, where the disk refuses."""
+        wanted = list(ids)
+        if not wanted:
+            return
+        with self._use() as db:
+            crash_point("outbox.before_delete")
+            db.execute("BEGIN IMMEDIATE")
+            gone = 0, 0
+            for id in wanted:
+                for (size,) in db.execute("DELETE FROM outbox WHERE id = ? RETURNING length(body)", (id,)).fetchall():
+                    gone = gone[0] + size, gone[1] + 1
+            db.execute("COMMIT")
+            self._bytes, self._count = self._bytes - gone[0], self._count - gone[1]
+            crash_point("outbox.after_delete")
+
+    def oldest(self, limit: int = FETCH_LIMIT, max_bytes: int = FETCH_BYTES) -> list[Row]:
+        """The oldest records, at most `limit` of them and `max_bytes` together (one always fits). Raises OutboxFull
+        where the disk cannot be read.
+        """
+        rows: list[Row] = []
+        size = 0
+        with self._use() as db:
+            cursor = db.execute(
+                "SELECT id, kind, body FROM outbox ORDER BY n LIMIT ?", (max(0, min(limit, FETCH_LIMIT)),)
+            )
+            for id, kind, body in cursor:
+                size += len(body)
+                if rows and size > max_bytes:
+                    break
+                rows.append(Row(id, kind, body))
+        return rows
+
+    @property
+    def pending(self) -> int:
+        """Records that wait."""
+        return self._count
+
+    @property
+    def bytes(self) -> int:
+        """Their size."""
+        return self._bytes
+
+    def matching(self, wanted: Callable[[Row], bool]) -> list[str]:
+        """Ids of the records that `wanted` is true of."""
+        with self._use() as db:
+            rows = db.execute("SELECT id, kind, body FROM outbox ORDER BY n")
+            return [row.id for row in (Row(*values) for values in rows) if wanted(row)]
+
+    def purge(self, ids: Iterable[str]) -> None:
+        """Forget these records, accepted or not: a user's wish stands above the promise."""
+        self.discard(ids)
+        with self._use() as db:
+            (busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise sqlite3.OperationalError("another program reads it; the write-ahead log could not be emptied")
+
+    def close(self) -> None:
+        """Close the file; nothing is lost by not calling this."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened.close()

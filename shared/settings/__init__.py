@@ -1,0 +1,1 @@
+"""The typed settings tree, read from one YAML file."""

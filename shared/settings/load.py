@@ -1,0 +1,136 @@
+"""Settings from a YAML file. Unknown or bad keys are errors that name the key, its line and what is allowed."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.reader import ReaderError
+
+from specl.shared.errors import ConfigError
+from specl.shared.settings.cache import settings_file
+from specl.shared.settings.schema import SECRETS, Settings
+
+
+def _known_keys(path: tuple[str | int, ...]) -> list[str]:
+    """The keys allowed in the section at `path`, or none where it is not a section."""
+    model: Any = Settings
+    for part in path:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = getattr(field, "annotation", None)
+    return list(getattr(model, "model_fields", {}))
+
+
+def _line_of(tree: Any, path: tuple[str | int, ...]) -> int | None:
+    """1-based line of the key at `path`, from the marks that ruamel keeps."""
+    line = None
+    for part in path:
+        if not hasattr(tree, "lc"):
+            break
+        try:
+            line = (tree.lc.key(part) if isinstance(part, str) else tree.lc.item(part))[0] + 1
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            break
+    return line
+
+
+def _keys(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The keys of the file among the parts of an error's `loc`. Below a section every part is one; below a value pydantic
+    also puts the names of the types that it tried (`int`, `constrained-int`, `list[str]`), and only an index is the file's.
+    """
+    path: list[str | int] = []
+    model: Any = Settings
+    for part in loc:
+        fields = getattr(model, "model_fields", None)
+        if fields is None and not isinstance(part, int):
+            continue
+        path.append(part)
+        model = getattr((fields or {}).get(part), "annotation", None)
+    return tuple(path)
+
+
+def _explain(file: Path, tree: Any, error: dict[str, Any]) -> str:
+    path = _keys(error["loc"])
+    line = _line_of(tree, path)
+    where = f"{file}:{line}" if line else str(file)
+    name = ".".join(str(part) for part in path) or "(the file)"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        close = get_close_matches(str(path[-1]), known, n=1)
+        guess = f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(known)}"
+        return f"{where}: unknown setting `{name}`{guess}"
+    given = "" if not path or path in SECRETS else f", not {error['input']!r}"
+    return f"{where}: `{name}`: {error['msg']}{given}"
+
+
+def parse_settings(text: str, file: Path) -> Settings:
+    """Read settings from YAML. Raises ConfigError that lists every problem, each with file, line and key."""
+    try:
+        tree = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        problem = error.problem
+        if isinstance(error, DuplicateKeyError):  # its own words repeat both values, and one may be a token
+            problem = "a key stands there twice"
+        raise ConfigError(f"{file}:{line}: not YAML: {problem}") from error
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        code = error.character if isinstance(error.character, int) else ord(error.character)
+        raise ConfigError(f"{file}:{line}: not YAML: the character U+{code:04X} is not allowed") from error
+    except (YAMLError, ValueError, RecursionError) as error:  # ruamel lets what Python says of odd values through
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{file}: not YAML that can be read: {reason}") from error
+    if tree is None:
+        return Settings()
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: settings are `key: value` pairs, not a {type(tree).__name__}")
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_explain(file, tree, dict(item)) for item in error.errors()))
+        raise ConfigError("\n".join(lines), "docs/settings.md has every key and its default") from error
+
+
+def load_settings(file: Path | None = None) -> Settings:
+    """The settings in force. Raises ConfigError for a missing, unreadable or bad file."""
+    file = file or settings_file()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the settings file {file}: {error}", "SPECL_CONFIG names it") from error
+    return parse_settings(text, file)
+
+
+def _described(model: type[BaseModel], path: str = "") -> list[str]:
+    """Markdown rows of every key under `model`."""
+    rows = []
+    for name, field in model.model_fields.items():
+        where = f"{path}{name}"
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += _described(kind, f"{where}.")
+            continue
+        default = "null" if field.default is None else str(field.default)
+        text = (field.description or "").replace("|", "\\|")
+        rows.append(f"| `{where}` | {default} | {text} |")
+    return rows
+
+
+def settings_document() -> str:
+    """docs/settings.md: every key, its default and its meaning (a test keeps the file equal to this)."""
+    head = [
+        "# Settings",
+        "",
+        "One YAML file, named by `SPECL_CONFIG` (default: the shipped `configs/default.yaml`). What a file leaves out has the",
+        "default of this table; unknown keys and wrong values are errors that name the file, the line and the key.",
+        "Environment: `SPECL_VAR` (run directory), `SPECL_MODELS` (converted models), `SPECL_BLAS` (a library, or `none`),",
+        "`SPECL_NATIVE=0` (no native CPU kernels).",
+        "",
+        "| key | default | meaning |",
+        "| --- | --- | --- |",
+    ]
+    return "\n".join([*head, *_described(Settings)]) + "\n"
