@@ -60,7 +60,7 @@ def ask(prompt: str, as_object: bool, no_record: bool, stop: tuple[str, ...], **
     if not prompt.strip():
         raise RequestRejected("the prompt is empty")
     with Client() as client:
-        pieces = client.stream(prompt, on_place=_tell_place, stop=list(stop), record=not no_record, **wish)
+        pieces = client.stream(prompt, on_position=_tell_place, stop=list(stop), record=not no_record, **wish)
         for text in pieces:
             if not as_object:
                 click.echo(text, nl=False)

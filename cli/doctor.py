@@ -15,7 +15,7 @@ import click
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.messaging.endpoints import Addresses, check_exposure, gateway_token
 from specl.shared.paths import DAEMONS, ROLES, find_paths
-from specl.shared.runtime.supervisor import holder_of, is_locked
+from specl.shared.runtime.locks import holder_of, is_locked
 from specl.shared.settings.load import load_settings, settings_file
 from specl.shared.settings.plugins import is_hook, load_hook
 

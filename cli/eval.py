@@ -17,7 +17,7 @@ from specl.shared.settings.load import load_settings
 if TYPE_CHECKING:
     from specl.shared.bench.compare_adapters import Difference, Side
     from specl.shared.bench.prompt_sets import BenchPrompt
-    from specl.shared.engine.engine import Engine
+    from specl.shared.engine.core import EngineCore
 
 NONE = "none"
 
@@ -58,13 +58,13 @@ def evaluate(
     engine = _load()
     from specl.shared.bench import compare_adapters
     from specl.shared.bench.prompt_sets import BenchPrompt
-    from specl.shared.engine.sampling import Law
+    from specl.shared.sampling_params import SamplingParams
 
     items = [BenchPrompt(str(item.line), file, item.messages) for item in prompts]
     sides = [compare_adapters.Side(name, _adapter(engine, name)) for name in names]
-    law = Law(temperature=temperature)
+    sampling = SamplingParams(temperature=temperature)
     items = _fitting(engine, items, max_tokens)
-    plain = compare_adapters.duel(engine, items, max_tokens, law, sides, _tell)
+    plain = compare_adapters.duel(engine, items, max_tokens, sampling, sides, _tell)
     report(sides, compare_adapters.difference(*sides), plain, len(items), as_object)
 
 
@@ -83,15 +83,15 @@ def _hint(name: str) -> str:
     return "no adapter is in force; `specl-ctl train --now` makes one" if name == "current" else "name two that differ"
 
 
-def _load() -> "Engine":
-    from specl.cli.memory_check import check_room, folders
+def _load() -> "EngineCore":
+    from specl.cli.memory_check import check_memory, folders
     from specl.shared.engine.load import load_pair
     from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
     from specl.shared.models.load import to_stderr
 
     paths, settings = find_paths(), load_settings()
     target, draft = folders(settings, paths.models)
-    check_room(settings, paths, target, draft, "loading the models a second time")
+    check_memory(settings, paths, target, draft, "loading the models a second time")
     engine = load_pair(settings, paths.models, to_stderr)
     if engine.draft is None:
         raise ConfigError("there is no draft to evaluate", "set models.draft.name")
@@ -100,14 +100,14 @@ def _load() -> "Engine":
     return engine
 
 
-def _adapter(engine: "Engine", name: str) -> Any:
+def _adapter(engine: "EngineCore", name: str) -> Any:
     from specl.shared.adapters.tensors import load_adapter
 
     adapters = Adapters(find_paths().adapters)
     return None if name == NONE else load_adapter(adapters, adapters.folder / name, engine)[0]
 
 
-def _fitting(engine: "Engine", items: "list[BenchPrompt]", limit: int) -> "list[BenchPrompt]":
+def _fitting(engine: "EngineCore", items: "list[BenchPrompt]", limit: int) -> "list[BenchPrompt]":
     """Those that leave room for an answer in the target's context."""
     room = engine.target.context_length - limit
     kept = [item for item in items if len(engine.encode_chat(item.messages)[1]) <= room]

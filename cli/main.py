@@ -12,7 +12,7 @@ from specl.shared.errors import SpecLoraError
 # command -> (module in specl.cli, attribute, one line for the list)
 COMMANDS = {
     "ask": ("ask", "ask", "Ask the model; the answer streams as it is generated."),
-    "chat": ("chat.command", "chat", "Talk with the model, turn by turn."),
+    "chat": ("chat.command", "chat", "ChatSession with the model, turn by turn."),
     "status": ("status", "status", "Who runs, acceptance, failures, training, problems."),
     "collect": ("collect", "collect", "Answer a file of prompts, so that there is something to learn from."),
     "eval": ("eval", "evaluate", "Compare two adapters on a file of prompts: acceptance, agreement, speed."),

@@ -9,7 +9,7 @@ from specl.shared.errors import ModelError
 from specl.shared.models import memory
 from specl.shared.models.load import located
 from specl.shared.paths import Paths
-from specl.shared.runtime.supervisor import is_locked
+from specl.shared.runtime.locks import is_locked
 from specl.shared.settings.schema import Settings
 
 
@@ -26,7 +26,7 @@ def here(name: str, models: Path) -> Path | None:
     return path if path is not None and path.is_dir() else None
 
 
-def check_room(settings: Settings, paths: Paths, target: Path | None, draft: Path | None, what: str) -> None:
+def check_memory(settings: Settings, paths: Paths, target: Path | None, draft: Path | None, what: str) -> None:
     """Raises ModelError where the models in these folders do not fit beside the daemons'. Says so where nobody can tell; of
     a model that is not here yet nothing is known.
     """

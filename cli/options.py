@@ -24,8 +24,8 @@ TOP_P = Number(0, 1, min_open=True)
 _SAMPLING = {
     "max-tokens": (click.IntRange(1), "Most tokens of an answer."),
     "temperature": (TEMPERATURE, "0 is greedy: the target's own first choice every time."),
-    "top-p": (TOP_P, "Draw from the fewest tokens that weigh this much."),
-    "top-k": (click.IntRange(0), "Draw from this many tokens at most; 0: all."),
+    "top-p": (TOP_P, "DraftSampler from the fewest tokens that weigh this much."),
+    "top-k": (click.IntRange(0), "DraftSampler from this many tokens at most; 0: all."),
     "min-p": (Number(0, 1), "Leave out tokens less likely than this share of the first."),
     "seed": (click.IntRange(-(2**63), 2**63 - 1), "One seed, one text, whatever drafts."),
 }

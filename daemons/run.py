@@ -10,7 +10,9 @@ from specl.shared.messaging.bus import Server
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.paths import Paths, find_paths
 from specl.shared.runtime import log
-from specl.shared.runtime.supervisor import EX_CONFIG, EX_TEMPFAIL, Lock, StopFlag, keeper
+from specl.shared.runtime.locks import Lock
+from specl.shared.runtime.signals import StopFlag, supervisor_pid
+from specl.shared.runtime.supervisor import EX_CONFIG, EX_TEMPFAIL
 from specl.shared.settings.load import load_settings, settings_file
 from specl.shared.settings.schema import Settings
 
@@ -35,7 +37,7 @@ def run_daemon(role: str, main: Main) -> int:
         addresses = Addresses(paths, settings.bus)
         server = Server(addresses.answer(role), addresses.publish(role))
         try:
-            main(paths, settings, server, StopFlag(server.wake, keeper()))
+            main(paths, settings, server, StopFlag(server.wake, supervisor_pid()))
         finally:
             server.close()
 

@@ -4,7 +4,8 @@ import sys
 
 from specl.shared.paths import DAEMONS, find_paths
 from specl.shared.runtime import log
-from specl.shared.runtime.supervisor import EX_CONFIG, keep, step_back
+from specl.shared.runtime.signals import lower_priority
+from specl.shared.runtime.supervisor import EX_CONFIG, supervise
 
 
 def main() -> int:
@@ -14,8 +15,8 @@ def main() -> int:
         return EX_CONFIG
     log.set_up(f"keep-{sys.argv[1]}", None)
     if sys.argv[1] == "trainer":
-        step_back()
-    return keep(sys.argv[1], find_paths().run)
+        lower_priority()
+    return supervise(sys.argv[1], find_paths().run)
 
 
 if __name__ == "__main__":

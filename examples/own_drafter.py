@@ -1,13 +1,13 @@
-"""A drafter of one's own: what followed this token last time. `python examples/own_drafter.py [TARGET]`.
+"""A drafter of one's own: what followed this token last time. `python examples/custom_drafter.py [TARGET]`.
 
-For the daemons: `speculative: {drafter: "own_drafter:make"}` in the settings, with this folder on PYTHONPATH.
+For the daemons: `speculative: {drafter: "custom_drafter:make"}` in the settings, with this folder on PYTHONPATH.
 """
 
 import sys
 from collections.abc import Sequence
 
 from specl import Engine
-from specl.shared.engine.drafters import NOTHING, Draft, Draw
+from specl.shared.engine.drafters import NOTHING, Draft, DraftSampler
 from specl.shared.engine.sampling import point_mass
 from specl.shared.models.load import LanguageModel
 
@@ -32,7 +32,7 @@ class Bigrams:
         self.text, self.after = [], {}
         self.extend(text, None)
 
-    def propose(self, k: int, draw: Draw) -> Draft:
+    def propose(self, k: int, draw: DraftSampler) -> Draft:
         """At most k tokens; for each the law it was drawn from (here: it could be no other) and a confidence."""
         tokens, last = [], self.text[-1]
         while len(tokens) < k and last in self.after:

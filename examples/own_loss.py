@@ -27,8 +27,8 @@ def reverse_kl(logits: mx.array, teacher: Teacher, settings: LossSettings) -> tu
 
 
 if __name__ == "__main__":
-    law = mx.log(mx.array([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]))
-    teacher = Teacher(mx.array([[4, 1, 7], [0, 2, 3]]), law, mx.array([4, 0]), mx.ones(2))
+    sampling = mx.log(mx.array([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]))
+    teacher = Teacher(mx.array([[4, 1, 7], [0, 2, 3]]), sampling, mx.array([4, 0]), mx.ones(2))
     logits, optimizer = {"logits": mx.zeros((2, 10))}, optim.Adam(learning_rate=0.1)
     step = mx.value_and_grad(lambda p: reverse_kl(p["logits"], teacher, LossSettings())[0].mean())
     for number in range(101):

@@ -19,9 +19,9 @@ from specl.shared.settings.load import load_settings
 from specl.shared.settings.schema import Settings
 
 if TYPE_CHECKING:
-    from specl.shared.engine.custom_drafter import MakeDrafter
+    from specl.shared.engine.core import EngineCore
+    from specl.shared.engine.custom_drafter import DrafterFactory
     from specl.shared.engine.decode import Session
-    from specl.shared.engine.engine import Engine as Core
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 WISHES = (*SAMPLING, "seed", "max_tokens", "stop", "system", "num_draft_tokens", "ngram")
@@ -41,9 +41,9 @@ class Answer:
 class Engine:
     """A target with at most one draft, loaded here. `last` is the answer that was given last."""
 
-    def __init__(self, core: "Core", paths: Paths | None = None) -> None:
+    def __init__(self, core: "EngineCore", paths: Paths | None = None) -> None:
         """From an engine that is loaded already; people call `Engine.load`."""
-        self._core: Core | None = core
+        self._core: EngineCore | None = core
         self._paths = paths
         self._thread = threading.get_ident()
         self.last: Answer | None = None
@@ -57,7 +57,7 @@ class Engine:
         draft: str | None = AUTO,
         *,
         adapter: str = "",
-        drafter: "MakeDrafter | None" = None,
+        drafter: "DrafterFactory | None" = None,
         settings: Settings | None = None,
         paths: Paths | None = None,
         calibrate: bool = True,
@@ -71,7 +71,7 @@ class Engine:
         from specl.shared.engine.load import load_pair
 
         settings, paths = settings or load_settings(), (paths or find_paths()).create()
-        core = load_pair(_with_models(settings, target, draft), paths.models, make_drafter=drafter)
+        core = load_pair(_with_models(settings, target, draft), paths.models, drafter_factory=drafter)
         engine = cls(core, paths)
         if calibrate:
             core.calibrate(paths.costs)
@@ -101,22 +101,24 @@ class Engine:
         stop = wish.get("stop") or ()
         return self._answer(core, session, rendered, (stop,) if isinstance(stop, str) else tuple(stop))
 
-    def _options(self, core: "Core", wish: dict[str, Any]) -> Any:
+    def _options(self, core: "EngineCore", wish: dict[str, Any]) -> Any:
         from specl.shared.engine.decode import Options
-        from specl.shared.engine.sampling import Law
+        from specl.shared.sampling_params import SamplingParams
 
         defaults = core.settings.speculative
         given = {name: value for name, value in wish.items() if value is not None}
-        law = Law(**{name: given.get(name, getattr(defaults, name)) for name in SAMPLING}, seed=given.get("seed"))
+        sampling = SamplingParams(
+            **{name: given.get(name, getattr(defaults, name)) for name in SAMPLING}, seed=given.get("seed")
+        )
         fixed = defaults.num_draft_tokens if defaults.num_draft_tokens != "auto" else None
         return Options(
-            law=law.check(),
+            sampling=sampling.validate(),
             max_tokens=given.get("max_tokens", defaults.max_tokens),
             num_draft_tokens=given.get("num_draft_tokens", fixed),
             ngram=given.get("ngram", defaults.ngram),
         )
 
-    def _answer(self, core: "Core", session: "Session", rendered: str, stop: tuple[str, ...]) -> Iterator[str]:
+    def _answer(self, core: "EngineCore", session: "Session", rendered: str, stop: tuple[str, ...]) -> Iterator[str]:
         from specl.shared.engine.text import TextStream
 
         began, first = time.perf_counter(), 0.0
@@ -135,9 +137,9 @@ class Engine:
         except GeneratorExit:  # between two rounds: all that was made still stands
             session.finish_reason = session.finish_reason or "cancelled"
         self._finished(core, session, text.text, 1000 * (first - began) if first else 0.0)
-        core.retire(session, core.adapter_id, rendered + text.text)
+        core.save_to_prefix_cache(session, core.adapter_id, rendered + text.text)
 
-    def _finished(self, core: "Core", session: "Session", text: str, ttft_ms: float) -> None:
+    def _finished(self, core: "EngineCore", session: "Session", text: str, ttft_ms: float) -> None:
         from specl.shared.engine.statistics import statistics
 
         stats = statistics(session, core.costs, ttft_ms)
@@ -180,7 +182,7 @@ class Engine:
             raise AdapterRejected(f"there is no adapter {name!r} in {adapters.folder}")
         core.use_adapter(load_adapter(adapters, adapters.folder / id, core)[0])
 
-    def _ready(self) -> "Core":
+    def _ready(self) -> "EngineCore":
         if self._core is None:
             raise SpecLoraError("this engine is closed", "load another with Engine.load")
         if threading.get_ident() != self._thread:
@@ -190,10 +192,10 @@ class Engine:
     def close(self) -> None:
         """Let the models go. Closing twice does no harm."""
         if self._core is not None:
-            from specl.shared.models.free_memory import give_back
+            from specl.shared.models.free_memory import free_memory
 
             self._core = None
-            give_back()
+            free_memory()
 
     def __enter__(self) -> "Engine":
         return self

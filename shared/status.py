@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from specl.shared.messaging.client import START, Client
 from specl.shared.paths import DAEMONS, ROLES, Paths
-from specl.shared.runtime.supervisor import holder_of, is_locked
+from specl.shared.runtime.locks import holder_of, is_locked
 
 if TYPE_CHECKING:
     from specl.shared.settings.schema import Settings

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from specl.shared.messaging.codec import encode
 from specl.shared.messaging.messages import (
     Activation,
     Adapter,
     Disagreement,
+    Envelope,
     Evaluation,
     Generation,
-    Row,
     TopK,
     TrainingRun,
-    encode,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -188,5 +188,5 @@ def make_adapter_record(id: str, **changes) -> Adapter:
     return Adapter(**(values | changes))
 
 
-def to_row(record) -> Row:
-    return Row(record.id, type(record).__name__, encode(record))
+def to_row(record) -> Envelope:
+    return Envelope(record.id, type(record).__name__, encode(record))

@@ -61,7 +61,15 @@ def test_files_say_what_they_are_and_stay_readable(path):
 
 
 @pytest.mark.parametrize(
-    "module", ["cli.status", "cli.ask", "shared.wire", "shared.bus", "shared.outbox", "shared.client"]
+    "module",
+    [
+        "cli.status",
+        "cli.ask",
+        "shared.messaging.codec",
+        "shared.messaging.bus",
+        "shared.messaging.outbox",
+        "shared.messaging.client",
+    ],
 )
 def test_light_modules_import_neither_mlx_nor_sqlalchemy(module):
     code = f"import sys, specl.{module}; print({{'mlx', 'mlx.core', 'sqlalchemy'}} & set(sys.modules))"

@@ -40,7 +40,7 @@ def import_(directory: Path, as_object: bool) -> None:
         raise SpecLoraError(f"{directory} could not be copied: {error}") from error
     with Client() as client:
         try:
-            reply = client.try_adapter(staged.name, directory.absolute().name)
+            reply = client.evaluate_adapter(staged.name, directory.absolute().name)
             if not reply.ok:
                 raise SpecLoraError(reply.message)
         except DaemonUnreachable:

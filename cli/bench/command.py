@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from specl.shared.bench.arms import Arm
     from specl.shared.bench.measure import Run
     from specl.shared.bench.prompt_sets import BenchPrompt
-    from specl.shared.engine.engine import Engine
+    from specl.shared.engine.core import EngineCore
 
 SETS = ("general", "code", "structured", "copy", "adversarial")
 WIDE = 120  # columns of tables that go to a file
@@ -134,12 +134,12 @@ class _Bench:
     """One invocation."""
 
     def __init__(self, stack: contextlib.ExitStack, **wish: Any) -> None:
-        from specl.shared.engine.sampling import Law
+        from specl.shared.sampling_params import SamplingParams
 
         self.wish, self.stack = wish, stack
         self.paths: Paths = find_paths()
         self.settings = _settings(wish["target"], wish["draft"])
-        self.law = Law(temperature=wish["temperature"], top_p=wish["top_p"])
+        self.sampling = SamplingParams(temperature=wish["temperature"], top_p=wish["top_p"])
         # a report on standard output stands alone there
         self.console = Console(stderr=wish["json_file"] == "-", highlight=False)
         if not self.console.is_terminal:
@@ -160,7 +160,7 @@ class _Bench:
             f"{len(items)} prompts x {self.wish['iterations']}, {len(arms)} arms, up to {self.wish['tokens']} tokens an answer"
         )
         plan = Plan(items, self.wish["tokens"], self.wish["iterations"], arms)
-        runs = measure(engine, plan, self.law.greedy, Teller())
+        runs = measure(engine, plan, self.sampling.greedy, Teller())
         report = as_json(runs)
         _print_tables(self.console, runs, report)
         self._write(report)
@@ -169,7 +169,7 @@ class _Bench:
 
             draw(runs, Path(self.wish["plot"]))
 
-    def _engine(self) -> "Engine":
+    def _engine(self) -> "EngineCore":
         from specl.shared.engine.load import load_pair
         from specl.shared.models import blas
         from specl.shared.models.load import to_stderr
@@ -197,49 +197,52 @@ class _Bench:
             self.console.print(f"set {name}: sha256 {digest[:16]}")
         return [item for name in names for item in prompt_sets.pick(name, self.wish["prompts"])]
 
-    def _arms(self, engine: "Engine") -> "list[Arm]":
+    def _arms(self, engine: "EngineCore") -> "list[Arm]":
         from specl.shared.bench.arms import STOCK, EngineArm, MlxSpeculativeArm, PlainArm, stock_copy
         from specl.shared.models.load import LanguageModel
 
-        law, top_k = self.law, self.settings.training.loss.top_k_logits
-        arms: list[Any] = [PlainArm(engine.target, law)]
+        sampling, top_k = self.sampling, self.settings.training.loss.top_k_logits
+        arms: list[Any] = [PlainArm(engine.target, sampling)]
         if self.wish["stock"]:
-            arms.append(PlainArm(stock_copy(engine.target, self.paths.models), law, STOCK))
+            arms.append(PlainArm(stock_copy(engine.target, self.paths.models), sampling, STOCK))
         if isinstance(engine.draft, LanguageModel):
-            arms += [MlxSpeculativeArm(engine.target, engine.draft, k, law) for k in self.wish["mlx_k"]]
+            arms += [MlxSpeculativeArm(engine.target, engine.draft, k, sampling) for k in self.wish["mlx_k"]]
         # without a draft a fixed length would go to the n-gram drafter: only 0 means anything
         fixed = self.wish["fixed"] if engine.draft is not None else [k for k in self.wish["fixed"] if k == 0]
-        arms += [EngineArm(f"k={k}", engine, law, k, ngram=False) for k in fixed]
-        arms.append(EngineArm("auto fast, no n-gram", engine, law, None, ngram=False))
-        arms.append(EngineArm("auto fast", engine, law, None, ngram=True))
-        arms.append(EngineArm("auto detailed", engine, law, None, ngram=True, capture_k=top_k))
+        arms += [EngineArm(f"k={k}", engine, sampling, k, ngram=False) for k in fixed]
+        arms.append(EngineArm("auto fast, no n-gram", engine, sampling, None, ngram=False))
+        arms.append(EngineArm("auto fast", engine, sampling, None, ngram=True))
+        arms.append(EngineArm("auto detailed", engine, sampling, None, ngram=True, capture_k=top_k))
         if not self.wish["no_daemon"]:
             from specl.shared.bench.scratch import DaemonArm
 
-            arms.append(DaemonArm(self._daemons(engine), law))
+            arms.append(DaemonArm(self._daemons(engine), sampling))
         return arms
 
-    def _suite(self, engine: "Engine") -> "list[Arm]":
+    def _suite(self, engine: "EngineCore") -> "list[Arm]":
         from specl.shared.adapters.registry import Adapters
         from specl.shared.adapters.tensors import load_adapter
         from specl.shared.bench.arms import EngineArm, PlainArm
 
         if engine.draft is None:
             raise ConfigError("--suite compares drafts, and there is no draft", "set models.draft.name")
-        law, adapters = self.law, Adapters(self.paths.adapters)
-        arms: list[Any] = [PlainArm(engine.target, law), EngineArm("target only", engine, law, 0, ngram=False)]
-        arms.append(EngineArm("base draft", engine, law, None, ngram=False))
-        arms.append(EngineArm("base draft, k=4", engine, law, 4, ngram=False))
+        sampling, adapters = self.sampling, Adapters(self.paths.adapters)
+        arms: list[Any] = [
+            PlainArm(engine.target, sampling),
+            EngineArm("target only", engine, sampling, 0, ngram=False),
+        ]
+        arms.append(EngineArm("base draft", engine, sampling, None, ngram=False))
+        arms.append(EngineArm("base draft, k=4", engine, sampling, 4, ngram=False))
         current = adapters.current()
         if not current:
             self.console.print("there is no adapter in force: the adapted draft is left out")
             return arms
         adapter, _ = load_adapter(adapters, adapters.folder / current, engine)
-        arms.append(EngineArm("adapted draft", engine, law, None, ngram=False, adapter=adapter))
-        arms.append(EngineArm("adapted draft, k=4", engine, law, 4, ngram=False, adapter=adapter))
+        arms.append(EngineArm("adapted draft", engine, sampling, None, ngram=False, adapter=adapter))
+        arms.append(EngineArm("adapted draft, k=4", engine, sampling, 4, ngram=False, adapter=adapter))
         return arms
 
-    def _daemons(self, engine: "Engine") -> Any:
+    def _daemons(self, engine: "EngineCore") -> Any:
         from specl.shared.bench.scratch import ScratchDaemons
 
         folder = getattr(engine.draft, "folder", None) or getattr(engine.draft, "path", None)
@@ -248,7 +251,7 @@ class _Bench:
         )
         return self.stack.enter_context(daemons)
 
-    def _crowds(self, engine: "Engine", items: "list[BenchPrompt]") -> list[dict[str, Any]]:
+    def _crowds(self, engine: "EngineCore", items: "list[BenchPrompt]") -> list[dict[str, Any]]:
         from dataclasses import asdict
 
         from specl.shared.bench.concurrency import measure_crowds
@@ -261,7 +264,7 @@ class _Bench:
             items,
             self.wish["clients"],
             self.wish["tokens"],
-            self.law,
+            self.sampling,
             self.wish["iterations"],
             lambda note: click.echo(note, err=True),
         )

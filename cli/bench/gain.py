@@ -13,7 +13,7 @@ from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.client import Client
 
 if TYPE_CHECKING:
-    from specl.shared.bench.stream import Item, Row
+    from specl.shared.bench.stream import Item, StreamRow
 
 FOLDER = "gain"
 WAYS = ("fixed", "auto")
@@ -28,7 +28,7 @@ class Gain(Learning):
         super().__init__(wish, out)
         share = self.settings.training.heldout_share
         self.small = scaled(self.settings, wish["requests"], share, wish["train_minutes"], 1.0, False, False)
-        self.passes: dict[str, dict[str, list[Row]]] = {}
+        self.passes: dict[str, dict[str, list[StreamRow]]] = {}
         self.run_of_training: dict[str, Any] = {}
 
     def measure(self) -> None:

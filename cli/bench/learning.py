@@ -28,7 +28,7 @@ from specl.shared.settings.load import load_settings
 from specl.shared.settings.schema import Settings
 
 if TYPE_CHECKING:
-    from specl.shared.bench.stream import Pass, Row
+    from specl.shared.bench.stream import Pass, StreamRow
 
 STREAM_REQUESTS, GAIN_REQUESTS = 200, 100
 STREAM_MINUTES, GAIN_MINUTES = 1.5, 5.0
@@ -204,7 +204,7 @@ class Learning:
             self.calibrated = folder
             yield client
 
-    def teacher(self, parts: "Sequence[tuple[str, list[Row]]]") -> None:
+    def teacher(self, parts: "Sequence[tuple[str, list[StreamRow]]]") -> None:
         """Agreement of rows, each with the run directory whose adapters drafted them."""
         from specl.shared.adapters.registry import Adapters
         from specl.shared.bench.rescore import Teacher

@@ -6,17 +6,15 @@ Both know `\"\"\"`: from a line that begins with it to one that ends with it is 
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import click
 
 from specl.shared.paths import Paths
+from specl.shared.retention.chat_history import FENCE, history_file, history_is_kept
 from specl.shared.settings.schema import Records
 
-FENCE = '"""'
 PROMPT, MORE = "> ", ". "
-HISTORY = "chat_history"  # in the logs' folder, where a purge looks message by message
 
 
 def messages(lines: Callable[[str], str]) -> Iterator[str]:
@@ -103,16 +101,6 @@ def _history(paths: Paths, records: Records, remember: bool) -> Any:
                 click.echo(f"messages are not remembered any more: {path}: {error.strerror}", err=True)
 
     return History(str(path))
-
-
-def history_file(paths: Paths) -> Path:
-    """Where typed messages are remembered."""
-    return paths.logs / HISTORY
-
-
-def history_is_kept(records: Records) -> bool:
-    """Whether the settings allow text to stay on disk unchanged and unlimited."""
-    return records.keep == "content" and not records.redact and not records.retention_days
 
 
 def is_interactive() -> bool:

@@ -44,7 +44,7 @@ Ctrl-C stops an answer. A message that begins with a slash is typed with two."""
 @click.option("--no-stats", is_flag=True, help="No line of statistics after each answer.")
 @click.option("--json", "as_object", is_flag=True, help="One JSON object an answer instead of streaming text.")
 def chat(system: str, show_draft: bool, no_record: bool, no_stats: bool, as_object: bool, **wish: Any) -> None:
-    """Talk with the model, turn by turn. /help lists what can be typed.
+    """ChatSession with the model, turn by turn. /help lists what can be typed.
 
     Without a terminal every line of standard input is a message:
 
@@ -52,7 +52,7 @@ def chat(system: str, show_draft: bool, no_record: bool, no_stats: bool, as_obje
     printf 'My name is Ada.\\nWhat is my name?\\n' | specl-ctl chat --temperature 0
     """
     with Client() as client:
-        talk = Talk(
+        talk = ChatSession(
             client, Conversation(system), wish | {"record": not no_record}, Face(show_draft, not no_stats, as_object)
         )
         if chat_input.is_interactive():
@@ -100,7 +100,7 @@ def coloured(delta: Delta) -> str:
     return "".join(out) + delta.text[place:]
 
 
-class Talk:
+class ChatSession:
     """One sitting: reads messages, answers or obeys."""
 
     def __init__(self, client: Client, conversation: Conversation, wish: dict[str, Any], face: Face) -> None:

@@ -120,7 +120,7 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
     A stopped build goes on where it was when the same command is run again. The draft is ready for
     `models.draft.name` in the settings file.
     """
-    from specl.cli.memory_check import check_room, here
+    from specl.cli.memory_check import check_memory, here
     from specl.shared.learning.build_draft import build as distil
     from specl.shared.models.head import load_head
     from specl.shared.models.load import load, to_stderr
@@ -135,7 +135,7 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
     if keep and not keep.parent.is_dir():
         raise ConfigError(f"--keep-answers {keep}: there is no folder {keep.parent}")
     name = target or settings.models.target.name
-    check_room(settings, paths, here(name, paths.models), None, "building a draft")
+    check_memory(settings, paths, here(name, paths.models), None, "building a draft")
     loaded = load(name, paths.models, settings.models.precision, to_stderr)
     short = Path(name).name
     chosen = _settings(wish, loaded, seconds)
@@ -228,11 +228,11 @@ def _command(target: str, limit: str, wish: dict[str, Any]) -> str:
 def _table(target: "LanguageModel", built: "Built", settings: Settings, costs: Path) -> None:
     """What was made, and what it does here: measured on held-out prompts, plain and drafted in turn."""
     from specl.shared import prompts
+    from specl.shared.engine.core import EngineCore
     from specl.shared.engine.decode import Options
-    from specl.shared.engine.engine import Engine
     from specl.shared.learning.gate import expected_rate
 
-    engine = Engine(target, built.draft, settings)
+    engine = EngineCore(target, built.draft, settings)
     costs.mkdir(parents=True, exist_ok=True)
     measured = engine.calibrate(costs)
     seconds, tokens = {0: 0.0, None: 0.0}, {0: 0, None: 0}

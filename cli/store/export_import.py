@@ -15,7 +15,7 @@ from specl.shared.store import Store
 
 if TYPE_CHECKING:
     from specl.cli.store.import_jsonl import Item
-    from specl.shared.messaging.messages import Row
+    from specl.shared.messaging.messages import Envelope
 
 BATCH_ROWS = 128  # records of one Import request
 BATCH_BYTES = 4 * 1024 * 1024
@@ -107,15 +107,16 @@ def import_(file: str, text_only: bool) -> None:
     from specl.cli.store.import_jsonl import Annotator, read_items, to_record
     from specl.cli.store.purge import need_files_here
     from specl.shared.messaging.client import Client
-    from specl.shared.messaging.messages import Row, encode
-    from specl.shared.retention.redaction import Discretion
+    from specl.shared.messaging.codec import encode
+    from specl.shared.messaging.messages import Envelope
+    from specl.shared.retention.redaction import Redactor
     from specl.shared.settings.load import load_settings
 
     items = read_items(file)
     present = _present([item.id for item in items])
     fresh = [item for item in items if item.id not in present]
     settings = load_settings()
-    discretion = Discretion(settings.records)
+    discretion = Redactor(settings.records)
     with Client(settings=settings) as client:
         need_files_here(client, "import")
         destination = _Destination(client)
@@ -124,7 +125,7 @@ def import_(file: str, text_only: bool) -> None:
         for item in _told(fresh):
             record = discretion.apply(annotate(item) if annotate is not None else to_record(item, None))
             learnable += record.top_k is not None
-            destination.add(Row(record.id, "Generation", encode(record)))
+            destination.add(Envelope(record.id, "Generation", encode(record)))
         destination.close()
     click.echo(
         f"{len(fresh)} generations stored, {learnable} of them to learn from; {len(items) - len(fresh)} were there already"
@@ -157,7 +158,7 @@ class _Destination:
     def __init__(self, client: Any) -> None:
         self._client, self._rows, self._bytes = client, [], 0
 
-    def add(self, row: "Row") -> None:
+    def add(self, row: "Envelope") -> None:
         """Take one; sent in batches."""
         if self._rows and (len(self._rows) >= BATCH_ROWS or self._bytes + len(row.body) > BATCH_BYTES):
             self._send()
@@ -171,7 +172,7 @@ class _Destination:
 
     def _send(self) -> None:
         from specl.shared.errors import AlreadyRunning
-        from specl.shared.runtime.supervisor import Lock, is_locked, wait_for_command
+        from specl.shared.runtime.locks import Lock, is_locked, wait_for_command
 
         paths = self._client.paths
         wait_for_command(paths.run, "collector")

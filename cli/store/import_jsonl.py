@@ -131,16 +131,16 @@ class Annotator:
     """Runs the target over texts that are already written. Loads it on construction; raises ModelError where it has no room."""
 
     def __init__(self, settings: Settings, models: Path) -> None:
-        from specl.cli.memory_check import check_room, here
-        from specl.shared.engine.engine import Engine
+        from specl.cli.memory_check import check_memory, here
+        from specl.shared.engine.core import EngineCore
         from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
         from specl.shared.models.load import load, to_stderr
 
         name = settings.models.target.name
         what = "reading texts with the target (--text-only does without)"
-        check_room(settings, find_paths(), here(name, models), None, what)
+        check_memory(settings, find_paths(), here(name, models), None, what)
         target = load(name, models, settings.models.precision, to_stderr)
-        self._engine = Engine(target, None, settings)
+        self._engine = EngineCore(target, None, settings)
         self._k = settings.training.loss.top_k_logits
 
     def __call__(self, item: Item) -> Generation:

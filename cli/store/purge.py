@@ -16,19 +16,19 @@ from typing import Any
 import click
 
 from specl.shared.adapters.registry import Adapters
-from specl.shared.engine.answer_history import PastAnswers
+from specl.shared.engine.answer_history import AnswerHistory
 from specl.shared.errors import AlreadyRunning, ConfigError, DaemonUnreachable, SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.endpoints import is_elsewhere
-from specl.shared.messaging.messages import Purge, Reply, Row
+from specl.shared.messaging.messages import Envelope, Purge, Reply
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
 from specl.shared.retention import checkpoints
 from specl.shared.retention.erasure_check import PRODUCERS, forget_typed, prove, remove_backups, rooms
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.purge_journal import PendingPurge, Wish
-from specl.shared.retention.redaction import is_meant, texts_of
-from specl.shared.runtime.supervisor import Lock, is_locked, wait_for_command
+from specl.shared.retention.redaction import purge_matches, texts_of
+from specl.shared.runtime.locks import Lock, is_locked, wait_for_command
 from specl.shared.store import PURGE_MOST, Store
 
 EVERYTHING = 250_000_000_000.0  # older than the year 9892 is everything
@@ -257,8 +257,8 @@ class Forgetting:
         texts: set[str] = set()
         typed: set[str] = set()
 
-        def collect(row: Row) -> bool:
-            if not is_meant(meant, row):
+        def collect(row: Envelope) -> bool:
+            if not purge_matches(meant, row):
                 return False
             found, said = texts_of(row)
             texts.update(found)
@@ -317,14 +317,14 @@ class Forgetting:
         if self.paths.outbox(role).exists():
             outbox = Outbox(self.paths.outbox(role))
             try:
-                ids = outbox.matching(lambda row: is_meant(wish, row))
+                ids = outbox.matching(lambda row: purge_matches(wish, row))
                 outbox.purge(ids)
             finally:
                 outbox.close()
         forgotten = [*wish.ids, *ids]
         if role == "inference":
             HiddenSpool(self.paths.hidden, 0).purge(forgotten)
-            PastAnswers(self.paths.answers).purge()
+            AnswerHistory(self.paths.answers).purge()
         elif forgotten:
             checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
         return Reply(True, "", {"ids": ids})

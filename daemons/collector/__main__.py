@@ -6,7 +6,7 @@ from specl.daemons.collector.service import Collector
 from specl.daemons.run import run_daemon
 from specl.shared.messaging.bus import Server
 from specl.shared.paths import Paths
-from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.runtime.signals import StopFlag
 from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
 

@@ -13,11 +13,11 @@ from specl.shared.messaging.bus import Server
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
     FETCH_LIMIT,
-    Batch,
     Fetch,
     GetStatus,
     Import,
     Purge,
+    RecordBatch,
     RecordReady,
     Reply,
     Status,
@@ -26,7 +26,7 @@ from specl.shared.paths import Paths
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.runtime import log
 from specl.shared.runtime.failpoints import crash_point
-from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.runtime.signals import StopFlag
 from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
 
@@ -85,7 +85,7 @@ class Collector:
 
     def _line(self, name: str, addresses: Addresses) -> Line:
         line = Line(name, lambda message: None)
-        line.send = self.server.asker(addresses.answer(name), lambda message: self._arrived(line, message))
+        line.send = self.server.requester(addresses.answer(name), lambda message: self._arrived(line, message))
         self.server.subscribe(addresses.publish(name), lambda message: self._hint(line, message))
         return line
 
@@ -178,7 +178,7 @@ class Collector:
 
     def _arrived(self, line: Line, message: Any) -> None:
         """A batch: commit it; only then do its ids travel back as done."""
-        if not isinstance(message, Batch):
+        if not isinstance(message, RecordBatch):
             return
         crash_point("fetch.after_reply")
         now = time.monotonic()

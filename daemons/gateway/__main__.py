@@ -5,7 +5,7 @@ import time
 from specl.daemons.run import leave, run_alone
 from specl.shared.paths import Paths
 from specl.shared.runtime import log
-from specl.shared.runtime.supervisor import StopFlag, keeper
+from specl.shared.runtime.signals import StopFlag, supervisor_pid
 from specl.shared.settings.schema import Settings
 
 LOOK_S = 0.2
@@ -13,7 +13,7 @@ LOOK_S = 0.2
 
 def main(paths: Paths, settings: Settings) -> None:
     """Serve until stopped; only wait where gateway.enabled is false: honcho ends all processes when one ends."""
-    stop = StopFlag(parent=keeper())
+    stop = StopFlag(parent=supervisor_pid())
     if settings.gateway.enabled:
         from specl.daemons.gateway.service import serve  # half a second of imports that one who waits can do without
 

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from specl.daemons.gateway.errors import Refusal
+from specl.daemons.gateway.errors import ApiError
 from specl.shared.settings.schema import Gateway
 
 OPEN_PATHS = ("/", "/health", "/app.js", "/style.css", "/favicon.svg")  # the page itself holds nothing
@@ -58,9 +58,9 @@ def _same_site(origin: str, host: str) -> bool:
         return False
 
 
-def _foreign(origin: str | None) -> Refusal:
+def _foreign(origin: str | None) -> ApiError:
     named = f": {origin[:80]!r} is not in gateway.origins" if origin else ""
-    return Refusal(403, f"requests from other sites are refused{named}", code="origin")
+    return ApiError(403, f"requests from other sites are refused{named}", code="origin")
 
 
 def _preflight(headers: Headers) -> Response:
@@ -92,7 +92,7 @@ class Rate:
         return left >= 1
 
 
-class Guard:
+class AccessControl:
     """Middleware in front of everything."""
 
     def __init__(self, app: ASGIApp, settings: Gateway, token: str | None) -> None:
@@ -123,7 +123,7 @@ class Guard:
                 await _preflight(headers)(scope, receive, send_guarded)
                 return
             self._check(scope, headers)
-        except Refusal as refusal:
+        except ApiError as refusal:
             await refusal.response()(scope, receive, send_guarded)
             return
         await self._app(scope, self._bounded(receive), send_guarded)
@@ -138,7 +138,7 @@ class Guard:
         host = headers.get("host", "")
         name = host_name(host)
         if not (is_address(name) or name in self._hosts):
-            raise Refusal(403, f"the host name {name[:80]!r} is not in gateway.hosts", code="host")
+            raise ApiError(403, f"the host name {name[:80]!r} is not in gateway.hosts", code="host")
         origin = headers.get("origin")
         if origin in self._origins:
             return
@@ -154,22 +154,22 @@ class Guard:
             self._check_body(headers)
             client = scope.get("client")
             if not self._rate.allows(client[0] if client else "", time.monotonic()):
-                raise Refusal(429, "too many requests a minute (gateway.requests_per_minute)", code="rate_limit")
+                raise ApiError(429, "too many requests a minute (gateway.requests_per_minute)", code="rate_limit")
 
     def _check_token(self, headers: Headers) -> None:
         kind, _, shown = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(shown.strip().encode(), self._token.encode()):
-            raise Refusal(401, "a bearer token is needed (gateway.token)", code="invalid_api_key")
+            raise ApiError(401, "a bearer token is needed (gateway.token)", code="invalid_api_key")
 
     def _check_body(self, headers: Headers) -> None:
         # a form of another site cannot send this type without asking first, and asking is answered with no
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refusal(415, "the body must be JSON: `Content-Type: application/json`", code="content_type")
+            raise ApiError(415, "the body must be JSON: `Content-Type: application/json`", code="content_type")
         if int(headers.get("content-length", "0")) > self._most_bytes:
             raise self._too_large()
 
-    def _too_large(self) -> Refusal:
-        return Refusal(
+    def _too_large(self) -> ApiError:
+        return ApiError(
             413, f"the body is larger than {self._most_bytes >> 10} KB (gateway.max_body_kb)", code="too_large"
         )
 
@@ -185,7 +185,7 @@ class Guard:
                 message = await asyncio.wait_for(receive(), due - time.monotonic())
             except TimeoutError:
                 late = f"the body did not come within {self._patience_s:g} s (gateway.request_timeout_s)"
-                raise Refusal(408, late, code="timeout") from None
+                raise ApiError(408, late, code="timeout") from None
             whole = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > self._most_bytes:

@@ -14,16 +14,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from specl.daemons.gateway.access_control import Guard
-from specl.daemons.gateway.dashboard import Board
-from specl.daemons.gateway.errors import Refusal, refusal_of
+from specl.daemons.gateway.access_control import AccessControl
+from specl.daemons.gateway.dashboard import Dashboard
+from specl.daemons.gateway.errors import ApiError, api_error_of
 from specl.daemons.gateway.metrics import Metrics
-from specl.daemons.gateway.request_schema import Wish, read_wish, served_names
-from specl.daemons.gateway.responses import END, Shape, error_event
+from specl.daemons.gateway.request_schema import Wish, parse_request, served_names
+from specl.daemons.gateway.responses import END, ResponseBuilder, error_event
 from specl.daemons.gateway.upstream import Upstream
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.endpoints import Addresses
-from specl.shared.messaging.messages import Delta, Done, TokenLaw
+from specl.shared.messaging.messages import Delta, Done, PositionLogprobs
 from specl.shared.paths import Paths
 from specl.shared.settings.schema import Settings
 
@@ -34,14 +34,14 @@ STATIC = {
     "/style.css": ("style.css", "text/css; charset=utf-8"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
-Pieces = AsyncIterator[list[Delta | Done]]  # what came at once; the very last is Done
+Steps = AsyncIterator[list[Delta | Done]]  # what came at once; the very last is Done
 
 
 async def _json(request: Request) -> Any:
     try:
         return json.loads(await request.body())
     except (ValueError, RecursionError):
-        raise Refusal(400, "the body is not JSON", code="invalid_body") from None
+        raise ApiError(400, "the body is not JSON", code="invalid_body") from None
 
 
 class Completions:
@@ -60,9 +60,9 @@ class Completions:
         return await self._answer(request, chat=False)
 
     async def _answer(self, request: Request, chat: bool) -> Response:
-        wish = read_wish(await _json(request), self._settings, chat)
+        wish = parse_request(await _json(request), self._settings, chat)
         wants_laws = wish.ask.logprobs is not None
-        shape = Shape(wish.ask.request_id, served_names(self._settings)[0], chat, wants_laws)
+        shape = ResponseBuilder(wish.ask.request_id, served_names(self._settings)[0], chat, wants_laws)
         try:
             async with AsyncExitStack() as held:  # a seat and the request upstream: given back however this ends
                 self._take_seat()
@@ -73,17 +73,17 @@ class Completions:
                 first = await _unless_gone(request, anext(pieces))
                 if wish.stream:
                     return _Stream(self._stream(wish, shape, first, pieces), held.pop_all())
-                done, laws = await _unless_gone(request, _last(first, pieces))
+                done, logprobs = await _unless_gone(request, _last(first, pieces))
         except SpecLoraError as error:
-            raise refusal_of(error) from error
+            raise api_error_of(error) from error
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it; nginx's word for it in our metrics
-        return JSONResponse(shape.whole(done, laws))
+        return JSONResponse(shape.whole(done, logprobs))
 
     def _take_seat(self) -> None:
         """Counted at once: of a burst of requests, each must see those before it."""
         if self._active >= self._settings.gateway.max_streams:
-            raise Refusal(429, f"{self._active} answers are being made (gateway.max_streams)", code="busy")
+            raise ApiError(429, f"{self._active} answers are being made (gateway.max_streams)", code="busy")
         self._active += 1
         self._metrics.active.set(self._active)
 
@@ -91,7 +91,7 @@ class Completions:
         self._active -= 1
         self._metrics.active.set(self._active)
 
-    async def _pieces(self, wish: Wish) -> Pieces:
+    async def _pieces(self, wish: Wish) -> Steps:
         """The answer's pieces; closing it cancels."""
         ended = False
         try:
@@ -109,7 +109,7 @@ class Completions:
                 self._metrics.cancelled.inc()
 
     async def _stream(
-        self, wish: Wish, shape: Shape, batch: list[Delta | Done], pieces: Pieces
+        self, wish: Wish, shape: ResponseBuilder, batch: list[Delta | Done], pieces: Steps
     ) -> AsyncIterator[bytes]:
         try:
             while True:
@@ -120,7 +120,7 @@ class Completions:
                     break
                 batch = await anext(pieces)
         except SpecLoraError as error:
-            yield error_event(refusal_of(error)) + END
+            yield error_event(api_error_of(error)) + END
 
 
 class _Stream(StreamingResponse):
@@ -136,13 +136,13 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _last(batch: list[Delta | Done], pieces: Pieces) -> tuple[Done, list[TokenLaw]]:
+async def _last(batch: list[Delta | Done], pieces: Steps) -> tuple[Done, list[PositionLogprobs]]:
     """The end of an answer, and the laws of all its tokens."""
-    laws: list[TokenLaw] = []
+    logprobs: list[PositionLogprobs] = []
     while True:
-        laws += [law for piece in batch if isinstance(piece, Delta) for law in piece.laws]
+        logprobs += [law for piece in batch if isinstance(piece, Delta) for law in piece.logprobs]
         if isinstance(done := batch[-1], Done):
-            return done, laws
+            return done, logprobs
         batch = await anext(pieces)
 
 
@@ -181,12 +181,12 @@ async def _left(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     """A bug of ours: its traceback goes to the log, its shape is still one that clients read."""
-    return Refusal(500, "an error inside the gateway; its log says more", code="internal").response()
+    return ApiError(500, "an error inside the gateway; its log says more", code="internal").response()
 
 
 async def _not_there(request: Request, error: HTTPException) -> Response:
     words = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
-    return Refusal(error.status_code, words.get(error.status_code, error.detail)).response()
+    return ApiError(error.status_code, words.get(error.status_code, error.detail)).response()
 
 
 def _static(name: str, kind: str) -> Callable[[Request], Response]:
@@ -217,14 +217,14 @@ def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Call
     """The whole server as one ASGI application; `stopping` ends what would stream for ever."""
     metrics = Metrics()
     completions = Completions(settings, Upstream(paths, Addresses(paths, settings.bus)), metrics)
-    board = Board(paths, settings, stopping)
+    board = Dashboard(paths, settings, stopping)
     name = served_names(settings)[0]
 
     async def models(request: Request) -> Response:
         served = {"id": name, "object": "model", "created": 0, "owned_by": "speclora"}
         wanted = request.path_params.get("model")
         if wanted is not None and wanted not in served_names(settings):
-            raise Refusal(404, f"the model {wanted!r} is not served here; {name!r} is", "model", "model_not_found")
+            raise ApiError(404, f"the model {wanted!r} is not served here; {name!r} is", "model", "model_not_found")
         return JSONResponse(served if wanted is not None else {"object": "list", "data": [served]})
 
     async def health(request: Request) -> Response:
@@ -248,6 +248,6 @@ def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Call
         Route("/api/rollback", board.roll_back, methods=["POST"]),
         *(Route(path, _static(*what)) for path, what in STATIC.items()),
     ]
-    handlers = {Refusal: _refused, HTTPException: _not_there, ClientDisconnect: _left, Exception: _broken}
+    handlers = {ApiError: _refused, HTTPException: _not_there, ClientDisconnect: _left, Exception: _broken}
     app = Starlette(routes=routes, exception_handlers=handlers)
-    return _counted(Guard(app, settings.gateway, token), metrics, {route.path for route in routes})
+    return _counted(AccessControl(app, settings.gateway, token), metrics, {route.path for route in routes})

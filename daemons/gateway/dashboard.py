@@ -14,7 +14,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from specl.daemons.gateway.errors import Refusal, refusal_of
+from specl.daemons.gateway.errors import ApiError, api_error_of
 from specl.shared.errors import SpecLoraError, StoreError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Reply
@@ -41,11 +41,11 @@ PAST = """SELECT created, verdict, adapter_id AS adapter, examples, steps, heldo
           FROM adapter_history LIMIT :n"""
 
 
-def _full(whose: str, most: int, setting: str) -> Refusal:
-    return Refusal(429, f"{most} pages are open{whose} already (gateway.{setting})", code="busy")
+def _full(whose: str, most: int, setting: str) -> ApiError:
+    return ApiError(429, f"{most} pages are open{whose} already (gateway.{setting})", code="busy")
 
 
-class Board:
+class Dashboard:
     """One view for every browser that looks."""
 
     def __init__(self, paths: Paths, settings: Settings, stopping: Callable[[], bool]) -> None:
@@ -168,6 +168,6 @@ class Board:
         try:
             reply = await asyncio.to_thread(run)
         except SpecLoraError as error:
-            return refusal_of(error).response()
+            return api_error_of(error).response()
         self._seen_at = float("-inf")
         return JSONResponse({"ok": reply.ok, "message": reply.message}, 200 if reply.ok else 409)

@@ -10,7 +10,7 @@ BUSY_S = "1"
 DOWN_S = "5"
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """A request that is answered with an error."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
@@ -29,11 +29,11 @@ class Refusal(Exception):
         return JSONResponse(self.body(), self.status, headers.get(self.status))
 
 
-def refusal_of(error: SpecLoraError) -> Refusal:
+def api_error_of(error: SpecLoraError) -> ApiError:
     """What an error of ours means to an HTTP client."""
     text = str(error) + (f" ({error.hint})" if error.hint else "")
     if isinstance(error, DaemonUnreachable):
-        return Refusal(503, text, code="inference_unreachable")
+        return ApiError(503, text, code="inference_unreachable")
     if isinstance(error, RequestRejected):
-        return Refusal(429 if error.exit_code == 1 else 400, text, code="busy" if error.exit_code == 1 else "rejected")
-    return Refusal(400 if isinstance(error, ConfigError) else 500, text)
+        return ApiError(429 if error.exit_code == 1 else 400, text, code="busy" if error.exit_code == 1 else "rejected")
+    return ApiError(400 if isinstance(error, ConfigError) else 500, text)

@@ -10,7 +10,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
-def impatient(seconds: float) -> type[H11Protocol]:
+def with_header_timeout(seconds: float) -> type[H11Protocol]:
     """The protocol class that closes a connection whose next request has not begun and told its headers within `seconds`."""
 
     class Impatient(H11Protocol):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specl.daemons.gateway.errors import Refusal
-from specl.shared.messaging.messages import Ask, Sampling
+from specl.daemons.gateway.errors import ApiError
+from specl.shared.messaging.messages import Ask
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.schema import Settings
 
 MOST_STOPS = 16
@@ -42,8 +43,8 @@ class Wish:
     usage: bool
 
 
-def _bad(name: str, text: str) -> Refusal:
-    return Refusal(400, f"`{name}` {text}", name, "invalid_value")
+def _bad(name: str, text: str) -> ApiError:
+    return ApiError(400, f"`{name}` {text}", name, "invalid_value")
 
 
 def _number(body: dict[str, Any], name: str, low: float, high: float, default: float, above: bool = False) -> float:
@@ -90,10 +91,10 @@ def _refuse_unsupported(body: dict[str, Any], known: set[str]) -> None:
         if name in known or name in ACCOUNTING or value is None:
             continue
         if name not in NEUTRAL:
-            raise Refusal(400, f"`{name}` is not supported by this server", name, "unsupported_parameter")
+            raise ApiError(400, f"`{name}` is not supported by this server", name, "unsupported_parameter")
         if not any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in NEUTRAL[name]):
             allowed = ", ".join(str(item) for item in NEUTRAL[name])
-            raise Refusal(
+            raise ApiError(
                 400,
                 f"`{name}` is not supported by this server" + (f" (only {allowed})" if allowed else ""),
                 name,
@@ -110,7 +111,7 @@ def served_names(settings: Settings) -> tuple[str, ...]:
 def _check_model(body: dict[str, Any], settings: Settings) -> None:
     model, names = body.get("model"), served_names(settings)
     if model is not None and model not in names:
-        raise Refusal(
+        raise ApiError(
             404, f"the model {model!r} is not served here; {names[0]!r} is (or `speclora`)", "model", "model_not_found"
         )
 
@@ -125,7 +126,7 @@ def _content(value: Any, where: str) -> str:
     texts = []
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise Refusal(400, f"`{where}`: only text parts are supported", where, "unsupported_value")
+            raise ApiError(400, f"`{where}`: only text parts are supported", where, "unsupported_value")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -141,10 +142,10 @@ def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
             raise _bad(where, "must be an object")
         role = message.get("role")
         if not isinstance(role, str) or role not in ROLES:
-            raise Refusal(400, f"`{where}.role` must be one of {', '.join(ROLES)}", f"{where}.role", "invalid_value")
+            raise ApiError(400, f"`{where}.role` must be one of {', '.join(ROLES)}", f"{where}.role", "invalid_value")
         for name, value in message.items():
             if name not in ("role", "content") and value not in (None, [], {}):
-                raise Refusal(400, f"`{where}.{name}` is not supported", f"{where}.{name}", "unsupported_parameter")
+                raise ApiError(400, f"`{where}.{name}` is not supported", f"{where}.{name}", "unsupported_parameter")
         made.append({"role": ROLES[role], "content": _content(message.get("content"), f"{where}.content")})
     return made
 
@@ -180,7 +181,7 @@ def _usage(body: dict[str, Any], stream: bool) -> bool:
         raise _bad("stream_options", "must be an object")
     for name, value in options.items():
         if name not in ("include_usage", "include_obfuscation") or (name == "include_obfuscation" and value):
-            raise Refusal(400, f"`stream_options.{name}` is not supported", "stream_options", "unsupported_parameter")
+            raise ApiError(400, f"`stream_options.{name}` is not supported", "stream_options", "unsupported_parameter")
     return _flag(options, "include_usage")
 
 
@@ -201,14 +202,14 @@ def _client(body: dict[str, Any]) -> str:
     return f"gateway {name}" if isinstance(name, str) and name else ""
 
 
-def read_wish(body: Any, settings: Settings, chat: bool) -> Wish:
-    """The wish in a request's JSON. Raises Refusal that names the field."""
+def parse_request(body: Any, settings: Settings, chat: bool) -> Wish:
+    """The wish in a request's JSON. Raises ApiError that names the field."""
     if not isinstance(body, dict):
-        raise Refusal(400, "the body must be a JSON object", code="invalid_body")
+        raise ApiError(400, "the body must be a JSON object", code="invalid_body")
     _refuse_unsupported(body, CHAT if chat else TEXT)
     _check_model(body, settings)
     defaults, stream = settings.speculative, _flag(body, "stream")
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=_number(body, "temperature", 0, 2, defaults.temperature),
         top_p=_number(body, "top_p", 0, 1, defaults.top_p, above=True),
         top_k=_whole(body, "top_k", 0, 1_000_000, defaults.top_k),
@@ -226,7 +227,7 @@ def read_wish(body: Any, settings: Settings, chat: bool) -> Wish:
         max_tokens=limit or defaults.max_tokens,
         sampling=sampling,
         stop=_stops(body),
-        client=_client(body),
+        client_id=_client(body),
         logprobs=_logprobs(body, chat),
         **ours,
     )

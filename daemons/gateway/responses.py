@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from specl.daemons.gateway.errors import Refusal
-from specl.shared.messaging.messages import Delta, Done, TokenLaw, Weighed
+from specl.daemons.gateway.errors import ApiError
+from specl.shared.messaging.messages import Delta, Done, PositionLogprobs, TokenLogprob
 
 REASONS = {"stop": "stop", "length": "length"}
 END = b"data: [DONE]\n\n"
@@ -47,29 +47,29 @@ def statistics(done: Done) -> dict[str, Any]:
     }
 
 
-def _weighed(token: Weighed) -> dict[str, Any]:
+def _weighed(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw) or None}
 
 
-def chat_logprobs(laws: Sequence[TokenLaw]) -> dict[str, Any]:
+def chat_logprobs(logprobs: Sequence[PositionLogprobs]) -> dict[str, Any]:
     """`logprobs` of a chat choice."""
-    content = [_weighed(law.chosen) | {"top_logprobs": [_weighed(token) for token in law.top]} for law in laws]
+    content = [_weighed(law.chosen) | {"top_logprobs": [_weighed(token) for token in law.top]} for law in logprobs]
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(laws: Sequence[TokenLaw], start: int) -> dict[str, Any]:
+def text_logprobs(logprobs: Sequence[PositionLogprobs], start: int) -> dict[str, Any]:
     """`logprobs` of a plain completion whose text so far has `start` characters."""
-    offsets = itertools.accumulate((len(law.chosen.text) for law in laws), initial=start)
+    offsets = itertools.accumulate((len(law.chosen.text) for law in logprobs), initial=start)
     return {
-        "tokens": [law.chosen.text for law in laws],
-        "token_logprobs": [law.chosen.logprob for law in laws],
+        "tokens": [law.chosen.text for law in logprobs],
+        "token_logprobs": [law.chosen.logprob for law in logprobs],
         # of tokens with one text the likeliest counts
-        "top_logprobs": [{token.text: token.logprob for token in reversed(law.top)} for law in laws],
-        "text_offset": list(offsets)[: len(laws)],
+        "top_logprobs": [{token.text: token.logprob for token in reversed(law.top)} for law in logprobs],
+        "text_offset": list(offsets)[: len(logprobs)],
     }
 
 
-class Shape:
+class ResponseBuilder:
     """One answer's envelope: chat or plain completion, whole or in chunks."""
 
     def __init__(self, request_id: str, model: str, chat: bool, logprobs: bool = False) -> None:
@@ -81,17 +81,17 @@ class Shape:
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
-    def _laws(self, laws: Sequence[TokenLaw]) -> dict[str, Any] | None:
+    def _laws(self, logprobs: Sequence[PositionLogprobs]) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
         if self._chat:
-            return chat_logprobs(laws)
-        start, self._offset = self._offset, self._offset + sum(len(law.chosen.text) for law in laws)
-        return text_logprobs(laws, start)
+            return chat_logprobs(logprobs)
+        start, self._offset = self._offset, self._offset + sum(len(law.chosen.text) for law in logprobs)
+        return text_logprobs(logprobs, start)
 
-    def whole(self, done: Done, laws: Sequence[TokenLaw]) -> dict[str, Any]:
+    def whole(self, done: Done, logprobs: Sequence[PositionLogprobs]) -> dict[str, Any]:
         """The answer to a request without `stream`."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": self._laws(laws), "finish_reason": finish_reason(done)}
+        choice: dict[str, Any] = {"index": 0, "logprobs": self._laws(logprobs), "finish_reason": finish_reason(done)}
         if self._chat:
             choice["message"] = {"role": "assistant", "content": done.text, "refusal": None}
         else:
@@ -102,24 +102,28 @@ class Shape:
     def events(self, pieces: Sequence[Delta | Done], wants_usage: bool) -> bytes:
         """What a stream sends for `pieces`, which came together: one chunk for all their text, and the end where it is there."""
         deltas = [piece for piece in pieces if isinstance(piece, Delta)]
-        text, laws = "".join(piece.text for piece in deltas), [law for piece in deltas for law in piece.laws]
-        sent = self._piece(text, laws) if text or laws else b""
+        text, logprobs = "".join(piece.text for piece in deltas), [law for piece in deltas for law in piece.logprobs]
+        sent = self._piece(text, logprobs) if text or logprobs else b""
         if isinstance(done := pieces[-1], Done):
             sent += b"".join(event(chunk) for chunk in self._last(done, wants_usage)) + END
         return sent
 
-    def _piece(self, text: str, laws: Sequence[TokenLaw]) -> bytes:
+    def _piece(self, text: str, logprobs: Sequence[PositionLogprobs]) -> bytes:
         if self._first or self._logprobs:
-            return event(self._chunk(text, laws=laws))
+            return event(self._chunk(text, logprobs=logprobs))
         if not self._around:  # nothing but the text changes from here on
             mark = uuid.uuid4().hex
             self._around = tuple(event(self._chunk(mark)).split(json.dumps(mark).encode()))
         before, after = self._around
         return before + json.dumps(text, ensure_ascii=False).encode() + after
 
-    def _chunk(self, text: str, reason: str | None = None, laws: Sequence[TokenLaw] = ()) -> dict[str, Any]:
+    def _chunk(self, text: str, reason: str | None = None, logprobs: Sequence[PositionLogprobs] = ()) -> dict[str, Any]:
         """One piece of a stream; the last has the reason."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None if reason else self._laws(laws), "finish_reason": reason}
+        choice: dict[str, Any] = {
+            "index": 0,
+            "logprobs": None if reason else self._laws(logprobs),
+            "finish_reason": reason,
+        }
         if self._chat:
             content = {} if reason else {"content": text}
             choice["delta"] = ({"role": "assistant"} if self._first else {}) | content
@@ -137,6 +141,6 @@ class Shape:
         return [ending | {"usage": None}, self._envelope(kind, []) | {"usage": usage(done)}]
 
 
-def error_event(refusal: Refusal) -> bytes:
+def error_event(refusal: ApiError) -> bytes:
     """A failure in the middle of a stream: the status has long been sent."""
     return event(refusal.body())

@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 import uvicorn
 
 from specl.daemons.gateway.app import make_app
-from specl.daemons.gateway.header_timeout import impatient
+from specl.daemons.gateway.header_timeout import with_header_timeout
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.messaging.endpoints import check_exposure, gateway_token
 from specl.shared.paths import Paths
 from specl.shared.runtime import log
-from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.runtime.signals import StopFlag
 from specl.shared.settings.schema import Gateway, Settings
 from specl.shared.status import gateway_file
 
@@ -118,7 +118,7 @@ def serve(paths: Paths, settings: Settings, stop: StopFlag) -> None:
         uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=LAST_WORDS_S, timeout_keep_alive=30, ws="none",
-            http=impatient(settings.gateway.request_timeout_s),
+            http=with_header_timeout(settings.gateway.request_timeout_s),
         ),
         stop,
     )  # fmt: skip

@@ -9,9 +9,9 @@ from specl.shared.errors import DaemonUnreachable
 from specl.shared.messaging.bus import AsyncConnection
 from specl.shared.messaging.client import FIRST_ANSWER_S, HEARTBEAT_S, SILENCE_S, START, error_of, send_request
 from specl.shared.messaging.endpoints import Addresses
-from specl.shared.messaging.messages import Alive, Ask, Cancel, Delta, Done, Failed, GetStatus
+from specl.shared.messaging.messages import Ask, Cancel, Delta, Done, Failed, GetStatus, Heartbeat
 from specl.shared.paths import Paths
-from specl.shared.runtime.supervisor import is_locked
+from specl.shared.runtime.locks import is_locked
 
 
 class Upstream:
@@ -63,7 +63,7 @@ class Upstream:
                 heard_at = now
             first = False
             if now - alive_at >= HEARTBEAT_S:
-                connection.send(Alive(request_id))
+                connection.send(Heartbeat(request_id))
                 alive_at = now
             about = [m for m in messages if isinstance(m, (Delta, Done, Failed)) and m.request_id == request_id]
             if about:

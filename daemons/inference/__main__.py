@@ -4,7 +4,7 @@ from specl.daemons.inference.service import Inference
 from specl.daemons.run import leave, run_daemon
 from specl.shared.messaging.bus import Server
 from specl.shared.paths import Paths
-from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.runtime.signals import StopFlag
 from specl.shared.settings.schema import Settings
 
 

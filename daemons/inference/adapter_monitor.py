@@ -40,7 +40,7 @@ class Memory:
 _MEMORY = TypeAdapter(Memory)
 
 
-class Lookout:
+class AdapterMonitor:
     """Counts every answer of the active adapter; `path` is where they survive a restart, None for nowhere."""
 
     def __init__(self, path: Path | None = None) -> None:

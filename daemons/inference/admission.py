@@ -1,14 +1,14 @@
 """A request before it runs: its tokens, every reason to refuse it, and what the engine is told of it. Holds no state."""
 
 from specl.daemons.inference.job import Job
+from specl.shared.engine.core import EngineCore
 from specl.shared.engine.decode import Options
-from specl.shared.engine.engine import Engine
-from specl.shared.engine.sampling import Law
 from specl.shared.errors import RequestRejected
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.schema import Settings
 
 
-def prepare(job: Job, engine: Engine, budget: int) -> None:
+def prepare(job: Job, engine: EngineCore, budget: int) -> None:
     """Tokens of the prompt, and how many of the `budget` of cache tokens its answer may come to need.
 
     Raises RequestRejected with every reason to refuse it before it waits.
@@ -40,15 +40,15 @@ def to_options(job: Job, settings: Settings) -> Options:
     fixed = ask.num_draft_tokens
     if fixed is None and settings.speculative.num_draft_tokens != "auto":
         fixed = settings.speculative.num_draft_tokens
-    law = ask.sampling
+    sampling = ask.sampling
     # whether the laws and states of this answer are for keeping
     detailed = ask.mode == "detailed" and ask.record and settings.records.keep == "content"
     return Options(
-        law=Law(law.temperature, law.top_p, law.top_k, law.min_p, law.seed),
+        sampling=SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.seed),
         max_tokens=job.reserved - len(job.prompt),
         num_draft_tokens=fixed,
         ngram=settings.speculative.ngram if ask.ngram is None else ask.ngram,
-        owner=ask.client if ask.record else "",
+        client_id=ask.client_id if ask.record else "",
         logprobs=ask.logprobs,
         capture_k=settings.training.loss.top_k_logits if detailed else 0,
     )

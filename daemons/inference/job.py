@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from specl.shared.conversations import conversation_of
-from specl.shared.engine.capture import Told
+from specl.shared.engine.capture import TokenLogprobs
+from specl.shared.engine.core import EngineCore
 from specl.shared.engine.decode import Session
-from specl.shared.engine.engine import Engine
 from specl.shared.engine.statistics import statistics
 from specl.shared.engine.text import HOLD, TextStream
-from specl.shared.messaging.messages import Ask, Disagreement, Done, Generation, TokenLaw, TopK, Weighed
+from specl.shared.messaging.messages import Ask, Disagreement, Done, Generation, PositionLogprobs, TokenLogprob, TopK
 from specl.shared.models.load import LanguageModel
 
 CONTEXT_TOKENS = 16  # before a disagreement
@@ -48,7 +48,7 @@ class Job:
         return 1000 * (self.first_token_at - self.arrived) if self.first_token_at else 0.0
 
 
-def to_generation(job: Job, engine: Engine) -> Generation:
+def to_generation(job: Job, engine: EngineCore) -> Generation:
     """The record of a finished (or cancelled) answer."""
     session, ask = job.session, job.ask
     tally = session.tally
@@ -86,7 +86,7 @@ def to_generation(job: Job, engine: Engine) -> Generation:
     )
 
 
-def _disagreements(job: Job, engine: Engine) -> list[Disagreement]:
+def _disagreements(job: Job, engine: EngineCore) -> list[Disagreement]:
     session = job.session
     if session.capture is None:
         return []
@@ -122,7 +122,7 @@ def _top_k(session: Session) -> TopK | None:
     )
 
 
-def to_done(job: Job, engine: Engine) -> Done:
+def to_done(job: Job, engine: EngineCore) -> Done:
     """The last message of an answer; the recorder fills in whether it was recorded."""
     session = job.session
     return Done(
@@ -138,15 +138,17 @@ def to_done(job: Job, engine: Engine) -> Done:
     )
 
 
-def token_laws(target: LanguageModel, tokens: Sequence[int], told: Sequence[Told]) -> list[TokenLaw]:
+def token_laws(target: LanguageModel, tokens: Sequence[int], told: Sequence[TokenLogprobs]) -> list[PositionLogprobs]:
     """What a client sees of `told` (empty where nothing was asked for); a token that ends the answer is left out."""
 
-    def weighed(token: int, logprob: float) -> Weighed:
+    def weighed(token: int, logprob: float) -> TokenLogprob:
         text = target.tokenizer.decode([token])
-        return Weighed(text, b"" if HOLD in text else text.encode(), round(logprob, 6))
+        return TokenLogprob(text, b"" if HOLD in text else text.encode(), round(logprob, 6))
 
     return [
-        TokenLaw(weighed(token, row.logprob), [weighed(*pair) for pair in zip(row.ids, row.logprobs, strict=True)])
+        PositionLogprobs(
+            weighed(token, row.logprob), [weighed(*pair) for pair in zip(row.ids, row.logprobs, strict=True)]
+        )
         for token, row in zip(tokens, told, strict=False)
         if token not in target.stop_tokens
     ]

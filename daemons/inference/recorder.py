@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from specl.shared.engine.answer_history import PastAnswers
+from specl.shared.engine.answer_history import AnswerHistory
 from specl.shared.errors import OutboxFull, WireError
-from specl.shared.messaging.messages import Batch, Done, Fetch, Generation, Purge, Record, Reply, encode, kind_of
+from specl.shared.messaging.codec import encode, kind_of
+from specl.shared.messaging.messages import Done, Fetch, Generation, Purge, Record, RecordBatch, Reply
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.retention.hidden_states import HiddenSpool
-from specl.shared.retention.redaction import Discretion
+from specl.shared.retention.redaction import Redactor
 from specl.shared.runtime import log
 from specl.shared.runtime.failpoints import crash_point
 
@@ -29,7 +30,7 @@ class Recorder(threading.Thread):
     """`announce(id)` is called after each commit, `answer(peer, message)` when a message may go out."""
 
     def __init__(
-        self, outbox: Outbox, spool: HiddenSpool, discretion: Discretion, announce: Callable[[str], None], answer: Emit
+        self, outbox: Outbox, spool: HiddenSpool, discretion: Redactor, announce: Callable[[str], None], answer: Emit
     ) -> None:
         super().__init__(name="recorder", daemon=True)
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -52,19 +53,19 @@ class Recorder(threading.Thread):
         """Whether all of it may be kept: its text, and with it its tokens."""
         return self._discretion.apply(record) is record
 
-    def remember(self, past: PastAnswers, owner: str) -> None:
+    def remember(self, past: AnswerHistory, client_id: str) -> None:
         """Write down what the n-gram drafter knows of an owner. The texts are taken now: this thread may come late."""
-        texts = past.texts(owner)
+        texts = past.texts(client_id)
 
         def save() -> None:
             try:
-                past.save(owner, texts)
+                past.save(client_id, texts)
             except OSError as error:
                 _log.warning("answers.not_kept", reason=str(error))
 
         self._queue.put(save)
 
-    def expire(self, past: PastAnswers, before: float) -> None:
+    def expire(self, past: AnswerHistory, before: float) -> None:
         """Remove past answers made before a moment from the disk."""
 
         def remove() -> None:
@@ -79,7 +80,7 @@ class Recorder(threading.Thread):
         """Let go of what is done and answer with the oldest records."""
         self._queue.put(lambda: self._answer(peer, self._batch(fetch)))
 
-    def purge(self, peer: bytes, wish: Purge, matching: Callable[[Any], bool], past: PastAnswers) -> None:
+    def purge(self, peer: bytes, wish: Purge, matching: Callable[[Any], bool], past: AnswerHistory) -> None:
         """Forget records, states and past answers, then answer with the ids that were here."""
         self._queue.put(lambda: self._answer(peer, self._purge(wish, matching, past)))
 
@@ -126,7 +127,7 @@ class Recorder(threading.Thread):
                 _log.warning("hidden.not_spooled", reason=str(error))
         return ""
 
-    def _batch(self, fetch: Fetch) -> Batch:
+    def _batch(self, fetch: Fetch) -> RecordBatch:
         try:
             self._outbox.discard(fetch.done)
             rows = self._outbox.oldest(fetch.limit)
@@ -135,10 +136,10 @@ class Recorder(threading.Thread):
             # rows would go round and round
             self.trouble = str(error)
             _log.error("outbox.trouble", reason=str(error))
-            return Batch([], self._outbox.pending)
-        return Batch(rows, self._outbox.pending - len(rows))
+            return RecordBatch([], self._outbox.pending)
+        return RecordBatch(rows, self._outbox.pending - len(rows))
 
-    def _purge(self, wish: Purge, matching: Callable[[Any], bool], past: PastAnswers) -> Reply:
+    def _purge(self, wish: Purge, matching: Callable[[Any], bool], past: AnswerHistory) -> Reply:
         try:
             past.purge()  # behind what was queued to be written
             ids = list({*wish.ids, *self._outbox.matching(matching)})

@@ -11,19 +11,19 @@ from typing import Any
 from specl.daemons.inference.job import Job
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.worker import Worker
-from specl.shared.engine.answer_history import PastAnswers
+from specl.shared.engine.answer_history import AnswerHistory
 from specl.shared.messaging.bus import Server
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
     Activity,
     AdapterReady,
-    Alive,
     Ask,
     Cancel,
     Done,
     Failed,
     Fetch,
     GetStatus,
+    Heartbeat,
     Purge,
     Queued,
     RecordReady,
@@ -35,9 +35,9 @@ from specl.shared.messaging.outbox import Outbox
 from specl.shared.models import blas
 from specl.shared.paths import Paths
 from specl.shared.retention.hidden_states import HiddenSpool
-from specl.shared.retention.redaction import Discretion, is_meant
+from specl.shared.retention.redaction import Redactor, purge_matches
 from specl.shared.runtime import log
-from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.runtime.signals import StopFlag
 from specl.shared.settings.schema import Settings
 
 TICK_S = 0.5
@@ -73,7 +73,7 @@ class Inference:
         self.recorder = Recorder(
             self.outbox,
             self.spool,
-            Discretion(settings.records),
+            Redactor(settings.records),
             lambda id: self._emit(None, RecordReady(id)),
             self._emit,
         )
@@ -145,7 +145,7 @@ class Inference:
         match message:
             case Ask():
                 self._ask(peer, message)
-            case Alive():
+            case Heartbeat():
                 client = self.clients.get(message.request_id)
                 if client is None:  # it waits for a process that is gone
                     self.server.send(peer, Failed(message.request_id, "lost", LOST, "ask again"))
@@ -179,7 +179,7 @@ class Inference:
             refusal = "a request with this id is running"
         elif (size := text_size(ask)) > self.settings.serving.max_prompt_kb << 10:
             refusal = f"the prompt has {size >> 10} KB; serving.max_prompt_kb is {self.settings.serving.max_prompt_kb}"
-        mine = sum(client.same(peer, ask.client) for client in self.clients.values())
+        mine = sum(client.same(peer, ask.client_id) for client in self.clients.values())
         if refusal:
             self.server.send(peer, Failed(ask.request_id, "rejected", refusal))
         elif mine >= self.settings.serving.client_queue_limit:
@@ -193,7 +193,7 @@ class Inference:
                 Failed(ask.request_id, "busy", f"{len(self.clients)} requests wait already", "try again in a moment"),
             )
         else:
-            self.clients[ask.request_id] = Client(peer, time.monotonic(), ask.client)
+            self.clients[ask.request_id] = Client(peer, time.monotonic(), ask.client_id)
             if self.worker.engine is None:
                 self.server.send(peer, Queued(ask.request_id, len(self.clients) - 1))
             self.worker.submit(Job(peer, ask, time.monotonic()))
@@ -201,13 +201,13 @@ class Inference:
     def _purge(self, peer: bytes, wish: Purge) -> None:
         """Forget generations here: prefix cache, past answers, outbox and spool, then answer. The store is the collector's."""
         engine = self.worker.engine
-        past = engine.past if engine is not None else PastAnswers(self.paths.answers)
+        past = engine.past if engine is not None else AnswerHistory(self.paths.answers)
 
         def forget() -> None:
             if engine is not None:
                 engine.prefixes.purge()
             past.forget()
-            self.recorder.purge(peer, wish, lambda row: is_meant(wish, row), past)
+            self.recorder.purge(peer, wish, lambda row: purge_matches(wish, row), past)
 
         if engine is None:
             forget()
@@ -238,7 +238,7 @@ class Inference:
                 "previous": swap.previous if swap else "",
                 "form": engine.adapter_form if engine else "",
                 "rejected": dict(swap.rejected) if swap else {},
-                "watch": worker.lookout.status(),
+                "watch": worker.monitor.status(),
             },
             "models": {
                 "target": engine.target.name if engine else self.settings.models.target.name,

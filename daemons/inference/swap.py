@@ -13,13 +13,13 @@ from typing import Any
 
 from specl.shared.adapters.registry import REINSTATED, REINSTATING, Adapters
 from specl.shared.adapters.tensors import loading
-from specl.shared.engine.engine import Engine, LoadedAdapter
+from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.errors import AdapterRejected, disk_failed
 from specl.shared.messaging.messages import Reply
 from specl.shared.paths import Paths
 from specl.shared.runtime import log
 from specl.shared.runtime.failpoints import crash_point
-from specl.shared.runtime.incremental import Pieces, Stopwatch, T, at_once
+from specl.shared.runtime.incremental import Steps, Stopwatch, T, run_all
 
 REMEMBERED = 32  # refusals that `status` shows
 SECOND_LOOK = "reinstated by a second look"  # it has proved itself, on the answers that it had been rolled back for
@@ -31,9 +31,9 @@ Activated = Callable[[str, str, str, str, dict[str, Any]], None]
 class AdapterSwap:
     """`activated(event, adapter, previous, reason, details)` hears of every change and refusal."""
 
-    def __init__(self, paths: Paths, engine: Engine, activated: Activated) -> None:
+    def __init__(self, paths: Paths, engine: EngineCore, activated: Activated) -> None:
         self.adapters = Adapters(paths.adapters)
-        self.engine: Engine | None = engine  # None while the models are let go
+        self.engine: EngineCore | None = engine  # None while the models are let go
         self._activated = activated
         self.previous = ""
         self._drafted_before: str | None = None
@@ -41,7 +41,7 @@ class AdapterSwap:
         self._before_switch = ""
         self.rejected: dict[str, str] = {}
         self._refused: dict[str, Stamp | None] = {}  # their files as they were; None where the disk was to blame
-        self._tasks: deque[tuple[Pieces[Any], Callable[[Any], None]]] = deque()
+        self._tasks: deque[tuple[Steps[Any], Callable[[Any], None]]] = deque()
 
     # ------------------------------------------------------------------------------------------------ in pieces
     @property
@@ -63,7 +63,7 @@ class AdapterSwap:
         while self._tasks:
             self.advance()
 
-    def _do(self, pieces: Pieces[T], then: Callable[[T], None] = lambda result: None) -> None:
+    def _do(self, pieces: Steps[T], then: Callable[[T], None] = lambda result: None) -> None:
         self._tasks.append((pieces, then))
 
     # ------------------------------------------------------------------------------------------------ reasons to look
@@ -79,7 +79,7 @@ class AdapterSwap:
         """The models go. The adapter stays, a few MB: it drafts again whatever happens to its files."""
         self.engine = None
 
-    def come_back(self, engine: Engine) -> None:
+    def come_back(self, engine: EngineCore) -> None:
         """The models are here again: draft with what drafted before, then look at CURRENT."""
         engine.use_adapter(self._in_use)
         self.engine = engine
@@ -112,7 +112,7 @@ class AdapterSwap:
         """`follow_current` in pieces."""
         self._do(self._following())
 
-    def _following(self) -> Pieces[None]:
+    def _following(self) -> Steps[None]:
         try:
             wanted = self.adapters.named()
         except AdapterRejected as error:
@@ -152,7 +152,7 @@ class AdapterSwap:
             return ()
         return tuple((name, info.st_size, info.st_mtime_ns, info.st_ino) for name, info in files)
 
-    def _use(self, id: str, reason: str) -> Pieces[str]:
+    def _use(self, id: str, reason: str) -> Steps[str]:
         """Switch to `id` (empty: none). Why not, or empty."""
         watch, stamp = Stopwatch(), self._stamp(id) if id else ()
         try:
@@ -183,7 +183,7 @@ class AdapterSwap:
         self._activated(event, id, before, reason, {"form": self.engine.adapter_form, "pause_ms": pause_ms})
         return ""
 
-    def _switch(self, id: str) -> Pieces[None]:
+    def _switch(self, id: str) -> Steps[None]:
         """Load and use `id`. Raises AdapterRejected for whatever is wrong with it, after what drafted before drafts again."""
         adapter = (yield from self._load(id)) if id else None
         crash_point("swap.before_activate")
@@ -197,7 +197,7 @@ class AdapterSwap:
             raise self._unforeseen(id, error) from error
         self._in_use = adapter
 
-    def _load(self, id: str) -> Pieces[LoadedAdapter]:
+    def _load(self, id: str) -> Steps[LoadedAdapter]:
         try:
             adapter, _ = yield from loading(self.adapters, self.adapters.folder / id, self.engine)
             return adapter
@@ -223,10 +223,10 @@ class AdapterSwap:
             self.adapters.mark_rolled_back(id, reason)
         except OSError as error:
             _log.error("rollback.not_written", adapter=id, reason=str(error))
-        if back and at_once(self._use(back, f"adapter {id} was rolled back")):
+        if back and run_all(self._use(back, f"adapter {id} was rolled back")):
             back = ""
         if not back:
-            at_once(self._use("", f"adapter {id} was rolled back"))
+            run_all(self._use("", f"adapter {id} was rolled back"))
         try:
             self.adapters.set_current(back)
         except OSError as error:
@@ -239,7 +239,7 @@ class AdapterSwap:
         _log.warning("adapter.rolled_back", adapter=id, to=back or None, reason=reason)
         self._activated("rolled_back", id, back, reason, {})
 
-    def _leave(self, id: str) -> Pieces[None]:
+    def _leave(self, id: str) -> Steps[None]:
         """CURRENT names an adapter that was rolled back: go to the one before it, or to none."""
         self._drafted_before = None  # there is no way back to that
         back = self.adapters.resolve("previous")
@@ -271,7 +271,7 @@ class AdapterSwap:
         """`by_hand` in pieces."""
         self._do(self._by_hand(wish), answer)
 
-    def _by_hand(self, wish: str) -> Pieces[Reply]:
+    def _by_hand(self, wish: str) -> Steps[Reply]:
         id = wish
         if wish == "previous":
             id = self.previous or self.adapters.resolve("previous") or self._parent()

@@ -12,21 +12,21 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from specl.daemons.inference.adapter_monitor import Lookout, held_out_before
+from specl.daemons.inference.adapter_monitor import AdapterMonitor, held_out_before
 from specl.daemons.inference.admission import prepare, to_options
 from specl.daemons.inference.job import Job, to_done, to_generation, token_laws
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.swap import SECOND_LOOK, AdapterSwap
-from specl.shared.engine.answer_history import PastAnswers
-from specl.shared.engine.decode import Session, rounds_together
-from specl.shared.engine.engine import Engine
+from specl.shared.engine.answer_history import AnswerHistory
+from specl.shared.engine.core import EngineCore
+from specl.shared.engine.decode import Session, decode_rounds
 from specl.shared.engine.load import load_pair
 from specl.shared.engine.statistics import acceptance_rate
 from specl.shared.engine.text import TextStream
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.messages import Activation, AdapterReady, Delta, Failed, Queued, Reply, SetAdapter
 from specl.shared.models import blas
-from specl.shared.models.free_memory import give_back
+from specl.shared.models.free_memory import free_memory
 from specl.shared.paths import Paths
 from specl.shared.runtime import log
 from specl.shared.settings.schema import Settings
@@ -46,14 +46,14 @@ class Worker(threading.Thread):
     ) -> None:
         super().__init__(name="mlx", daemon=True)
         self.paths, self.settings, self.recorder, self.emit, self._wake_loop = paths, settings, recorder, emit, wake
-        self.engine: Engine | None = None
+        self.engine: EngineCore | None = None
         self.swap: AdapterSwap | None = None
         self.failure: BaseException | None = None
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
         self.served = 0
         self.recent: deque[tuple[int, int, float]] = deque(maxlen=50)
-        self.lookout = Lookout(paths.root / "watch.json")
+        self.monitor = AdapterMonitor(paths.root / "watch.json")
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._expire_at = 0.0
@@ -135,12 +135,12 @@ class Worker(threading.Thread):
             complain=lambda error: _log.error("drafter.failed", reason=f"{type(error).__name__}: {error}"),
         )
         engine.calibrate(self.paths.costs)
-        engine.past = PastAnswers(self.paths.answers, engine.target.tokenizer_fingerprint)
+        engine.past = AnswerHistory(self.paths.answers, engine.target.tokenizer_fingerprint)
         if self.swap is None:
             self.swap = AdapterSwap(self.paths, engine, self._activated)
-            drafted = self.lookout.load(engine.draft_fingerprint, engine.target.fingerprint)
+            drafted = self.monitor.load(engine.draft_fingerprint, engine.target.fingerprint)
             self.swap.start(drafted if drafted is None or drafted in ("", *self.swap.adapters.ids()) else "")
-            self.lookout.settle(engine.adapter_id)
+            self.monitor.settle(engine.adapter_id)
         else:
             self.swap.come_back(engine)
         self.engine = engine
@@ -173,7 +173,7 @@ class Worker(threading.Thread):
         self.unloaded = True  # before the engine goes: `status` looks from another thread
         self.engine = None
         self.swap.let_go()
-        give_back()
+        free_memory()
         _log.info("models.unloaded", idle_minutes=minutes)
 
     def _turn(self) -> None:
@@ -195,9 +195,9 @@ class Worker(threading.Thread):
         jobs = [job for job in self.active if job.prefilled]
         before = [len(job.session.output) for job in jobs]
         for job in jobs:
-            if self.lookout.forces():  # parked or not: the chooser drafts one token when a probe is due
+            if self.monitor.forces():  # parked or not: the chooser drafts one token when a probe is due
                 job.session.chooser.estimate.since_probe = job.session.chooser.estimate.pause
-        rounds_together([job.session for job in jobs])
+        decode_rounds([job.session for job in jobs])
         for job, length in zip(jobs, before, strict=True):
             self._tell(job, length)
 
@@ -228,7 +228,7 @@ class Worker(threading.Thread):
         before = now - 86400 * days
         if self.engine is not None:
             self.engine.past.expire(before)
-        self.recorder.expire(PastAnswers(self.paths.answers), before)
+        self.recorder.expire(AnswerHistory(self.paths.answers), before)
 
     @property
     def _tick_s(self) -> float:
@@ -312,8 +312,8 @@ class Worker(threading.Thread):
         kept = session.output[before:]
         if kept:
             sources = bytes(session.sources[before:])
-            laws = token_laws(self.engine.target, kept, session.told[before:])
-            self.emit(job.peer, Delta(job.ask.request_id, "".join(pieces), kept, sources, lengths, laws))
+            logprobs = token_laws(self.engine.target, kept, session.told[before:])
+            self.emit(job.peer, Delta(job.ask.request_id, "".join(pieces), kept, sources, lengths, logprobs))
         if session.finish_reason:
             self._finish(job, "")
 
@@ -370,21 +370,21 @@ class Worker(threading.Thread):
 
         Nothing at all outlives a request that is not to be kept.
         """
-        session, owner = job.session, job.ask.client
+        session, client_id = job.session, job.ask.client_id
         reserved = sum(other.reserved for other in self.active)
         if not job.ask.record:
-            self.engine.restore(session, reserved)
+            self.engine.return_to_prefix_cache(session, reserved)
             return
-        if owner and whole:
-            self.engine.past.add(owner, session.output)
-            self.recorder.remember(self.engine.past, owner)
+        if client_id and whole:
+            self.engine.past.add(client_id, session.output)
+            self.recorder.remember(self.engine.past, client_id)
         said = job.prompt_text + job.text.text if session.output else ""
-        self.engine.retire(session, job.adapter_id, said, reserved)
+        self.engine.save_to_prefix_cache(session, job.adapter_id, said, reserved)
 
     def _watch(self, session: Session) -> None:
         """One more answer of the active adapter; it goes when it disappoints."""
         tally = session.tally
-        if why := self.lookout.saw(tally.tested_by_depth, tally.accepted_by_depth):
+        if why := self.monitor.saw(tally.tested_by_depth, tally.accepted_by_depth):
             self.swap.roll_back(why)
 
     def _look_out(self, adapter_id: str, previous_id: str, reason: str) -> None:
@@ -393,9 +393,9 @@ class Worker(threading.Thread):
         """
         watched = adapter_id if reason in WATCHED else ""
         if reason != "restart":
-            self.lookout.changed(adapter_id, watched, previous_id, held_out_before(self.swap.adapters, adapter_id))
+            self.monitor.changed(adapter_id, watched, previous_id, held_out_before(self.swap.adapters, adapter_id))
         if reason == SECOND_LOOK:
-            self.lookout.reinstated(adapter_id)
+            self.monitor.reinstated(adapter_id)
 
     def _activated(self, event: str, adapter_id: str, previous_id: str, reason: str, details: dict[str, Any]) -> None:
         """An adapter came, went or was refused: a fact for the store, and maybe the start of a watch."""

@@ -4,7 +4,7 @@ from specl.daemons.run import leave, run_daemon
 from specl.daemons.trainer.service import Trainer
 from specl.shared.messaging.bus import Server
 from specl.shared.paths import Paths
-from specl.shared.runtime.supervisor import StopFlag, step_back
+from specl.shared.runtime.signals import StopFlag, lower_priority
 from specl.shared.settings.schema import Settings
 
 
@@ -14,5 +14,5 @@ def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> No
 
 
 if __name__ == "__main__":
-    step_back()
+    lower_priority()
     leave(run_daemon("trainer", main))

@@ -10,9 +10,9 @@ from typing import Any
 
 from specl.daemons.trainer.records import adapter_record
 from specl.daemons.trainer.training_run import Outcome, Scores, TrainingJob
-from specl.shared.adapters.external import Foreign, read_foreign
+from specl.shared.adapters.external import ExternalAdapter, read_external
 from specl.shared.adapters.registry import Manifest
-from specl.shared.adapters.tensors import write_files
+from specl.shared.adapters.tensors import write_tensors
 from specl.shared.errors import AdapterRejected
 from specl.shared.learning.gate import Lineage, Verdict, lineage_problems
 from specl.shared.learning.learner import Learner
@@ -20,7 +20,7 @@ from specl.shared.models.lora import change_norm
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class AdapterEvaluation:
     """A staged adapter that somebody wants tried. `name` is the user's word for it."""
 
     run_id: str
@@ -33,10 +33,10 @@ class Trial:
         return f"import {self.name}"
 
 
-class TrialJob(TrainingJob):
+class AdapterEvaluationJob(TrainingJob):
     """One trial, in the trainer's place and with its gate."""
 
-    def __init__(self, trial: Trial, *job: Any) -> None:
+    def __init__(self, trial: AdapterEvaluation, *job: Any) -> None:
         super().__init__(*job, trial.trigger)
         self.run_id, self.trial = trial.run_id, trial
         self.folder = self.folder / "trial"  # the checkpoint of a run that waits to go on is not this one's to drop
@@ -45,7 +45,7 @@ class TrialJob(TrainingJob):
         """Judge it. Raises Interrupted when told to stop."""
         self.live.state = "checking"
         try:
-            foreign = read_foreign(self.adapters.staged(self.trial.folder), self.engine)
+            foreign = read_external(self.adapters.staged(self.trial.folder), self.engine)
             self.in_force = self.adapters.current()
             if problems := lineage_problems(self._claimed(foreign), self._here()):
                 raise AdapterRejected("; ".join(problems))
@@ -60,16 +60,16 @@ class TrialJob(TrainingJob):
     def _here(self) -> Lineage:
         return Lineage(self.engine.draft_fingerprint, self.engine.target.tokenizer_fingerprint, self.in_force)
 
-    def _claimed(self, foreign: Foreign) -> Lineage:
+    def _claimed(self, foreign: ExternalAdapter) -> Lineage:
         """An adapter is a change of the pristine draft: one that names no parent was made from that and fits beside any."""
         if foreign.manifest is None:
             return self._here()
         parent = foreign.manifest.parent_id or self.in_force
         return Lineage(foreign.manifest.base_fingerprint, foreign.manifest.tokenizer_fingerprint, parent)
 
-    def _scored(self, foreign: Foreign) -> Outcome:
+    def _scored(self, foreign: ExternalAdapter) -> Outcome:
         self.live.state = "gathering"
-        material = self.gatherer.material()
+        material = self.data_loader.material()
         # nothing of it is trained on, so no failure is used up
         self.material = replace(material, failures=[], successes=[], last_generation="")
         minimum = self.settings.training.min_heldout_generations
@@ -88,7 +88,7 @@ class TrialJob(TrainingJob):
         self.engine.use_adapter(adapter())
         return self._score(Learner(self.engine.draft))
 
-    def _pass(self, foreign: Foreign, before: Scores, after: Scores, verdict: Verdict) -> Outcome:
+    def _pass(self, foreign: ExternalAdapter, before: Scores, after: Scores, verdict: Verdict) -> Outcome:
         """Publish if the gate says so."""
         self._pause()
         if problems := lineage_problems(self._here(), replace(self._here(), parent=self.adapters.current())):
@@ -104,11 +104,11 @@ class TrialJob(TrainingJob):
         outcome.path = self.adapters.folder / id
         return outcome
 
-    def _publish(self, id: str, foreign: Foreign, before: Scores, after: Scores, verdict: Verdict) -> None:
+    def _publish(self, id: str, foreign: ExternalAdapter, before: Scores, after: Scores, verdict: Verdict) -> None:
         """A directory of our own making around the foreign tensors; nothing else of what came with them is kept."""
         shape, weights, hot = foreign.adapter.shape, foreign.adapter.weights, foreign.adapter.hot
         scratch = self.adapters.scratch(id)
-        write_files(scratch, shape, weights, hot)
+        write_tensors(scratch, shape, weights, hot)
         held = {
             "heldout_before": round(verdict.before, 5),
             "heldout_after": round(verdict.after, 5),
@@ -138,6 +138,6 @@ class TrialJob(TrainingJob):
         self.adapters.publish(scratch, manifest)
 
 
-def _learned_from(foreign: Foreign) -> list[str]:
+def _learned_from(foreign: ExternalAdapter) -> list[str]:
     """Generations that its manifest says it learned from: a purge of one of them takes it along."""
     return foreign.manifest.generations if foreign.manifest is not None else []

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from specl.daemons.trainer.stratified_sample import stratified
-from specl.shared.engine.engine import Engine
+from specl.daemons.trainer.stratified_sample import stratified_sample
+from specl.shared.engine.core import EngineCore
 from specl.shared.learning.batch_generate import kept_shard, recapture, save_shard
 from specl.shared.learning.examples import Example, is_held_out
 from specl.shared.retention.hidden_states import HiddenSpool
@@ -33,7 +33,7 @@ _log = log.get("replay")
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class TrainingData:
     """What one run works with. `failures` and `successes` are for training, `held_out` for judging."""
 
     failures: list[Example]
@@ -86,11 +86,11 @@ def is_failure(row: Outline, threshold: float) -> bool:
     return row.figure is not None and row.figure < threshold
 
 
-class Gatherer:
+class DataLoader:
     """Reads examples for an engine's draft. `pause` is called between pieces of work and may wait."""
 
     def __init__(
-        self, store: Store, engine: Engine, settings: Settings, spool: HiddenSpool, pause: Callable[[], None]
+        self, store: Store, engine: EngineCore, settings: Settings, spool: HiddenSpool, pause: Callable[[], None]
     ) -> None:
         self.store, self.engine, self.settings, self.spool, self._pause = store, engine, settings, spool, pause
 
@@ -111,7 +111,7 @@ class Gatherer:
         judges = [row for row in held_out if row.created_at > since]
         return Sorted(failures, successes, held_out, judges, rows[0].id if rows else "")
 
-    def material(self, rows: "Sorted | None" = None) -> Material:
+    def material(self, rows: "Sorted | None" = None) -> TrainingData:
         """Failures, successes and held-out conversations, each chosen as strata.py says. No text that is held out, be it in another
         conversation too, is among those to train on.
         """
@@ -124,7 +124,7 @@ class Gatherer:
             [example for example in self._examples(part, most) if example.tokens.tobytes() not in held]
             for part, most in parts
         ]
-        return Material(*trained, judged_by, last_generation=rows.newest)
+        return TrainingData(*trained, judged_by, last_generation=rows.newest)
 
     def since(self, moment: float, most: int, without: Collection[str]) -> list[Example]:
         """What was answered after `moment`, newest first, held out or not; never a text of the generations in `without`."""
@@ -137,7 +137,7 @@ class Gatherer:
 
     def _examples(self, rows: Sequence[Outline], most: int) -> list[Example]:
         """At most so many of them, without repeats."""
-        chosen = self.store.whole([row.id for row in stratified(rows, most)])
+        chosen = self.store.whole([row.id for row in stratified_sample(rows, most)])
         return _distinct([self.example(row) for row in chosen])
 
     def example(self, row: StoredGeneration) -> Example:
@@ -242,7 +242,7 @@ def pieces(group: Sequence[Example], most: int) -> list[list[Example]]:
     return made
 
 
-def describe(material: Material) -> str:
+def describe(material: TrainingData) -> str:
     """For a log line."""
     return json.dumps(
         {"failures": len(material.failures), "successes": len(material.successes), "held_out": len(material.held_out)}

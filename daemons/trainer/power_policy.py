@@ -12,7 +12,7 @@ from specl.shared.settings.schema import Training
 LOOK_S = 60.0
 
 
-class Consent:
+class PowerPolicy:
     """What `objection` says is why training waits. Time and the machine are arguments, so that tests need neither."""
 
     def __init__(

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from specl.shared.errors import OutboxFull, WireError
-from specl.shared.messaging.messages import Record, Row, encode, kind_of
+from specl.shared.messaging.codec import encode, kind_of
+from specl.shared.messaging.messages import Envelope, Record
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.runtime import log
 
@@ -18,7 +19,7 @@ MOST_WAITING = 1000
 _log = log.get("trainer")
 
 
-class Facts:
+class RecordQueue:
     """`announce(id)` is called after each commit."""
 
     def __init__(self, outbox: Outbox, announce: Callable[[str], None]) -> None:
@@ -75,10 +76,10 @@ class Facts:
             self._announce(id)
         self.trouble = ""
 
-    def purge(self, wanted: Callable[[Row], bool]) -> list[str]:
+    def purge(self, wanted: Callable[[Envelope], bool]) -> list[str]:
         """Forget those that `wanted` is true of; their ids."""
         with self._lock:
-            gone = [item[0] for item in self._waiting if wanted(Row(*item))]
+            gone = [item[0] for item in self._waiting if wanted(Envelope(*item))]
             self._waiting = deque(item for item in self._waiting if item[0] not in gone)
         return gone
 

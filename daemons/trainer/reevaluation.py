@@ -16,7 +16,7 @@ import numpy as np
 from specl.daemons.trainer.training_run import DEPTHS, Outcome, Scores, TrainingJob
 from specl.shared.adapters.registry import ROLLED_BACK, Adapters, Manifest
 from specl.shared.adapters.tensors import load_adapter
-from specl.shared.engine.engine import LoadedAdapter
+from specl.shared.engine.core import LoadedAdapter
 from specl.shared.errors import AdapterRejected, disk_failed
 from specl.shared.learning.examples import Example
 from specl.shared.learning.gate import Agreement, judge
@@ -31,7 +31,7 @@ NOTHING = Agreement(np.zeros(0), np.zeros(0))
 
 
 @dataclass(frozen=True, slots=True)
-class SecondLook:
+class Reevaluation:
     """What the trainer's thread is given to do."""
 
     adapter: str
@@ -65,10 +65,10 @@ def worth_waiting(adapters: Adapters, clock: Callable[[], float] = time.time) ->
     return False
 
 
-class LookJob(TrainingJob):
+class ReevaluationJob(TrainingJob):
     """One second look, in the trainer's place and with its gate's interval."""
 
-    def __init__(self, look: SecondLook, *job: Any) -> None:
+    def __init__(self, look: Reevaluation, *job: Any) -> None:
         super().__init__(*job, look.trigger)
         self.look = look
         # the checkpoint of a run that waits to go on is not this one's to drop
@@ -83,7 +83,7 @@ class LookJob(TrainingJob):
             adapter, _ = load_adapter(self.adapters, self.adapters.folder / manifest.id, self.engine)
         except AdapterRejected as error:
             return self._outcome("no_verdict", str(error)) if self._may_pass(error) else self._confirm(str(error))
-        texts = self.gatherer.since(manifest.created_at, MOST, manifest.generations)
+        texts = self.data_loader.since(manifest.created_at, MOST, manifest.generations)
         before, after = (self._agreement_with(side, texts) for side in (parent, adapter))
         verdict = judge(before, after, LEAST)
         self._pause()

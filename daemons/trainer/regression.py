@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from specl.shared import prompts
-from specl.shared.engine.engine import Engine
+from specl.shared.engine.core import EngineCore
 from specl.shared.learning.batch_generate import Prompt, answer, kept_shard, save_shard
 from specl.shared.learning.examples import Example
 from specl.shared.runtime import log
@@ -22,7 +22,7 @@ _log = log.get("regression")
 class RegressionSlice:
     """The first `count` of the shipped prompts. `pause` is called between tokens and may wait or raise Interrupted."""
 
-    def __init__(self, folder: Path, engine: Engine, count: int, pause: Callable[[], object]) -> None:
+    def __init__(self, folder: Path, engine: EngineCore, count: int, pause: Callable[[], object]) -> None:
         self.engine, self._pause = engine, pause
         self.folder = folder / f"{engine.target.fingerprint}-{MAX_TOKENS}"
         self._prompts = prompts.load("regression")[:count]

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from specl.daemons.trainer import reevaluation
-from specl.daemons.trainer.adapter_evaluation import Trial
+from specl.daemons.trainer.adapter_evaluation import AdapterEvaluation
 from specl.daemons.trainer.jobs import BY_HAND, NOW, RUN, Job, kind_of_work
-from specl.daemons.trainer.power_policy import Consent
-from specl.daemons.trainer.record_queue import Facts
+from specl.daemons.trainer.power_policy import PowerPolicy
+from specl.daemons.trainer.record_queue import RecordQueue
 from specl.daemons.trainer.records import adapter_record
-from specl.daemons.trainer.reevaluation import SecondLook
-from specl.daemons.trainer.throttle import Turnstile
+from specl.daemons.trainer.reevaluation import Reevaluation
+from specl.daemons.trainer.throttle import Throttle
 from specl.daemons.trainer.worker import Worker
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected, OutboxFull, StoreError
@@ -24,23 +24,23 @@ from specl.shared.messaging.bus import Server
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
     Activity,
-    Batch,
+    EvaluateAdapter,
     Fetch,
     GetStatus,
     Purge,
+    RecordBatch,
     RecordReady,
     Reply,
     Status,
     Train,
-    TryAdapter,
 )
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
 from specl.shared.retention import checkpoints
-from specl.shared.retention.redaction import is_meant
+from specl.shared.retention.redaction import purge_matches
 from specl.shared.runtime import log, power
 from specl.shared.runtime.power import Power
-from specl.shared.runtime.supervisor import StopFlag
+from specl.shared.runtime.signals import StopFlag
 from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
 
@@ -58,12 +58,12 @@ class Trainer:
     ) -> None:
         self.paths, self.settings, self.server = paths, settings, server
         self.outbox = Outbox(paths.outbox("trainer"), settings.records.outbox_limit_mb << 20)
-        self.facts = Facts(self.outbox, lambda id: self._out.put(RecordReady(id)))
+        self.facts = RecordQueue(self.outbox, lambda id: self._out.put(RecordReady(id)))
         self.adapters = Adapters(paths.adapters)
-        self.consent = Consent(settings.training, machine)
-        self.turnstile = Turnstile(settings.training.idle_seconds, objection=lambda: self.consent.objection)
+        self.power_policy = PowerPolicy(settings.training, machine)
+        self.throttle = Throttle(settings.training.idle_seconds, objection=lambda: self.power_policy.objection)
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.worker = Worker(paths, settings, self.facts, self.turnstile, self.consent, self._out.put, server.wake)
+        self.worker = Worker(paths, settings, self.facts, self.throttle, self.power_policy, self._out.put, server.wake)
         self.started = time.monotonic()
         self.pending = 0
         self._wants = False  # there is reason for a run
@@ -98,11 +98,11 @@ class Trainer:
 
     def _published(self, message: Any) -> None:
         if isinstance(message, Activity):
-            self.turnstile.heard(message.busy)
+            self.throttle.heard(message.busy)
 
     def _look(self) -> None:
         """Count pending failures; start a run when there are enough, score parked generations when it is quiet."""
-        self.consent.look()
+        self.power_policy.look()
         self.facts.offer()
         try:
             store = Store(self.paths.store, read_only=True)
@@ -123,7 +123,7 @@ class Trainer:
             return  # work whose outcome the store does not know yet would only be done again
         enough = self.settings.training.enabled and self.pending >= self.settings.training.min_failure_cases
         self._wants = bool(enough or self.worker.again)
-        if self.consent.objection and self.worker.again != NOW:
+        if self.power_policy.objection and self.worker.again != NOW:
             return
         if doubted is None:
             self.worker.no_look_due()
@@ -131,13 +131,13 @@ class Trainer:
         put_off = doubted is not None and not answers_to_look_at and reevaluation.worth_waiting(self.adapters)
         self._put_off_for = doubted.id if put_off and self._wants else ""
         if doubted is not None and answers_to_look_at and time.monotonic() >= self.worker.no_look_before:
-            self.worker.put(SecondLook(doubted.id))
+            self.worker.put(Reevaluation(doubted.id))
         elif self._wants and (not put_off or self.worker.again == NOW) and time.monotonic() >= self.worker.not_before:
             self.worker.put(self.worker.again or f"{self.pending} failures")
             self.worker.again = ""
         elif unscored and time.monotonic() >= self.worker.no_score_before:
             self.worker.put("score")  # it waits for a quiet moment itself: a look every 5 s would miss most of them
-        elif not self.worker.slice_made and self.pending and self.settings.training.enabled and self.turnstile.quiet:
+        elif not self.worker.slice_made and self.pending and self.settings.training.enabled and self.throttle.quiet:
             self.worker.slice_made = True  # tried once; a run makes what is still missing
             self.worker.put("regression")
 
@@ -149,7 +149,7 @@ class Trainer:
                 self.server.send(peer, self._fetch(message))
             case Train():
                 self.server.send(peer, self._train(message))
-            case TryAdapter():
+            case EvaluateAdapter():
                 self.server.send(peer, self._try(message))
             case Purge():
                 self.server.send(peer, self._purge(message))
@@ -162,8 +162,8 @@ class Trainer:
         self.facts.offer()
         if self.facts.waiting:
             return Reply(False, f"its outcome could not be recorded: {self.facts.trouble}")
-        objection = self.consent.objection
-        if self.worker.running.is_set() and kind_of_work(self.worker.job) == RUN and not self.turnstile.abandoning:
+        objection = self.power_policy.objection
+        if self.worker.running.is_set() and kind_of_work(self.worker.job) == RUN and not self.throttle.abandoning:
             if message.now and objection:
                 return self._insist_on(self.worker.job, objection)
             return Reply(False, f"a run is under way ({self.worker.live.state}, step {self.worker.live.step})")
@@ -183,47 +183,47 @@ class Trainer:
 
     def _insist_on(self, job: Job, objection: str) -> Reply:
         """The run under way is wanted in spite of what held it up."""
-        self.consent.insist(job)
+        self.power_policy.insist(job)
         if not self.worker.running.is_set():  # it has just ended
-            self.consent.relent(job)
+            self.power_policy.relent(job)
         return Reply(
             True,
             f"{objection}; the run under way goes on all the same ({self.worker.live.state}, step {self.worker.live.step})",
         )
 
-    def _try(self, wish: TryAdapter) -> Reply:
+    def _try(self, wish: EvaluateAdapter) -> Reply:
         """Queue a staged adapter for the gate."""
         try:
             self.adapters.staged(wish.folder)
         except AdapterRejected as error:
             return Reply(False, str(error))
-        trial = Trial(uuid.uuid4().hex, wish.folder, wish.name[:200])
+        trial = AdapterEvaluation(uuid.uuid4().hex, wish.folder, wish.name[:200])
         while len(self.worker.trials) >= TRIALS_TOLD:
             self.worker.trials.pop(next(iter(self.worker.trials)))
         self.worker.trials[trial.run_id] = {"verdict": "", "reason": "", "adapter_id": ""}
         self.worker.put(trial)
         return Reply(True, "it is judged as soon as inference is idle", {"run": trial.run_id})
 
-    def _fetch(self, fetch: Fetch) -> Batch:
+    def _fetch(self, fetch: Fetch) -> RecordBatch:
         try:
             self.outbox.discard(fetch.done)
             rows = self.outbox.oldest(fetch.limit)
         except OutboxFull:  # `status` says it; they are offered again once the disk lets go of them
-            return Batch([], self.outbox.pending)
-        return Batch(rows, self.outbox.pending - len(rows))
+            return RecordBatch([], self.outbox.pending)
+        return RecordBatch(rows, self.outbox.pending - len(rows))
 
     def _purge(self, wish: Purge) -> Reply:
         """Forget generations: what was found out about them, the run that learns from them and its checkpoint."""
         try:
-            ids = self.outbox.matching(lambda row: is_meant(wish, row))
+            ids = self.outbox.matching(lambda row: purge_matches(wish, row))
             self.outbox.purge(ids)
-            ids += self.facts.purge(lambda row: is_meant(wish, row))
+            ids += self.facts.purge(lambda row: purge_matches(wish, row))
         except OutboxFull as error:
             return Reply(False, str(error))
         abandoned = ""
         if wish.ids:
             if self.worker.running.is_set():
-                self.turnstile.abandon()
+                self.throttle.abandon()
                 abandoned = "; the run under way is abandoned"
             else:
                 checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
@@ -231,8 +231,8 @@ class Trainer:
 
     def _waits_for(self) -> str:
         """Why no run goes on; empty where one does, or none is wanted."""
-        if self.consent.objection and (self.worker.running.is_set() or self._wants):
-            return self.consent.objection
+        if self.power_policy.objection and (self.worker.running.is_set() or self._wants):
+            return self.power_policy.objection
         return f"for answers to look at adapter {self._put_off_for} again" if self._put_off_for else ""
 
     def _status(self) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class Trainer:
                 "step": self.worker.live.step,
                 "total": self.worker.live.total,
                 "loss": self.worker.live.loss,
-                "abandoning": self.turnstile.abandoning,
+                "abandoning": self.throttle.abandoning,
             },
             "trials": {id: dict(verdict) for id, verdict in list(self.worker.trials.items())},
             "pending": self.pending,

@@ -13,7 +13,7 @@ from specl.shared.store import Outline
 STRATA = 10  # into which what is older than the newest is cut
 
 
-def stratified(rows: Sequence[Outline], most: int) -> list[Outline]:
+def stratified_sample(rows: Sequence[Outline], most: int) -> list[Outline]:
     """`most` of `rows` (newest first), in their order; all of them where they are no more than that. Guaranteed are:
 
     - a fair share: no choice of `most` rows has a smaller largest conversation. One that is over it is first cut down to it,

@@ -24,12 +24,12 @@ class Abandoned(Interrupted):
     """The run under way must end, and leave nothing to go on with."""
 
 
-class Overtaken(Interrupted):
+class Superseded(Interrupted):
     """What the run goes on from is no longer in force: its outcome would be refused."""
 
 
-class Turnstile:
-    """`pass_through` is called between two pieces of work. Time is an argument, so that tests need not wait."""
+class Throttle:
+    """`wait_for_turn` is called between two pieces of work. Time is an argument, so that tests need not wait."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Turnstile:
             return now - self._heard_at >= SILENCE_S
         return now - self._quiet_since >= self._idle_s
 
-    def pass_through(self) -> float:
+    def wait_for_turn(self) -> float:
         """Wait until work may go on; seconds waited. Raises Interrupted when told to stop."""
         start = self._clock()
         worked = min(start - self._passed_at, LONGEST_PIECE_S)

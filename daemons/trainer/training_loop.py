@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from specl.daemons.trainer.data_loader import Gatherer, Material, pieces
+from specl.daemons.trainer.data_loader import DataLoader, TrainingData, pieces
 from specl.daemons.trainer.throttle import Abandoned
 from specl.shared.errors import Interrupted
-from specl.shared.learning.early_stopping import EarlyStop, set_aside
+from specl.shared.learning.early_stopping import EarlyStopping, set_aside
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
@@ -50,7 +50,7 @@ class Live:
 
 
 @dataclass(slots=True)
-class Course:
+class TrainingLoop:
     """Trains what is attached to `learner`. `origin` is what the weights began from: draft and parent; `known` names the
     generations that the parent was shown. `pause` as in TrainingJob.
 
@@ -58,11 +58,11 @@ class Course:
     have seen, and `losses` has one a step.
     """
 
-    material: Material
+    material: TrainingData
     replay: list[Example]
     settings: Settings
     folder: Path
-    gatherer: Gatherer
+    data_loader: DataLoader
     origin: dict[str, str]
     known: Collection[str]
     live: Live
@@ -88,7 +88,7 @@ class Course:
         steps = StepSettings(training.learning_rate, total, depths=TRAINED_DEPTHS, checkpointing=checkpointing)
         loop = StepLoop(learner, loss, steps)
         deadline = Deadline(training.max_minutes * 60, self._resume(loop, batches))
-        stop = EarlyStop(learner, aside, loss, TRAINED_DEPTHS, known=self.watched)
+        stop = EarlyStopping(learner, aside, loss, TRAINED_DEPTHS, known=self.watched)
         self.watched = stop.losses
         self.live.state, self.live.step, self.live.total = "training", loop.step_number, total
         try:
@@ -114,7 +114,7 @@ class Course:
             return new, [*old, *successes, *self.replay]
         return (failures, [*successes, *self.replay]) if failures else (successes, self.replay)
 
-    def _steps(self, loop: StepLoop, batches: Batches, deadline: Deadline, stop: EarlyStop) -> None:
+    def _steps(self, loop: StepLoop, batches: Batches, deadline: Deadline, stop: EarlyStopping) -> None:
         """Until all are done, the time is over, or what was set aside no longer gets better."""
         saved = time.monotonic()
 
@@ -172,7 +172,7 @@ class Course:
         judges = {example.id for example in self.material.held_out}
         same = all(about.get(name) == value for name, value in self._plan().items())
         mostly = len(ids & fresh) >= SAME_WORK * len(ids | fresh)
-        return same and mostly and not ids & judges and not self.gatherer.store.missing(sorted(ids))
+        return same and mostly and not ids & judges and not self.data_loader.store.missing(sorted(ids))
 
     def _resume(self, loop: StepLoop, batches: Batches) -> float:
         """Go on with a killed run's checkpoint if it was about the same work, otherwise drop it; seconds that it had worked."""

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from specl.daemons.trainer.data_loader import Gatherer, Material
+from specl.daemons.trainer.data_loader import DataLoader, TrainingData
 from specl.daemons.trainer.records import adapter_record, evaluations
 from specl.daemons.trainer.regression import RegressionSlice
-from specl.daemons.trainer.throttle import Overtaken
-from specl.daemons.trainer.training_loop import Course, Live
+from specl.daemons.trainer.throttle import Superseded
+from specl.daemons.trainer.training_loop import Live, TrainingLoop
 from specl.shared.adapters.registry import Adapters, Manifest
-from specl.shared.adapters.tensors import load_adapter, write_files
-from specl.shared.engine.engine import Engine, LoadedAdapter
+from specl.shared.adapters.tensors import load_adapter, write_tensors
+from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.errors import AdapterRejected, ModelError
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.gate import Agreement, Lineage, Verdict, expected_rate, judge, lineage_problems, spoils
@@ -35,8 +35,8 @@ from specl.shared.models.lora import (
     attach,
     change_norm,
     choose_layers,
+    interpolate,
     lora_weights,
-    part_of_the_way,
 )
 from specl.shared.paths import Paths
 from specl.shared.retention import checkpoints
@@ -69,7 +69,7 @@ class Scores:
     general: Agreement
 
 
-def in_force(adapters: Adapters, engine: Engine) -> LoadedAdapter | None:
+def in_force(adapters: Adapters, engine: EngineCore) -> LoadedAdapter | None:
     """The adapter that CURRENT names; None where there is none, or none that fits this draft."""
     current = adapters.current()
     if not current:
@@ -86,8 +86,8 @@ class TrainingJob:
 
     def __init__(
         self,
-        engine: Engine,
-        gatherer: Gatherer,
+        engine: EngineCore,
+        data_loader: DataLoader,
         adapters: Adapters,
         paths: Paths,
         settings: Settings,
@@ -95,13 +95,13 @@ class TrainingJob:
         pause: Callable[[], float],
         trigger: str,
     ) -> None:
-        self.engine, self.gatherer, self.adapters = engine, gatherer, adapters
+        self.engine, self.data_loader, self.adapters = engine, data_loader, adapters
         self.paths, self.folder = paths, paths.training
         self.settings, self.live, self._pause, self.trigger = settings, live, pause, trigger
         self.run_id, self.created_at = uuid.uuid4().hex, time.time()
-        self.course: Course | None = None
+        self.loop: TrainingLoop | None = None
         self.replayed = 0  # texts of the draft's own replay set
-        self.material = Material([], [], [], "")
+        self.material = TrainingData([], [], [], "")
         self.general: list[Example] = []
         self.pristine = 0.0  # agreement on it without any adapter
         self._start: Weights | None = None  # A and B that training began with, where they are an adapter's
@@ -112,14 +112,14 @@ class TrainingJob:
     def run(self) -> Outcome:
         """Do it. Raises Interrupted when told to stop; the checkpoint stays and the next run goes on with it."""
         self.live.state = "gathering"
-        rows = self.gatherer.sorted()
+        rows = self.data_loader.sorted()
         if short := self._short(len(rows.failures), len(rows.successes), len(rows.judges)):
             return short  # before any text is read and any state computed
-        material = self.material = self.gatherer.material(rows)
+        material = self.material = self.data_loader.material(rows)
         if short := self._short(len(material.failures), len(material.successes), len(material.held_out)):
             return short  # some were repeats
         self.live.state = "preparing"
-        replay = self.gatherer.replay(self.folder, self.live.tell)
+        replay = self.data_loader.replay(self.folder, self.live.tell)
         self.replayed = len(replay)
         self.general = self._regression()
         parent = self._parent()
@@ -130,11 +130,11 @@ class TrainingJob:
         self.pristine = self._without_adapter() if parent is not None else before.general.value
         shape = self._prepare(learner, parent, replay)
         origin = {"parent": self.parent_id, "draft": self.engine.draft_fingerprint}
-        self.course = Course(
-            material, replay, self.settings, self.folder, self.gatherer, origin, self._known(), self.live, self._while_in_force
+        self.loop = TrainingLoop(
+            material, replay, self.settings, self.folder, self.data_loader, origin, self._known(), self.live, self._while_in_force
         )  # fmt: skip
         try:
-            self.course.run(learner)
+            self.loop.run(learner)
         except FloatingPointError as error:
             return self._outcome("failed", str(error))
         self.live.state = "scoring"
@@ -148,10 +148,10 @@ class TrainingJob:
         return set()
 
     def _while_in_force(self) -> float:
-        """`pause`. Raises Overtaken, too: the checkpoint stays, for what was rolled back may be reinstated."""
+        """`pause`. Raises Superseded, too: the checkpoint stays, for what was rolled back may be reinstated."""
         waited = self._pause()
         if self.adapters.current() != self.in_force:
-            raise Overtaken(f"it goes on from adapter {self.parent_id or 'none'}, which is no longer in force")
+            raise Superseded(f"it goes on from adapter {self.parent_id or 'none'}, which is no longer in force")
         return waited
 
     def _short(self, failures: int, successes: int, held_out: int) -> Outcome | None:
@@ -231,7 +231,7 @@ class TrainingJob:
         start = None if verdict.drifted else self._start
         _log.info("gate.spoils", reason=verdict.reason)
         for share in SHARES:
-            learner.module.load_weights(list(part_of_the_way(learned, share, start).items()), strict=False)
+            learner.module.load_weights(list(interpolate(learned, share, start).items()), strict=False)
             general = self._score_general(learner)
             if spoils(before.general.value, general.value, self.pristine):
                 continue
@@ -309,16 +309,16 @@ class TrainingJob:
             },
             training={
                 **self._course(),
-                "watched": [round(loss, 4) for loss in self.course.watched] if self.course else [],
-                "generations": self.course.learned if self.course else [],
-                "shown": sorted(self.course.shown) if self.course else [],
+                "watched": [round(loss, 4) for loss in self.loop.watched] if self.loop else [],
+                "generations": self.loop.learned if self.loop else [],
+                "shown": sorted(self.loop.shown) if self.loop else [],
                 **self._data(),
             },
         )
         scratch = self.adapters.scratch(id)
         hot = draft.hot if isinstance(draft, HeadDraft) else None
         try:
-            write_files(scratch, shape, weights, hot)
+            write_tensors(scratch, shape, weights, hot)
             self.adapters.publish(scratch, manifest)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)  # what a full disk has left; a published one has been renamed
@@ -326,9 +326,9 @@ class TrainingJob:
 
     def _course(self) -> dict[str, Any]:
         """How the steps went, where there were any."""
-        losses = self.course.losses if self.course else []
+        losses = self.loop.losses if self.loop else []
         first, last = (losses[0], round(float(np.mean(losses[-10:])), 4)) if losses else (None, None)
-        tokens = self.course.tokens if self.course else 0
+        tokens = self.loop.tokens if self.loop else 0
         return {"steps": len(losses), "tokens": tokens, "loss_first": first, "loss_last": last}
 
     def _data(self) -> dict[str, int]:

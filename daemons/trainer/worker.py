@@ -10,25 +10,25 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from specl.daemons.trainer.adapter_evaluation import Trial, TrialJob
-from specl.daemons.trainer.data_loader import Gatherer
+from specl.daemons.trainer.adapter_evaluation import AdapterEvaluation, AdapterEvaluationJob
+from specl.daemons.trainer.data_loader import DataLoader
 from specl.daemons.trainer.jobs import BY_HAND, IMPORT, LOOK, NOW, RUN, STOP, Job, kind_of_work
-from specl.daemons.trainer.power_policy import Consent
-from specl.daemons.trainer.record_queue import Facts
+from specl.daemons.trainer.power_policy import PowerPolicy
+from specl.daemons.trainer.record_queue import RecordQueue
 from specl.daemons.trainer.records import scored
-from specl.daemons.trainer.reevaluation import LookJob, SecondLook
+from specl.daemons.trainer.reevaluation import Reevaluation, ReevaluationJob
 from specl.daemons.trainer.regression import RegressionSlice
-from specl.daemons.trainer.throttle import Abandoned, Overtaken, Turnstile
+from specl.daemons.trainer.throttle import Abandoned, Superseded, Throttle
 from specl.daemons.trainer.training_loop import Live
 from specl.daemons.trainer.training_run import Outcome, TrainingJob, in_force
 from specl.shared.adapters.registry import Adapters
-from specl.shared.engine.engine import Engine
+from specl.shared.engine.core import EngineCore
 from specl.shared.engine.load import load_pair
 from specl.shared.errors import Interrupted, SpecLoraError
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.messaging.messages import AdapterReady
 from specl.shared.models import blas
-from specl.shared.models.free_memory import give_back
+from specl.shared.models.free_memory import free_memory
 from specl.shared.paths import DISK_REFUSES, Paths
 from specl.shared.retention import checkpoints
 from specl.shared.retention.hidden_states import HiddenSpool
@@ -55,14 +55,20 @@ class Worker(threading.Thread):
         self,
         paths: Paths,
         settings: Settings,
-        facts: Facts,
-        turnstile: Turnstile,
-        consent: Consent,
+        facts: RecordQueue,
+        throttle: Throttle,
+        power_policy: PowerPolicy,
         announce: Callable[[Any], None],
         wake: Callable[[], None],
     ) -> None:
         super().__init__(name="mlx", daemon=True)
-        self.paths, self.settings, self.facts, self.turnstile, self.consent = paths, settings, facts, turnstile, consent
+        self.paths, self.settings, self.facts, self.throttle, self.power_policy = (
+            paths,
+            settings,
+            facts,
+            throttle,
+            power_policy,
+        )
         self._announce, self._wake = announce, wake
         self.adapters = Adapters(paths.adapters)
         self.live = Live()
@@ -76,12 +82,12 @@ class Worker(threading.Thread):
         self.trials: dict[str, dict[str, str]] = {}  # how the last imports went, by run id
         self.slice_made = False
         self._retry_s: dict[str, float] = {}  # by kind of work
-        self._engine: Engine | None = None
+        self._engine: EngineCore | None = None
 
     def put(self, job: Job) -> None:
         """Queue work. What somebody waits for does not wait for the machine, nor does what is asked for in spite of it."""
-        if isinstance(job, Trial) or (job == NOW and self.consent.objects):
-            self.consent.insist(job)
+        if isinstance(job, AdapterEvaluation) or (job == NOW and self.power_policy.objects):
+            self.power_policy.insist(job)
         if kind_of_work(job) == RUN:
             self.run_waits.set()
         self.jobs.put(job)
@@ -94,7 +100,7 @@ class Worker(threading.Thread):
 
     def end(self) -> None:
         """After the present piece of work."""
-        self.turnstile.stop()
+        self.throttle.stop()
         self.jobs.put(STOP)
         self.join(timeout=1.5)
 
@@ -113,7 +119,7 @@ class Worker(threading.Thread):
             except Abandoned:
                 checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
                 _log.info("training.abandoned")
-            except Overtaken as error:
+            except Superseded as error:
                 if kind_of_work(job) == RUN:
                     self.again = job
                 _log.info("training.overtaken", reason=str(error))
@@ -127,13 +133,13 @@ class Worker(threading.Thread):
                 self._failed(job, error)
             finally:
                 self.live.state = "idle"
-                if isinstance(job, Trial):
+                if isinstance(job, AdapterEvaluation):
                     self._end_of(job)
                 self.running.clear()
-                self.turnstile.abandoned()  # in this order: whoever is told to end from now on has ended
-                self.consent.relent(job)
+                self.throttle.abandoned()  # in this order: whoever is told to end from now on has ended
+                self.power_policy.relent(job)
 
-    def _end_of(self, trial: Trial) -> None:
+    def _end_of(self, trial: AdapterEvaluation) -> None:
         """The staged copy has served; whoever waits for a verdict gets one."""
         shutil.rmtree(self.adapters.folder / trial.folder, ignore_errors=True)
         told = self.trials.get(trial.run_id)
@@ -156,20 +162,20 @@ class Worker(threading.Thread):
 
     def _hold_off(self, job: Job, seconds: float | None = None) -> None:
         """What failed is not tried again at once; the other kind of work may go on. Without `seconds`: as it failed before."""
-        if isinstance(job, Trial):
+        if isinstance(job, AdapterEvaluation):
             return
         if seconds is None:
             kind = kind_of_work(job)
             seconds = self._retry_s.get(kind, FIRST_RETRY_S.get(kind, RETRY_S))
             self._retry_s[kind] = min(2 * seconds, LONGEST_RETRY_S)
-        if isinstance(job, SecondLook):
+        if isinstance(job, Reevaluation):
             self.no_look_before = time.monotonic() + seconds
         elif job == "score":
             self.no_score_before = time.monotonic() + seconds
         else:
             self.not_before = time.monotonic() + seconds
 
-    def _loaded(self) -> Engine:
+    def _loaded(self) -> EngineCore:
         if self._engine is None:
             wanted_for, self.live.state = self.live.state, "loading"
             blas.set_threads(self.settings.training.threads)
@@ -180,30 +186,30 @@ class Worker(threading.Thread):
             self.live.state = wanted_for
         return self._engine
 
-    def _gatherer(self, store: Store) -> Gatherer:
+    def _gatherer(self, store: Store) -> DataLoader:
         spool = HiddenSpool(self.paths.hidden, self.settings.records.hidden_spool_mb << 20)
-        return Gatherer(store, self._loaded(), self.settings, spool, lambda: self.turnstile.pass_through())
+        return DataLoader(store, self._loaded(), self.settings, spool, lambda: self.throttle.wait_for_turn())
 
     def _one_run(self, what: Job) -> None:
         """Train, or try what is there already."""
-        self.turnstile.pass_through()
+        self.throttle.wait_for_turn()
         store = Store(self.paths.store, read_only=True)
         self.live.step, self.live.total, self.live.loss = 0, 0, None
         try:
             parts = (
                 self._loaded(), self._gatherer(store), self.adapters, self.paths, self.settings, self.live,
-                self.turnstile.pass_through,
+                self.throttle.wait_for_turn,
             )  # fmt: skip
             match what:
-                case Trial():
-                    self._tried(what, TrialJob(what, *parts).run())
-                case SecondLook():
-                    self._looked(what, LookJob(what, *parts).run())
+                case AdapterEvaluation():
+                    self._tried(what, AdapterEvaluationJob(what, *parts).run())
+                case Reevaluation():
+                    self._looked(what, ReevaluationJob(what, *parts).run())
                 case _:
                     self._trained(what, TrainingJob(*parts, what).run())
         finally:
             store.close()
-            give_back()  # a run takes many times what scoring does
+            free_memory()  # a run takes many times what scoring does
 
     def _trained(self, what: str, outcome: Outcome) -> None:
         """When to try again, and what the store is told: waiting for the same once, not every minute."""
@@ -217,7 +223,7 @@ class Worker(threading.Thread):
             self._record(outcome)
         _log.info("training.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)
 
-    def _tried(self, trial: Trial, outcome: Outcome) -> None:
+    def _tried(self, trial: AdapterEvaluation, outcome: Outcome) -> None:
         """Somebody waits for it."""
         self.trials[trial.run_id] = {
             "verdict": outcome.verdict, "reason": outcome.reason, "adapter_id": outcome.adapter_id,
@@ -225,7 +231,7 @@ class Worker(threading.Thread):
         self._record(outcome)
         _log.info("import.done", verdict=outcome.verdict, reason=outcome.reason, adapter=outcome.adapter_id or None)
 
-    def _looked(self, look: SecondLook, outcome: Outcome) -> None:
+    def _looked(self, look: Reevaluation, outcome: Outcome) -> None:
         """Tell of a second look that decided something."""
         if outcome.verdict == "no_verdict":
             self._hold_off(look)
@@ -246,7 +252,7 @@ class Worker(threading.Thread):
         """Make the regression slice and a part of the texts to replay while nobody waits, so that a run need not."""
         self.live.state = "preparing"
         count = self.settings.training.regression_prompts
-        RegressionSlice(self.paths.regression, self._loaded(), count, self.turnstile.pass_through).examples()
+        RegressionSlice(self.paths.regression, self._loaded(), count, self.throttle.wait_for_turn).examples()
         store = Store(self.paths.store, read_only=True)
         try:
             more = self._gatherer(store).capture_replay(self.paths.training, self.live.tell)
@@ -257,17 +263,17 @@ class Worker(threading.Thread):
 
     def _score(self) -> None:
         """Teacher-forced agreement of generations that were parked: without it they would never count as failures."""
-        self.turnstile.pass_through()
+        self.throttle.wait_for_turn()
         store = Store(self.paths.store, read_only=True)
         self.live.state = "scoring"
         try:
-            engine, gatherer = self._loaded(), self._gatherer(store)
+            engine, data_loader = self._loaded(), self._gatherer(store)
             adapter = in_force(self.adapters, engine)
             engine.use_adapter(adapter)
             rows = store.unscored(SCORE_BATCH, engine.target.fingerprint)
             for row in rows:
-                self.turnstile.pass_through()
-                score = agreement(Learner(engine.draft), [gatherer.example(row)])
+                self.throttle.wait_for_turn()
+                score = agreement(Learner(engine.draft), [data_loader.example(row)])
                 self.facts.add(scored(row.values["id"], adapter.id if adapter else "", score))
             if not rows:  # what is left was written by another target
                 self.no_score_before = time.monotonic() + RETRY_S

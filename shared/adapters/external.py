@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specl.shared.adapters.manifest import Manifest, header_problem, parse_manifest, reasons
 from specl.shared.adapters.registry import FILES, FOREIGN, MAX_FILE, MAX_MANIFEST, sha256_of
-from specl.shared.adapters.tensors import misfits, read_hot
-from specl.shared.engine.engine import Engine, LoadedAdapter
+from specl.shared.adapters.tensors import adapter_problems, read_hot
+from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.errors import AdapterRejected
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.lora import LoraShape, Weights
-from specl.shared.runtime.incremental import at_once
+from specl.shared.runtime.incremental import run_all
 
 PARTS = (".lora_a", ".lora_b")
 
@@ -42,14 +42,14 @@ class _Config(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Foreign:
+class ExternalAdapter:
     """A foreign adapter that fits the draft. `manifest` is what it says of itself, where it says anything."""
 
     adapter: LoadedAdapter
     manifest: Manifest | None
 
 
-def read_foreign(folder: Path, engine: Engine) -> Foreign:
+def read_external(folder: Path, engine: EngineCore) -> ExternalAdapter:
     """Everything about a directory but its worth. Raises AdapterRejected with every reason found."""
     if problems := _file_problems(folder):
         raise AdapterRejected("; ".join(problems))
@@ -70,10 +70,10 @@ def read_foreign(folder: Path, engine: Engine) -> Foreign:
     hot = read_hot(folder / "hot_vocab.npy") if (folder / "hot_vocab.npy").exists() else None
     if hot is not None and not isinstance(engine.draft, HeadDraft):
         problems.append("it has a hot vocabulary; the draft has none")
-    problems += at_once(misfits(engine, shape, weights, hot))
+    problems += run_all(adapter_problems(engine, shape, weights, hot))
     if problems:
         raise AdapterRejected("; ".join(problems))
-    return Foreign(
+    return ExternalAdapter(
         LoadedAdapter("candidate", shape, weights, hot.astype(np.int64) if hot is not None else None), manifest
     )
 
@@ -98,7 +98,7 @@ def _manifest(folder: Path) -> Manifest | None:
         return None
 
 
-def _claims(folder: Path, manifest: Manifest, engine: Engine) -> list[str]:
+def _claims(folder: Path, manifest: Manifest, engine: EngineCore) -> list[str]:
     """What a manifest says that is not so here."""
     found = []
     if manifest.base_fingerprint != engine.draft_fingerprint:

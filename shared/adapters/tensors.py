@@ -16,14 +16,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from specl.shared.adapters.manifest import reasons
 from specl.shared.adapters.registry import Adapters, Manifest
-from specl.shared.engine.engine import Engine, LoadedAdapter
+from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.errors import AdapterRejected
 from specl.shared.models.head import HeadDraft
-from specl.shared.models.lora import LoraShape, Weights, examining, norming
-from specl.shared.runtime.incremental import Pieces, at_once
+from specl.shared.models.lora import LoraShape, Weights, change_norm_steps, check_steps
+from specl.shared.runtime.incremental import Steps, run_all
 
 
-def write_files(folder: Path, shape: LoraShape, weights: Weights, hot: np.ndarray | None) -> None:
+def write_tensors(folder: Path, shape: LoraShape, weights: Weights, hot: np.ndarray | None) -> None:
     """adapters.safetensors and adapter_config.json as mlx-lm writes them (scale = alpha / rank), hot_vocab.npy. Raises OSError."""
     try:
         mx.save_safetensors(str(folder / "adapters.safetensors"), dict(weights), metadata={"format": "mlx"})
@@ -81,12 +81,12 @@ def read_shape(folder: Path) -> LoraShape:
     return LoraShape(lora.rank, lora.scale * lora.rank, lora.dropout, tuple(lora.keys))
 
 
-def load_adapter(adapters: Adapters, path: str | Path, engine: Engine) -> tuple[LoadedAdapter, Manifest]:
+def load_adapter(adapters: Adapters, path: str | Path, engine: EngineCore) -> tuple[LoadedAdapter, Manifest]:
     """Verify everything about an adapter for this engine's draft and read it. Raises AdapterRejected with the reasons."""
-    return at_once(loading(adapters, path, engine))
+    return run_all(loading(adapters, path, engine))
 
 
-def loading(adapters: Adapters, path: str | Path, engine: Engine) -> Pieces[tuple[LoadedAdapter, Manifest]]:
+def loading(adapters: Adapters, path: str | Path, engine: EngineCore) -> Steps[tuple[LoadedAdapter, Manifest]]:
     """`load_adapter` in pieces."""
     draft = engine.draft
     if draft is None:
@@ -102,16 +102,18 @@ def loading(adapters: Adapters, path: str | Path, engine: Engine) -> Pieces[tupl
         raise AdapterRejected(f"adapter {manifest.id}: its weights cannot be read: {error}") from error
     hot = read_hot(folder / "hot_vocab.npy") if "hot_vocab.npy" in manifest.files else None
     yield
-    if found := (yield from misfits(engine, shape, weights, hot)):
+    if found := (yield from adapter_problems(engine, shape, weights, hot)):
         raise AdapterRejected(f"adapter {manifest.id}: " + "; ".join(found))
     return LoadedAdapter(manifest.id, shape, weights, hot.astype(np.int64) if hot is not None else None), manifest
 
 
-def misfits(engine: Engine, shape: LoraShape, weights: Weights, hot: np.ndarray | None) -> Pieces[list[str]]:
+def adapter_problems(
+    engine: EngineCore, shape: LoraShape, weights: Weights, hot: np.ndarray | None
+) -> Steps[list[str]]:
     """Everything that keeps these tensors from being an adapter for `engine`'s draft. Empty means usable."""
-    found = yield from examining(engine.draft_module, shape, weights)
+    found = yield from check_steps(engine.draft_module, shape, weights)
     if not found:
-        norm = yield from norming(shape, weights)
+        norm = yield from change_norm_steps(shape, weights)
         found = ["it changes nothing: every weight change is zero"] if norm == 0 else []
         found += [] if math.isfinite(norm) else ["its weight changes overflow together"]
     draft = engine.draft

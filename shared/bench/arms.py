@@ -18,10 +18,11 @@ from mlx_lm.sample_utils import make_sampler
 
 from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.bench.text_equality import TopTwo
+from specl.shared.engine.core import EngineCore, LoadedAdapter, new_request_history
 from specl.shared.engine.decode import Options, Tally
-from specl.shared.engine.engine import Engine, LoadedAdapter, nothing_known
-from specl.shared.engine.sampling import Law, top_indices
+from specl.shared.engine.sampling import top_indices
 from specl.shared.models.load import LanguageModel, load
+from specl.shared.sampling_params import SamplingParams
 
 PLAIN = "mlx-lm plain"
 STOCK = "mlx-lm stock"
@@ -92,8 +93,8 @@ class Arm(Protocol):
 class PlainArm:
     """mlx-lm's generate_step on a model object: ours, native kernels and all, is what everything is measured against."""
 
-    def __init__(self, target: LanguageModel, law: Law, name: str = PLAIN) -> None:
-        self.target, self.law, self.name = target, law, name
+    def __init__(self, target: LanguageModel, sampling: SamplingParams, name: str = PLAIN) -> None:
+        self.target, self.sampling, self.name = target, sampling, name
 
     def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
         """See Arm."""
@@ -104,7 +105,9 @@ class PlainArm:
         return timed(self._pieces(tokens, limit)).tokens
 
     def _pieces(self, prompt: list[int], limit: int) -> Iterable[list[int]]:
-        sampler = make_sampler(self.law.temperature, self.law.top_p, self.law.min_p, top_k=self.law.top_k)
+        sampler = make_sampler(
+            self.sampling.temperature, self.sampling.top_p, self.sampling.min_p, top_k=self.sampling.top_k
+        )
         for token, _ in generate_step(mx.array(prompt), self.target.model, max_tokens=limit, sampler=sampler):
             yield [token]
             if token in self.target.stop_tokens:
@@ -114,9 +117,9 @@ class PlainArm:
 class MlxSpeculativeArm:
     """mlx-lm's speculative_generate_step with a draft model of its own."""
 
-    def __init__(self, target: LanguageModel, draft: LanguageModel, k: int, law: Law) -> None:
+    def __init__(self, target: LanguageModel, draft: LanguageModel, k: int, sampling: SamplingParams) -> None:
         self.name = f"mlx-lm speculative K={k}"
-        self.target, self.draft, self.k, self.law = target, draft, k, law
+        self.target, self.draft, self.k, self.sampling = target, draft, k, sampling
 
     def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
         """See Arm. Its loop does not tell rejections from rounds; accepted drafts are counted, drafted ones are not."""
@@ -130,7 +133,9 @@ class MlxSpeculativeArm:
         return timed(self._pieces(tokens, limit)).tokens
 
     def _pieces(self, prompt: list[int], limit: int) -> Iterable[list[int]]:
-        sampler = make_sampler(self.law.temperature, self.law.top_p, self.law.min_p, top_k=self.law.top_k)
+        sampler = make_sampler(
+            self.sampling.temperature, self.sampling.top_p, self.sampling.min_p, top_k=self.sampling.top_k
+        )
         steps = speculative_generate_step(
             mx.array(prompt),
             self.target.model,
@@ -152,16 +157,21 @@ class EngineArm:
     def __init__(
         self,
         name: str,
-        engine: Engine,
-        law: Law,
+        engine: EngineCore,
+        sampling: SamplingParams,
         k: int | None,
         ngram: bool,
         capture_k: int = 0,
         adapter: LoadedAdapter | None = None,
     ) -> None:
         self.name, self.engine, self.adapter = name, engine, adapter
-        self.options: dict[str, Any] = {"law": law, "num_draft_tokens": k, "ngram": ngram, "capture_k": capture_k}
-        self._known = nothing_known()
+        self.options: dict[str, Any] = {
+            "sampling": sampling,
+            "num_draft_tokens": k,
+            "ngram": ngram,
+            "capture_k": capture_k,
+        }
+        self._known = new_request_history()
 
     def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
         """See Arm. No prefix is reused: every arm reads the whole prompt."""

@@ -13,11 +13,11 @@ import numpy as np
 
 from specl.shared.bench.arms import Answer, EngineArm
 from specl.shared.bench.prompt_sets import BenchPrompt
-from specl.shared.engine.engine import Engine, LoadedAdapter
-from specl.shared.engine.sampling import Law
+from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.learning.batch_generate import recapture
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner, agreement
+from specl.shared.sampling_params import SamplingParams
 
 FIXED_K = 4  # acceptance as a result is reported at this length
 DEPTHS = 3
@@ -79,10 +79,10 @@ Tell = Callable[[int, int, float], None]  # done, total, seconds left
 
 
 def duel(
-    engine: Engine,
+    engine: EngineCore,
     items: Sequence[BenchPrompt],
     limit: int,
-    law: Law,
+    sampling: SamplingParams,
     sides: Sequence[Side],
     tell: Tell = lambda done, total, left: None,
 ) -> float:
@@ -90,10 +90,10 @@ def duel(
 
     The engine keeps its last adapter.
     """
-    fixed = [EngineArm(side.name, engine, law, FIXED_K, ngram=False, adapter=side.adapter) for side in sides]
-    served = [EngineArm(side.name, engine, law, None, ngram=False, adapter=side.adapter) for side in sides]
+    fixed = [EngineArm(side.name, engine, sampling, FIXED_K, ngram=False, adapter=side.adapter) for side in sides]
+    served = [EngineArm(side.name, engine, sampling, None, ngram=False, adapter=side.adapter) for side in sides]
     plain = Side("no draft", None)
-    plain_arm = EngineArm(plain.name, engine, law, 0, ngram=False)
+    plain_arm = EngineArm(plain.name, engine, sampling, 0, ngram=False)
     prompts = [engine.encode_chat(item.messages)[1] for item in items]
     for arm in (*served, plain_arm):  # once uncounted: caches and pages are warm
         arm.answer(items[0], prompts[0], min(8, limit))
@@ -105,7 +105,7 @@ def duel(
             sides[i].fixed.append(fixed[i].answer(item, prompt, limit))
         plain.served.append(plain_arm.answer(item, prompt, limit))
         # greedy answers are the same whoever drafts; sampled ones are the target's all the same
-        examples.append(example_of(engine, item.id, prompt, sides[0].fixed[-1].tokens, law))
+        examples.append(example_of(engine, item.id, prompt, sides[0].fixed[-1].tokens, sampling))
         done = place + 1
         tell(done, len(items), (time.monotonic() - start) / done * (len(items) - done))
     for side in sides:
@@ -116,12 +116,14 @@ def duel(
     return plain.tokens_per_second
 
 
-def example_of(engine: Engine, id: str, prompt: list[int], output: list[int], law: Law) -> Example:
+def example_of(engine: EngineCore, id: str, prompt: list[int], output: list[int], sampling: SamplingParams) -> Example:
     """A finished text with the law and states of the target, for scoring drafts on it."""
     tokens = np.array([*prompt, *output], np.uint32)
     states, ids, logprobs = recapture(engine.target, tokens, len(prompt), TOP_K)
     weights = np.ones(len(output), np.float32)
-    return Example(id, tokens, len(prompt), ids, logprobs, weights, states if engine.reads_states else None, law.greedy)
+    return Example(
+        id, tokens, len(prompt), ids, logprobs, weights, states if engine.reads_states else None, sampling.greedy
+    )
 
 
 def difference(first: Side, second: Side, seed: int = 0) -> Difference:

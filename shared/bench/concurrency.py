@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.bench.scratch import MlxServer, ScratchDaemons
-from specl.shared.engine.sampling import Law
 from specl.shared.messaging.messages import Purge
+from specl.shared.sampling_params import SamplingParams
 
 Complete = Callable[[BenchPrompt], int]
 
@@ -58,7 +58,7 @@ def measure_crowds(
     items: Sequence[BenchPrompt],
     crowds: Sequence[int],
     limit: int,
-    law: Law,
+    sampling: SamplingParams,
     turns: int,
     tell: Callable[[str], None] = lambda note: None,
 ) -> list[CrowdFigures]:
@@ -66,11 +66,11 @@ def measure_crowds(
 
     def ours() -> Complete:
         client = daemons.client()
-        wish = {"temperature": law.temperature, "top_p": law.top_p, "max_tokens": limit}
+        wish = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": limit}
         return lambda item: client.ask(item.messages, **wish).tokens
 
     def theirs() -> Complete:
-        return lambda item: server.complete(item.messages, limit, law.temperature, law.top_p)
+        return lambda item: server.complete(item.messages, limit, sampling.temperature, sampling.top_p)
 
     crowd_rate(ours, 1, items[:1])
     crowd_rate(theirs, 1, items[:1])

@@ -6,7 +6,7 @@ from typing import Any
 
 from specl.shared.bench.learning_report import ROLLING, Side, curve
 from specl.shared.bench.plot import require_matplotlib
-from specl.shared.bench.stream import Pass, Row
+from specl.shared.bench.stream import Pass, StreamRow
 
 PANELS = (
     ("acceptance", Side.acceptance),
@@ -39,7 +39,7 @@ def draw_stream(passes: dict[str, dict[str, Pass]], shift_at: int | None, file: 
     pyplot.close(figure)
 
 
-def _mark(axes: Any, rows: list[Row], shift_at: int | None) -> None:
+def _mark(axes: Any, rows: list[StreamRow], shift_at: int | None) -> None:
     """Where another adapter came in, and where the kind changed."""
     top = axes.get_ylim()[1]
     for before, row in pairwise(rows):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from specl.shared.bench.stream import Pass, Row
+from specl.shared.bench.stream import Pass, StreamRow
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -63,7 +63,7 @@ def over(top: float, bottom: float) -> float:
 class Side:
     """Rows as arrays. `units` are decoding times in plain tokens: seconds times the plain speed beside them."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[StreamRow]) -> None:
         self.rows = list(rows)
         column = lambda values: np.array(list(values), float)  # noqa: E731
         self.tokens = column(len(row.output) for row in rows)
@@ -110,7 +110,7 @@ class Side:
         return {name: float(value) if np.isfinite(value) else None for name, value in values.items()}
 
 
-def beside(rows: Sequence[Row]) -> np.ndarray:
+def beside(rows: Sequence[StreamRow]) -> np.ndarray:
     """For each row the plain speed at its time: the median of the NEAREST measurements; NaN where there is none."""
     known = [(row.n, row.plain) for row in rows if row.plain]
     found = []
@@ -169,7 +169,7 @@ def report(on: Pass, off: Pass | None, shift_at: int | None = None) -> dict[str,
     return found
 
 
-def by_number(part: Pass) -> dict[int, Row]:
+def by_number(part: Pass) -> dict[int, StreamRow]:
     """Rows by their place in the stream."""
     return {row.n: row for row in part.rows}
 
@@ -191,7 +191,9 @@ def adapters(part: Pass) -> list[dict[str, Any]]:
     return found
 
 
-def gain(fixed: tuple[Sequence[Row], Sequence[Row]], auto: tuple[Sequence[Row], Sequence[Row]]) -> dict[str, Any]:
+def gain(
+    fixed: tuple[Sequence[StreamRow], Sequence[StreamRow]], auto: tuple[Sequence[StreamRow], Sequence[StreamRow]]
+) -> dict[str, Any]:
     """Before and after one training run on unseen prompts: each pair is (before, after). Acceptance and agreement are of the
     fixed length, speeds of the automatic one.
     """
@@ -211,7 +213,7 @@ def gain(fixed: tuple[Sequence[Row], Sequence[Row]], auto: tuple[Sequence[Row], 
 
 
 # ------------------------------------------------------------------------------------------------ curves
-def curve(rows: Sequence[Row], figure: Callable[[Side, np.ndarray], float]) -> tuple[list[float], list[float]]:
+def curve(rows: Sequence[StreamRow], figure: Callable[[Side, np.ndarray], float]) -> tuple[list[float], list[float]]:
     """Minutes and the pooled figure of the last ROLLING requests; a change of adapter does not reset it."""
     side = Side(rows)
     values = [figure(side, np.arange(max(0, i - ROLLING + 1), i + 1)) for i in range(len(rows))]

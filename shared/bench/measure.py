@@ -13,7 +13,7 @@ from specl.shared.bench.arms import PLAIN, Answer, Arm, top_two
 from specl.shared.bench.progress import Progress
 from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.bench.text_equality import TIE_FP32, TIE_HALF, Comparison, compare, copied_share, repeated_share
-from specl.shared.engine.engine import Engine
+from specl.shared.engine.core import EngineCore
 
 ENOUGH_DRAFTED, ENOUGH_REJECTED = 100, 20  # below these a run says nothing about equality
 
@@ -43,13 +43,13 @@ class Plan:
     arms: list[Arm] = field(default_factory=list)
 
 
-def tolerance(engine: Engine) -> float:
+def tolerance(engine: EngineCore) -> float:
     """The logit gap below which rounding decides, for the target's precision."""
     return TIE_FP32 if engine.target.embed(mx.array([0])).dtype == mx.float32 else TIE_HALF
 
 
 def measure(
-    engine: Engine, plan: Plan, greedy: bool, tell: Callable[[Progress], None] = lambda progress: None
+    engine: EngineCore, plan: Plan, greedy: bool, tell: Callable[[Progress], None] = lambda progress: None
 ) -> list[Run]:
     """Run everything. The first prompt is answered once by every arm beforehand, uncounted: caches and pages are warm."""
     arms, runs = plan.arms, []
@@ -69,7 +69,7 @@ def measure(
 
 
 def _interleaved(
-    engine: Engine, item: BenchPrompt, iteration: int, arms: list[Arm], limit: int, greedy: bool
+    engine: EngineCore, item: BenchPrompt, iteration: int, arms: list[Arm], limit: int, greedy: bool
 ) -> list[Run]:
     _, prompt = engine.encode_chat(item.messages)
     answers = {arm.name: arm.answer(item, prompt, limit) for arm in arms}
@@ -85,7 +85,7 @@ def _interleaved(
     return runs
 
 
-def check(engine: Engine, arm: Arm, prompt: list[int], expected: list[int], got: list[int]) -> Comparison:
+def check(engine: EngineCore, arm: Arm, prompt: list[int], expected: list[int], got: list[int]) -> Comparison:
     """Whether an arm's greedy text is the reference, ties analysed on the target itself."""
     return compare(
         expected,

@@ -10,12 +10,12 @@ from specl.shared.adapters.registry import Adapters
 from specl.shared.adapters.tensors import load_adapter
 from specl.shared.bench.compare_adapters import example_of
 from specl.shared.bench.progress import Progress
-from specl.shared.bench.stream import Row
-from specl.shared.engine.engine import Engine
-from specl.shared.engine.sampling import Law
+from specl.shared.bench.stream import StreamRow
+from specl.shared.engine.core import EngineCore
 from specl.shared.errors import AdapterRejected
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner, agreement
+from specl.shared.sampling_params import SamplingParams
 
 PIECE = 16  # rows between two words of progress
 
@@ -23,11 +23,13 @@ PIECE = 16  # rows between two words of progress
 class Teacher:
     """Scores rows; a text that occurs in several passes is read by the target once."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineCore) -> None:
         self.engine = engine
         self._read: dict[tuple[str, bytes], Example] = {}
 
-    def score(self, rows: Sequence[Row], adapters: Adapters, tell: Callable[[Progress], None] = lambda p: None) -> int:
+    def score(
+        self, rows: Sequence[StreamRow], adapters: Adapters, tell: Callable[[Progress], None] = lambda p: None
+    ) -> int:
         """Fill in hits and positions. How many rows could not be scored: their adapter is gone from the folder."""
         missing, done, start = 0, 0, time.monotonic()
         rows = [row for row in rows if row.output]
@@ -46,14 +48,14 @@ class Teacher:
                 tell(Progress(done, len(rows), left, "agreement"))
         return missing
 
-    def _piece(self, rows: Sequence[Row]) -> None:
+    def _piece(self, rows: Sequence[StreamRow]) -> None:
         found = agreement(Learner(self.engine.draft), [self._example(row) for row in rows])
         for row, hits, positions in zip(rows, found.hits, found.positions, strict=True):
             row.hits, row.positions = float(hits), int(positions)
 
-    def _example(self, row: Row) -> Example:
+    def _example(self, row: StreamRow) -> Example:
         key = row.prompt, str(row.output).encode()
         if key not in self._read:
             prompt = self.engine.encode_chat([{"role": "user", "content": row.prompt}])[1]
-            self._read[key] = example_of(self.engine, str(row.n), prompt, row.output, Law())
+            self._read[key] = example_of(self.engine, str(row.n), prompt, row.output, SamplingParams())
         return self._read[key]

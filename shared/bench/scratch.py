@@ -18,12 +18,12 @@ from mlx.utils import tree_flatten
 
 from specl.shared.bench.arms import Answer, timed
 from specl.shared.bench.prompt_sets import BenchPrompt
-from specl.shared.engine.sampling import Law
 from specl.shared.errors import DaemonUnreachable, SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Purge
 from specl.shared.models.load import LanguageModel
 from specl.shared.paths import Paths
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.schema import Settings
 
 READY_S = 120.0
@@ -117,10 +117,10 @@ class DaemonArm:
 
     name = "daemon detailed"
 
-    def __init__(self, daemons: ScratchDaemons, law: Law, mode: str = "detailed") -> None:
+    def __init__(self, daemons: ScratchDaemons, sampling: SamplingParams, mode: str = "detailed") -> None:
         self.name = f"daemon {mode}"
         self.client = daemons.client()
-        self.wish = {"temperature": law.temperature, "top_p": law.top_p, "mode": mode}
+        self.wish = {"temperature": sampling.temperature, "top_p": sampling.top_p, "mode": mode}
 
     def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
         """See Arm. The daemon's prefix cache is emptied first, so that it reads the whole prompt too."""

@@ -35,7 +35,7 @@ class Item:
 
 
 @dataclass(slots=True)
-class Row:
+class StreamRow:
     """One answered request. `at_s` is when it was sent, seconds since its stream began; `plain` the tokens a second without
     a draft beside it; `hits` of `positions` output tokens were the draft's own first choice, teacher-forced (filled in later).
     """
@@ -80,7 +80,7 @@ class Event:
 class Pass:
     """One pass over a stream: what was measured so far, also where it was cut short."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[StreamRow] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
 
@@ -137,13 +137,13 @@ def scaled(
 
 
 # ------------------------------------------------------------------------------------------------ asking
-def ask(client: Client, item: Item, tokens: int, at_s: float = 0.0, **wish: Any) -> Row:
+def ask(client: Client, item: Item, tokens: int, at_s: float = 0.0, **wish: Any) -> StreamRow:
     """One greedy answer; `wish` as in Client.request."""
     request = client.request(item.prompt, temperature=0.0, max_tokens=tokens, **wish)
     output = [token for delta in client.deltas(request) for token in delta.tokens]
     done = client.last
     stats = done.stats
-    return Row(
+    return StreamRow(
         n=item.n,
         kind=item.kind,
         prompt=item.prompt,
@@ -198,7 +198,7 @@ def _left(now: float, done: int, total: int, pace: Pace) -> float:
     return left if pace.minutes is None else max(0.0, min(left, 60 * pace.minutes - now))
 
 
-def _note(row: Row) -> str:
+def _note(row: StreamRow) -> str:
     return f"{row.kind}, adapter {row.adapter_id or 'none'}, {row.tokens_per_second:.1f} tok/s"
 
 

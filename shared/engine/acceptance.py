@@ -52,20 +52,20 @@ def residual(target_p: Distribution, draft_p: Distribution, weight: float = 1.0)
 
 
 def rejection(
-    target: TargetRow, drafts: Sequence[int], draft_laws: Sequence[Distribution], uniform: Callable[[], float]
+    target: TargetRow, drafts: Sequence[int], draft_probs: Sequence[Distribution], uniform: Callable[[], float]
 ) -> Verdict:
     """Accept draft x with probability min(1, target_p(x) / draft_p(x)); on rejection draw from the residual."""
-    for i, (token, draft_p) in enumerate(zip(drafts, draft_laws, strict=True)):
+    for i, (token, draft_p) in enumerate(zip(drafts, draft_probs, strict=True)):
         target_p = target(i)
         if uniform() * draft_p.of(token) >= target_p.of(token):
             return Verdict(i, residual(target_p, draft_p).draw(uniform()))
     return Verdict(len(drafts), target(len(drafts)).draw(uniform()))
 
 
-def run_weights(target: TargetRow, drafts: Sequence[int], draft_laws: Sequence[Distribution]) -> list[float]:
+def run_weights(target: TargetRow, drafts: Sequence[int], draft_probs: Sequence[Distribution]) -> list[float]:
     """The chance that the first i drafts stand, given them, for i = 0 ..: min(previous * target_p / draft_p, 1)."""
     weights = [1.0]
-    for i, (token, draft_p) in enumerate(zip(drafts, draft_laws, strict=True)):
+    for i, (token, draft_p) in enumerate(zip(drafts, draft_probs, strict=True)):
         weights.append(min(1.0, weights[-1] * target(i).of(token) / draft_p.of(token)))
     return weights
 
@@ -81,20 +81,20 @@ def run_chance(weight: float, target_p: Distribution, draft_p: Distribution | No
 
 
 def block(
-    target: TargetRow, drafts: Sequence[int], draft_laws: Sequence[Distribution], uniform: Callable[[], float]
+    target: TargetRow, drafts: Sequence[int], draft_probs: Sequence[Distribution], uniform: Callable[[], float]
 ) -> Verdict:
     """Accept the longest run of drafts that a draw of its own lets stand; what follows comes from the run's residual.
 
     Whether a draft goes on may depend on the tokens before, never on the one drawn next: then the runs' chances add up to
     their weights, whatever the lengths (the paper's proof, by induction from the last draft back).
     """
-    weights = run_weights(target, drafts, draft_laws)
+    weights = run_weights(target, drafts, draft_probs)
     for i in range(len(drafts), 0, -1):
-        draft_p = draft_laws[i] if i < len(drafts) else None
+        draft_p = draft_probs[i] if i < len(drafts) else None
         if uniform() < run_chance(weights[i], target(i), draft_p):
-            law = residual(target(i), draft_p, weights[i]) if draft_p is not None else target(i)
-            return Verdict(i, law.draw(uniform()))
-    return Verdict(0, residual(target(0), draft_laws[0]).draw(uniform()))
+            probs = residual(target(i), draft_p, weights[i]) if draft_p is not None else target(i)
+            return Verdict(i, probs.draw(uniform()))
+    return Verdict(0, residual(target(0), draft_probs[0]).draw(uniform()))
 
 
 def coupled(target: TargetRow, drafts: Sequence[int], noise: Callable[[int], np.ndarray]) -> Verdict:

@@ -22,7 +22,7 @@ FORMAT = 0xA25E7502  # first number of a file: its second format
 Answer = tuple[float, list[int]]  # when it was made (seconds since 1970), and its tokens
 
 
-class OwnAnswers:
+class ClientAnswers:
     """Answers of one owner, at most `limit` tokens; beyond it the older half is dropped."""
 
     def __init__(self, limit: int) -> None:
@@ -85,32 +85,32 @@ class OwnAnswers:
         return best
 
 
-class PastAnswers:
+class AnswerHistory:
     """Every owner's memory. `folder` None keeps nothing beyond the process; `tokenizer` names what the ids mean."""
 
     def __init__(self, folder: Path | None = None, tokenizer: str = "", limit: int = 32_768, owners: int = 64) -> None:
         self.folder, self.tokenizer, self.limit, self.owners = folder, tokenizer, limit, owners
-        self._own: OrderedDict[str, OwnAnswers] = OrderedDict()
+        self._own: OrderedDict[str, ClientAnswers] = OrderedDict()
 
-    def of(self, owner: str) -> OwnAnswers | None:
+    def of(self, client_id: str) -> ClientAnswers | None:
         """The memory of one owner; None for nobody in particular."""
-        if not owner or not self.limit:
+        if not client_id or not self.limit:
             return None
-        if owner not in self._own:
-            self._own[owner] = self._load(owner)
+        if client_id not in self._own:
+            self._own[client_id] = self._load(client_id)
             while len(self._own) > self.owners:
                 self._own.popitem(last=False)
-        self._own.move_to_end(owner)
-        return self._own[owner]
+        self._own.move_to_end(client_id)
+        return self._own[client_id]
 
-    def add(self, owner: str, tokens: Sequence[int], made_at: float | None = None) -> None:
+    def add(self, client_id: str, tokens: Sequence[int], made_at: float | None = None) -> None:
         """Remember an answer of now or then. Call `save` from where a disk may be waited for."""
-        if (own := self.of(owner)) is not None:
+        if (own := self.of(client_id)) is not None:
             own.add(tokens, time.time() if made_at is None else made_at)
 
-    def texts(self, owner: str) -> list[Answer]:
+    def texts(self, client_id: str) -> list[Answer]:
         """What is remembered of an owner, for `save`."""
-        own = self.of(owner)
+        own = self.of(client_id)
         return list(zip(own.times, own.texts, strict=True)) if own is not None else []
 
     def expire(self, before: float) -> None:
@@ -137,26 +137,26 @@ class PastAnswers:
         for path in self._files():
             path.unlink(missing_ok=True)
 
-    def save(self, owner: str, answers: Sequence[Answer]) -> None:
+    def save(self, client_id: str, answers: Sequence[Answer]) -> None:
         """Write an owner's memory whole, by rename; least recently written owners beyond the limit go. Raises OSError."""
-        if self.folder is None or not owner:
+        if self.folder is None or not client_id:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self._path(owner), answers)
+        _write(self._path(client_id), answers)
         for old in sorted(self._files(), key=lambda file: file.stat().st_mtime)[: -self.owners]:
             old.unlink(missing_ok=True)
 
-    def _path(self, owner: str) -> Path:
-        return self.folder / f"{hashlib.sha256(f'{self.tokenizer} {owner}'.encode()).hexdigest()[:24]}.u32"
+    def _path(self, client_id: str) -> Path:
+        return self.folder / f"{hashlib.sha256(f'{self.tokenizer} {client_id}'.encode()).hexdigest()[:24]}.u32"
 
     def _files(self) -> list[Path]:
         return list(self.folder.glob("*.u32")) + list(self.folder.glob("*.partial")) if self.folder is not None else []
 
-    def _load(self, owner: str) -> OwnAnswers:
-        own = OwnAnswers(self.limit)
+    def _load(self, client_id: str) -> ClientAnswers:
+        own = ClientAnswers(self.limit)
         if self.folder is None:
             return own
-        for made_at, text in _read(self._path(owner)):
+        for made_at, text in _read(self._path(client_id)):
             own.add(text, made_at)
         return own
 

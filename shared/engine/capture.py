@@ -13,7 +13,7 @@ from specl.shared.engine.sampling import largest
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class TokenLogprobs:
     """What a client may see of one position: the emitted token's log-probability, and the likeliest tokens with theirs."""
 
     logprob: float
@@ -21,12 +21,12 @@ class Told:
     logprobs: list[float]
 
 
-def told(logits: np.ndarray, tokens: Sequence[int], count: int) -> list[Told]:
+def told(logits: np.ndarray, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
     """For rows [n, vocabulary] that predicted `tokens` [n]: natural log-probabilities at temperature 1, `count` alternatives."""
     ids, values, totals = largest(logits, max(count, 1))
     chosen = logits[np.arange(len(tokens)), list(tokens)] - totals
     rows = zip(chosen.tolist(), ids[:, :count].tolist(), (values - totals[:, None])[:, :count].tolist(), strict=True)
-    return [Told(*row) for row in rows]
+    return [TokenLogprobs(*row) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,7 +197,7 @@ def _bucket(confidence: float) -> int:
     return min(int(confidence * BUCKETS), BUCKETS - 1)
 
 
-class Stopper:
+class DraftStopPolicy:
     """Decides, while a draft grows, whether the next token pays for itself: its chance to stand against the seconds it takes.
 
     It sees laws, never what was drawn from them: a stop that looked at the drawn token would bend the output's law.
@@ -228,7 +228,7 @@ class Stopper:
         return self.chance * self.estimate.at(depth) >= self.price * cost
 
 
-class KChooser:
+class DraftLengthPolicy:
     """k for each round of one request. `fixed` overrules everything; otherwise rates decide, with hysteresis and probes."""
 
     def __init__(
@@ -269,11 +269,11 @@ class KChooser:
         self.estimate.since_probe += 1
         return 1 if self.estimate.since_probe >= self.estimate.pause else 0
 
-    def stopper(self) -> Stopper | None:
+    def stopper(self) -> DraftStopPolicy | None:
         """What may end this round's draft early, or lengthen it up to `most`; None where k is exact (fixed, or a probe)."""
         if self.fixed is not None or self.costs is None or self.parked_rounds:
             return None
-        return Stopper(
+        return DraftStopPolicy(
             self.costs, self.estimate, self._rate, self._refusals >= EXPLORE_EVERY, surcharge=self.pace.surcharge
         )
 
@@ -282,7 +282,7 @@ class KChooser:
         if self.costs is not None and not self.costs.others:
             self.pace.took(drafted > 0, seconds, self.costs.verify_s(rows) + self.costs.draft_s(drafted))
 
-    def learn(self, stopper: Stopper | None, drafted: int, accepted: int) -> None:
+    def learn(self, stopper: DraftStopPolicy | None, drafted: int, accepted: int) -> None:
         """What became of a round's model drafts."""
         self.estimate.update(drafted, accepted)
         if self.parked_rounds and self.fixed is None:

@@ -16,23 +16,23 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from specl.shared.engine.drafters import NOTHING, Draft, Drafter, Draw
+from specl.shared.engine.drafters import NOTHING, Draft, Drafter, DraftSampler
 from specl.shared.engine.sampling import Distribution
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
 
-MakeDrafter = Callable[[LanguageModel, HeadDraft | LanguageModel | None], Drafter]
-Complain = Callable[[Exception], None]
+DrafterFactory = Callable[[LanguageModel, HeadDraft | LanguageModel | None], Drafter]
+OnError = Callable[[Exception], None]
 ROUNDING = 1e-6  # by which probabilities may miss
 
 
-def raise_it(error: Exception) -> None:
+def raise_error(error: Exception) -> None:
     """Let the caller have it."""
     raise error
 
 
-def own_names(make: MakeDrafter) -> list[str]:
+def drafter_identity(make: DrafterFactory) -> list[str]:
     """What tells one drafter's costs from another's: where its maker stands, and what that file says now."""
     module = getattr(make, "__module__", "") or ""
     names = [module, getattr(make, "__qualname__", type(make).__qualname__)]
@@ -42,13 +42,13 @@ def own_names(make: MakeDrafter) -> list[str]:
     return names
 
 
-class OwnDrafter:
+class CustomDrafter:
     """Wraps one; `length` is kept here, so that a drafter needs no more than the three methods."""
 
     name = "model"  # counted, priced and parked as the model drafter is
     stops = False
 
-    def __init__(self, inner: Any, vocabulary: int, complain: Complain = raise_it) -> None:
+    def __init__(self, inner: Any, vocabulary: int, complain: OnError = raise_error) -> None:
         missing = [method for method in ("extend", "propose", "rewind") if not callable(getattr(inner, method, None))]
         if missing:
             raise ConfigError(f"the drafter {type(inner).__name__} has no {', '.join(missing)}")
@@ -67,13 +67,13 @@ class OwnDrafter:
         self.length = min(length, self.length)
         self._call(self._inner.rewind, length)
 
-    def propose(self, k: int, draw: Draw) -> Draft:
+    def propose(self, k: int, draw: DraftSampler) -> Draft:
         """See Drafter."""
         if k <= 0:
             return NOTHING
         return self._call(self._proposed, k, draw) or NOTHING
 
-    def _proposed(self, k: int, draw: Draw) -> Draft:
+    def _proposed(self, k: int, draw: DraftSampler) -> Draft:
         return self._checked(self._inner.propose(k, draw), k)
 
     def _call(self, method: Callable[..., Any], *arguments: Any) -> Any:
@@ -96,18 +96,20 @@ class OwnDrafter:
         tokens, confidences = [index(token) for token in draft.tokens], [float(value) for value in draft.confidences]
         if len(tokens) > k:
             raise SpecLoraError(f"{who} proposed {len(tokens)} tokens where {k} were asked for")
-        if not len(tokens) == len(draft.laws) == len(confidences):
-            raise SpecLoraError(f"{who}: {len(tokens)} tokens, {len(draft.laws)} laws, {len(confidences)} confidences")
+        if not len(tokens) == len(draft.draft_probs) == len(confidences):
+            raise SpecLoraError(
+                f"{who}: {len(tokens)} tokens, {len(draft.draft_probs)} distributions, {len(confidences)} confidences"
+            )
         if wrong := [value for value in confidences if not 0 <= value <= 1 + ROUNDING]:
             raise SpecLoraError(f"{who}: a confidence of {wrong[0]} is no probability")
-        laws = [self._law(token, law) for token, law in zip(tokens, draft.laws, strict=True)]
-        return Draft(tokens, laws, [min(value, 1.0) for value in confidences], self.name)
+        draft_probs = [self._distribution(token, probs) for token, probs in zip(tokens, draft.draft_probs, strict=True)]
+        return Draft(tokens, draft_probs, [min(value, 1.0) for value in confidences], self.name)
 
-    def _law(self, token: int, law: Distribution) -> Distribution:
+    def _distribution(self, token: int, probs: Distribution) -> Distribution:
         who = type(self._inner).__name__
         if not 0 <= token < self._vocabulary:
             raise SpecLoraError(f"{who} proposed token {token} of a vocabulary of {self._vocabulary}")
-        ids, p = np.asarray(law.ids), np.asarray(law.p, np.float64)
+        ids, p = np.asarray(probs.ids), np.asarray(probs.p, np.float64)
         if not (
             ids.ndim == 1
             and ids.shape == p.shape

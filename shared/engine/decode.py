@@ -17,12 +17,13 @@ import numpy as np
 from mlx_lm.models.cache import trim_prompt_cache
 
 from specl.shared.engine.acceptance import Verdict, block, coupled, greedy, rejection
-from specl.shared.engine.answer_history import OwnAnswers
-from specl.shared.engine.capture import Capture, RejectedDraft, Told, told
-from specl.shared.engine.costs import AcceptanceEstimate, KChooser, Stopper
-from specl.shared.engine.drafters import NOTHING, Draft, Drafter, Draw, NgramDrafter
-from specl.shared.engine.sampling import Law, distribution, position_noise
+from specl.shared.engine.answer_history import ClientAnswers
+from specl.shared.engine.capture import Capture, RejectedDraft, TokenLogprobs, told
+from specl.shared.engine.costs import AcceptanceEstimate, DraftLengthPolicy, DraftStopPolicy
+from specl.shared.engine.drafters import NOTHING, Draft, Drafter, DraftSampler, NgramDrafter
+from specl.shared.engine.sampling import distribution, position_noise
 from specl.shared.models.load import FEW_ROWS, LanguageModel
+from specl.shared.sampling_params import SamplingParams
 
 PREFILL_ROWS = 512
 SOURCES = {"target": 0, "model": 1, "ngram": 2}
@@ -32,15 +33,15 @@ NGRAM_DEPTH = 15  # 16 rows: a long copy is worth a wide check, and the costs sa
 @dataclass(frozen=True, slots=True)
 class Options:
     """What one request wants. `num_draft_tokens` None lets costs decide; `capture_k` 0 keeps aggregates only;
-    `owner` is whose past answers may draft this one. `logprobs` tells the client each token's and so many alternatives'.
+    `client_id` is whose past answers may draft this one. `logprobs` tells the client each token's and so many alternatives'.
     """
 
-    law: Law = field(default_factory=Law)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int = 512
     num_draft_tokens: int | None = None
     ngram: bool = True
     capture_k: int = 0
-    owner: str = ""
+    client_id: str = ""
     logprobs: int | None = None
 
 
@@ -79,7 +80,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Lent:
+class PrefixOrigin:
     """Whose text a state held before a request took it: see prefix.Entry."""
 
     adapter_id: str
@@ -101,7 +102,7 @@ class State:
     drafter: Drafter | None
     states: list[mx.array] | None = None
     cached: int = 0
-    lent: Lent | None = None
+    lent: PrefixOrigin | None = None
 
     def keep_states(self, count: int) -> None:
         """Only the first `count` states still stand."""
@@ -118,9 +119,9 @@ class Session:
         state: State,
         prompt: Sequence[int],
         options: Options,
-        chooser: KChooser,
+        chooser: DraftLengthPolicy,
         ngram_estimate: AcceptanceEstimate,
-        past: OwnAnswers | None = None,
+        past: ClientAnswers | None = None,
     ) -> None:
         self.target, self.state, self.options = target, state, options
         self.chooser, self.ngram_estimate = chooser, ngram_estimate
@@ -130,16 +131,16 @@ class Session:
         self.finish_reason: str | None = None
         self.tally = Tally(reused_tokens=state.cached)
         self.capture = Capture(options.capture_k) if options.capture_k else None
-        self.told: list[Told] = []  # one an output token, where they were asked for
+        self.told: list[TokenLogprobs] = []  # one an output token, where they were asked for
         self._limit = min(options.max_tokens, target.context_length - len(prompt))
         self._ngram = NgramDrafter(past) if options.ngram else None
         rng = np.random.default_rng()
-        seed = options.law.seed
+        seed = options.sampling.seed
         noise = None
-        if seed is not None and not options.law.greedy:
+        if seed is not None and not options.sampling.greedy:
             noise = lambda i: position_noise(seed, len(self.output) + i, self._vocabulary)  # noqa: E731
-        self._draw = Draw(options.law, rng.random, noise)
-        self._stopper: Stopper | None = None
+        self._draw = DraftSampler(options.sampling, rng.random, noise)
+        self._stopper: DraftStopPolicy | None = None
         self._match = 0  # tokens of this round's n-gram match
         self._ngram_here = ngram_estimate.copy()  # requests differ: one copies, the next only resembles
         self._vocabulary = int(target.config["vocab_size"])
@@ -264,17 +265,17 @@ class Session:
         self.state.cached += rows
 
     def _judge(self, draft: Draft, logits: np.ndarray) -> Verdict:
-        law = self.options.law
-        if law.greedy:
+        sampling = self.options.sampling
+        if sampling.greedy:
             return greedy([int(row.argmax()) for row in logits], draft.tokens)
 
         def row(i: int) -> Any:
-            return distribution(logits[i], law)
+            return distribution(logits[i], sampling)
 
         if self._draw.noise is not None:
             return coupled(row, draft.tokens, self._draw.noise)
         rule = block if draft.drafter == "model" and len(draft.tokens) > 1 else rejection
-        return rule(cache(row), draft.tokens, draft.laws, self._draw.uniform)
+        return rule(cache(row), draft.tokens, draft.draft_probs, self._draw.uniform)
 
     def _until_stop(self, emitted: list[int]) -> list[int]:
         """Cut after an end-of-answer token or at the length limit, and say so."""
@@ -372,7 +373,7 @@ class Session:
             raise RuntimeError("text and output differ")
 
 
-def rounds_together(sessions: Sequence[Session]) -> None:
+def decode_rounds(sessions: Sequence[Session]) -> None:
     """One round of each. Where few rows are native, as few steps as hold them all: the weights are read once for everybody
     in a step, and rows do not change each other's results. What each emitted is the end of its `output`.
     """

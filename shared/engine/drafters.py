@@ -14,11 +14,12 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, trim_prompt_cache
 
-from specl.shared.engine.answer_history import OwnAnswers
-from specl.shared.engine.costs import Stopper
-from specl.shared.engine.sampling import Distribution, Law, distribution, log_sum_exp, point_mass
+from specl.shared.engine.answer_history import ClientAnswers
+from specl.shared.engine.costs import DraftStopPolicy
+from specl.shared.engine.sampling import Distribution, distribution, log_sum_exp, point_mass
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
+from specl.shared.sampling_params import SamplingParams
 
 Noise = Callable[[int], np.ndarray]
 # acceptance by length of the match, from 2 tokens on, before anything is known: long matches are copies
@@ -33,7 +34,7 @@ class Draft:
     """
 
     tokens: list[int]
-    laws: list[Distribution]
+    draft_probs: list[Distribution]
     confidences: list[float]
     drafter: str
 
@@ -60,39 +61,39 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class DraftSampler:
     """How a drafter draws: the request's law, its uniform source, and the noise of output positions when seeded.
 
     `noise(i)` belongs to the i-th token after the text as it stands. `stopper` may end a draft before k tokens.
     """
 
-    law: Law
+    sampling: SamplingParams
     uniform: Callable[[], float]
     noise: Noise | None
-    stopper: Stopper | None = None
+    stopper: DraftStopPolicy | None = None
 
     def grow(self, k: int, row: Scores, ids: np.ndarray | None, after: Callable[[int], Scores]) -> "Draft":
-        """Draw up to k tokens, the first from `row`, each other from the row `after` the one before it."""
-        tokens, laws, confidences = [], [], []
+        """DraftSampler up to k tokens, the first from `row`, each other from the row `after` the one before it."""
+        tokens, draft_probs, confidences = [], [], []
         for step in range(k):
             if self.stopper is not None and not self.stopper.include(row.probability(row.best)):
                 break
-            token, law, confidence = self.pick(row, ids, step)
+            token, probs, confidence = self.pick(row, ids, step)
             tokens.append(token)
-            laws.append(law)
+            draft_probs.append(probs)
             confidences.append(confidence)
             if step + 1 == k or (self.stopper is not None and not self.stopper.more()):
                 break
             row = after(token)
-        return Draft(tokens, laws, confidences, "model")
+        return Draft(tokens, draft_probs, confidences, "model")
 
     def pick(self, row: Scores, ids: np.ndarray | None, step: int) -> tuple[int, Distribution, float]:
         """A token from one row, its law and its confidence; `ids` names the columns of a subset."""
-        if self.law.greedy:
+        if self.sampling.greedy:
             token = int(ids[row.best]) if ids is not None else row.best
             return token, point_mass(token), row.probability(row.best)
-        law = distribution(row.logits, self.law)
-        named = law if ids is None else Distribution(ids[law.ids], law.p)
+        probs = distribution(row.logits, self.sampling)
+        named = probs if ids is None else Distribution(ids[probs.ids], probs.p)
         token = named.argmax_with(self.noise(step)) if self.noise is not None else named.draw(self.uniform())
         place = token if ids is None else int(np.searchsorted(ids, token))
         return token, named, row.probability(place)
@@ -116,7 +117,7 @@ class Drafter(Protocol):
         """The text grew by these tokens."""
         ...
 
-    def propose(self, k: int, draw: Draw) -> Draft:
+    def propose(self, k: int, draw: DraftSampler) -> Draft:
         """At most k tokens that may follow."""
         ...
 
@@ -179,7 +180,7 @@ class HeadDrafter:
             self._row = Scores(*scores)
         self._tokens, self._states = [], []
 
-    def propose(self, k: int, draw: Draw) -> Draft:
+    def propose(self, k: int, draw: DraftSampler) -> Draft:
         """See Drafter. Entries that rest on its own guesses are dropped at once; true states will replace them."""
         if k <= 0 or not (self._tokens or self._last is not None):
             return NOTHING
@@ -247,7 +248,7 @@ class ModelDrafter:
         logits = self.model.logits(states[:, -1])[0, : self._vocabulary]
         return Scores.of(np.array(logits.astype(mx.float32), copy=False))
 
-    def propose(self, k: int, draw: Draw) -> Draft:
+    def propose(self, k: int, draw: DraftSampler) -> Draft:
         """See Drafter."""
         if k <= 0 or not self._text:
             return NOTHING
@@ -278,7 +279,7 @@ class NgramDrafter:
     stops = False
     MIN, MAX = 2, 17
 
-    def __init__(self, past: OwnAnswers | None = None) -> None:
+    def __init__(self, past: ClientAnswers | None = None) -> None:
         self._text: list[int] = []
         self._places: dict[tuple[int, ...], list[int]] = {}
         self._indexed = 0
@@ -325,7 +326,7 @@ class NgramDrafter:
                 return past
         return Match(text, place, best) if best else NO_MATCH
 
-    def propose(self, k: int, draw: Draw) -> Draft:
+    def propose(self, k: int, draw: DraftSampler) -> Draft:
         """See Drafter."""
         found = self.match()
         tokens = found.text[found.place : found.place + k]

@@ -12,8 +12,8 @@ from specl.shared.settings.plugins import load_hook
 from specl.shared.settings.schema import Settings
 
 if TYPE_CHECKING:
-    from specl.shared.engine.custom_drafter import Complain, MakeDrafter
-    from specl.shared.engine.engine import Engine
+    from specl.shared.engine.core import EngineCore
+    from specl.shared.engine.custom_drafter import DrafterFactory, OnError
 
 SHIPPED = Path(__file__).parents[1] / "models" / "drafts"
 
@@ -73,15 +73,15 @@ def load_pair(
     models: Path,
     say: Callable[[str], None] = lambda message: None,
     training: bool = False,
-    make_drafter: "MakeDrafter | None" = None,
-    complain: "Complain | None" = None,
-) -> "Engine":
+    drafter_factory: "DrafterFactory | None" = None,
+    complain: "OnError | None" = None,
+) -> "EngineCore":
     """An engine with the settings' target and draft; with `training`, for a process that trains beside the one that serves.
-    `make_drafter` (else the one that speculative.drafter names) and `complain`: see engine/own_drafter.
+    `drafter_factory` (else the one that speculative.drafter names) and `complain`: see engine/custom_drafter.
 
     Raises ModelError, before anything is loaded, where memory cannot hold that.
     """
-    from specl.shared.engine.engine import Engine
+    from specl.shared.engine.core import EngineCore
 
     name, precision = settings.models.target.name, settings.models.precision
     path = resolve(name, models, say)
@@ -97,4 +97,4 @@ def load_pair(
         make = load_hook(settings.speculative.drafter, "speculative.drafter")
     target = load(name, models, precision, say, path)
     drafted_by = load_draft(settings.models.draft.name, target, models, precision, say)
-    return Engine(target, drafted_by, settings, make_drafter or make, complain)
+    return EngineCore(target, drafted_by, settings, drafter_factory or make, complain)

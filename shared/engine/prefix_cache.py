@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, trim_prompt_cache
 
-from specl.shared.engine.decode import Lent, State
+from specl.shared.engine.decode import PrefixOrigin, State
 
 WORTH = 16  # shared tokens below which an entry is left alone
 COPY_BELOW = 0.5  # share of an entry below which its beginning is copied
@@ -68,7 +68,7 @@ class PrefixCache:
             return _beginning(best.state, keep)
         self._entries.remove(best)
         state = best.state
-        state.lent = Lent(best.adapter_id, best.rendered, best.said)
+        state.lent = PrefixOrigin(best.adapter_id, best.rendered, best.said)
         keep = min(keep, state.cached)
         trim_prompt_cache(state.cache, state.cached - keep)
         state.cached = keep

@@ -10,44 +10,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from specl.shared.errors import RequestRejected
 from specl.shared.native import available, row_stats
+from specl.shared.sampling_params import SamplingParams
 
 CHUNK = 64
 NATIVE_MOST = 512  # of the k largest; beyond it numpy's partition is faster
 NUCLEUS_CANDIDATES = (64, 256, 2048)  # tried before the whole vocabulary is sorted, which takes milliseconds
-
-
-@dataclass(frozen=True, slots=True)
-class Law:
-    """temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 are off. With a seed the text depends on nothing else: a chat's
-    earlier answers then have the tokens of their text, not those that caches remember (see Engine.encode_chat).
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-
-    def check(self) -> "Law":
-        """Itself. Raises RequestRejected for a value out of range."""
-        if not 0 <= self.temperature <= 10:
-            raise RequestRejected(f"temperature must lie between 0 and 10, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise RequestRejected(f"top_p must lie above 0 and not above 1, not {self.top_p}")
-        if self.top_k < 0:
-            raise RequestRejected(f"top_k must not be negative, not {self.top_k}")
-        if not 0 <= self.min_p <= 1:
-            raise RequestRejected(f"min_p must lie between 0 and 1, not {self.min_p}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise RequestRejected("seed must lie between 0 and 2^63 - 1")
-        return self
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the argmax is taken."""
-        return self.temperature == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +92,18 @@ def _nucleus(logits: np.ndarray, top_p: float) -> np.ndarray:
     raise AssertionError("unreachable")
 
 
-def distribution(logits: np.ndarray, law: Law) -> Distribution:
+def distribution(logits: np.ndarray, sampling: SamplingParams) -> Distribution:
     """The law of one row of logits [vocabulary]. Temperature must be above 0; greedy needs only the argmax."""
     kept: np.ndarray | None = None
-    if law.top_p < 1:
-        kept = _nucleus(logits, law.top_p)
-    if law.top_k and (kept is None or len(kept) > law.top_k):
-        kept = kept[: law.top_k] if kept is not None else top_indices(logits, law.top_k)
-    if law.min_p > 0:
-        floor = logits.max() + np.log(law.min_p)
+    if sampling.top_p < 1:
+        kept = _nucleus(logits, sampling.top_p)
+    if sampling.top_k and (kept is None or len(kept) > sampling.top_k):
+        kept = kept[: sampling.top_k] if kept is not None else top_indices(logits, sampling.top_k)
+    if sampling.min_p > 0:
+        floor = logits.max() + np.log(sampling.min_p)
         kept = np.flatnonzero(logits >= floor) if kept is None else kept[logits[kept] >= floor]
     ids = np.arange(len(logits)) if kept is None else np.sort(kept)
-    scaled = logits[ids].astype(np.float64) / law.temperature
+    scaled = logits[ids].astype(np.float64) / sampling.temperature
     weights = np.exp(scaled - scaled.max())
     return Distribution(ids, weights / weights.sum())
 

@@ -36,7 +36,7 @@ def set_aside(examples: Sequence[Example]) -> tuple[list[Example], list[Example]
     )
 
 
-class EarlyStop:
+class EarlyStopping:
     """Looks at `texts` (what `set_aside` gave; none: never stops) as training goes on. Made before the first step, whose loss
     is the one to fall below.
     """

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from specl.shared.errors import ConfigError, DaemonUnreachable, SpecLoraError, WireError
+from specl.shared.messaging.codec import MAX_FRAME, decode, describe, encode
 from specl.shared.messaging.endpoints import Endpoint, Keys
-from specl.shared.messaging.messages import MAX_FRAME, decode, describe, encode
 from specl.shared.paths import DISK_REFUSES
 from specl.shared.runtime import log
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from zmq.auth.thread import ThreadAuthenticator
 
 SEND_QUEUE = 1000
-LAST_WORDS_MS = 200  # for answers on their way when a daemon stops
+LINGER_MS = 200  # for answers on their way when a daemon stops
 LOST_S = 1.0  # without a connection, before a line is made anew
 _READABLE = int(zmq.POLLIN)
 ANSWER_QUEUE = 64  # frames one peer may have waiting at a daemon: with MAX_FRAME, the bound on its memory
@@ -175,7 +175,7 @@ class Server:
 
         self._lines.append(_Line(make, lambda data: handle(decode(data))))
 
-    def asker(self, endpoint: Endpoint, handle: Callable[[Any], None]) -> Callable[[Any], None]:
+    def requester(self, endpoint: Endpoint, handle: Callable[[Any], None]) -> Callable[[Any], None]:
         """A function that sends to another daemon; answers arrive at `handle` while polling."""
 
         def make() -> zmq.Socket:
@@ -267,7 +267,7 @@ class Server:
         """Close every socket; who reads gets what was sent, within a fifth of a second."""
         if self._authenticator is not None:
             self._authenticator.stop()
-        self._context.destroy(linger=LAST_WORDS_MS)
+        self._context.destroy(linger=LINGER_MS)
         os.close(self._waker)
         os.close(self._waked)
 
@@ -301,7 +301,7 @@ class Connection:
 
     def close(self) -> None:
         """Close; what was sent last, a cancellation, still has a moment to leave."""
-        self._socket.close(linger=LAST_WORDS_MS)
+        self._socket.close(linger=LINGER_MS)
 
 
 class AsyncConnection:
@@ -373,7 +373,7 @@ class AsyncConnection:
         """Close; what was sent last, a cancellation, still has a moment to leave."""
         self._stop_alarm()
         self._loop.remove_reader(self._descriptor)
-        self._socket.close(linger=LAST_WORDS_MS)
+        self._socket.close(linger=LINGER_MS)
 
 
 def _decoded(data: bytes, what: str) -> Any:

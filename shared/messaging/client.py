@@ -21,23 +21,23 @@ from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraErro
 from specl.shared.messaging.bus import Connection, gather
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
-    Alive,
     Ask,
     Cancel,
     Delta,
     Done,
+    EvaluateAdapter,
     Failed,
     GetStatus,
+    Heartbeat,
     Queued,
     Reply,
-    Sampling,
     SetAdapter,
     Status,
     Train,
-    TryAdapter,
 )
 from specl.shared.paths import ROLES, Paths, find_paths
-from specl.shared.runtime.supervisor import holder_of, is_locked
+from specl.shared.runtime.locks import holder_of, is_locked
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.cache import load_cached_settings
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Client:
     # ------------------------------------------------------------------------------------------------ asking
     def request(self, prompt: str | Messages, **wish: Any) -> Ask:
         """The request that `stream` and `ask` send: settings' defaults, changed by `wish` (system, max_tokens,
-        temperature, top_p, top_k, min_p, seed, mode, stop, conversation_id, record, num_draft_tokens, ngram, deadline_s, client).
+        temperature, top_p, top_k, min_p, seed, mode, stop, conversation_id, record, num_draft_tokens, ngram, deadline_s, client_id).
         """
         defaults = self.settings.speculative
         sampling = {
@@ -113,17 +113,17 @@ class Client:
             messages=messages,
             prompt="",
             max_tokens=int(wish.pop("max_tokens", defaults.max_tokens)),
-            sampling=Sampling(**sampling, seed=seed),
+            sampling=SamplingParams(**sampling, seed=seed),
             mode=wish.pop("mode", defaults.mode),
-            client=wish.pop("client", f"user {os.getuid()}"),
+            client_id=wish.pop("client_id", f"user {os.getuid()}"),
             **wish,
         )
 
     def stream(
-        self, prompt: str | Messages, on_place: Callable[[int], None] = lambda place: None, **wish: Any
+        self, prompt: str | Messages, on_position: Callable[[int], None] = lambda place: None, **wish: Any
     ) -> Iterator[str]:
         """Text as it is generated; afterwards `last` holds the statistics. Leaving early cancels on the server."""
-        for delta in self.deltas(self.request(prompt, **wish), on_place):
+        for delta in self.deltas(self.request(prompt, **wish), on_position):
             if delta.text:
                 yield delta.text
 
@@ -133,23 +133,23 @@ class Client:
         self.last = done
         return done
 
-    def deltas(self, ask: Ask, on_place: Callable[[int], None] = lambda place: None) -> Iterator[Delta]:
-        """Pieces of one answer, until it is done. `on_place` hears the place in the queue whenever it changes."""
+    def deltas(self, ask: Ask, on_position: Callable[[int], None] = lambda place: None) -> Iterator[Delta]:
+        """Pieces of one answer, until it is done. `on_position` hears the place in the queue whenever it changes."""
         self.last = None
-        for message in self._messages(ask, on_place):
+        for message in self._messages(ask, on_position):
             if isinstance(message, Done):
                 self.last = message
             else:
                 yield message
 
-    def _messages(self, ask: Ask, on_place: Callable[[int], None] = lambda place: None) -> Iterator[Delta | Done]:
+    def _messages(self, ask: Ask, on_position: Callable[[int], None] = lambda place: None) -> Iterator[Delta | Done]:
         """Pieces, then the end. Closed early it cancels."""
         with self._connected("inference") as connection:
             finished = False
             try:
                 for message in self._heard(connection, ask):
                     if isinstance(message, Queued):
-                        on_place(message.place)
+                        on_position(message.position)
                     elif isinstance(message, Failed):
                         finished = True
                         raise error_of(message)
@@ -177,7 +177,7 @@ class Client:
                 message = None
             first = False
             if time.monotonic() - alive_at >= HEARTBEAT_S:
-                connection.send(Alive(ask.request_id))
+                connection.send(Heartbeat(ask.request_id))
                 alive_at = time.monotonic()
             if isinstance(message, (Queued, Delta, Done, Failed)) and message.request_id == ask.request_id:
                 yield message
@@ -200,9 +200,9 @@ class Client:
         """Ask the trainer for a run."""
         return self.command("trainer", Train(now))
 
-    def try_adapter(self, folder: str, name: str) -> Reply:
+    def evaluate_adapter(self, folder: str, name: str) -> Reply:
         """Ask the trainer to judge a staged adapter; `details["run"]` of the reply names the run."""
-        return self.command("trainer", TryAdapter(folder, name))
+        return self.command("trainer", EvaluateAdapter(folder, name))
 
     def set_adapter(self, adapter: str) -> Reply:
         """Draft with this adapter: an id, `best`, `latest`, `previous`, or empty for none."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from specl.shared.errors import OutboxFull
-from specl.shared.messaging.messages import FETCH_BYTES, FETCH_LIMIT, Row
+from specl.shared.messaging.messages import FETCH_BYTES, FETCH_LIMIT, Envelope
 from specl.shared.runtime.failpoints import crash_point
 
 _SCHEMA = """
@@ -101,11 +101,11 @@ class Outbox:
             self._bytes, self._count = self._bytes - gone[0], self._count - gone[1]
             crash_point("outbox.after_delete")
 
-    def oldest(self, limit: int = FETCH_LIMIT, max_bytes: int = FETCH_BYTES) -> list[Row]:
+    def oldest(self, limit: int = FETCH_LIMIT, max_bytes: int = FETCH_BYTES) -> list[Envelope]:
         """The oldest records, at most `limit` of them and `max_bytes` together (one always fits). Raises OutboxFull
         where the disk cannot be read.
         """
-        rows: list[Row] = []
+        rows: list[Envelope] = []
         size = 0
         with self._use() as db:
             cursor = db.execute(
@@ -115,7 +115,7 @@ class Outbox:
                 size += len(body)
                 if rows and size > max_bytes:
                     break
-                rows.append(Row(id, kind, body))
+                rows.append(Envelope(id, kind, body))
         return rows
 
     @property
@@ -128,11 +128,11 @@ class Outbox:
         """Their size."""
         return self._bytes
 
-    def matching(self, wanted: Callable[[Row], bool]) -> list[str]:
+    def matching(self, wanted: Callable[[Envelope], bool]) -> list[str]:
         """Ids of the records that `wanted` is true of."""
         with self._use() as db:
             rows = db.execute("SELECT id, kind, body FROM outbox ORDER BY n")
-            return [row.id for row in (Row(*values) for values in rows) if wanted(row)]
+            return [row.id for row in (Envelope(*values) for values in rows) if wanted(row)]
 
     def purge(self, ids: Iterable[str]) -> None:
         """Forget these records, accepted or not: a user's wish stands above the promise."""

@@ -30,7 +30,7 @@ def blocks_of(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def speed_up(
+def use_cpu_kernels(
     model: nn.Module, blocks: Mapping[str, Any] | None = None, fuse: bool = True, weights: str = "auto"
 ) -> str:
     """Let `model` answer few rows natively; a word on what it got, or why nothing. Safe to call again after a change.
@@ -54,9 +54,9 @@ class _Holder(nn.Module):
         self.layer = layer
 
 
-def speed_up_layer(layer: nn.Module, blocks: Any = None, weights: str = "auto") -> None:
-    """`speed_up` for one layer that belongs to no model yet; `blocks` are its own, where its file had any."""
-    speed_up(_Holder(layer), {"layer": blocks} if blocks is not None else {}, fuse=False, weights=weights)
+def use_cpu_kernels_in_layer(layer: nn.Module, blocks: Any = None, weights: str = "auto") -> None:
+    """`use_cpu_kernels` for one layer that belongs to no model yet; `blocks` are its own, where its file had any."""
+    use_cpu_kernels(_Holder(layer), {"layer": blocks} if blocks is not None else {}, fuse=False, weights=weights)
 
 
 def draft_stack(head: nn.Module, embedding: mx.array) -> Any:

@@ -7,7 +7,7 @@ from contextlib import suppress
 import mlx.core as mx
 
 
-def give_back() -> None:
+def free_memory() -> None:
     """Collect cycles, empty MLX's cache, and let the C library return what it only keeps (glibc; others do so themselves)."""
     gc.collect()
     mx.clear_cache()

@@ -21,10 +21,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from specl.shared.errors import ModelError
-from specl.shared.models.cpu_kernels import ONE_CALL, draft_stack, on_cpu, speed_up, speed_up_layer
+from specl.shared.models.cpu_kernels import ONE_CALL, draft_stack, on_cpu, use_cpu_kernels, use_cpu_kernels_in_layer
 from specl.shared.models.load import DENSE_ROWS, FEW_ROWS, LanguageModel
-from specl.shared.runtime.atomic_files import whole
-from specl.shared.runtime.incremental import Pieces, at_once
+from specl.shared.runtime.atomic_files import atomic_dir
+from specl.shared.runtime.incremental import Steps, run_all
 
 MODEL_TYPE = "speclora_head"
 
@@ -189,13 +189,13 @@ class HeadDraft:
     _stack: Any = field(init=False, default=None)  # the head as one native call, where that is possible
 
     def __post_init__(self) -> None:
-        self.hot, self.output = at_once(self._scorer(self.hot))
+        self.hot, self.output = run_all(self._scorer(self.hot))
 
     def set_hot(self, hot: np.ndarray) -> None:
         """Score another hot vocabulary. Raises ModelError unless it has the same size and valid, distinct tokens."""
-        self.hot, self.output = at_once(self.scorer(hot))
+        self.hot, self.output = run_all(self.scorer(hot))
 
-    def scorer(self, hot: np.ndarray) -> Pieces[tuple[np.ndarray, nn.Linear]]:
+    def scorer(self, hot: np.ndarray) -> Steps[tuple[np.ndarray, nn.Linear]]:
         """`hot` sorted and the layer that scores it, made in pieces beside those in use: assign both. Raises as `set_hot`."""
         size = int(self.target.config["vocab_size"])
         hot = np.unique(np.asarray(hot, dtype=np.int64))
@@ -203,7 +203,7 @@ class HeadDraft:
             raise ModelError(f"a hot vocabulary needs {self.shape.hot_size} distinct tokens below {size}")
         return (yield from self._scorer(hot))
 
-    def _scorer(self, hot: np.ndarray) -> Pieces[tuple[np.ndarray, nn.Linear]]:
+    def _scorer(self, hot: np.ndarray) -> Steps[tuple[np.ndarray, nn.Linear]]:
         output = nn.Linear(self.shape.hidden_size, 1, bias=False)
         output.weight = self.target.head_rows(mx.array(hot)).astype(self.dtype)
         mx.eval(output.weight)
@@ -211,19 +211,19 @@ class HeadDraft:
         if on_cpu():
             blocks = self.target.head_blocks(hot)
             yield
-            speed_up_layer(output, blocks, "exact" if self.target.head_is_blocks else "auto")
+            use_cpu_kernels_in_layer(output, blocks, "exact" if self.target.head_is_blocks else "auto")
         return hot, output
 
-    def speed_up_layer(self, layer: nn.Module) -> None:
-        """What `speed_up` does for a layer of the head, before it is there."""
+    def use_cpu_kernels_in_layer(self, layer: nn.Module) -> None:
+        """What `use_cpu_kernels` does for a layer of the head, before it is there."""
         if on_cpu():
-            speed_up_layer(layer, weights="bf16")
+            use_cpu_kernels_in_layer(layer, weights="bf16")
 
-    def speed_up(self) -> str:
+    def use_cpu_kernels(self) -> str:
         """Let few rows be computed natively where that is possible; call again after the layers changed."""
         if not on_cpu():
             return "as loaded"
-        speed = speed_up(self.head, fuse=False, weights="bf16")
+        speed = use_cpu_kernels(self.head, fuse=False, weights="bf16")
         self._stack = draft_stack(self.head, self.target.model.model.embed_tokens.weight)
         return speed
 
@@ -292,7 +292,7 @@ def save_head(
     bf16, because the native kernels read it as it is: half the memory traffic of fp32 a draft step.
     """
     weights = {name: value.astype(mx.bfloat16) for name, value in tree_flatten(draft.head.parameters())}
-    with whole(folder) as scratch:
+    with atomic_dir(folder) as scratch:
         mx.save_safetensors(str(scratch / "model.safetensors"), weights, metadata={"format": "mlx"})
         np.save(scratch / "hot_vocab.npy", draft.hot.astype(np.uint32))
         (scratch / "config.json").write_text(json.dumps({"model_type": MODEL_TYPE, **asdict(draft.shape)}, indent=2))
@@ -334,5 +334,5 @@ def load_head(folder: Path, name: str, target: LanguageModel) -> HeadDraft:
     mx.eval(head.parameters())
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
     draft = HeadDraft(name, folder, head, shape, target, hot, digest, dtype)
-    draft.speed_up()
+    draft.use_cpu_kernels()
     return draft

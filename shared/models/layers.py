@@ -17,7 +17,7 @@ from mlx_lm.utils import load_model
 
 from specl.shared.errors import ConfigError, ModelError
 from specl.shared.models.load import LanguageModel, dense_fp32
-from specl.shared.runtime.atomic_files import whole
+from specl.shared.runtime.atomic_files import atomic_dir
 
 SHARED = ("model.embed_tokens", "lm_head")
 BESIDE = ("*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")  # what comes with the tokenizer
@@ -85,7 +85,7 @@ def save_layers(
     weights = {name: value.astype(mx.bfloat16) for name, value in tree_flatten(draft.model.trainable_parameters())}
     shared, quantization = shared_tensors(target)
     config = draft.config | ({"quantization": quantization} if quantization else {})
-    with whole(folder) as scratch:
+    with atomic_dir(folder) as scratch:
         mx.save_safetensors(str(scratch / "model.safetensors"), weights | shared, metadata={"format": "mlx"})
         (scratch / "config.json").write_text(json.dumps(config, indent=2))
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2))

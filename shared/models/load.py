@@ -21,7 +21,7 @@ from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
 from specl.shared.errors import ModelError
 from specl.shared.models import builtin, local_models
-from specl.shared.models.cpu_kernels import ONE_CALL, blocks_of, on_cpu, speed_up
+from specl.shared.models.cpu_kernels import ONE_CALL, blocks_of, on_cpu, use_cpu_kernels
 from specl.shared.models.gguf_import import in_place, is_gguf, place_of
 
 SAMPLE = 64 * 1024  # bytes read at each of the 32 places that a weights file is fingerprinted by
@@ -254,7 +254,7 @@ def load(
         model = dense_fp32(model)
     mx.eval(model.parameters())
     if on_cpu():
-        speed = speed_up(model, blocks)
+        speed = use_cpu_kernels(model, blocks)
     loaded = LanguageModel(
         name, path, model, tokenizer, config, fingerprint(path), _tokenizer_fingerprint(tokenizer), blocks, speed
     )

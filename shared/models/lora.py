@@ -13,10 +13,10 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from specl.shared.errors import AdapterRejected
-from specl.shared.runtime.incremental import Pieces, at_once
+from specl.shared.runtime.incremental import Steps, run_all
 
 Weights = dict[str, mx.array]
-FIDELITY_LIMIT = 0.1  # share of an adapter's effect that fusing may lose (FACTS: fp32 0, fp16 0.02-0.2, 4-bit > 3)
+FIDELITY_LIMIT = 0.1  # share of an adapter's effect that fuse_steps may lose (FACTS: fp32 0, fp16 0.02-0.2, 4-bit > 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def lora_weights(module: nn.Module) -> Weights:
     return found
 
 
-def part_of_the_way(weights: Weights, share: float, start: Weights | None = None) -> Weights:
+def interpolate(weights: Weights, share: float, start: Weights | None = None) -> Weights:
     """From `start` towards `weights` (Wortsman et al. 2022, arXiv 2109.01903). Without a `start` the way begins at no change at
     all: B alone is scaled, which is exact, and A may be any.
     """
@@ -106,10 +106,10 @@ def part_of_the_way(weights: Weights, share: float, start: Weights | None = None
 
 def problems(module: nn.Module, shape: LoraShape, weights: Weights) -> list[str]:
     """Everything that keeps `weights` from being an adapter for `module`: names, kinds, shapes, values. Empty means usable."""
-    return at_once(examining(module, shape, weights))
+    return run_all(check_steps(module, shape, weights))
 
 
-def examining(module: nn.Module, shape: LoraShape, weights: Weights) -> Pieces[list[str]]:
+def check_steps(module: nn.Module, shape: LoraShape, weights: Weights) -> Steps[list[str]]:
     """`problems`, a layer a piece."""
     layers, found, expected = linear_layers(module), [], set()
     for key in shape.keys:
@@ -151,10 +151,10 @@ def _change(key: str, shape: LoraShape, weights: Weights) -> mx.array:
 
 def change_norm(shape: LoraShape, weights: Weights) -> float:
     """Frobenius norm of all weight changes together: sqrt(sum ||scale * A B||^2)."""
-    return at_once(norming(shape, weights))
+    return run_all(change_norm_steps(shape, weights))
 
 
-def norming(shape: LoraShape, weights: Weights) -> Pieces[float]:
+def change_norm_steps(shape: LoraShape, weights: Weights) -> Steps[float]:
     """`change_norm`, a layer a piece."""
     norms = []
     for key in shape.keys:
@@ -182,14 +182,14 @@ def fuse(module: nn.Module, shape: LoraShape, weights: Weights) -> str:
     reachable through `Pristine`, which the caller made before.
     """
     detach(module)
-    form, layers = at_once(fusing(linear_layers(module), shape, weights))
+    form, layers = run_all(fuse_steps(linear_layers(module), shape, weights))
     module.update_modules(tree_unflatten(list(layers.items())))
     return form
 
 
-def fusing(
+def fuse_steps(
     layers: dict[str, nn.Module], shape: LoraShape, weights: Weights
-) -> Pieces[tuple[str, dict[str, nn.Module]]]:
+) -> Steps[tuple[str, dict[str, nn.Module]]]:
     """Layers that compute with the adapter, made beside the pristine `layers` one at a time: `fused` or `unfused`, and they."""
     beside, made, lost = {}, {}, 0.0
     for key in shape.keys:

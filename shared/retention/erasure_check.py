@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from specl.cli.chat.chat_input import FENCE, HISTORY
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
@@ -23,6 +22,7 @@ from specl.shared.retention.byte_search import (
     leave_out_of,
     portions_of,
 )
+from specl.shared.retention.chat_history import FENCE, HISTORY
 from specl.shared.store import Store
 
 PRODUCERS = ("inference", "trainer")

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from specl.shared.conversations import is_hash_shaped
 from specl.shared.errors import WireError
-from specl.shared.messaging.messages import Evaluation, Generation, Purge, Row, decode
+from specl.shared.messaging.codec import decode
+from specl.shared.messaging.messages import Envelope, Evaluation, Generation, Purge
 
 if TYPE_CHECKING:
     from specl.shared.settings.schema import Records
 
-BLOT = "[redacted]"
+REDACTED = "[redacted]"
 
 
-class Discretion:
+class Redactor:
     """What the settings want kept. Patterns are compiled once."""
 
     def __init__(self, records: "Records") -> None:
@@ -47,7 +48,7 @@ class Discretion:
     def _blot(self, value: Any) -> Any:
         if isinstance(value, str):
             for pattern in self._patterns:
-                value = pattern.sub(BLOT, value)
+                value = pattern.sub(REDACTED, value)
             return value
         if isinstance(value, dict):
             return {key: self._blot(item) for key, item in value.items()}
@@ -93,7 +94,7 @@ def _without_text(record: Generation) -> Generation:
     return replace(_without_tokens(record), conversation_id=record.id, messages=[], prompt="", output="")
 
 
-def is_meant(wish: Purge, row: Row) -> bool:
+def purge_matches(wish: Purge, row: Envelope) -> bool:
     """Whether a purge means this undelivered record: a generation by id, age or text, or what was found out about one."""
     if row.id in wish.ids:
         return True
@@ -112,7 +113,7 @@ def is_meant(wish: Purge, row: Row) -> bool:
     return old or named or (bool(pattern) and any(pattern in text.lower() for text in _texts(record)))
 
 
-def texts_of(row: Row) -> tuple[Sequence[str], Sequence[str]]:
+def texts_of(row: Envelope) -> tuple[Sequence[str], Sequence[str]]:
     """Every text in an undelivered generation, and those of them that a user typed; none for other records."""
     try:
         record = decode(row.body)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
+def atomic_dir(folder: Path) -> Iterator[Path]:
     """The scratch folder to write into; it replaces `folder` at the end of the block, and is gone where that raises."""
     scratch, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left

@@ -5,10 +5,10 @@ from collections.abc import Generator
 from typing import TypeVar
 
 T = TypeVar("T")
-Pieces = Generator[None, None, T]
+Steps = Generator[None, None, T]
 
 
-def at_once(pieces: Pieces[T]) -> T:
+def run_all(pieces: Steps[T]) -> T:
     """All that is left of it, now."""
     while True:
         try:
@@ -23,7 +23,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.total_s = self.longest_s = 0.0
 
-    def over(self, pieces: Pieces[T]) -> Pieces[T]:
+    def over(self, pieces: Steps[T]) -> Steps[T]:
         """The same pieces, timed."""
         while True:
             start = time.perf_counter()

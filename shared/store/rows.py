@@ -10,7 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from specl.shared.errors import WireError
-from specl.shared.messaging.messages import Generation, Record, Row, decode, kind_of
+from specl.shared.messaging.codec import decode, kind_of
+from specl.shared.messaging.messages import Envelope, Generation, Record
 from specl.shared.store.schema import TABLES, quarantine
 
 MOST = 2**40  # of anything that a record counts or measures; a million such still have a sum
@@ -75,7 +76,7 @@ class Incoming:
     lines: Sequence[dict[str, Any]] = ()
 
 
-def read(row: Row) -> Incoming:
+def read(row: Envelope) -> Incoming:
     """What `row` holds; what is no record, or none that a row can hold, is a row of the quarantine."""
     try:
         record = decode(row.body)
@@ -90,7 +91,7 @@ def read(row: Row) -> Incoming:
     return Incoming(TABLES[type(record)], columns, lines)
 
 
-def quarantined(row: Row, error: Exception) -> Incoming:
+def quarantined(row: Envelope, error: Exception) -> Incoming:
     """`row` as it came, and why."""
     reason = f"{type(error).__name__}: {error}"[:500].encode("utf-8", "replace").decode()
     values = {"id": row.id, "kind": row.kind, "created": iso(time.time()), "reason": reason, "raw": row.body}

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import sqlalchemy as sa
 from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, ProgrammingError
 
-from specl.shared.messaging.messages import Row
+from specl.shared.messaging.messages import Envelope
 from specl.shared.runtime.failpoints import crash_point
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import Incoming, quarantined, read
@@ -24,7 +24,7 @@ class Writing(StoreFile):
             connection.execute(sa.delete(thresholds))
             connection.execute(sa.insert(thresholds).values(name="acceptance_threshold", value=str(threshold)))
 
-    def add_rows(self, rows: Iterable[Row]) -> list[str]:
+    def add_rows(self, rows: Iterable[Envelope]) -> list[str]:
         """Store fetched records in one transaction; the ids that are now committed, old ones included.
 
         A body that is no record goes to quarantine in the same transaction, so that it blocks nothing. Raises StoreError
@@ -48,7 +48,7 @@ class Writing(StoreFile):
         for table in (*TABLES.values(), quarantine):  # generations before what was found out about them
             self._add(connection, table, [item for item in incoming if item.table is table])
 
-    def _add_singly(self, connection: sa.Connection, rows: list[Row], incoming: list[Incoming]) -> None:
+    def _add_singly(self, connection: sa.Connection, rows: list[Envelope], incoming: list[Incoming]) -> None:
         """One by one, as one of them is refused for what it holds: that one goes to quarantine, the others stand."""
         order = [*TABLES.values(), quarantine]
         for row, item in sorted(zip(rows, incoming, strict=True), key=lambda pair: order.index(pair[1].table)):

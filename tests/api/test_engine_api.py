@@ -153,10 +153,10 @@ def test_ones_own_drafter_is_counted_as_the_model_drafter_and_changes_no_word(en
     "spoil, word",
     [
         (lambda d: replace(d, tokens=[9999] * len(d.tokens)), "vocabulary"),
-        (lambda d: replace(d, laws=[point_mass(t + 1) for t in d.tokens]), "does not hold it"),
-        (lambda d: replace(d, laws=d.laws[1:]), "laws"),
+        (lambda d: replace(d, draft_probs=[point_mass(t + 1) for t in d.tokens]), "does not hold it"),
+        (lambda d: replace(d, draft_probs=d.draft_probs[1:]), "distributions"),
         (lambda d: d.tokens, "not a Draft"),
-        (lambda d: replace(d, tokens=d.tokens * 9, laws=d.laws * 9, confidences=d.confidences * 9), "asked for"),
+        (lambda d: replace(d, tokens=d.tokens * 9, draft_probs=d.laws * 9, confidences=d.confidences * 9), "asked for"),
     ],
 )
 def test_a_drafter_that_breaks_a_rule_is_told_which(engine, model_folder, spoil, word):
@@ -191,8 +191,8 @@ def test_fixed_guesses_leave_the_law_of_sampled_tokens_alone():
 
 
 def test_in_a_daemon_a_broken_drafter_costs_speed_and_nothing_else(engine, model_folder):
+    from specl.shared.engine.core import EngineCore as Core
     from specl.shared.engine.decode import Options
-    from specl.shared.engine.engine import Engine as Core
     from specl.shared.models.load import load
     from specl.shared.settings.schema import Settings
 

@@ -24,7 +24,7 @@ def run(name, *arguments):
 
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
-        "in_process.py", "own_drafter.py", "own_loss.py", "ask_daemons.py",
+        "in_process.py", "custom_drafter.py", "own_loss.py", "ask_daemons.py",
     }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def test_in_process(model_folder):
 
 
 def test_own_drafter(model_folder):
-    assert "same text: True" in run("own_drafter.py", model_folder)
+    assert "same text: True" in run("custom_drafter.py", model_folder)
 
 
 def test_own_loss_falls():
@@ -59,10 +59,10 @@ def test_the_settings_drafter_is_loaded_with_the_models(model_folder, tmp_path, 
         text = f"models: {{target: {{name: {model_folder}}}, draft: {{name: null}}}}\nspeculative: {{drafter: '{drafter}'}}\n"
         return Engine.load(settings=parse_settings(text, tmp_path), calibrate=False)
 
-    with load("own_drafter:make") as engine:
+    with load("custom_drafter:make") as engine:
         answer = engine.generate("one two one two one", max_tokens=24, temperature=0, ngram=False)
         assert answer.stats["model_drafted"] > 0
-    for name, word in (("own_drafter:nothing", "no 'nothing'"), ("no_such_module:make", "cannot be imported")):
+    for name, word in (("custom_drafter:nothing", "no 'nothing'"), ("no_such_module:make", "cannot be imported")):
         with pytest.raises(ConfigError, match=word):
             load(name)
 

@@ -19,8 +19,8 @@ from specl.shared.bench import prompt_sets
 from specl.shared.bench.arms import EngineArm
 from specl.shared.bench.measure import ENOUGH_DRAFTED, ENOUGH_REJECTED, check
 from specl.shared.engine.load import load_pair
-from specl.shared.engine.sampling import Law
 from specl.shared.paths import find_paths
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.load import load_settings
 from specl.shared.settings.schema import DraftModel
 
@@ -92,7 +92,9 @@ def main():
     items = chosen(wish.prompts)
     prompts = [engine.encode_chat(item.messages)[1] for item in items]
     expected = reference(engine, prompts, wish.tokens, wish.cache)
-    arm = EngineArm("ours", engine, Law(), None if wish.k == "auto" else int(wish.k), ngram=True, capture_k=32)
+    arm = EngineArm(
+        "ours", engine, SamplingParams(), None if wish.k == "auto" else int(wish.k), ngram=True, capture_k=32
+    )
     counts, drafted, rejected, ties = {}, 0, 0, []
     for item, prompt, text in zip(items, prompts, expected, strict=True):
         answer = arm.answer(item, prompt, wish.tokens)

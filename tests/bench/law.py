@@ -24,8 +24,9 @@ from specl.shared.settings.schema import Settings
 from specl.shared.engine import acceptance
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.decode import Options
-from specl.shared.engine.engine import Engine
-from specl.shared.engine.sampling import Law, distribution
+from specl.shared.engine.core import EngineCore
+from specl.shared.engine.sampling import distribution
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.models.load import LanguageModel
 
 VOCABULARY, LENGTH, END = 8, 3, 7
@@ -44,14 +45,14 @@ def model(seed, sharp=2.0):
     return LanguageModel(f"m{seed}", Path(), made, tokenizer, shape | {"max_position_embeddings": 64}, f"m{seed}", "t")
 
 
-def exact(target, law):
+def exact(target, sampling):
     """Probability of every sequence, cut at the end token."""
     found = {}
     for tokens in itertools.product(range(VOCABULARY), repeat=LENGTH):
         p, kept = 1.0, []
         for token in tokens:
             row = np.array(target.model(mx.array([[*PROMPT, *kept]]))[0, -1])
-            p *= distribution(row, law).of(token)
+            p *= distribution(row, sampling).of(token)
             kept.append(token)
             if token == END or p == 0:
                 break
@@ -60,11 +61,11 @@ def exact(target, law):
     return found
 
 
-def draw_all(engine, law, draws, others):
+def draw_all(engine, sampling, draws, others):
     counts, k_used = {}, {}
     engine.prefixes.budget = 0
     for n in range(draws):
-        session = engine.session(PROMPT, Options(law=law, max_tokens=LENGTH, ngram=n % 2 == 0))
+        session = engine.session(PROMPT, Options(sampling=sampling, max_tokens=LENGTH, ngram=n % 2 == 0))
         while not session.prefill():
             pass
         while session.finish_reason is None:
@@ -101,13 +102,13 @@ def main():
     wish = parser.parse_args()
     if wish.broken:
         acceptance.residual = lambda target_p, draft_p: target_p
-    law = Law(temperature=wish.temperature, top_p=wish.top_p)
+    sampling = SamplingParams(temperature=wish.temperature, top_p=wish.top_p)
     target, draft = model(3), model(4)
     others = [model(seed).model.parameters() for seed in (4, 5, 3)]
-    engine = Engine(target, draft, Settings())
+    engine = EngineCore(target, draft, Settings())
     engine.costs = Costs({1: 1.0, 2: 1.02, 8: 1.1}, {1: 0.1, 8: 0.8}, ngram=0.01)
-    law_of = exact(target, law)
-    counts, k_used = draw_all(engine, law, wish.draws, others)
+    law_of = exact(target, sampling)
+    counts, k_used = draw_all(engine, sampling, wish.draws, others)
     p = p_value(counts, law_of, wish.draws)
     print(
         f"T={wish.temperature} top-p={wish.top_p}: {len(law_of)} sequences, {wish.draws} draws, k used {k_used}, p = {p:.4g}"

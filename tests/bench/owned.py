@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from specl.daemons.trainer.training_loop import TRAINED_DEPTHS
-from specl.daemons.trainer.data_loader import Gatherer
+from specl.daemons.trainer.data_loader import DataLoader
 from specl.daemons.trainer.regression import RegressionSlice
 from specl.shared.settings.load import load_settings
 from specl.shared.learning.examples import hot_vocabulary
@@ -92,7 +92,7 @@ def main():
     fresh = texts(kept / f"owned-{wish.kind}-learn.npz", engine, reserved.prompts(wish.kind, 80, seed=1))
     asked = reserved.prompts(wish.kind, 30, seed=2, split=reserved.SPLITS[-1])
     unseen = texts(kept / f"owned-{wish.kind}-unseen.npz", engine, asked)
-    replay = Gatherer(None, engine, settings, None, lambda: None).replay(kept)
+    replay = DataLoader(None, engine, settings, None, lambda: None).replay(kept)
     general = RegressionSlice(paths.regression, engine, settings.training.regression_prompts, lambda: None).examples()
     learner = Learner(engine.draft)
     print(f"{wish.kind}: {len(fresh)} texts to learn, {len(replay)} to replay, {wish.steps} steps")

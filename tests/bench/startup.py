@@ -24,7 +24,7 @@ from specl.shared.messaging.bus import Server
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import Ask, Done, GetStatus, Status
 from specl.shared.paths import ROLES, Paths
-from specl.shared.runtime.supervisor import Lock
+from specl.shared.runtime.locks import Lock
 from specl.shared.settings.schema import Settings
 
 BAR_S = 0.4

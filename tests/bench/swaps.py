@@ -35,7 +35,7 @@ from specl.shared.messaging.endpoints import Addresses
 from specl.shared.adapters.registry import Adapters, Manifest
 from specl.shared.messaging.bus import Server
 from specl.shared.messaging.client import Client
-from specl.shared.adapters.tensors import write_files
+from specl.shared.adapters.tensors import write_tensors
 from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
 from specl.shared.paths import Paths
 
@@ -53,7 +53,7 @@ class Daemon:
             working.load_pair = fake_pair
         self.rounds: list[float] = []
         self.pauses: list[float] = []
-        working.rounds_together = self._timed(working.rounds_together, self.rounds)
+        working.decode_rounds = self._timed(working.decode_rounds, self.rounds)
         addresses = Addresses(self.paths, self.settings.bus)
         self.server = Server(addresses.answer("inference"), addresses.publish("inference"))
         self.inference = Inference(self.paths, self.settings, self.server)
@@ -121,7 +121,7 @@ def publish_random(daemon: Daemon, id: str, size: float = 0.02) -> None:
         weights[f"{key}.lora_a"] = mx.array(size * rng.normal(size=(inner, 8)).astype(np.float32))
         weights[f"{key}.lora_b"] = mx.array(size * rng.normal(size=(8, out)).astype(np.float32))
     scratch = adapters.scratch(id)
-    write_files(scratch, shape, weights, None)
+    write_tensors(scratch, shape, weights, None)
     target = engine.target
     prints = (engine.draft_fingerprint, target.fingerprint, target.tokenizer_fingerprint)
     manifest = Manifest(

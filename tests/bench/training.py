@@ -118,9 +118,9 @@ def count(module) -> int:
 def to_example(tokens: np.ndarray) -> Example:
     """A text of which every token but the first is learned."""
     rows = len(tokens) - 1
-    law = np.tile(tokens[1:, None], (1, TOP_K)).astype(np.uint32)
+    sampling = np.tile(tokens[1:, None], (1, TOP_K)).astype(np.uint32)
     logprobs = np.full((rows, TOP_K), -np.log(TOP_K), np.float16)
-    return Example("text", tokens, 1, law, logprobs, np.ones(rows, np.float32), None)
+    return Example("text", tokens, 1, sampling, logprobs, np.ones(rows, np.float32), None)
 
 
 def texts_of(target: LanguageModel, number: int, length: int) -> np.ndarray:

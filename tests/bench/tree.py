@@ -27,7 +27,7 @@ from specl.shared import prompts
 from specl.shared.settings.load import load_settings
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.decode import Options
-from specl.shared.engine.engine import Engine
+from specl.shared.engine.core import EngineCore
 from specl.shared.models.head import HeadDraft
 from specl.shared.paths import find_paths
 
@@ -50,10 +50,10 @@ def expand(draft: HeadDraft, state: mx.array, row: np.ndarray, truth: list[int],
 
     def level(state: mx.array, row: np.ndarray, ranks: tuple[int, ...], chance: float, true: bool) -> Iterator[Node]:
         depth = len(ranks)
-        law = np.exp(row - row.max())
-        law /= law.sum()
-        for rank, place in enumerate(np.argsort(-law)[:BREADTH]):
-            token, here = int(draft.hot[place]), chance * float(law[place])
+        sampling = np.exp(row - row.max())
+        sampling /= sampling.sum()
+        for rank, place in enumerate(np.argsort(-sampling)[:BREADTH]):
+            token, here = int(draft.hot[place]), chance * float(sampling[place])
             matches = true and depth < len(truth) and truth[depth] == token
             yield Node((*ranks, rank), here, matches)
             if depth + 1 < DEPTH:
@@ -65,7 +65,7 @@ def expand(draft: HeadDraft, state: mx.array, row: np.ndarray, truth: list[int],
     yield from level(state, row, (), 1.0, True)
 
 
-def trees(engine: Engine, draft: HeadDraft, ids: list[int], tokens: int) -> list[list[Node]]:
+def trees(engine: EngineCore, draft: HeadDraft, ids: list[int], tokens: int) -> list[list[Node]]:
     """For each token of the target's greedy answer: the tree that would have been proposed for it."""
     session = engine.session(ids, Options(max_tokens=tokens, num_draft_tokens=0, ngram=False))
     while not session.prefill():

@@ -17,11 +17,11 @@ from specl.shared.bench.concurrency import crowd_rate
 from specl.shared.bench.measure import Plan, Run, measure
 from specl.shared.bench.report import as_json, equality, groups, hindsight, ratio
 from specl.shared.bench.text_equality import TopTwo, compare, copied_share, first_difference, repeated_share
+from specl.shared.engine.core import EngineCore
 from specl.shared.engine.costs import Costs
-from specl.shared.engine.engine import Engine
-from specl.shared.engine.sampling import Law
 from specl.shared.errors import ConfigError
 from specl.shared.models.load import load
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.schema import Settings
 
 END = "<|im_end|>"
@@ -79,22 +79,22 @@ def folders(tmp_path_factory):
 def engine(folders, tmp_path_factory):
     models = tmp_path_factory.mktemp("none")
     target, draft = (load(str(folder), models) for folder in folders)
-    made = Engine(target, draft, Settings())
+    made = EngineCore(target, draft, Settings())
     made.costs = Costs({1: 1.0, 8: 1.2}, {1: 0.05, 8: 0.4})
     return made
 
 
 @pytest.fixture(scope="module")
 def runs(engine):
-    law = Law()
+    sampling = SamplingParams()
     arms = [
-        PlainArm(engine.target, law),
-        MlxSpeculativeArm(engine.target, engine.draft, 2, law),
-        EngineArm("k=0", engine, law, 0, ngram=False),
-        EngineArm("k=4", engine, law, 4, ngram=False),
-        EngineArm("auto fast, no n-gram", engine, law, None, ngram=False),
-        EngineArm("auto fast", engine, law, None, ngram=True),
-        EngineArm("auto detailed", engine, law, None, ngram=True, capture_k=8),
+        PlainArm(engine.target, sampling),
+        MlxSpeculativeArm(engine.target, engine.draft, 2, sampling),
+        EngineArm("k=0", engine, sampling, 0, ngram=False),
+        EngineArm("k=4", engine, sampling, 4, ngram=False),
+        EngineArm("auto fast, no n-gram", engine, sampling, None, ngram=False),
+        EngineArm("auto fast", engine, sampling, None, ngram=True),
+        EngineArm("auto detailed", engine, sampling, None, ngram=True, capture_k=8),
     ]
     items = [*prompt_sets.pick("general", 3), *prompt_sets.pick("copy", 2)]
     seen = []
@@ -185,7 +185,7 @@ def test_every_arm_writes_the_reference_text(runs):
 def test_a_wrong_text_is_found(engine):
     item = prompt_sets.pick("general", 1)[0]
     _, prompt = engine.encode_chat(item.messages)
-    arm = PlainArm(engine.target, Law())
+    arm = PlainArm(engine.target, SamplingParams())
     expected = arm.answer(item, prompt, 12).tokens
     wrong = [*expected[:5], (expected[5] + 1) % 256, *expected[6:]]
     found = measuring.check(engine, arm, prompt, expected, wrong)

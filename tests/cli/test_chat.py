@@ -19,6 +19,7 @@ from specl.cli.chat.conversation import Conversation
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.messages import Delta
 from specl.shared.paths import find_paths
+from specl.shared.retention.chat_history import history_file, history_is_kept
 from specl.shared.settings.schema import Records
 
 COMMAND = [sys.executable, "-c", "from specl.cli.main import main; main()"]
@@ -69,8 +70,8 @@ def test_each_token_has_the_colour_of_its_source():
 
 @pytest.mark.parametrize("records", [{"keep": "statistics"}, {"redact": ["x"]}, {"retention_days": 3}])
 def test_no_history_on_disk_where_text_must_not_stay(records):
-    assert chat_input.history_is_kept(Records())
-    assert not chat_input.history_is_kept(Records(**records))
+    assert history_is_kept(Records())
+    assert not history_is_kept(Records(**records))
 
 
 def test_the_history_file_is_private_and_purged_with_the_logs():
@@ -81,7 +82,7 @@ def test_the_history_file_is_private_and_purged_with_the_logs():
     history = chat_input._history(paths, Records(), remember=True)
     history.store_string("a secret of mine that must go\nwith all its lines\n# even this one")
     history.store_string("something else altogether")
-    file = chat_input.history_file(paths)
+    file = history_file(paths)
     assert file.stat().st_mode & 0o077 == 0 and b"a secret of mine" in file.read_bytes()
     (pieces,) = portions_of(["a secret of mine that must go"])
     _scrub_logs(paths.logs, pieces)

@@ -6,7 +6,7 @@ import pytest
 
 from specl.cli.doctor import BAD, _access, _costs, _device, _folders, _hooks, _ports, examine
 from specl.shared.paths import find_paths
-from specl.shared.runtime.supervisor import Lock
+from specl.shared.runtime.locks import Lock
 
 
 @pytest.fixture

@@ -5,14 +5,15 @@ import sqlite3
 
 import pytest
 
-from specl.cli.chat.chat_input import _history, history_file
+from specl.cli.chat.chat_input import _history
 from specl.cli.store import purge
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.endpoints import Keys, write_keys
 from specl.shared.paths import find_paths
 from specl.shared.retention import erasure_check
+from specl.shared.retention.chat_history import history_file
 from specl.shared.retention.checkpoints import checkpoint_folder
-from specl.shared.runtime.supervisor import Lock, is_locked
+from specl.shared.runtime.locks import Lock, is_locked
 from specl.shared.settings.schema import Records
 from specl.shared.store import Store
 from tests.fakes import make_generation, to_row
@@ -174,11 +175,11 @@ def test_short_messages_leave_the_chats_history_too(specl, kept):
 
 
 def test_an_id_that_begins_another_and_one_in_quarantine_can_be_purged(specl, kept):
-    from specl.shared.messaging.messages import Row
+    from specl.shared.messaging.messages import Envelope
 
     store = Store(kept.store)
     store.add_rows(
-        [to_row(spoken("1", "words one")), to_row(spoken("10", "words ten")), Row("bad", "Generation", b"x")]
+        [to_row(spoken("1", "words one")), to_row(spoken("10", "words ten")), Envelope("bad", "Generation", b"x")]
     )
     store.close()
     assert specl("store", "show", "1", "--json").json["id"] == "1"

@@ -9,7 +9,7 @@ from specl.cli import memory_check
 from specl.cli.chat import chat_input
 from specl.shared.errors import ModelError
 from specl.shared.paths import find_paths
-from specl.shared.runtime.supervisor import Lock
+from specl.shared.runtime.locks import Lock
 from specl.shared.settings.load import load_settings
 from specl.shared.settings.schema import Settings
 
@@ -29,12 +29,12 @@ def use(tmp_path, monkeypatch, stored):
 def test_the_daemons_copy_counts_while_they_run(use):
     target = use(0.5)
     settings, paths = load_settings(), find_paths().create()
-    memory_check.check_room(settings, paths, target, None, "this")
+    memory_check.check_memory(settings, paths, target, None, "this")
     lock = Lock(paths.run, "inference")
     with pytest.raises(
         ModelError, match=r"this needs about 0\.\d GB beside the 0\.\d GB of the running daemons; 0\.5 GB"
     ):
-        memory_check.check_room(settings, paths, target, None, "this")
+        memory_check.check_memory(settings, paths, target, None, "this")
     lock.release()
 
 

@@ -83,7 +83,7 @@ def test_status_misses_a_gateway_only_where_one_is_wanted(specl, monkeypatch, tm
 def test_a_gateway_beside_daemons_elsewhere_is_not_missed(monkeypatch):
     from specl.shared import status
     from specl.shared.messaging import client
-    from specl.shared.runtime.supervisor import Lock
+    from specl.shared.runtime.locks import Lock
 
     paths = find_paths().create()
     body = {"state": "ready", "uptime_s": 1.0, "summary": {"generations": 0}}
@@ -179,7 +179,7 @@ def test_every_command_of_the_list_is_there_and_teaches(specl):
 
 def test_status_waits_for_nobody_whose_lock_is_free(monkeypatch):
     from specl.shared.messaging import client
-    from specl.shared.runtime.supervisor import Lock
+    from specl.shared.runtime.locks import Lock
 
     asked = []
     monkeypatch.setattr(client, "gather", lambda questions, timeout_s: asked.extend(questions) or {})

@@ -13,7 +13,8 @@ from fault_house import House, Zygote
 
 from specl.shared.errors import ConfigError
 from specl.shared.paths import find_paths
-from specl.shared.settings import cache, schema
+from specl.shared.settings import cache
+from specl.shared.settings.load import load_settings
 
 CODE = """
 import json, sys
@@ -80,18 +81,18 @@ def test_remembered_settings_are_those_of_the_file_and_follow_it(tmp_path, monke
         "speculative: {temperature: 1}\n",
     ):
         file.write_text(text)
-        known = schema.load(file).model_dump(mode="json")
-        first, again = cache.load(paths), cache.load(paths)
+        known = load_settings(file).model_dump(mode="json")
+        first, again = cache.load_cached_settings(paths), cache.load_cached_settings(paths)
         assert first.model_dump(mode="json") == known and not hasattr(again, "model_dump")
         assert known["gateway"].pop("token", None) is None or "0123456789abcdef" not in memory(paths).read_text()
         assert plain(again) == known and memory(paths).stat().st_mode & 0o077 == 0
     file.write_text("speculative: {temperature: warm}\n")
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"settings.yaml:1"):
-            cache.load(paths)
+            cache.load_cached_settings(paths)
     memory(paths).write_text("not json")
     file.write_text("{}")
-    assert cache.load(paths) == schema.load(file)
+    assert cache.load_cached_settings(paths) == load_settings(file)
 
 
 def memory(paths):

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from specl.cli.status import render
-from specl.daemons.inference.adapter_monitor import Lookout
+from specl.daemons.inference.adapter_monitor import AdapterMonitor
 from specl.shared.learning.live_check import Depths
 from specl.shared.messaging.client import Client
 from specl.shared.paths import find_paths
@@ -16,7 +16,7 @@ from specl.shared.status import collect
 def test_a_watch_is_told_of_while_it_is_on_and_how_it_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECL_VAR", str(tmp_path))
     find_paths().create()
-    lookout = Lookout()
+    lookout = AdapterMonitor()
     lookout.changed("000002", "000002", "000001", Depths.promised([0.7], 300))
     lookout.saw([20], [5])
     with Client() as client:

@@ -9,7 +9,7 @@ import pytest
 from specl.cli.store.import_jsonl import law_of, parse, spelled, to_record
 from specl.cli.store.show import marked, pieces
 from specl.shared.paths import find_paths
-from specl.shared.runtime.supervisor import is_locked
+from specl.shared.runtime.locks import is_locked
 from specl.shared.store import Store, StoredGeneration
 from tests.fakes import make_disagreement, make_generation, to_row
 
@@ -209,15 +209,15 @@ def test_the_targets_law_makes_an_import_learnable(tiny):
 
     for _ in range(6):
         own.append(int(mx.argmax(target.logits(target.states(mx.array([own]), target.new_cache())[0, -1]))))
-    law = law_of(target, "text", prompt, own[4:], 8)
-    assert law.greedy and law.top_k.k == 8
-    ids = np.frombuffer(law.top_k.ids, "<u4").reshape(-1, 8)
+    sampling = law_of(target, "text", prompt, own[4:], 8)
+    assert sampling.greedy and sampling.top_k.k == 8
+    ids = np.frombuffer(sampling.top_k.ids, "<u4").reshape(-1, 8)
     assert ids[:, 0].tolist() == own[4:]
-    weights = np.exp(np.frombuffer(law.top_k.logprobs, "<f2").astype(float)).reshape(-1, 8).sum(1)
-    assert np.allclose(weights + np.frombuffer(law.top_k.tail, "<f2"), 1, atol=0.01)
+    weights = np.exp(np.frombuffer(sampling.top_k.logprobs, "<f2").astype(float)).reshape(-1, 8).sum(1)
+    assert np.allclose(weights + np.frombuffer(sampling.top_k.tail, "<f2"), 1, atol=0.01)
     changed = [(own[4] + 1) % 97, *own[5:]]
     assert not law_of(target, "text", prompt, changed, 8).greedy
-    record = to_record(parse(json.dumps(LINE)), law)
+    record = to_record(parse(json.dumps(LINE)), sampling)
     store = Store(find_paths().create().store)
     assert store.add_rows([to_row(record)]) == ["from-elsewhere"]
     assert [row.id for row in store.outlines(5)] == ["from-elsewhere"]

@@ -15,7 +15,7 @@ import pytest
 
 from specl.shared import prompts
 from specl.shared.adapters.registry import Adapters, Manifest
-from specl.shared.adapters.tensors import write_files
+from specl.shared.adapters.tensors import write_tensors
 from specl.shared.bench.stream import conversation
 from specl.shared.messaging.client import Client
 from specl.shared.models.lora import LoraShape, change_norm, choose_layers, linear_layers, lora_weights
@@ -101,7 +101,7 @@ def write_bad(folder, shape, engine, name, weights, base, hot):
     )  # fmt: skip
     home = Adapters(folder)
     scratch = home.scratch("000001")
-    write_files(scratch, shape, weights, hot)
+    write_tensors(scratch, shape, weights, hot)
     return Bad(name, home.publish(scratch, manifest, make_current=False), manifest)
 
 

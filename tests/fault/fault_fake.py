@@ -69,10 +69,10 @@ def fake_model(name: str, seed: int, near: Any = None) -> Any:
 
 def fake_pair(settings: Any, models: Path, say: Any = None, training: bool = False, **more: Any) -> Any:
     """What `load_pair` gives, without loading anything."""
-    from specl.shared.engine.engine import Engine
+    from specl.shared.engine.core import EngineCore
 
     target = fake_model("target", 1)
-    return Engine(target, fake_model("draft", 2, near=target), settings)
+    return EngineCore(target, fake_model("draft", 2, near=target), settings)
 
 
 def install() -> None:
@@ -109,7 +109,7 @@ def make_adapter(
     import mlx.core as mx
 
     from specl.shared.adapters.registry import Adapters, Manifest
-    from specl.shared.adapters.tensors import write_files
+    from specl.shared.adapters.tensors import write_tensors
     from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
 
     module = fake_model("draft", 2).model
@@ -125,7 +125,7 @@ def make_adapter(
         weights[name] = mx.full(weights[name].shape, float("nan"))
     adapters = Adapters(folder)
     scratch = adapters.scratch(id)
-    write_files(scratch, shape, weights, None)
+    write_tensors(scratch, shape, weights, None)
     manifest = Manifest(
         id=id, kind="lora", created_at=time.time(), base_model="draft", base_fingerprint=base,
         target_fingerprint="fake-target", tokenizer_fingerprint="characters", parent_id="", training_run_id="run",

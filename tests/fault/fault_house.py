@@ -25,11 +25,12 @@ from typing import Any
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.bus import gather
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.codec import encode
 from specl.shared.messaging.endpoints import Addresses
-from specl.shared.messaging.messages import Done, Generation, GetStatus, Status, TopK, encode
+from specl.shared.messaging.messages import Done, Generation, GetStatus, Status, TopK
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
-from specl.shared.runtime.supervisor import holder_of
+from specl.shared.runtime.locks import holder_of
 from specl.shared.settings.load import parse_settings
 
 HERE = Path(__file__).parent

@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["specl", "msgpack", "pydantic"]):
 
     from specl.shared.adapters import manifest, tensors
     from specl.shared.errors import AdapterRejected, ConfigError, WireError
-    from specl.shared.messaging import messages
+    from specl.shared.messaging import codec, messages
     from specl.shared.settings.load import parse_settings
     from specl.shared.store import Store, schema
 
@@ -34,15 +34,15 @@ SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() el
 
 def _wire(data: bytes) -> None:
     try:
-        value = messages.decode(data)
+        value = codec.decode(data)
     except WireError:
         return
-    assert messages.decode(messages.encode(value)) == value
+    assert codec.decode(codec.encode(value)) == value
 
 
 def _record(data: bytes) -> None:
     kinds = [kind.__name__ for kind in messages.RECORDS]
-    row = messages.Row("a", kinds[data[0] % len(kinds)] if data else "", data[1:])
+    row = messages.Envelope("a", kinds[data[0] % len(kinds)] if data else "", data[1:])
     store = _store()
     assert store.add_rows([row]) == ["a"]  # a row of a table, or of the quarantine; never an error
     store.summary()
@@ -106,8 +106,8 @@ def seeds(folder: Path) -> None:
     for number, data in enumerate(
         [
             *GOOD,
-            messages.encode(generation("a", size=4)),
-            b"\0" + messages.encode(generation("a")),
+            codec.encode(generation("a", size=4)),
+            b"\0" + codec.encode(generation("a")),
             *files,
             hot,
             yaml,

@@ -17,7 +17,7 @@ from fault_house import SETTINGS, wait_until
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from specl.shared.adapters.external import read_foreign
+from specl.shared.adapters.external import read_external
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected
 from specl.shared.settings.schema import Settings
@@ -50,10 +50,10 @@ def from_mlx_lm(folder):
 
 def test_one_of_ours_and_one_of_mlx_lms_are_read(tmp_path, engine):
     ours = publish_adapter(tmp_path, "000001")
-    found = read_foreign(ours, engine)
+    found = read_external(ours, engine)
     assert found.manifest.id == "000001" and found.adapter.shape.scale == 2.0
     weights = from_mlx_lm(tmp_path / "theirs")
-    found = read_foreign(tmp_path / "theirs", engine)
+    found = read_external(tmp_path / "theirs", engine)
     assert found.manifest is None and found.adapter.weights.keys() == weights.keys()
     assert len(found.adapter.shape.keys) == 7 and found.adapter.shape.rank == 4
 
@@ -76,7 +76,7 @@ def test_what_is_wrong_is_named(tmp_path, engine, spoil, reason):
     folder = publish_adapter(tmp_path, "000001")
     spoil(folder)
     with pytest.raises(AdapterRejected, match=reason):
-        read_foreign(folder, engine)
+        read_external(folder, engine)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_is_wrong_is_named(tmp_path, engine, spoil, reason):
 )
 def test_tensors_that_cannot_be_used_are_named(tmp_path, engine, how, reason):
     with pytest.raises(AdapterRejected, match=reason):
-        read_foreign(publish_adapter(tmp_path, "000001", **how), engine)
+        read_external(publish_adapter(tmp_path, "000001", **how), engine)
 
 
 def control(house, *arguments, command="import"):

@@ -15,7 +15,8 @@ from fault_fake import make_adapter, publish_adapter
 from fault_house import HERE, ready_for_training, wait_until
 
 from specl.shared.adapters.registry import Adapters
-from specl.shared.messaging.messages import AdapterReady, SetAdapter, encode
+from specl.shared.messaging.codec import encode
+from specl.shared.messaging.messages import AdapterReady, SetAdapter
 
 slow = pytest.mark.slow
 

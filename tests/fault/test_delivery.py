@@ -13,7 +13,7 @@ from fault_fake import publish_adapter
 from fault_house import HERE, fill, generation, percentile, process_figures, ready_for_training, wait_until
 
 from specl.shared.errors import SpecLoraError
-from specl.shared.messaging.messages import encode
+from specl.shared.messaging.codec import encode
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.runtime.failpoints import POINTS
 

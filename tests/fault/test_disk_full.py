@@ -14,7 +14,7 @@ from fault_house import SETTINGS, generation, ready_for_training, wait_until
 
 from specl.shared import status
 from specl.shared.adapters.registry import Adapters
-from specl.shared.messaging.messages import encode
+from specl.shared.messaging.codec import encode
 from specl.shared.messaging.outbox import Outbox
 
 

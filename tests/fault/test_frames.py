@@ -13,29 +13,28 @@ import zmq
 from fault_house import SETTINGS, process_figures, wait_until
 
 from specl.shared.errors import DaemonUnreachable, RequestRejected
+from specl.shared.messaging.codec import decode, encode
 from specl.shared.messaging.messages import (
     Ask,
-    Batch,
+    Envelope,
     Fetch,
     GetStatus,
     Purge,
+    RecordBatch,
     RecordReady,
     Reply,
-    Row,
-    Sampling,
     Status,
-    decode,
-    encode,
 )
 from specl.shared.paths import ROLES
+from specl.shared.sampling_params import SamplingParams
 
 slow = pytest.mark.slow
 GOOD = [
     encode(GetStatus()),
     encode(Fetch(["a"], 3)),
-    encode(Ask("r", [{"role": "user", "content": "x"}], "", 4, Sampling(), "detailed")),
+    encode(Ask("r", [{"role": "user", "content": "x"}], "", 4, SamplingParams(), "detailed")),
     encode(Purge([], None, "")),
-    encode(Batch([Row("a", "Generation", b"x")], 0)),
+    encode(RecordBatch([Envelope("a", "Generation", b"x")], 0)),
     encode(RecordReady("a")),
     encode(Status("x", {"state": "y"})),
     encode(Reply(True, "yes")),
@@ -243,7 +242,7 @@ def test_f10_a_coverage_guided_fuzzer_finds_no_way_past_the_decoder(figures, sec
     import sys
 
     from specl.shared.errors import WireError
-    from specl.shared.messaging import messages
+    from specl.shared.messaging import codec
 
     rng = random.Random(int(os.environ.get("SPECL_TEST_SEED", "3")))
     corpus, seen, tried, accepted = [*GOOD, b"", nested(20)], set(), 0, 0
@@ -251,7 +250,7 @@ def test_f10_a_coverage_guided_fuzzer_finds_no_way_past_the_decoder(figures, sec
     last = [0]
 
     def trace(frame, event, argument):
-        if frame.f_code.co_filename != messages.__file__:
+        if frame.f_code.co_filename != codec.__file__:
             return None
         if event == "line":
             edges.add((last[0], frame.f_lineno))
@@ -314,7 +313,7 @@ def test_a_client_has_its_limits(house, context):
     socket = context.socket(zmq.DEALER)
     socket.connect(house.paths.socket("inference"))
     for n in range(5):
-        socket.send(encode(Ask(f"r{n}", [{"role": "user", "content": "x"}], "", 8, Sampling(), "detailed")))
+        socket.send(encode(Ask(f"r{n}", [{"role": "user", "content": "x"}], "", 8, SamplingParams(), "detailed")))
     refused = {}
     while len(refused) < 3 and socket.poll(3000):
         message = decode(socket.recv())
@@ -323,14 +322,19 @@ def test_a_client_has_its_limits(house, context):
     assert sorted(refused) == ["r2", "r3", "r4"] and all(f.code == "busy" for f in refused.values())
     assert house.ask("another client").tokens == 8
     with house.client() as crowd:  # one program, a connection for each request
-        wishes = [crowd.deltas(crowd.request("x", max_tokens=8, client="crowd")) for _ in range(4)]
+        wishes = [crowd.deltas(crowd.request("x", max_tokens=8, client_id="crowd")) for _ in range(4)]
         with ThreadPoolExecutor(4) as pool:
             ends = list(pool.map(how_it_ended, wishes))
     assert sorted(ends) == ["busy", "busy", "done", "done"]
     socket.send(
         encode(
             Ask(
-                "long", [{"role": "user", "content": [{"type": "text", "text": "y" * 5000}]}], "", 8, Sampling(), "fast"
+                "long",
+                [{"role": "user", "content": [{"type": "text", "text": "y" * 5000}]}],
+                "",
+                8,
+                SamplingParams(),
+                "fast",
             )
         )
     )

@@ -15,23 +15,22 @@ import zmq
 from fault_house import process_figures, wait_until
 
 from specl.shared.errors import WireError
+from specl.shared.messaging.codec import decode, encode
 from specl.shared.messaging.messages import (
     MESSAGES,
     RECORDS,
-    Alive,
     Ask,
-    Batch,
+    Envelope,
     Fetch,
     GetStatus,
+    Heartbeat,
     Purge,
+    RecordBatch,
     Reply,
-    Row,
-    Sampling,
     SetAdapter,
-    decode,
-    encode,
 )
 from specl.shared.paths import ROLES
+from specl.shared.sampling_params import SamplingParams
 
 slow = pytest.mark.slow
 TEXTS = (
@@ -93,13 +92,15 @@ def senseless(rng: random.Random, kinds: tuple[type, ...]) -> bytes:
         message = drawn(rng, kind)
         if kind is Ask and rng.random() < 0.7:
             mode, tokens = rng.choice(("detailed", "fast")), rng.choice((1, 3, 2**40))
-            sampling = rng.choice((message.sampling, Sampling(), Sampling(0.7, 0.9, 5, 0.1, rng.choice(INTS))))
+            sampling = rng.choice(
+                (message.sampling, SamplingParams(), SamplingParams(0.7, 0.9, 5, 0.1, rng.choice(INTS)))
+            )
             message = dataclasses.replace(
                 message, request_id=str(rng.random()), mode=mode, max_tokens=tokens, num_draft_tokens=None,
                 sampling=sampling, deadline_s=0.2,
             )  # fmt: skip
-        if kind is Batch:  # a body that is a record, or nearly
-            rows = [Row(rng.choice(TEXTS), rng.choice(("Generation", "x")), record_bytes(rng)) for _ in range(2)]
+        if kind is RecordBatch:  # a body that is a record, or nearly
+            rows = [Envelope(rng.choice(TEXTS), rng.choice(("Generation", "x")), record_bytes(rng)) for _ in range(2)]
             message = dataclasses.replace(message, rows=rows)
         try:
             return encode(message)
@@ -175,7 +176,7 @@ def test_f10_senseless_news_and_batches_end_no_daemon(house, figures, context, r
         peer, data = answerer.recv_multipart()
         if isinstance(decode(data), Fetch):
             # what is no batch is waited out: two seconds
-            answerer.send_multipart([peer, senseless(rng, (Batch,) if batches % 50 else (Reply,))])
+            answerer.send_multipart([peer, senseless(rng, (RecordBatch,) if batches % 50 else (Reply,))])
             batches += 1
     assert house.ready(role)["malformed"] == 0
     assert daemon.code is None, house.output(role)[-3000:]
@@ -193,7 +194,7 @@ def test_f10_an_answer_that_would_quote_more_than_a_frame_holds_ends_nothing(hou
         socket = context.socket(zmq.DEALER)
         socket.connect(house.paths.socket(role))
         for message in (
-            SetAdapter(long), Ask("r", [], "x", 4, Sampling(), long), Ask(long, [], "x", 0, Sampling(), "fast"), Alive(long),
+            SetAdapter(long), Ask("r", [], "x", 4, SamplingParams(), long), Ask(long, [], "x", 0, SamplingParams(), "fast"), Heartbeat(long),
             Purge([long], None, ""), Purge([], None, long),
         ):  # fmt: skip
             socket.send(encode(message))

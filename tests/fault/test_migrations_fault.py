@@ -6,7 +6,8 @@ import pytest
 from fault_house import generation, wait_until
 
 from specl.shared.errors import StoreError, StoreTooNew
-from specl.shared.messaging.messages import Row, encode
+from specl.shared.messaging.codec import encode
+from specl.shared.messaging.messages import Envelope
 from specl.shared.store import Store, schema
 
 NOW = schema.SCHEMA_VERSION
@@ -17,7 +18,7 @@ def older(tmp_path, monkeypatch):
     """A store of today's schema with a row that is still in its write-ahead log, and a program that knows the next one."""
     path = tmp_path / "store.db"
     store = Store(path)
-    store.add_rows([Row("a", "Generation", encode(generation("a")))])
+    store.add_rows([Envelope("a", "Generation", encode(generation("a")))])
 
     def _next(connection):
         connection.exec_driver_sql("ALTER TABLE generations ADD COLUMN mood TEXT")

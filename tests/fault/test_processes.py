@@ -12,7 +12,8 @@ import pytest
 from fault_house import HERE, SETTINGS, wait_until
 
 from specl.shared.paths import DAEMONS, ROLES
-from specl.shared.runtime.supervisor import BACKOFF_S, holder_of, is_locked
+from specl.shared.runtime.locks import holder_of, is_locked
+from specl.shared.runtime.supervisor import BACKOFF_S
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -81,7 +82,7 @@ class Tree:
         self.house = house
         house.file.write_text(SETTINGS + "gateway: {port: 0}\n" + more)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "honcho", "-f", str(site / "Procfile"), "start"],
+            [sys.executable, "-m", "honcho_pid", "-f", str(site / "Procfile"), "start"],
             env=environment, cwd=site, stdout=open(house.outputs / "honcho.out", "wb"), stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
@@ -89,7 +90,7 @@ class Tree:
     def pids(self):
         return {role: holder_of(self.house.paths.run, role) for role in ROLES}
 
-    def keeper(self, role):
+    def supervisor_pid(self, role):
         """The pid of the respawner above a daemon."""
         with open(f"/proc/{holder_of(self.house.paths.run, role)}/stat") as file:
             return int(file.read().rpartition(")")[2].split()[1])

@@ -14,10 +14,11 @@ from fault_house import SETTINGS, fill, generation, ready_for_training, wait_unt
 
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import ConfigError
-from specl.shared.messaging.messages import Row, TrainingRun, encode
+from specl.shared.messaging.codec import encode
+from specl.shared.messaging.messages import Envelope, TrainingRun
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.retention.checkpoints import all_of, checkpoint_folder, generations_in
-from specl.shared.retention.redaction import Discretion
+from specl.shared.retention.redaction import Redactor
 from specl.shared.settings.load import parse_settings
 from specl.shared.settings.schema import Records
 from specl.shared.store import Store
@@ -136,11 +137,11 @@ def test_purges_by_id_age_and_all(house):
     ages = {"old": 10, "new": 0.1}
     store.add_rows(
         [
-            Row(id, "Generation", encode(generation(id, f"words of {id}", created_at=now - 86400 * age)))
+            Envelope(id, "Generation", encode(generation(id, f"words of {id}", created_at=now - 86400 * age)))
             for id, age in ages.items()
         ]
     )
-    store.add_rows([Row("poison", "Generation", b"\xc1" + SECRET.encode())])
+    store.add_rows([Envelope("poison", "Generation", b"\xc1" + SECRET.encode())])
     store.close()
     specl(house, "store", "purge", "--before", "3d", "--yes")
     assert house.stored() == ["new"]
@@ -155,9 +156,9 @@ def test_purges_by_id_age_and_all(house):
 
 def test_upper_and_lower_case_of_any_script_are_the_same_text(house):
     store = Store(house.paths.store)
-    store.add_rows([Row("a", "Generation", encode(generation("a", "der ÜBERSEEHAFEN von früher")))])
-    store.add_rows([Row("b", "Generation", encode(replace(generation("b"), conversation_id="Überseehafen, 3rd")))])
-    store.add_rows([Row("poison", "Generation", b"\xc1" + "ein Überseehafen".encode())])
+    store.add_rows([Envelope("a", "Generation", encode(generation("a", "der ÜBERSEEHAFEN von früher")))])
+    store.add_rows([Envelope("b", "Generation", encode(replace(generation("b"), conversation_id="Überseehafen, 3rd")))])
+    store.add_rows([Envelope("poison", "Generation", b"\xc1" + "ein Überseehafen".encode())])
     store.close()
     outbox = Outbox(house.paths.outbox("inference"))
     fill(outbox, ["c"], text="kein überseehafen")
@@ -172,9 +173,9 @@ def test_upper_and_lower_case_of_any_script_are_the_same_text(house):
 def test_a_purge_does_not_make_old_failures_new_again(house):
     store = Store(house.paths.store)
     store.set_threshold(0.5)
-    store.add_rows([Row(id, "Generation", encode(generation(id, f"about {id} and {SECRET}"))) for id in "abcd"])
+    store.add_rows([Envelope(id, "Generation", encode(generation(id, f"about {id} and {SECRET}"))) for id in "abcd"])
     run = TrainingRun("run", 1.0, 2.0, "t", "rejected", "", "", "", 3, 1, 1, None, None, "c", {})
-    store.add_rows([Row("run", "TrainingRun", encode(run))])
+    store.add_rows([Envelope("run", "TrainingRun", encode(run))])
     assert store.pending_failures() == 1
     store.close()
     specl(house, "store", "purge", "--id", "c", "--yes")
@@ -236,7 +237,7 @@ def test_a_run_under_way_is_ended_by_a_purge_and_publishes_nothing_of_it(house):
 
 def test_a_purge_names_adapters_that_learned_and_drops_them_if_wanted(house):
     store = Store(house.paths.store)
-    store.add_rows([Row(id, "Generation", encode(generation(id, f"{SECRET} {id}"))) for id in ("a", "b")])
+    store.add_rows([Envelope(id, "Generation", encode(generation(id, f"{SECRET} {id}"))) for id in ("a", "b")])
     store.close()
     adapter_from(house, "000001", ["x"])
     adapter_from(house, "000002", ["a"], parent="000001")
@@ -245,7 +246,7 @@ def test_a_purge_names_adapters_that_learned_and_drops_them_if_wanted(house):
     assert house.ready("inference")["adapter"]["active"] == "000003"
     said = specl(house, "store", "purge", "--id", "a", "--yes")
     assert "000002, 000003" in said
-    Store(house.paths.store).add_rows([Row("a", "Generation", encode(generation("a", SECRET)))])
+    Store(house.paths.store).add_rows([Envelope("a", "Generation", encode(generation("a", SECRET)))])
     said = specl(house, "store", "purge", "--id", "a", "--yes", "--drop-adapters")
     adapters = Adapters(house.paths.adapters)
     assert adapters.ids() == ["000001"] and adapters.current() == "000001"
@@ -306,7 +307,7 @@ def test_redaction_blots_text_and_drops_tokens(house):
 
 
 def test_redaction_reaches_nested_content_and_keeps_what_is_clean():
-    keep = Discretion(Records(redact=["secret"]))
+    keep = Redactor(Records(redact=["secret"]))
     record = generation("x", "plain")
     assert keep.apply(record) is record
     nested = replace(record, messages=[{"role": "user", "content": [{"type": "text", "text": "a secret"}]}])
@@ -324,7 +325,7 @@ def test_the_collector_lets_go_of_what_is_too_old_too_many_or_too_large(house, l
     store = Store(house.paths.store)
     now = time.time()
     rows = [generation(str(n), f"{n} " + "y" * 300_000, created_at=now - 86400 * n) for n in range(8)]
-    store.add_rows([Row(row.id, "Generation", encode(row)) for row in rows])
+    store.add_rows([Envelope(row.id, "Generation", encode(row)) for row in rows])
     store.close()
     np.save(house.paths.hidden / "7.npy", np.ones((4, 8), np.float16))
     house.start("collector")

@@ -326,7 +326,7 @@ def test_a_bug_of_ours_still_has_openais_shape(tmp_path):
             return await http.post("/v1/completions", json={"prompt": "a"})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specl.daemons.gateway.app.read_wish", lambda *wish: broken())
+        patch.setattr("specl.daemons.gateway.app.parse_request", lambda *wish: broken())
         answer = asyncio.run(ask())
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "server_error" and "on purpose" not in answer.text

@@ -9,7 +9,7 @@ import time
 import httpx2 as httpx
 from fault_house import wait_until
 
-from specl.shared.runtime.supervisor import is_locked
+from specl.shared.runtime.locks import is_locked
 from specl.shared.status import collect
 
 
@@ -112,7 +112,7 @@ def test_health_asks_inference_alone_and_not_every_time(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(Client, "status", lambda self, timeout_s, roles: asked.append(roles) or {})
     monkeypatch.setattr(dashboard, "collect", None)  # what the page costs
-    looker = dashboard.Board(Paths(tmp_path, tmp_path).create(), Settings(), lambda: False)
+    looker = dashboard.Dashboard(Paths(tmp_path, tmp_path).create(), Settings(), lambda: False)
 
     async def monitors():
         return await asyncio.gather(*[looker.inference_state() for _ in range(20)])

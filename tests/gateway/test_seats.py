@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from specl.daemons.gateway.app import Completions, _refused
-from specl.daemons.gateway.errors import Refusal
+from specl.daemons.gateway.errors import ApiError
 from specl.daemons.gateway.metrics import Metrics
 from specl.shared.errors import DaemonUnreachable
 from specl.shared.messaging.messages import Delta
@@ -43,7 +43,7 @@ class Desk:
         self.inference = Inference()
         self.completions = Completions(Settings(gateway=Gateway(max_streams=seats)), self.inference, Metrics())
         routes = [Route("/", self.completions.chat, methods=["POST"])]
-        self._app = Starlette(routes=routes, exception_handlers={Refusal: _refused})
+        self._app = Starlette(routes=routes, exception_handlers={ApiError: _refused})
 
     async def ask(self, stream=False, leaves=False, broken=False):
         """The status of one answer; the client `leaves` at once, or its connection is `broken` when the answer comes."""

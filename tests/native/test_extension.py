@@ -21,7 +21,7 @@ def undecided():
     extension._load.cache_clear()
 
 
-class Foreign:
+class ExternalAdapter:
     """An extension that looks right and is not."""
 
     mlx_version = mx.__version__
@@ -57,8 +57,8 @@ def load(monkeypatch, module):
     ("module", "words"),
     [
         (None, "not built"),
-        (Foreign(mlx_version="0.1.0"), "built for mlx 0.1.0"),
-        (Foreign(), "self-test (pack_float"),
+        (ExternalAdapter(mlx_version="0.1.0"), "built for mlx 0.1.0"),
+        (ExternalAdapter(), "self-test (pack_float"),
     ],
     ids=["missing", "other mlx", "foreign abi"],
 )
@@ -93,7 +93,7 @@ def test_a_wrong_product_turns_the_extension_off(monkeypatch, undecided):
     right = extension.native()
     extension._load.cache_clear()
 
-    class Wrong(Foreign):
+    class Wrong(ExternalAdapter):
         def __getattr__(self, name):
             return (lambda x, w: right.linear(x, w) * 1.01) if name == "linear" else getattr(right, name)
 

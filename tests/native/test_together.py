@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from specl.shared.engine import decode
+from specl.shared.engine.core import EngineCore
 from specl.shared.engine.costs import Costs
-from specl.shared.engine.decode import Options, rounds_together
-from specl.shared.engine.engine import Engine
-from specl.shared.engine.sampling import Law
+from specl.shared.engine.decode import Options, decode_rounds
 from specl.shared.models.head import new_head
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.schema import Settings
 
 CHEAP = Costs({1: 1.0, 16: 1.1}, {1: 0.01, 8: 0.08})
@@ -26,8 +26,8 @@ def engine(language_model):
     target = language_model(max_position_embeddings=128)
     target.tokenizer = _Tokenizer()
     draft = new_head(target, np.arange(0, 311, 2))
-    draft.speed_up()
-    made = Engine(target, draft, Settings())
+    draft.use_cpu_kernels()
+    made = EngineCore(target, draft, Settings())
     made.costs = CHEAP
     return made
 
@@ -50,22 +50,22 @@ def alone(session):
 
 def together(sessions):
     while running := [session for session in sessions if session.finish_reason is None]:
-        rounds_together(running)
+        decode_rounds(running)
         for session in running:
             session.check_in_step()
     return [session.output for session in sessions]
 
 
 MIXED = [
-    Options(max_tokens=30, num_draft_tokens=k, ngram=ngram, law=law, capture_k=capture)
-    for k, ngram, law, capture in [
-        (None, True, Law(), 0),
-        (0, False, Law(), 4),
-        (2, False, Law(0.8, seed=4), 4),
-        (4, False, Law(), 0),
-        (None, False, Law(1.2, top_p=0.9, seed=1), 0),
-        (0, True, Law(0.7, seed=9), 0),
-        (1, False, Law(), 8),
+    Options(max_tokens=30, num_draft_tokens=k, ngram=ngram, sampling=sampling, capture_k=capture)
+    for k, ngram, sampling, capture in [
+        (None, True, SamplingParams(), 0),
+        (0, False, SamplingParams(), 4),
+        (2, False, SamplingParams(0.8, seed=4), 4),
+        (4, False, SamplingParams(), 0),
+        (None, False, SamplingParams(1.2, top_p=0.9, seed=1), 0),
+        (0, True, SamplingParams(0.7, seed=9), 0),
+        (1, False, SamplingParams(), 8),
     ]
 ]
 

@@ -6,8 +6,9 @@ import pytest
 import zmq
 
 from specl.shared.messaging import bus
+from specl.shared.messaging.codec import decode, encode
 from specl.shared.messaging.endpoints import Endpoint
-from specl.shared.messaging.messages import Fetch, RecordReady, Reply, decode, encode
+from specl.shared.messaging.messages import Fetch, RecordReady, Reply
 
 LIMIT = 1000  # so that 4 * LIMIT stands for 64 MiB
 LONG = b"x" * (5 * LIMIT)
@@ -64,7 +65,7 @@ def test_a_subscription_hears_again_after_a_frame_beyond_the_limit(server, peer,
 
 def test_a_question_is_answered_again_after_an_answer_beyond_the_limit(server, peer, there):
     heard, answerer = [], peer(zmq.ROUTER)
-    ask = server.asker(there, heard.append)
+    ask = server.requester(there, heard.append)
     answers = [LONG, encode(Reply(True, "after"))]
 
     def turn():

@@ -6,7 +6,7 @@ import pytest
 
 from specl.shared.conversations import conversation_of, is_hash_shaped
 from specl.shared.messaging.messages import Purge
-from specl.shared.retention.redaction import Discretion, is_meant
+from specl.shared.retention.redaction import Redactor, purge_matches
 from specl.shared.settings.schema import Records
 from tests.fakes import make_generation, to_row
 
@@ -66,20 +66,20 @@ def of(text, **changes):
 def test_a_redacted_record_and_bare_statistics_do_not_keep_the_hash_of_what_they_must_not_keep():
     record = of("my number is 12345678")
     for records in (Records(redact=[r"\d{8}"]), Records(keep="statistics")):
-        assert Discretion(records).apply(record).conversation_id == record.id
+        assert Redactor(records).apply(record).conversation_id == record.id
 
 
 def test_a_pattern_that_matches_nothing_but_the_hash_redacts_nothing():
     record = of("a harmless question", prompt="a harmless question", output="an answer")
     assert any(digit.isdigit() for digit in record.conversation_id)
-    assert Discretion(Records(redact=[r"\d"])).apply(record) is record
+    assert Redactor(Records(redact=[r"\d"])).apply(record) is record
 
 
 def test_a_purge_means_a_hash_only_by_the_whole_of_it():
     record = of("a harmless question")
     hash = record.conversation_id
-    assert not is_meant(purge(hash[:3]), to_row(record))
-    assert not is_meant(purge(hash[:-1]), to_row(record))
-    assert is_meant(purge(hash.upper()), to_row(record))
-    assert is_meant(purge("harmless"), to_row(record))
-    assert is_meant(purge("harbour"), to_row(replace(record, conversation_id="the Harbour talk")))
+    assert not purge_matches(purge(hash[:3]), to_row(record))
+    assert not purge_matches(purge(hash[:-1]), to_row(record))
+    assert purge_matches(purge(hash.upper()), to_row(record))
+    assert purge_matches(purge("harmless"), to_row(record))
+    assert purge_matches(purge("harbour"), to_row(replace(record, conversation_id="the Harbour talk")))

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from specl.shared.adapters.registry import Adapters, Manifest
 from specl.shared.errors import AdapterRejected, OutboxFull, StoreError
-from specl.shared.messaging import messages
+from specl.shared.messaging import codec, messages
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.store import Store
 
@@ -33,7 +33,7 @@ def generation(id=None, acceptance=0.2, text="hello", created=None, agreement_on
 
 
 def row(record):
-    return messages.Row(record.id, messages.kind_of(record), messages.encode(record))
+    return messages.Envelope(record.id, codec.kind_of(record), codec.encode(record))
 
 
 # ------------------------------------------------------------------------------------------------ outbox
@@ -95,7 +95,7 @@ def store(tmp_path):
 
 def test_twice_is_once_and_poison_blocks_nothing(store, tmp_path):
     good = generation()
-    rows = [row(good), messages.Row("poison", "Generation", b"\x00nonsense"), row(generation())]
+    rows = [row(good), messages.Envelope("poison", "Generation", b"\x00nonsense"), row(generation())]
     assert store.add_rows(rows) == [r.id for r in rows]
     store.add_rows(rows)
     summary = store.summary()

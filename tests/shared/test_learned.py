@@ -7,7 +7,7 @@ import pytest
 
 from specl.shared.bench import stream
 from specl.shared.bench.learning_report import Side, adapters, beside, compare, curve, estimate, gain, report, windows
-from specl.shared.bench.stream import Pass, Row
+from specl.shared.bench.stream import Pass, StreamRow
 from specl.shared.learning.examples import is_held_out
 from specl.shared.prompts import reserved
 from specl.shared.settings.schema import Settings
@@ -15,7 +15,7 @@ from specl.shared.settings.schema import Settings
 
 def row(n, speed=20.0, tokens=40, plain=None, hits=None, adapter="", prompt=None, drafted=20, accepted=10):
     positions = None if hits is None else tokens
-    return Row(
+    return StreamRow(
         n=n, kind="k", prompt=prompt or f"prompt {n}", at_s=2.0 * n, output=list(range(tokens)), adapter_id=adapter,
         tokens_per_second=speed, ttft_ms=5.0, rounds=20, drafted=drafted, accepted=accepted, acceptance_by_depth=[],
         tokens_by_source={}, k_histogram={}, parked_reason="", plain=plain, hits=hits, positions=positions,

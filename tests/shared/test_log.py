@@ -5,7 +5,7 @@ import sys
 
 CODE = """
 import logging
-from specl.shared import log
+from specl.shared.runtime import log
 log.set_up("test", None)
 def fail(prompt):
     raise OverflowError("too large")

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from specl.shared.errors import OutboxFull
-from specl.shared.messaging.messages import Row
+from specl.shared.messaging.messages import Envelope
 from specl.shared.messaging.outbox import Outbox
 from tests.fakes import run_python
 
@@ -27,7 +27,7 @@ def test_accepted_records_are_there_again_after_reopening_in_their_order(path):
         outbox.append(id, "Generation", id.encode())
     outbox.close()
     again = Outbox(path)
-    assert again.oldest() == [Row(id, "Generation", id.encode()) for id in ("b", "a", "c")]
+    assert again.oldest() == [Envelope(id, "Generation", id.encode()) for id in ("b", "a", "c")]
     assert (again.pending, again.bytes) == (3, 3)
 
 
@@ -35,7 +35,7 @@ def test_the_same_id_twice_is_that_record_once(path):
     outbox = Outbox(path)
     outbox.append("a", "Generation", b"first")
     outbox.append("a", "Generation", b"second")
-    assert outbox.oldest() == [Row("a", "Generation", b"first")]
+    assert outbox.oldest() == [Envelope("a", "Generation", b"first")]
     assert (outbox.pending, outbox.bytes) == (1, 5)
 
 

@@ -8,7 +8,8 @@ import pytest
 import sqlalchemy as sa
 
 from specl.shared.errors import StoreError, WireError
-from specl.shared.messaging.messages import Row, Status, encode, kind_of
+from specl.shared.messaging.codec import encode, kind_of
+from specl.shared.messaging.messages import Envelope, Status
 from specl.shared.store import Store, rows, schema
 from tests.fakes import (
     make_activation,
@@ -50,7 +51,7 @@ def store(tmp_path):
 def between(store, *records):
     """Store them with a good record before and behind; ids in generations and in quarantine."""
     good = [to_row(make_generation(id)) for id in ("before", "behind")]
-    poison = [Row(record.id, kind_of(record), encode(record)) for record in records]
+    poison = [Envelope(record.id, kind_of(record), encode(record)) for record in records]
     assert store.add_rows([good[0], *poison, good[1]]) == ["before", *(row.id for row in poison), "behind"]
     stored = {row["id"] for row in store.sql("SELECT id FROM generations")}
     assert {"before", "behind"} <= stored
@@ -131,7 +132,7 @@ def test_a_thousand_senseless_records_end_nothing_and_every_reader_still_reads(s
     while len(sent) < 1000:
         record = senseless(chance.choice(makers)(f"r{len(sent)}"), chance)
         try:
-            sent.append(Row(record.id, kind_of(record), encode(record)))
+            sent.append(Envelope(record.id, kind_of(record), encode(record)))
         except WireError:  # not well-formed: its producer refuses it
             continue
     for start in range(0, len(sent), 100):

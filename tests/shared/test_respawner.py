@@ -5,7 +5,8 @@ import signal
 import pytest
 
 from specl.shared.runtime import supervisor
-from specl.shared.runtime.supervisor import EX_CONFIG, EX_TEMPFAIL, Lock, keep
+from specl.shared.runtime.locks import Lock
+from specl.shared.runtime.supervisor import EX_CONFIG, EX_TEMPFAIL, supervise
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_refused_daemon_ends_its_keeper_only_where_waiting_cannot_help(tmp_pat
     held = Lock(tmp_path, "collector", command)
     try:
         remaining = children(*codes)
-        assert keep("collector", tmp_path) == EX_CONFIG
+        assert supervise("collector", tmp_path) == EX_CONFIG
         assert remaining == left
     finally:
         held.release()

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from specl.shared.runtime.supervisor import SESSION_NICE
+from specl.shared.runtime.signals import SESSION_NICE
 
 AUTOGROUP = Path("/proc/self/autogroup")
 TELL = """
 import os, pathlib
-from specl.shared.runtime.supervisor import step_back
-step_back()
+from specl.shared.runtime.signals import lower_priority
+lower_priority()
 group = pathlib.Path("/proc/self/autogroup")
 print(os.nice(0), group.read_text() if group.exists() else "")
 """

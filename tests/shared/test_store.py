@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from specl.shared.errors import StoreError
-from specl.shared.messaging.messages import Row
+from specl.shared.messaging.messages import Envelope
 from specl.shared.store import Store, schema, views
 from tests.fakes import (
     make_activation,
@@ -101,10 +101,10 @@ def test_every_field_of_a_generation_is_kept(store, path):
 @pytest.mark.parametrize(
     "row",
     [
-        Row("p", "Generation", b"garbage"),
-        Row("p", "Generation", to_row(make_generation("other")).body),
-        Row("p", "Activation", to_row(make_generation("p")).body),
-        Row("p", "Nothing", b""),
+        Envelope("p", "Generation", b"garbage"),
+        Envelope("p", "Generation", to_row(make_generation("other")).body),
+        Envelope("p", "Activation", to_row(make_generation("p")).body),
+        Envelope("p", "Nothing", b""),
     ],
 )
 def test_poison_goes_to_quarantine_and_blocks_nothing(store, path, row):
@@ -122,10 +122,10 @@ def test_a_batch_is_stored_whole_or_not_at_all(path):
 from pathlib import Path
 from specl.shared.store import Store
 from tests.fakes import make_generation, to_row
-from specl.shared.messaging.messages import Row
+from specl.shared.messaging.messages import Envelope
 store = Store(Path({str(path)!r}))
 store.add_rows([to_row(make_generation("old"))])
-store.add_rows([to_row(make_generation("g1")), Row("p", "Generation", b"poison"), to_row(make_generation("g2"))])
+store.add_rows([to_row(make_generation("g1")), Envelope("p", "Generation", b"poison"), to_row(make_generation("g2"))])
 """
     died = run_python(code, SPECL_CRASH_AT="store.before_commit:2")
     assert died.returncode == 137, died.stderr
@@ -374,7 +374,7 @@ def test_purged_text_is_nowhere_on_the_disk(store, path):
 
 
 def test_a_purge_by_id_reaches_quarantine_too(store, path):
-    store.add_rows([Row("p", "Generation", b"half a record with S3CR3T-WORDS")])
+    store.add_rows([Envelope("p", "Generation", b"half a record with S3CR3T-WORDS")])
     store.purge(["p"])
     assert ask(path, "SELECT * FROM quarantine") == []
     for file in path.parent.iterdir():

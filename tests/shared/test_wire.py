@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from specl.shared.errors import WireError
-from specl.shared.messaging import messages
-from specl.shared.messaging.messages import MAX_DEPTH, MAX_FRAME, MESSAGES, RECORDS, VERSION, decode, encode
+from specl.shared.messaging import codec
+from specl.shared.messaging.codec import MAX_DEPTH, MAX_FRAME, VERSION, decode, encode
+from specl.shared.messaging.messages import MESSAGES, RECORDS
 from tests.fakes import make_activation, make_generation
 
 plain = st.recursive(
@@ -136,7 +137,9 @@ def test_other_versions_are_refused(version):
     assert "version" in refused(framed(activation(), version=version))
 
 
-@pytest.mark.parametrize("kind", ["", "activation", "Row", "Disagreement", "TopK", "Sampling", "int", None, 7, [], {}])
+@pytest.mark.parametrize(
+    "kind", ["", "activation", "Envelope", "Disagreement", "TopK", "Sampling", "int", None, 7, [], {}]
+)
 def test_other_kinds_are_refused(kind):
     refused(framed(activation(), kind=kind))
 
@@ -157,7 +160,7 @@ def test_no_field_takes_another_type(kind):
     @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
     @given(values_of(kind))
     def check(value):
-        body = messages._plain(value)
+        body = codec._plain(value)
         for name in body:
             refused(framed(body | {name: msgpack.Timestamp(1, 1)}, kind.__name__))
             hint = typing.get_type_hints(kind)[name]
@@ -218,7 +221,7 @@ def test_a_value_that_a_peer_would_refuse_is_refused_before_it_is_sent():
         make_activation("a", details={1: 2}),
         make_activation("a", details={"x": b"bytes"}),
         make_activation("a", reason=7),
-        make_activation("a", reason="x" * (messages.MAX_TEXT + 1)),
+        make_activation("a", reason="x" * (codec.MAX_TEXT + 1)),
         make_activation("a", reason="\ud800"),
         make_activation("a", details={"x": 2**70}),
         make_generation("g", prompt_tokens=bytes(MAX_FRAME)),
@@ -247,7 +250,7 @@ def test_a_frame_costs_no_multiple_of_its_size(item, count):
     tracemalloc.start()
     try:
         with pytest.raises(WireError):
-            messages.decode(data)
+            codec.decode(data)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

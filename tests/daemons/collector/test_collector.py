@@ -6,7 +6,7 @@ import pytest
 
 from specl.daemons.collector import service
 from specl.shared.errors import StoreError
-from specl.shared.messaging.messages import Batch, Import, Reply, Row
+from specl.shared.messaging.messages import Envelope, Import, RecordBatch, Reply
 from specl.shared.paths import find_paths
 from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
@@ -21,7 +21,7 @@ class Server:
     def __init__(self):
         self.sent = []
 
-    def asker(self, endpoint, heard):
+    def requester(self, endpoint, heard):
         return lambda message: None
 
     def subscribe(self, endpoint, heard):
@@ -52,7 +52,7 @@ def collector():
 
 def arrive(collector, *ids, **changes):
     rows = [to_row(make_generation(id, **changes)) for id in ids]
-    collector._arrived(collector.lines[0], Batch(rows, 0))
+    collector._arrived(collector.lines[0], RecordBatch(rows, 0))
 
 
 def test_status_is_answered_from_the_last_figures_while_new_ones_take_long(collector, monkeypatch):
@@ -134,7 +134,7 @@ def test_what_hangs_on_an_id_goes_although_the_log_cannot_be_emptied(collector, 
 
 def test_unreadable_records_and_copies_of_the_store_expire_too(collector):
     one = collector(retention_days=5)
-    one.store.add_rows([Row(id, "Generation", b"poison") for id in ("old", "new")])
+    one.store.add_rows([Envelope(id, "Generation", b"poison") for id in ("old", "new")])
     with one.store._engine.begin() as connection:
         connection.exec_driver_sql("UPDATE quarantine SET created = '2020-01-01T00:00:00Z' WHERE id = 'old'")
     now = int(time.time())

@@ -33,7 +33,7 @@ def test_they_go_come_back_and_answer_the_same_with_the_same_adapter(house):
     assert seen["state"] == "ready" and seen["adapter"]["active"] == "000001"
     places = []
     with house.client() as client:
-        text = "".join(client.stream("hello", on_place=places.append))
+        text = "".join(client.stream("hello", on_position=places.append))
         after = client.last
     assert text == before.text and before.adapter_id == after.adapter_id == "000001"
     assert places[0] == 0, "who asks is told to wait"
@@ -89,11 +89,12 @@ def test_nothing_holds_the_weights_once_they_are_let_go(worker):
 def test_models_that_cannot_come_back_are_a_refusal_and_the_next_request_tries_again(worker, monkeypatch):
     import specl.daemons.inference.worker as module
     from specl.daemons.inference.job import Job
-    from specl.shared.messaging.messages import Ask, Sampling
+    from specl.shared.messaging.messages import Ask
+    from specl.shared.sampling_params import SamplingParams
 
     def job(id):
-        ask = Ask(request_id=id, messages=[{"role": "user", "content": "hi"}], prompt="", max_tokens=4, sampling=Sampling(),
-                  mode="detailed", client="me")  # fmt: skip
+        ask = Ask(request_id=id, messages=[{"role": "user", "content": "hi"}], prompt="", max_tokens=4, sampling=SamplingParams(),
+                  mode="detailed", client_id="me")  # fmt: skip
         return Job(b"peer", ask, time.monotonic())
 
     def no_room(*arguments, **more):

@@ -7,18 +7,19 @@ import pytest
 from fault_fake import fake_pair, publish_adapter
 
 import specl.daemons.inference.worker as module
-from specl.daemons.inference.adapter_monitor import Lookout
+from specl.daemons.inference.adapter_monitor import AdapterMonitor
 from specl.daemons.inference.job import Job
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.worker import Worker
-from specl.shared.engine.answer_history import PastAnswers
-from specl.shared.engine.engine import Engine
+from specl.shared.engine.answer_history import AnswerHistory
+from specl.shared.engine.core import EngineCore
 from specl.shared.learning.live_check import Depths, Watch
-from specl.shared.messaging.messages import Ask, Done, Sampling
+from specl.shared.messaging.messages import Ask, Done
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
 from specl.shared.retention.hidden_states import HiddenSpool
-from specl.shared.retention.redaction import Discretion
+from specl.shared.retention.redaction import Redactor
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.load import parse_settings
 
 LONG = "x" * 600  # more than one piece of prefill
@@ -34,7 +35,7 @@ class Bench:
             folder.mkdir(parents=True, exist_ok=True)
         self.outbox = Outbox(self.paths.outbox("inference"), 1 << 20)
         spool = HiddenSpool(self.paths.hidden, 0)
-        self.recorder = Recorder(self.outbox, spool, Discretion(settings.records), lambda id: None, self.hear)
+        self.recorder = Recorder(self.outbox, spool, Redactor(settings.records), lambda id: None, self.hear)
         self.worker = Worker(self.paths, settings, self.recorder, self.hear, lambda: None)
         self.worker._load()
         self.recorder.start()
@@ -43,8 +44,8 @@ class Bench:
         self.said.append(message)
 
     def ask(self, id, prompt, max_tokens=4, **more):
-        ask = Ask(request_id=id, messages=[], prompt=prompt, max_tokens=max_tokens, sampling=Sampling(**more.pop("law", {})),
-                  mode="detailed", client="me", **more)  # fmt: skip
+        ask = Ask(request_id=id, messages=[], prompt=prompt, max_tokens=max_tokens, sampling=SamplingParams(**more.pop("law", {})),
+                  mode="detailed", client_id="me", **more)  # fmt: skip
         job = Job(b"peer", ask, time.monotonic())
         self.worker._enqueue(job)
         return job
@@ -68,7 +69,7 @@ def bench(tmp_path, monkeypatch):
     """Makes one for settings given as YAML; no waiting for requests that do not come."""
     monkeypatch.setattr(module, "load_pair", fake_pair)
     monkeypatch.setattr(module, "IDLE_TICK_S", 0.0)
-    monkeypatch.setattr(Engine, "calibrate", lambda self, folder: None)
+    monkeypatch.setattr(EngineCore, "calibrate", lambda self, folder: None)
     made = []
 
     def make(settings="{}"):
@@ -127,7 +128,7 @@ def test_past_answers_older_than_the_retention_go(bench):
     bench.turn()
     bench.recorder.stop()
     assert past.of("me").texts == [[5, 6, 7, 8]]
-    assert PastAnswers(bench.paths.answers, past.tokenizer).of("me").texts == [[5, 6, 7, 8]]
+    assert AnswerHistory(bench.paths.answers, past.tokenizer).of("me").texts == [[5, 6, 7, 8]]
 
 
 def test_a_long_chat_goes_on_from_its_own_caches_however_much_it_may_yet_say(bench):
@@ -249,15 +250,15 @@ def test_a_seeded_request_has_the_tokens_of_its_text(bench):
     spliced = []
     encode = bench.worker.engine.encode_chat
     bench.worker.engine.encode_chat = lambda messages, splice: spliced.append(splice) or encode(messages, splice)
-    for law in ({}, {"seed": 4}):
+    for sampling in ({}, {"seed": 4}):
         ask = Ask(request_id="a", messages=[{"role": "user", "content": "hi"}], prompt="", max_tokens=4,
-                  sampling=Sampling(**law), mode="detailed", client="me")  # fmt: skip
+                  sampling=SamplingParams(**sampling), mode="detailed", client_id="me")  # fmt: skip
         bench.worker._enqueue(Job(b"peer", ask, time.monotonic()))
     assert spliced == [True, False]
 
 
 def test_status_is_told_though_the_watch_ends_meanwhile():
-    class Ending(Lookout):
+    class Ending(AdapterMonitor):
         """Its watch is gone when it is looked at a second time, as when the MLX thread ends it."""
 
         looks = 0

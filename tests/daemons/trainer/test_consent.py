@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from specl.daemons.trainer import power_policy, service, throttle, worker
-from specl.daemons.trainer.power_policy import Consent
+from specl.daemons.trainer.power_policy import PowerPolicy
 from specl.daemons.trainer.service import Trainer
-from specl.daemons.trainer.throttle import DEFER_S, Turnstile
+from specl.daemons.trainer.throttle import DEFER_S, Throttle
 from specl.daemons.trainer.training_run import Outcome
 from specl.shared.messaging.messages import GetStatus, Train
 from specl.shared.paths import find_paths
@@ -172,16 +172,16 @@ def test_one_of_the_two_may_be_allowed(house):
     made = house(BATTERY, on_battery=True)
     wait_until(lambda: Work.done >= PIECES, "the run")
     made.machine = HOT
-    wait_until(lambda: made.trainer.consent.objection == "the machine is hot", "the objection")
+    wait_until(lambda: made.trainer.power_policy.objection == "the machine is hot", "the objection")
 
 
 def test_train_now_says_it_and_trains_all_the_same(house):
     made = house(BATTERY, enabled=False)
-    wait_until(lambda: made.trainer.consent.objection, "the objection")
+    wait_until(lambda: made.trainer.power_policy.objection, "the objection")
     reply = made.wire.ask(Train(True))
     assert reply.ok and "on battery, trains all the same" in reply.message
     wait_until(lambda: Work.done >= PIECES, "the run")
-    wait_until(lambda: made.trainer.consent.objection == "on battery", "the objection after it")
+    wait_until(lambda: made.trainer.power_policy.objection == "on battery", "the objection after it")
 
 
 def test_a_run_that_was_asked_for_on_mains_power_pauses_when_that_goes(house):
@@ -198,7 +198,7 @@ def test_a_run_that_was_asked_for_on_mains_power_pauses_when_that_goes(house):
 
 def test_train_without_now_waits_and_now_lets_that_very_run_go_on(house):
     made = house(BATTERY, enabled=False)
-    wait_until(lambda: made.trainer.consent.objection and made.trainer.pending, "the objection")
+    wait_until(lambda: made.trainer.power_policy.objection and made.trainer.pending, "the objection")
     reply = made.wire.ask(Train(False))
     assert reply.ok and "training waits: on battery (--now trains all the same)" in reply.message
     wait_until(lambda: made.status()["waits"] == "on battery", "the reason")
@@ -207,7 +207,7 @@ def test_train_without_now_waits_and_now_lets_that_very_run_go_on(house):
     reply = made.wire.ask(Train(True))
     assert reply.ok and "goes on all the same" in reply.message
     wait_until(lambda: Work.done == PIECES, "the run")
-    wait_until(lambda: made.trainer.consent.objection == "on battery", "the objection after it")
+    wait_until(lambda: made.trainer.power_policy.objection == "on battery", "the objection after it")
 
 
 def test_a_stop_need_not_wait_for_mains_power(house):
@@ -227,7 +227,7 @@ def test_the_machine_is_looked_at_once_a_minute():
         looks.append(now[0])
         return BATTERY if len(looks) == 1 else MAINS
 
-    asked = Consent(Training(), machine, lambda: now[0])
+    asked = PowerPolicy(Training(), machine, lambda: now[0])
     assert asked.objection == ""
     for second in range(150):
         now[0] = float(second)
@@ -237,7 +237,7 @@ def test_the_machine_is_looked_at_once_a_minute():
 
 
 def test_who_insists_is_not_held_up_until_the_last_of_it_has_ended():
-    asked = Consent(Training(), lambda: BATTERY, lambda: 0.0)
+    asked = PowerPolicy(Training(), lambda: BATTERY, lambda: 0.0)
     asked.look()
     for work in ("by hand, now", "by hand, now", "import"):
         asked.insist(work)
@@ -253,9 +253,9 @@ def test_a_night_on_battery_is_no_reason_to_disturb_a_busy_daemon_in_the_morning
 
     def sleep(seconds):
         now[0] += seconds
-        turnstile.heard(True)  # inference says so every few seconds
+        throttle.heard(True)  # inference says so every few seconds
 
-    turnstile = Turnstile(2.0, lambda: now[0], sleep, lambda: "on battery" if now[0] < 8 * 3600 else "")
-    turnstile.heard(True)
-    waited = turnstile.pass_through()
+    throttle = Throttle(2.0, lambda: now[0], sleep, lambda: "on battery" if now[0] < 8 * 3600 else "")
+    throttle.heard(True)
+    waited = throttle.wait_for_turn()
     assert waited == pytest.approx(8 * 3600 + DEFER_S, abs=2)

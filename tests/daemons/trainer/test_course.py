@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specl.daemons.trainer.data_loader import Material
-from specl.daemons.trainer.throttle import Abandoned, Overtaken
-from specl.daemons.trainer.training_loop import Course, Live
+from specl.daemons.trainer.data_loader import TrainingData
+from specl.daemons.trainer.throttle import Abandoned, Superseded
+from specl.daemons.trainer.training_loop import Live, TrainingLoop
 from specl.shared.errors import Interrupted
 from specl.shared.learning.learner import Learner
 from specl.shared.models.lora import LoraShape, attach, choose_layers, detach, lora_weights
@@ -56,9 +56,9 @@ def course(folder, texts, pause=None, missing=(), known=(), **changes):
     failures, replay = texts
     settings = load_settings()
     training = settings.training.model_copy(update=WISH | changes)
-    gatherer = SimpleNamespace(store=SimpleNamespace(missing=lambda ids: [id for id in ids if id in missing]))
-    return Course(
-        Material(failures, [], [], ""), replay, settings.model_copy(update={"training": training}), folder, gatherer,
+    data_loader = SimpleNamespace(store=SimpleNamespace(missing=lambda ids: [id for id in ids if id in missing]))
+    return TrainingLoop(
+        TrainingData(failures, [], [], ""), replay, settings.model_copy(update={"training": training}), folder, data_loader,
         {"parent": "", "draft": "d"}, known, Live(), pause or Pause(),
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ def test_the_time_ends_it_but_for_what_was_waited(tmp_path, texts, learner):
     assert len(patient.losses) == 12
 
 
-@pytest.mark.parametrize("error", [Interrupted, Overtaken])
+@pytest.mark.parametrize("error", [Interrupted, Superseded])
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, texts, learner, error):
     first = course(tmp_path, texts, Pause(7, error("now")))
     with pytest.raises(error):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from specl.daemons.trainer.data_loader import LONGEST, Gatherer
+from specl.daemons.trainer.data_loader import LONGEST, DataLoader
 from specl.shared.conversations import conversation_of
 from specl.shared.learning.examples import is_held_out
 from specl.shared.settings.load import load_settings
@@ -18,7 +18,7 @@ NOW = 1_790_100_000.0
 
 @pytest.fixture
 def material(tmp_path):
-    """`material(records, **training)`: what a gatherer finds in a store that holds them."""
+    """`material(records, **training)`: what a data_loader finds in a store that holds them."""
 
     def gather(records, **training):
         store = Store(tmp_path / "store.db")
@@ -26,9 +26,9 @@ def material(tmp_path):
         settings = load_settings()
         changed = settings.training.model_copy(update={"heldout_share": SHARE} | training)
         engine = SimpleNamespace(target=SimpleNamespace(fingerprint="t0"), reads_states=False)
-        gatherer = Gatherer(store, engine, settings.model_copy(update={"training": changed}), None, lambda: None)
+        data_loader = DataLoader(store, engine, settings.model_copy(update={"training": changed}), None, lambda: None)
         try:
-            return gatherer.material(gatherer.sorted(lambda: NOW))
+            return data_loader.material(data_loader.sorted(lambda: NOW))
         finally:
             store.close()
 

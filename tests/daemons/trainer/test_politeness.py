@@ -1,8 +1,8 @@
-"""The turnstile on a clock of its own: an hour of traffic in milliseconds."""
+"""The throttle on a clock of its own: an hour of traffic in milliseconds."""
 
 import pytest
 
-from specl.daemons.trainer.throttle import DEFER_S, SILENCE_S, Abandoned, Turnstile
+from specl.daemons.trainer.throttle import DEFER_S, SILENCE_S, Abandoned, Throttle
 from specl.shared.errors import Interrupted
 
 IDLE_S = 2.0
@@ -14,21 +14,21 @@ class World:
 
     def __init__(self, busy):
         self.now, self.worked, self._is_busy = 0.0, 0.0, busy
-        self.turnstile = Turnstile(IDLE_S, clock=lambda: self.now, sleep=self.pass_time)
-        self.turnstile.heard(busy(0.0))
+        self.throttle = Throttle(IDLE_S, clock=lambda: self.now, sleep=self.pass_time)
+        self.throttle.heard(busy(0.0))
 
     def pass_time(self, seconds):
         assert self.now < 20_000, "it never may work"
         end = self.now + seconds
         while self.now < end:
             self.now = min(self.now + 0.05, end)
-            self.turnstile.heard(self._is_busy(self.now))
+            self.throttle.heard(self._is_busy(self.now))
 
     def work_until(self, end, piece=PIECE_S):
         """Pieces of work from now to `end`; seconds of work done, and when the first one could begin."""
         before, first = self.worked, None
         while self.now < end:
-            self.turnstile.pass_through()
+            self.throttle.wait_for_turn()
             first = self.now if first is None else first
             self.pass_time(piece)
             self.worked += piece
@@ -43,31 +43,31 @@ def test_an_idle_daemon_is_trained_on_all_the_time():
 
 def test_nobody_knows_at_the_start_so_it_waits_for_a_word():
     now = 0.0
-    turnstile = Turnstile(IDLE_S, clock=lambda: now)
-    assert not turnstile.quiet
-    turnstile.heard(True)
+    throttle = Throttle(IDLE_S, clock=lambda: now)
+    assert not throttle.quiet
+    throttle.heard(True)
     now = IDLE_S + 1
-    assert not turnstile.quiet
+    assert not throttle.quiet
 
 
 def test_inference_that_died_while_busy_is_not_waited_for():
     now = 0.0
-    turnstile = Turnstile(IDLE_S, clock=lambda: now)
-    turnstile.heard(True)
+    throttle = Throttle(IDLE_S, clock=lambda: now)
+    throttle.heard(True)
     now = SILENCE_S - 0.1
-    assert not turnstile.quiet
-    turnstile.heard(True)  # it lives
+    assert not throttle.quiet
+    throttle.heard(True)  # it lives
     now += SILENCE_S - 0.1
-    assert not turnstile.quiet
+    assert not throttle.quiet
     now += 0.2
-    assert turnstile.quiet
+    assert throttle.quiet
 
 
 def test_work_stops_on_busy_and_resumes_two_seconds_after_idle():
     world = World(lambda now: 10 <= now < 20)
     world.work_until(10)
     assert world.now == pytest.approx(10, abs=2 * PIECE_S)
-    waited = world.turnstile.pass_through()
+    waited = world.throttle.wait_for_turn()
     assert world.now == pytest.approx(20 + IDLE_S, abs=0.2)
     assert waited == pytest.approx(12, abs=0.3)
 
@@ -114,23 +114,23 @@ def test_enough_quiet_pays_the_deferral_back():
     world = World(lambda now: now < 700 or now >= 1400)
     world.work_until(1400)
     start = world.now
-    world.turnstile.pass_through()
+    world.throttle.wait_for_turn()
     assert world.now - start == pytest.approx(DEFER_S, abs=1.0)
 
 
 def test_time_without_work_to_do_is_no_deferral():
     world = World(lambda now: True)
     world.pass_time(3600)
-    assert world.turnstile.pass_through() == pytest.approx(DEFER_S, abs=0.2)
+    assert world.throttle.wait_for_turn() == pytest.approx(DEFER_S, abs=0.2)
 
 
 def test_stopping_and_abandoning_end_a_wait():
     world = World(lambda now: True)
-    world.turnstile.abandon()
+    world.throttle.abandon()
     with pytest.raises(Abandoned):
-        world.turnstile.pass_through()
-    world.turnstile.abandoned()
-    world.turnstile.stop()
+        world.throttle.wait_for_turn()
+    world.throttle.abandoned()
+    world.throttle.stop()
     with pytest.raises(Interrupted) as caught:
-        world.turnstile.pass_through()
+        world.throttle.wait_for_turn()
     assert not isinstance(caught.value, Abandoned)

@@ -2,19 +2,19 @@
 
 from types import SimpleNamespace
 
-from specl.daemons.trainer.data_loader import Material
-from specl.daemons.trainer.training_loop import ENOUGH_NEW, Course
+from specl.daemons.trainer.data_loader import TrainingData
+from specl.daemons.trainer.training_loop import ENOUGH_NEW, TrainingLoop
 
 
 def pools(failures, known, successes=2, replay=3, kept=None):
     def texts(kind, count):
         return [SimpleNamespace(id=f"{kind}{n}") for n in range(count)]
 
-    material = Material(texts("f", failures), texts("s", successes), [], "")
+    material = TrainingData(texts("f", failures), texts("s", successes), [], "")
     replayed = texts("r", replay)
-    course = Course(material, replayed, None, None, None, {}, {f"f{n}" for n in range(known)}, None, None)
+    loop = TrainingLoop(material, replayed, None, None, None, {}, {f"f{n}" for n in range(known)}, None, None)
     ids = {example.id for example in [*material.failures, *material.successes]}
-    return tuple([example.id for example in part] for part in course._pools(ids if kept is None else kept))
+    return tuple([example.id for example in part] for part in loop._pools(ids if kept is None else kept))
 
 
 def test_what_the_parent_has_learned_from_is_replayed():

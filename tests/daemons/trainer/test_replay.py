@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from specl.daemons.trainer import data_loader
-from specl.daemons.trainer.data_loader import Gatherer
+from specl.daemons.trainer.data_loader import DataLoader
 from specl.shared.learning.batch_generate import recapture
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.settings.load import load_settings
@@ -22,14 +22,14 @@ def gatherer_of(tmp_path, reads_states):
     np.savez(tmp_path / "replay.npz", tokens=tokens, lengths=[5, 4], prompt_lengths=[2, 2])
     draft = SimpleNamespace(path=tmp_path)
     engine = SimpleNamespace(target=target, draft=draft, draft_fingerprint="d", reads_states=reads_states)
-    return Gatherer(None, engine, load_settings(), None, lambda: None)
+    return DataLoader(None, engine, load_settings(), None, lambda: None)
 
 
 @pytest.mark.parametrize("reads_states", [True, False])
 def test_a_drafts_texts_are_replayed_with_the_targets_law(tmp_path, reads_states):
-    gatherer = gatherer_of(tmp_path, reads_states)
+    loader = gatherer_of(tmp_path, reads_states)
     for _ in range(2):  # captured, then read back
-        first, second = gatherer.replay(tmp_path)
+        first, second = loader.replay(tmp_path)
         assert first.tokens.tolist() == [5, 9, 40, 8, 22] and second.rows == 2
         assert (first.states is not None) == reads_states
         assert np.exp(first.logprobs.astype(float)).sum(axis=1).max() <= 1.001
@@ -37,8 +37,8 @@ def test_a_drafts_texts_are_replayed_with_the_targets_law(tmp_path, reads_states
 
 def test_a_run_captures_what_no_quiet_moment_has_and_a_stopped_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(data_loader, "REPLAY_PART", 1)
-    gatherer = gatherer_of(tmp_path, reads_states=True)
-    assert gatherer.capture_replay(tmp_path) is True  # a quiet moment
+    loader = gatherer_of(tmp_path, reads_states=True)
+    assert loader.capture_replay(tmp_path) is True  # a quiet moment
     captured = []
 
     def stop():
@@ -46,37 +46,37 @@ def test_a_run_captures_what_no_quiet_moment_has_and_a_stopped_one_goes_on(tmp_p
         if len(captured) == 1:
             raise InterruptedError
 
-    gatherer._pause = stop
+    loader._pause = stop
     with pytest.raises(InterruptedError):
-        gatherer.replay(tmp_path)
-    assert len(gatherer.replay(tmp_path)) == 2 and captured == [1, 1]  # the first part was made once
-    assert gatherer.capture_replay(tmp_path) is False
+        loader.replay(tmp_path)
+    assert len(loader.replay(tmp_path)) == 2 and captured == [1, 1]  # the first part was made once
+    assert loader.capture_replay(tmp_path) is False
 
 
 def test_a_torn_part_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(data_loader, "REPLAY_PART", 1)
-    gatherer = gatherer_of(tmp_path, reads_states=True)
-    first = gatherer.replay(tmp_path)
+    loader = gatherer_of(tmp_path, reads_states=True)
+    first = loader.replay(tmp_path)
     torn, other = sorted(tmp_path.glob("replay-d-*.npz"))
     torn.write_bytes(b"")
     made_at = other.stat().st_mtime_ns
     said = []
     monkeypatch.setattr(data_loader, "_damaged", said.append)
-    again = gatherer.replay(tmp_path)
+    again = loader.replay(tmp_path)
     assert [e.id for e in again] == [e.id for e in first] and (again[0].states == first[0].states).all()
     assert len(said) == 1 and torn.name in said[0] and other.stat().st_mtime_ns == made_at
 
 
 def test_a_new_k_captures_anew_and_what_the_old_one_left_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(data_loader, "REPLAY_PART", 1)
-    gatherer = gatherer_of(tmp_path, reads_states=True)
+    loader = gatherer_of(tmp_path, reads_states=True)
     for name in ("replay-d-0000.npz", "replay-another-0000.npz"):  # of an older version, and of another draft
         (tmp_path / name).write_bytes(b"")
-    assert {e.ids.shape[1] for e in gatherer.replay(tmp_path)} == {32}
-    gatherer.settings = Settings(training={"loss": {"top_k_logits": 16}})
-    assert {e.ids.shape[1] for e in gatherer.replay(tmp_path)} == {16}
+    assert {e.ids.shape[1] for e in loader.replay(tmp_path)} == {32}
+    loader.settings = Settings(training={"loss": {"top_k_logits": 16}})
+    assert {e.ids.shape[1] for e in loader.replay(tmp_path)} == {16}
     left = sorted(path.name for path in tmp_path.glob("replay-*.npz"))
-    target = gatherer.engine.target.fingerprint
+    target = loader.engine.target.fingerprint
     assert left == ["replay-another-0000.npz", f"replay-d-{target}-k16-0000.npz", f"replay-d-{target}-k16-0001.npz"]
 
 
@@ -96,13 +96,13 @@ def stored_row(tokens, prompt_length):
 def test_a_long_prompt_is_cut_and_the_answer_kept_with_the_states_of_its_own_places(tmp_path, spooled):
     (tmp_path / "hidden").mkdir()
     spool = HiddenSpool(tmp_path / "hidden", 1 << 24)
-    gatherer = gatherer_of(tmp_path, reads_states=True)
-    gatherer.spool = spool
+    loader = gatherer_of(tmp_path, reads_states=True)
+    loader.spool = spool
     tokens = np.random.default_rng(0).integers(4, 290, 640).astype(np.uint32)
-    states, _, _ = recapture(gatherer.engine.target, tokens, 600, 1, with_law=False)
+    states, _, _ = recapture(loader.engine.target, tokens, 600, 1, with_law=False)
     if spooled:
         spool.write("g1", states)
-    found = gatherer.example(stored_row(tokens, 600))
+    found = loader.example(stored_row(tokens, 600))
     assert found.tokens.tolist() == tokens[-512:].tolist() and found.rows == 40
     assert (found.ids[:, 0] == tokens[600:]).all() and found.weights[:4].tolist() == [2.0, 1.0, 2.0, 1.0]
     # what the target had with all of the prompt, not what it would make of the end alone
@@ -110,9 +110,9 @@ def test_a_long_prompt_is_cut_and_the_answer_kept_with_the_states_of_its_own_pla
 
 
 def test_of_a_very_long_text_no_more_is_read_again_than_it_must(tmp_path, monkeypatch):
-    gatherer = gatherer_of(tmp_path, reads_states=True)
+    loader = gatherer_of(tmp_path, reads_states=True)
     (tmp_path / "hidden").mkdir()
-    gatherer.spool = HiddenSpool(tmp_path / "hidden", 1 << 24)
+    loader.spool = HiddenSpool(tmp_path / "hidden", 1 << 24)
     read = []
 
     def recaptured(target, tokens, *more, **named):
@@ -120,5 +120,5 @@ def test_of_a_very_long_text_no_more_is_read_again_than_it_must(tmp_path, monkey
         return np.zeros((len(tokens) - 1, 64), np.float16), None, None
 
     monkeypatch.setattr(data_loader, "recapture", recaptured)
-    found = gatherer.example(stored_row(np.arange(3000), 2950))
+    found = loader.example(stored_row(np.arange(3000), 2950))
     assert read == [data_loader.READ] and len(found.tokens) == 512 and len(found.states) == 511 and found.rows == 50

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from specl.daemons.trainer import reevaluation, service
-from specl.daemons.trainer.data_loader import Gatherer
-from specl.daemons.trainer.reevaluation import LEAST, LookJob, SecondLook
-from specl.daemons.trainer.throttle import Overtaken
+from specl.daemons.trainer.data_loader import DataLoader
+from specl.daemons.trainer.reevaluation import LEAST, Reevaluation, ReevaluationJob
+from specl.daemons.trainer.throttle import Superseded
 from specl.daemons.trainer.training_loop import Live
 from specl.daemons.trainer.training_run import TrainingJob
 from specl.shared.adapters.registry import CONFIRMED, REINSTATED, Adapters
 from specl.shared.errors import AdapterRejected
 from specl.shared.learning.batch_generate import recapture
-from specl.shared.messaging.messages import SECOND_LOOK, Row, TopK, encode
+from specl.shared.messaging.codec import encode
+from specl.shared.messaging.messages import SECOND_LOOK, Envelope, TopK
 from specl.shared.paths import Paths
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.settings.load import load_settings
@@ -48,12 +49,12 @@ def answers(engine, count, created_at, first=0):
         for _ in range(12):
             tokens.append(int(recapture(engine.target, np.array([*tokens, 0]), len(tokens), 1)[1][-1, 0]))
         _, ids, logprobs = recapture(engine.target, np.array(tokens), len(prompt), 4)
-        law = TopK(
+        sampling = TopK(
             4, ids.astype("<u4").tobytes(), logprobs.astype("<f2").tobytes(), bytes(2 * len(ids)), bytes(2 * len(ids))
         )
         changes = {"created_at": created_at, "target_fingerprint": engine.target.fingerprint, "disagreements": []}
         ids_of = {"prompt_tokens": tokens_blob(prompt), "output_ids": tokens[6:]}
-        made.append(make_generation(f"g{number}", **changes, **ids_of, top_k=law))
+        made.append(make_generation(f"g{number}", **changes, **ids_of, top_k=sampling))
     return made
 
 
@@ -75,15 +76,15 @@ class Place:
         self.add(answers(self.engine, count, time.time() + 1))
 
     def add(self, records):
-        self.store.add_rows([Row(record.id, "Generation", encode(record)) for record in records])
+        self.store.add_rows([Envelope(record.id, "Generation", encode(record)) for record in records])
 
     def parts(self, pause=lambda: 0.0):
         settings = load_settings()
-        gatherer = Gatherer(self.store, self.engine, settings, HiddenSpool(self.paths.hidden, 0), pause)
-        return self.engine, gatherer, self.adapters, self.paths, settings, Live(), pause
+        data_loader = DataLoader(self.store, self.engine, settings, HiddenSpool(self.paths.hidden, 0), pause)
+        return self.engine, data_loader, self.adapters, self.paths, settings, Live(), pause
 
     def look(self):
-        return LookJob(SecondLook("000002"), *self.parts()).run()
+        return ReevaluationJob(Reevaluation("000002"), *self.parts()).run()
 
 
 def test_what_does_better_on_the_same_answers_comes_back(tmp_path):
@@ -167,11 +168,11 @@ def unreadable(*arguments):
 def test_a_text_that_was_learned_from_does_not_judge_when_it_is_said_again(tmp_path):
     place = Place(tmp_path, (BAD, GOOD))
     moment = place.adapters.manifest("000002").created_at
-    gatherer = place.parts()[1]
-    assert len(gatherer.since(moment, 40, [])) == LEAST
+    data_loader = place.parts()[1]
+    assert len(data_loader.since(moment, 40, [])) == LEAST
     again = replace(answers(place.engine, 1, moment - 50)[0], id="learned")  # what g0 says, said before
     place.add([again])
-    found = {example.id for example in gatherer.since(moment, 40, ["learned"])}
+    found = {example.id for example in data_loader.since(moment, 40, ["learned"])}
     assert len(found) == LEAST - 1 and "g0" not in found
 
 
@@ -181,7 +182,7 @@ def test_a_run_ends_as_soon_as_what_it_goes_on_from_is_no_longer_in_force(tmp_pa
     job._parent()
     assert job._while_in_force() == 0.0
     place.adapters.set_current("")
-    with pytest.raises(Overtaken, match="000001"):
+    with pytest.raises(Superseded, match="000001"):
         job._while_in_force()
 
 
@@ -202,7 +203,7 @@ def test_a_run_waits_for_the_second_look_but_not_for_ever(trainer, monkeypatch):
     assert trainer.worker.jobs.empty() and trainer._wants  # failures enough, answers to look at too few
     trainer.place.add(answers(trainer.place.engine, 1, time.time() + 1, first=50))
     trainer._look()
-    assert trainer.worker.jobs.get_nowait() == SecondLook("000002")
+    assert trainer.worker.jobs.get_nowait() == Reevaluation("000002")
     trainer.worker.no_look_before = float("inf")  # a look that failed
     trainer._look()
     assert trainer.worker.jobs.get_nowait().endswith("failures")
@@ -216,7 +217,7 @@ def test_a_run_waits_for_the_second_look_but_not_for_ever(trainer, monkeypatch):
 
 def test_an_overtaken_run_is_made_again(trainer, monkeypatch):
     def overtaken(what):
-        raise Overtaken("gone")
+        raise Superseded("gone")
 
     monkeypatch.setattr(trainer.worker, "_one_run", overtaken)
     for job in ("3 failures", "stop"):
@@ -229,6 +230,6 @@ def test_an_overtaken_run_is_made_again(trainer, monkeypatch):
 def test_a_second_look_is_no_verdict_that_somebody_waits_for(tmp_path):
     store = Store(tmp_path / "store.db")
     runs = [make_training_run("a"), make_training_run("b", trigger=f"{SECOND_LOOK}000002", verdict="reinstated")]
-    store.add_rows([Row(run.id, "TrainingRun", encode(run)) for run in runs])
+    store.add_rows([Envelope(run.id, "TrainingRun", encode(run)) for run in runs])
     assert store.summary().last_verdict["verdict"] == "promoted"
     store.close()

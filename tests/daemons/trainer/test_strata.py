@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from specl.daemons.trainer.stratified_sample import STRATA, fair_share, stratified
+from specl.daemons.trainer.stratified_sample import STRATA, fair_share, stratified_sample
 from specl.shared.store import Outline
 
 
@@ -35,15 +35,15 @@ def counts(rows):
 
 def test_as_many_as_there_are_places_for_each_once_and_in_their_order(case):
     rows, most = case
-    chosen = stratified(rows, most)
+    chosen = stratified_sample(rows, most)
     assert len(chosen) == min(most, len(rows))
     assert chosen == [item for item in rows if item in set(chosen)]
-    assert chosen == stratified(rows, most)
+    assert chosen == stratified_sample(rows, most)
 
 
 def test_no_choice_of_so_many_has_a_smaller_largest_conversation(case):
     rows, most = case
-    largest = max(counts(stratified(rows, most)).values())
+    largest = max(counts(stratified_sample(rows, most)).values())
     if len(rows) > most:
         assert sum(min(count, largest - 1) for count in counts(rows).values()) < most
 
@@ -60,7 +60,7 @@ def test_the_fair_share_is_the_least_that_fills_the_places(case):
 )
 def test_the_newest_are_all_there_and_older_ones_are_thinned_evenly(total, most):
     rows = [row(n, f"single-{n}") for n in range(total)]
-    chosen = {int(item.id[1:]) for item in stratified(rows, most)}
+    chosen = {int(item.id[1:]) for item in stratified_sample(rows, most)}
     newest = most - most // 2
     assert set(range(newest)) <= chosen
     older = total - newest
@@ -73,7 +73,7 @@ def test_the_newest_are_all_there_and_older_ones_are_thinned_evenly(total, most)
 def test_a_conversation_over_its_share_gives_up_old_turns_rather_than_new_ones():
     rows = [row(n, "endless" if n % 2 else f"single-{n}") for n in range(400)]
     endless = list(range(1, 400, 2))
-    chosen = {int(item.id[1:]) for item in stratified(rows, 240)}
+    chosen = {int(item.id[1:]) for item in stratified_sample(rows, 240)}
     kept = [n for n in endless if n in chosen]
     assert len(kept) == 40 and all(n in chosen for n in range(0, 400, 2))
     assert kept[:20] == endless[:20] and kept[-1] > 350
@@ -81,8 +81,8 @@ def test_a_conversation_over_its_share_gives_up_old_turns_rather_than_new_ones()
 
 def test_a_few_new_rows_change_little_so_that_a_killed_run_finds_its_work_again():
     rows = [row(n, f"talk-{n % 700}") for n in range(20, 3020)]
-    before = {item.id for item in stratified(rows, 1000)}
-    after = {item.id for item in stratified([row(n, f"single-{n}") for n in range(20)] + rows, 1000)}
+    before = {item.id for item in stratified_sample(rows, 1000)}
+    after = {item.id for item in stratified_sample([row(n, f"single-{n}") for n in range(20)] + rows, 1000)}
     assert len(before & after) > 0.85 * len(before | after)
 
 
@@ -90,5 +90,5 @@ def test_thousands_a_second():
     rng = random.Random(1)
     rows = [row(n, f"talk-{rng.randrange(3000)}") for n in range(20_000)]
     start = time.process_time()
-    stratified(rows, 1000)
+    stratified_sample(rows, 1000)
     assert len(rows) / (time.process_time() - start) > 5000

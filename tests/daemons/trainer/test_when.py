@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from specl.daemons.trainer import service, worker
-from specl.daemons.trainer.adapter_evaluation import Trial
+from specl.daemons.trainer.adapter_evaluation import AdapterEvaluation
 from specl.daemons.trainer.jobs import BY_HAND
 from specl.daemons.trainer.records import scored
 from specl.daemons.trainer.training_run import Outcome
 from specl.shared.learning.gate import Agreement
-from specl.shared.messaging.messages import Generation, Row, Train, TrainingRun, encode
+from specl.shared.messaging.codec import encode
+from specl.shared.messaging.messages import Envelope, Generation, Train, TrainingRun
 from specl.shared.paths import Paths
 from specl.shared.settings.load import load_settings
 from specl.shared.store import Store
@@ -40,7 +41,9 @@ def trainer(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
     store = Store(paths.store)
     store.set_threshold(0.5)
-    store.add_rows([Row(record.id, "Generation", encode(record)) for record in (failure() for _ in range(FAILURES))])
+    store.add_rows(
+        [Envelope(record.id, "Generation", encode(record)) for record in (failure() for _ in range(FAILURES))]
+    )
     store.close()
     server = SimpleNamespace(subscribe=lambda *_: None, wake=lambda: None, malformed=0)
     made = service.Trainer(paths, settings.model_copy(update={"training": training}), server)
@@ -60,7 +63,7 @@ def run_with(trainer, monkeypatch, verdict, what="3 failures"):
     monkeypatch.setattr(worker, "TrainingJob", lambda *_: SimpleNamespace(run=lambda: outcome(verdict)))
     monkeypatch.setattr(trainer.worker, "_loaded", lambda: None)
     monkeypatch.setattr(trainer.worker, "_gatherer", lambda store: None)
-    trainer.turnstile._idle_s = 0
+    trainer.throttle._idle_s = 0
     trainer.worker._one_run(what)
 
 
@@ -96,8 +99,8 @@ def test_waiting_for_data_is_recorded_once_and_said_again_to_who_asks(trainer, m
 
 def test_an_import_between_two_runs_that_wait_is_recorded_and_they_are_told_of_once(trainer, monkeypatch):
     run_with(trainer, monkeypatch, "no_data")
-    monkeypatch.setattr(worker, "TrialJob", lambda *_: SimpleNamespace(run=lambda: outcome("no_verdict")))
-    trainer.worker._one_run(Trial("run", "folder", "name"))
+    monkeypatch.setattr(worker, "AdapterEvaluationJob", lambda *_: SimpleNamespace(run=lambda: outcome("no_verdict")))
+    trainer.worker._one_run(AdapterEvaluation("run", "folder", "name"))
     assert trainer.outbox.pending == 2 and trainer.worker.trials["run"]["verdict"] == "no_verdict"
     run_with(trainer, monkeypatch, "no_data")
     assert trainer.outbox.pending == 2

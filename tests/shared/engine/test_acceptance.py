@@ -21,9 +21,9 @@ def distributions(draw):
     return Distribution(np.array(ids), weights / weights.sum())
 
 
-def dense(law):
+def dense(sampling):
     full = np.zeros(SIZE)
-    full[law.ids] = law.p
+    full[sampling.ids] = sampling.p
     return full
 
 
@@ -38,8 +38,8 @@ def test_the_residual_is_the_normed_positive_part_of_the_difference(target_p, dr
 
 
 @given(distributions())
-def test_where_nothing_is_left_the_residual_is_the_target_itself(law):
-    assert np.allclose(dense(residual(law, law)), dense(law))
+def test_where_nothing_is_left_the_residual_is_the_target_itself(sampling):
+    assert np.allclose(dense(residual(sampling, sampling)), dense(sampling))
 
 
 @given(distributions(), distributions())
@@ -68,14 +68,14 @@ def trees(draw):
     """Laws over three tokens after every text of up to three: the target's and a draft's, and where the draft stops."""
     paths = [path for length in range(4) for path in itertools.product(range(SMALL), repeat=length)]
 
-    def law():
+    def sampling():
         weights = np.array(draw(st.lists(st.sampled_from([0.0, 0.01, 0.2, 1.0]), min_size=SMALL, max_size=SMALL)))
         weights = weights if weights.sum() else np.ones(SMALL)
         ids = np.flatnonzero(weights)
         return Distribution(ids, weights[ids] / weights.sum())
 
     stops = draw(st.sets(st.sampled_from(paths[1:])))
-    return {path: law() for path in paths}, {path: law() for path in paths}, stops
+    return {path: sampling() for path in paths}, {path: sampling() for path in paths}, stops
 
 
 def drafted(draft, stops, path=(), chance=1.0):
@@ -134,11 +134,11 @@ def test_a_point_mass_is_accepted_with_its_target_probability(target_p, token):
 
 
 @given(distributions(), st.floats(0, 1, exclude_max=True))
-def test_a_draw_is_the_quantile(law, uniform):
-    token = law.draw(uniform)
-    place = law.ids.tolist().index(token)
-    below = law.p[:place].sum()
-    assert below - 1e-9 <= uniform <= below + law.p[place] + 1e-9
+def test_a_draw_is_the_quantile(sampling, uniform):
+    token = sampling.draw(uniform)
+    place = sampling.ids.tolist().index(token)
+    below = sampling.p[:place].sum()
+    assert below - 1e-9 <= uniform <= below + sampling.p[place] + 1e-9
 
 
 @given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), min_size=7, max_size=7))

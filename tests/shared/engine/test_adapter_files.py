@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from specl.daemons.inference.swap import AdapterSwap
+from specl.shared.adapters import tensors as adapter_tensors
 from specl.shared.adapters.registry import Adapters, Manifest
-from specl.shared.adapters.tensors import load_adapter, read_shape, write_files
-from specl.shared.engine.engine import Engine
+from specl.shared.adapters.tensors import load_adapter, read_shape, write_tensors
+from specl.shared.engine.core import EngineCore
 from specl.shared.errors import AdapterRejected
 from specl.shared.models.head import HeadDraft, new_head
 from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
@@ -27,8 +28,8 @@ def engine_with(tiny, draft):
     if draft == "head":
         head = new_head(target, HOT)
         head.fingerprint = "head-0"
-        return Engine(target, head, Settings())
-    return Engine(target, tiny(seed=22, layers=1), Settings())
+        return EngineCore(target, head, Settings())
+    return EngineCore(target, tiny(seed=22, layers=1), Settings())
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def publish(adapters, engine, change=lambda folder: None, weights=None, hot=HOT,
     keys = KEYS if isinstance(engine.draft, HeadDraft) else choose_layers(module, "all")
     shape = LoraShape(4, 8.0, 0.0, keys)
     scratch = adapters.scratch(id := adapters.next_id())
-    write_files(scratch, shape, weights or random_weights(module, shape), hot)
+    write_tensors(scratch, shape, weights or random_weights(module, shape), hot)
     change(scratch)
     values = {
         "id": id, "kind": "lora", "created_at": 1.0, "base_model": "tiny", "base_fingerprint": engine.draft_fingerprint,
@@ -336,16 +337,16 @@ def test_an_error_that_no_check_foresaw_is_a_refusal_too(adapters, engine, swap,
     logits, hot = drafting(engine)
     path = publish(adapters, engine)
     if where == "load":
-        monkeypatch.setattr(tensors, "examining", lambda *_: 1 / 0)
+        monkeypatch.setattr(adapter_tensors, "check_steps", lambda *_: 1 / 0)
     else:
-        real = Engine.taking
+        real = EngineCore.taking
 
         def half(self, adapter):
             yield from real(self, adapter)
             if adapter is not None and adapter.id == path.name:
                 raise ZeroDivisionError("division by zero")
 
-        monkeypatch.setattr(Engine, "taking", half)
+        monkeypatch.setattr(EngineCore, "taking", half)
     swap.follow_current()
     assert "could not be loaded (ZeroDivisionError: division by zero)" in swap.rejected[path.name]
     assert engine.adapter_id == "000001"
@@ -373,6 +374,6 @@ def test_an_announced_adapter_comes_in_pieces_and_the_old_one_drafts_meanwhile(a
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 def test_what_is_not_the_candidates_fault_is_not_hidden(adapters, engine, swap, monkeypatch, error):
     publish(adapters, engine)
-    monkeypatch.setattr(tensors, "examining", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(adapter_tensors, "check_steps", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(error):
         swap.follow_current()

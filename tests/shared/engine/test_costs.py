@@ -11,7 +11,7 @@ from specl.shared.engine.costs import (
     SAMPLED_PRIOR,
     AcceptanceEstimate,
     Costs,
-    KChooser,
+    DraftLengthPolicy,
     Pace,
 )
 
@@ -82,8 +82,8 @@ def test_a_dear_draft_is_parked_and_probed_now_and_then():
     for _ in range(PACE_LEAST):
         pace.took(True, 1.9, 1.0)
         pace.took(False, 1.0, 1.0)
-    assert KChooser(costs(), MOST, None, sure(0.5)).choose() > 0
-    chooser = KChooser(costs(), MOST, None, sure(0.5), pace)
+    assert DraftLengthPolicy(costs(), MOST, None, sure(0.5)).choose() > 0
+    chooser = DraftLengthPolicy(costs(), MOST, None, sure(0.5), pace)
     chosen = []
     for _ in range(3 * PROBE_EVERY):
         k = chooser.choose()
@@ -95,8 +95,8 @@ def test_a_dear_draft_is_parked_and_probed_now_and_then():
 
 
 def test_rounds_of_many_and_rounds_without_costs_teach_no_pace():
-    chooser = KChooser(None, MOST, None, sure(0.5))
+    chooser = DraftLengthPolicy(None, MOST, None, sure(0.5))
     chooser.took(1, 0, 5.0)
-    crowded = KChooser(costs().beside(3), MOST, None, sure(0.5))
+    crowded = DraftLengthPolicy(costs().beside(3), MOST, None, sure(0.5))
     crowded.took(2, 1, 50.0)
     assert chooser.pace._seen == crowded.pace._seen == {True: 0, False: 0}

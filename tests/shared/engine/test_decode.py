@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from specl.shared.engine import acceptance
+from specl.shared.engine.core import EngineCore
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.decode import Options
-from specl.shared.engine.drafters import Draw, ModelDrafter
-from specl.shared.engine.engine import Engine
-from specl.shared.engine.sampling import Law, distribution
+from specl.shared.engine.drafters import DraftSampler, ModelDrafter
+from specl.shared.engine.sampling import distribution
 from specl.shared.errors import RequestRejected
 from specl.shared.models.head import new_head
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.schema import Settings
 
 PROMPT = [5, 17, 40, 8, 17, 40, 8, 22]
@@ -58,24 +59,26 @@ def test_greedy_output_is_the_targets_own_whatever_drafts(tiny, family, kind):
     target = tiny(family=family)
     expected = plain_greedy(target, PROMPT, 40)
     for k, ngram in itertools.product((0, 1, 2, 4, 7, None), (False, True)):
-        engine = Engine(target, drafts(tiny, family)[kind], Settings())
+        engine = EngineCore(target, drafts(tiny, family)[kind], Settings())
         session = run(engine, Options(max_tokens=40, num_draft_tokens=k, ngram=ngram, capture_k=8))
         assert session.output == expected, (k, ngram)
 
 
 def test_a_draft_that_is_the_target_is_always_accepted(tiny):
-    session = run(Engine(tiny(), tiny(), Settings()), Options(max_tokens=24, num_draft_tokens=4, ngram=False))
+    session = run(EngineCore(tiny(), tiny(), Settings()), Options(max_tokens=24, num_draft_tokens=4, ngram=False))
     assert session.tally.accepted["model"] == session.tally.drafted["model"] > 0
 
 
 def test_the_length_limit_is_exact_and_an_end_token_inside_a_draft_ends_the_answer(tiny):
     target = tiny()
     for limit in range(1, 9):
-        session = run(Engine(target, target, Settings()), Options(max_tokens=limit, num_draft_tokens=4, ngram=False))
+        session = run(
+            EngineCore(target, target, Settings()), Options(max_tokens=limit, num_draft_tokens=4, ngram=False)
+        )
         assert len(session.output) <= limit
     stopped = tiny(seed=11)
     stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[5:6])
-    session = run(Engine(stopped, stopped, Settings()), Options(max_tokens=30, num_draft_tokens=7, ngram=False))
+    session = run(EngineCore(stopped, stopped, Settings()), Options(max_tokens=30, num_draft_tokens=7, ngram=False))
     assert session.finish_reason == "stop" and session.output[-1] in stopped.stop_tokens
     assert session.output == plain_greedy(stopped, PROMPT, 30)
     stopped.tokenizer.eos_token_ids = {3}
@@ -86,29 +89,32 @@ def test_a_draft_that_is_never_wrong_is_never_counted_as_refused_where_its_end_t
     for place in range(1, 8):
         stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[place : place + 1])
         options = Options(max_tokens=30, num_draft_tokens=4, ngram=False)
-        tally = run(Engine(stopped, stopped, Settings()), options).tally
+        tally = run(EngineCore(stopped, stopped, Settings()), options).tally
         assert tally.tested_by_depth == tally.accepted_by_depth and tally.rejected == 0
         assert sum(tally.accepted_by_depth) == tally.accepted["model"] > 0
     stopped.tokenizer.eos_token_ids = {3}
 
 
 def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
-    target, law = tiny(), Law(temperature=0.9, top_p=0.9, seed=12)
+    target, sampling = tiny(), SamplingParams(temperature=0.9, top_p=0.9, seed=12)
     texts = set()
     for draft, k, ngram in itertools.product(drafts(tiny, "llama").values(), (0, 1, 4, None), (False, True)):
         session = run(
-            Engine(target, draft, Settings()), Options(law=law, max_tokens=24, num_draft_tokens=k, ngram=ngram)
+            EngineCore(target, draft, Settings()),
+            Options(sampling=sampling, max_tokens=24, num_draft_tokens=k, ngram=ngram),
         )
         texts.add(tuple(session.output))
     assert len(texts) == 1
 
 
-@pytest.mark.parametrize("law", [Law(), Law(temperature=0.9, seed=12), Law(temperature=2.0)])
-def test_a_sibling_with_a_larger_padded_vocabulary_drafts_only_tokens_that_exist(tiny, law):
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=0.9, seed=12), SamplingParams(temperature=2.0)]
+)
+def test_a_sibling_with_a_larger_padded_vocabulary_drafts_only_tokens_that_exist(tiny, sampling):
     target = tiny()
-    engine = Engine(target, tiny(seed=5, vocabulary=160, sharp=0.1), Settings())
+    engine = EngineCore(target, tiny(seed=5, vocabulary=160, sharp=0.1), Settings())
     for _ in range(3):
-        session = run(engine, Options(law=law, max_tokens=12, num_draft_tokens=4, ngram=False))
+        session = run(engine, Options(sampling=sampling, max_tokens=12, num_draft_tokens=4, ngram=False))
         assert session.tally.drafted["model"] > 0 and max(session.output) < 97
 
 
@@ -122,7 +128,7 @@ def test_a_draft_model_compares_with_the_text_only_from_where_both_were_last_the
 
     drafter = ModelDrafter(tiny(), 97)
     drafter.extend(list(range(4, 84)), None)
-    draw = Draw(Law(), lambda: 0.5, None)
+    draw = DraftSampler(SamplingParams(), lambda: 0.5, None)
     drafter.propose(3, draw)
     drafter.extend([5, 6], None)
     drafter.propose(3, draw)
@@ -140,7 +146,7 @@ def test_a_draft_model_compares_with_the_text_only_from_where_both_were_last_the
 @pytest.mark.parametrize("kind", ["itself", "head"])
 def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
     target = tiny()
-    engine = Engine(target, drafts(tiny, "llama")[kind], Settings())
+    engine = EngineCore(target, drafts(tiny, "llama")[kind], Settings())
     prompt = np.random.default_rng(0).integers(4, 97, 40).tolist()
     for turn in range(3):
         options = Options(max_tokens=12, num_draft_tokens=3, ngram=False)
@@ -151,12 +157,12 @@ def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
             states = session.all_states()
             whole = target.states(mx.array([session.state.text[:-1]]))[0]
             assert np.abs(states - np.array(whole)).max() < 5e-3, "spooled states are those of the whole text"
-        engine.retire(session, "")
+        engine.save_to_prefix_cache(session, "")
         prompt = [*session.state.text, 9, 10, 11]
 
 
 def test_a_cut_answer_leaves_caches_and_text_in_step(tiny):
-    engine = Engine(tiny(), tiny(), Settings())
+    engine = EngineCore(tiny(), tiny(), Settings())
     session = run(engine, Options(max_tokens=20, num_draft_tokens=4, ngram=False, capture_k=4))
     session.cut(7, "stop")
     session.check_in_step()
@@ -166,7 +172,7 @@ def test_a_cut_answer_leaves_caches_and_text_in_step(tiny):
 def test_capture_has_one_row_an_output_token_and_only_true_disagreements(tiny):
     target = tiny()
     session = run(
-        Engine(target, tiny(seed=5, layers=1), Settings()),
+        EngineCore(target, tiny(seed=5, layers=1), Settings()),
         Options(max_tokens=30, num_draft_tokens=4, ngram=False, capture_k=16),
     )
     capture = session.capture
@@ -182,26 +188,26 @@ def test_capture_has_one_row_an_output_token_and_only_true_disagreements(tiny):
 
 
 def test_bad_requests_are_refused(tiny):
-    engine = Engine(tiny(), None, Settings())
+    engine = EngineCore(tiny(), None, Settings())
     for prompt, options in (
         ([], Options()),
         ([1] * 256, Options()),
         (PROMPT, Options(max_tokens=0)),
-        (PROMPT, Options(law=Law(temperature=-1))),
+        (PROMPT, Options(sampling=SamplingParams(temperature=-1))),
     ):
         with pytest.raises(RequestRejected):
             engine.session(prompt, options)
 
 
 # ------------------------------------------------------------------------------------------------ the sampled law
-def exact_law(target, prompt, law, length):
+def exact_law(target, prompt, sampling, length):
     """Probability of every sequence, by enumeration."""
     found = {(): 1.0}
     for _ in range(length):
         longer = {}
         for sequence, p in found.items():
             row = np.array(target.model(mx.array([[*prompt, *sequence]]))[0, -1])
-            d = distribution(row, law)
+            d = distribution(row, sampling)
             for token, q in zip(d.ids.tolist(), d.p.tolist(), strict=True):
                 longer[(*sequence, token)] = p * q
         found = longer
@@ -223,32 +229,32 @@ def chi_square_p(observed, expected, draws):
     return 0.5 * erfc(z / np.sqrt(2))
 
 
-def sampled(tiny, law, draws, k=2):
+def sampled(tiny, sampling, draws, k=2):
     target, draft = tiny(vocabulary=8, sharp=2.0), tiny(seed=7, vocabulary=8, sharp=2.0)
     target.tokenizer.eos_token_ids = set()
-    engine = Engine(target, draft, Settings())
+    engine = EngineCore(target, draft, Settings())
     observed = {}
     for i in range(draws):
         session = run(
             engine,
-            Options(law=law, max_tokens=3, num_draft_tokens=(k if i % 3 else None), ngram=i % 2 == 0),
+            Options(sampling=sampling, max_tokens=3, num_draft_tokens=(k if i % 3 else None), ngram=i % 2 == 0),
             [1, 2, 1, 2],
         )
         key = tuple(session.output)
         observed[key] = observed.get(key, 0) + 1
-    return observed, exact_law(target, [1, 2, 1, 2], law, 3)
+    return observed, exact_law(target, [1, 2, 1, 2], sampling, 3)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_sampled_sequences_follow_the_targets_law(tiny, temperature):
-    law = Law(temperature=temperature, top_p=0.8)
-    observed, expected = sampled(tiny, law, 2500)
+    sampling = SamplingParams(temperature=temperature, top_p=0.8)
+    observed, expected = sampled(tiny, sampling, 2500)
     assert set(observed) <= set(expected)
     assert chi_square_p(observed, expected, 2500) > 0.001
 
 
 def test_a_broken_rule_fails_the_same_test(tiny, monkeypatch):
     monkeypatch.setattr(acceptance, "residual", lambda target_p, draft_p, weight=1.0: target_p)
-    law = Law(temperature=1.3)
-    observed, expected = sampled(tiny, law, 2500)
+    sampling = SamplingParams(temperature=1.3)
+    observed, expected = sampled(tiny, sampling, 2500)
     assert chi_square_p(observed, expected, 2500) < 0.001

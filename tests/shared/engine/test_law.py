@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from specl.shared.engine.acceptance import coupled, greedy, rejection, residual
 from specl.shared.engine.sampling import (
     Distribution,
-    Law,
     distribution,
     log_sum_exp,
     point_mass,
@@ -15,6 +14,7 @@ from specl.shared.engine.sampling import (
     top_indices,
 )
 from specl.shared.engine.text import TextStream
+from specl.shared.sampling_params import SamplingParams
 
 rows = st.integers(2, 700).flatmap(
     lambda n: st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).normal(0, 3, n).astype(np.float32))
@@ -42,7 +42,7 @@ def test_filters_keep_what_a_naive_reference_keeps(row, top_p, top_k, min_p, tem
         keep &= set(order[:top_k].tolist())
     if min_p > 0:
         keep &= {i for i in keep if p[i] >= min_p * p.max() * (1 - 1e-6)}
-    found = distribution(row, Law(temperature, top_p, top_k, min_p))
+    found = distribution(row, SamplingParams(temperature, top_p, top_k, min_p))
     assert abs(found.p.sum() - 1) < 1e-9
     assert abs(len(set(found.ids.tolist()) ^ keep)) <= 1  # the last of a nucleus may tie within rounding
 
@@ -93,9 +93,9 @@ def test_greedy_accepts_the_common_beginning(target, k):
 def test_noise_belongs_to_seed_and_position(seed, position):
     assert np.array_equal(position_noise(seed, position, 50), position_noise(seed, position, 50))
     assert not np.array_equal(position_noise(seed, position, 50), position_noise(seed, position + 1, 50))
-    law = Distribution(np.arange(50), np.full(50, 0.02))
-    token = coupled(lambda i: law, [], lambda i: position_noise(seed, position + i, 50)).token
-    assert coupled(lambda i: law, [token], lambda i: position_noise(seed, position + i, 50)).accepted == 1
+    sampling = Distribution(np.arange(50), np.full(50, 0.02))
+    token = coupled(lambda i: sampling, [], lambda i: position_noise(seed, position + i, 50)).token
+    assert coupled(lambda i: sampling, [token], lambda i: position_noise(seed, position + i, 50)).accepted == 1
 
 
 class Bytes:

@@ -7,14 +7,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specl.shared.engine.custom_drafter import OwnDrafter
+from specl.shared.engine.core import EngineCore
+from specl.shared.engine.custom_drafter import CustomDrafter
 from specl.shared.engine.decode import Options
-from specl.shared.engine.drafters import NOTHING, Draft, Draw
-from specl.shared.engine.engine import Engine
-from specl.shared.engine.sampling import Distribution, Law, point_mass
+from specl.shared.engine.drafters import NOTHING, Draft, DraftSampler
+from specl.shared.engine.sampling import Distribution, point_mass
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.schema import Settings
 
-DRAW = Draw(Law(), lambda: 0.5, None)
+DRAW = DraftSampler(SamplingParams(), lambda: 0.5, None)
 
 
 class Fixed:
@@ -35,7 +36,7 @@ class Fixed:
 
 def proposed(tokens, laws, confidences):
     heard = []
-    return OwnDrafter(Fixed(tokens, laws, confidences), 100, heard.append).propose(4, DRAW), heard
+    return CustomDrafter(Fixed(tokens, laws, confidences), 100, heard.append).propose(4, DRAW), heard
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ class FailsOnce:
 
 def test_a_failure_ends_with_its_request_though_the_caches_live_on(tiny):
     heard = []
-    engine = Engine(tiny(), None, Settings(), lambda target, draft: FailsOnce(), heard.append)
+    engine = EngineCore(tiny(), None, Settings(), lambda target, draft: FailsOnce(), heard.append)
     prompt, drafted = list(range(4, 44)), []
     for _ in range(2):
         session = engine.session(prompt, Options(max_tokens=6, num_draft_tokens=1, ngram=False))
@@ -113,7 +114,7 @@ def test_a_failure_ends_with_its_request_though_the_caches_live_on(tiny):
         while session.finish_reason is None:
             session.round()
         drafted.append(session.tally.drafted["model"])
-        engine.retire(session, "")
+        engine.save_to_prefix_cache(session, "")
         prompt = [*session.state.text, 9, 10]
     assert session.tally.reused_tokens > 30
     assert len(heard) == 1 and drafted[0] == 0 and drafted[1] > 0
@@ -129,7 +130,7 @@ def test_costs_of_a_drafter_that_failed_are_not_kept_and_a_changed_file_has_cost
     monkeypatch.setitem(sys.modules, "somebodys", importlib.import_module("somebodys"))
     make, folder = sys.modules["somebodys"].make, tmp_path / "costs"
     folder.mkdir()
-    engine = Engine(tiny(), None, Settings(), make, lambda error: None)
+    engine = EngineCore(tiny(), None, Settings(), make, lambda error: None)
     engine.calibrate(folder)
     assert not list(folder.iterdir())
     before = engine._costs_key()

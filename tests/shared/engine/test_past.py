@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specl.shared.engine.answer_history import MATCH, OwnAnswers, PastAnswers
+from specl.shared.engine.answer_history import MATCH, AnswerHistory, ClientAnswers
+from specl.shared.engine.core import EngineCore
 from specl.shared.engine.decode import Options
-from specl.shared.engine.drafters import Draw, NgramDrafter
-from specl.shared.engine.engine import Engine
-from specl.shared.engine.sampling import Law
+from specl.shared.engine.drafters import DraftSampler, NgramDrafter
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.schema import Settings
 
 PROMPT = [5, 17, 40, 8, 22]
@@ -16,7 +16,7 @@ PROMPT = [5, 17, 40, 8, 22]
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=20), max_size=6), st.lists(st.integers(0, 3), max_size=12))
 def test_a_match_is_the_longest_there_is(texts, running):
-    own = OwnAnswers(10_000)
+    own = ClientAnswers(10_000)
     for text in texts:
         own.add(text, 0)
     found, place, length = own.match(running, 9)
@@ -33,7 +33,7 @@ def test_a_match_is_the_longest_there_is(texts, running):
 
 
 def test_no_memory_outgrows_its_limit_and_the_newest_stay():
-    own = OwnAnswers(100)
+    own = ClientAnswers(100)
     for i in range(50):
         own.add([i] * 5 + list(range(i, i + 12)), i)
         assert own.tokens <= 100
@@ -44,31 +44,31 @@ def test_no_memory_outgrows_its_limit_and_the_newest_stay():
 
 
 def test_one_owners_text_is_never_anothers(tmp_path):
-    past = PastAnswers(tmp_path)
+    past = AnswerHistory(tmp_path)
     past.add("a", [1, 2, 3, 4, 5])
     assert past.of("a").match([1, 2, 3], 9)[2] == 3
     assert past.of("b").match([1, 2, 3], 9)[2] == 0
     assert past.of("") is None
     past.save("a", past.texts("a"))
-    again = PastAnswers(tmp_path)
+    again = AnswerHistory(tmp_path)
     assert again.of("b").texts == [] and again.of("a").texts == [[1, 2, 3, 4, 5]]
-    assert PastAnswers(tmp_path, tokenizer="another").of("a").texts == []
+    assert AnswerHistory(tmp_path, tokenizer="another").of("a").texts == []
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x01", b"\xff" * 64, (3).to_bytes(4, "little") * 3])
 def test_a_damaged_file_is_an_empty_memory(tmp_path, damage):
-    past = PastAnswers(tmp_path)
+    past = AnswerHistory(tmp_path)
     past.save("a", [(5.0, [1, 2, 3, 4])])
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage)
-    assert PastAnswers(tmp_path).of("a").texts == []
+    assert AnswerHistory(tmp_path).of("a").texts == []
 
 
 def test_forgetting_leaves_nothing_in_memory_or_on_disk(tmp_path):
-    past = PastAnswers(tmp_path, owners=3)
-    for owner in "abcdef":
-        past.add(owner, [1, 2, 3, 4])
-        past.save(owner, past.texts(owner))
+    past = AnswerHistory(tmp_path, owners=3)
+    for client_id in "abcdef":
+        past.add(client_id, [1, 2, 3, 4])
+        past.save(client_id, past.texts(client_id))
     assert len(list(tmp_path.iterdir())) == 3
     past.forget()
     past.purge()
@@ -76,28 +76,28 @@ def test_forgetting_leaves_nothing_in_memory_or_on_disk(tmp_path):
 
 
 def test_the_longer_of_running_text_and_past_answer_is_drafted():
-    own = OwnAnswers(1000)
+    own = ClientAnswers(1000)
     own.add([9, 1, 2, 3, 4, 50, 51, 52], 0)
     drafter = NgramDrafter(own)
     drafter.extend([3, 4, 60, 61, 1, 2, 3, 4], None)
-    assert drafter.propose(3, Draw(Law(), lambda: 0.5, None)).tokens == [50, 51, 52]
+    assert drafter.propose(3, DraftSampler(SamplingParams(), lambda: 0.5, None)).tokens == [50, 51, 52]
     drafter.extend([60], None)
-    assert drafter.propose(1, Draw(Law(), lambda: 0.5, None)).tokens == [61]
+    assert drafter.propose(1, DraftSampler(SamplingParams(), lambda: 0.5, None)).tokens == [61]
 
 
 def test_the_same_question_again_is_drafted_from_the_last_answer(tiny):
-    engine = Engine(tiny(), None, Settings())
-    engine.past = PastAnswers()
+    engine = EngineCore(tiny(), None, Settings())
+    engine.past = AnswerHistory()
 
-    def answer(owner):
+    def answer(client_id):
         engine.prefixes.purge()
-        session = engine.session(PROMPT, Options(max_tokens=40, owner=owner))
+        session = engine.session(PROMPT, Options(max_tokens=40, client_id=client_id))
         while not session.prefill():
             pass
         while session.finish_reason is None:
             session.round()
             session.check_in_step()
-        engine.past.add(owner, session.output)
+        engine.past.add(client_id, session.output)
         return session
 
     first, again, stranger = answer("a"), answer("a"), answer("b")
@@ -107,16 +107,16 @@ def test_the_same_question_again_is_drafted_from_the_last_answer(tiny):
 
 
 def test_retention_reaches_single_answers_in_memory_and_on_disk(tmp_path):
-    past = PastAnswers(tmp_path, tokenizer="one")
+    past = AnswerHistory(tmp_path, tokenizer="one")
     past.add("a", [1, 2, 3, 4], made_at=1000)
     past.add("a", [5, 6, 7, 8], made_at=3000)
     past.add("b", [9, 9, 9, 9], made_at=1000)
-    for owner in "ab":
-        past.save(owner, past.texts(owner))
+    for client_id in "ab":
+        past.save(client_id, past.texts(client_id))
     past.expire(2000)
     assert past.of("a").texts == [[5, 6, 7, 8]] and past.of("b").texts == []
     assert past.of("a").match([1, 2, 3], 9)[2] == 0 and past.of("a").match([5, 6, 7], 9)[2] == 3
-    PastAnswers(tmp_path).expire_files(2000)
+    AnswerHistory(tmp_path).expire_files(2000)
     assert len(list(tmp_path.iterdir())) == 1
-    again = PastAnswers(tmp_path, tokenizer="one")
+    again = AnswerHistory(tmp_path, tokenizer="one")
     assert again.texts("a") == [(3000.0, [5, 6, 7, 8])] and again.texts("b") == []

@@ -6,8 +6,8 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import AutoTokenizer
 
+from specl.shared.engine.core import EngineCore
 from specl.shared.engine.decode import Options
-from specl.shared.engine.engine import Engine
 from specl.shared.engine.prefix_cache import Entry, PrefixCache
 from specl.shared.models.head import new_head
 from specl.shared.settings.schema import Settings
@@ -23,7 +23,7 @@ def engine(tmp_path_factory):
     write_tokenizer(folder)
     target = tiny_model(vocabulary=300)
     target.tokenizer = TokenizerWrapper(AutoTokenizer.from_pretrained(folder), eos_token_ids=[END])
-    return Engine(target, new_head(target, np.arange(0, 300, 2)), Settings())
+    return EngineCore(target, new_head(target, np.arange(0, 300, 2)), Settings())
 
 
 def say(engine, prompt, ids, output):
@@ -52,7 +52,7 @@ def test_the_next_turn_has_the_tokens_that_were_generated(engine, answer, ended)
     # one token a byte: not how the tokenizer would cut it
     output = [i for c in answer for i in tokenizer.encode(c, add_special_tokens=False)] + [END] * ended
     session = say(engine, text, ids, output)
-    engine.retire(session, "", text + answer)
+    engine.save_to_prefix_cache(session, "", text + answer)
     messages = [*ASK, {"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
     rendered, again = engine.encode_chat(messages)
     fed = [*ids, *output[: len(output) - ended]]
@@ -66,7 +66,7 @@ def test_a_text_that_only_resembles_is_encoded_as_it_stands(engine):
     engine.prefixes.purge()
     text, ids = engine.encode_chat(ASK)
     output = engine.encode("the") + [END]
-    engine.retire(say(engine, text, ids, output), "", text + "the")
+    engine.save_to_prefix_cache(say(engine, text, ids, output), "", text + "the")
     messages = [*ASK, {"role": "assistant", "content": "there"}, {"role": "user", "content": "And?"}]
     rendered, again = engine.encode_chat(messages)
     assert again == engine.encode(rendered)
@@ -76,17 +76,17 @@ def test_broken_bytes_and_cut_texts_are_not_spliced(engine):
     engine.prefixes.purge()
     text, ids = engine.encode_chat(ASK)
     session = say(engine, text, ids, [*engine.encode("so"), END])
-    engine.retire(session, "", text + "so\N{REPLACEMENT CHARACTER}")
+    engine.save_to_prefix_cache(session, "", text + "so\N{REPLACEMENT CHARACTER}")
     cut = say(engine, text, ids, engine.encode("so it"))
     cut.finish_reason = "stop"
-    engine.retire(cut, "", text + "so")
+    engine.save_to_prefix_cache(cut, "", text + "so")
     assert not any(entry.rendered for entry in engine.prefixes._entries)
 
 
 def test_a_common_beginning_is_copied_and_the_long_text_keeps_its_caches(engine):
     engine.prefixes.purge()
     text = list(range(4, 104))
-    engine.retire(say(engine, "", text[:60], text[60:]), "")
+    engine.save_to_prefix_cache(say(engine, "", text[:60], text[60:]), "")
     state = engine.prefixes.take([*text[:30], 200, 201], "")
     assert state.cached == 29 and state.text == text[:29]
     assert engine.prefixes.tokens == 100, "the long one is still there"
@@ -140,7 +140,7 @@ def test_a_cut_text_goes_on_as_if_nothing_had_been_cut(engine):
     engine.prefixes.purge()
     first = turn(list(range(4, 64)))
     assert first.state.cache[0].keys.shape[2] == 256
-    engine.retire(first, "")
+    engine.save_to_prefix_cache(first, "")
     assert first.state.cache[0].keys.shape[2] == first.state.cached < 80
     prompt = [*first.state.text, 5, 6]
     again = turn(prompt)
@@ -153,7 +153,7 @@ def test_with_a_seed_the_prompt_has_the_tokens_of_its_text_whatever_caches_live(
     engine.prefixes.purge()
     text, ids = engine.encode_chat(ASK)
     output = [i for c in " therefore" for i in engine.target.tokenizer.encode(c, add_special_tokens=False)] + [END]
-    engine.retire(say(engine, text, ids, output), "", text + " therefore")
+    engine.save_to_prefix_cache(say(engine, text, ids, output), "", text + " therefore")
     messages = [*ASK, {"role": "assistant", "content": " therefore"}, {"role": "user", "content": "And?"}]
     rendered, spliced = engine.encode_chat(messages)
     assert engine.encode_chat(messages, splice=False) == (rendered, engine.encode(rendered))

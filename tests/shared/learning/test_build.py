@@ -259,15 +259,15 @@ def test_what_is_purged_between_two_runs_is_not_learned_from(stored, tmp_path):
 # ---------------------------------------------------------------------------------------------------- by depth
 @pytest.mark.parametrize("settings", [HEAD, LAYERS], ids=["head", "layers"])
 def test_acceptance_by_depth_is_what_drafting_at_every_place_counts(stored, tmp_path, settings):
-    from specl.shared.engine.drafters import Draw, HeadDrafter, ModelDrafter
-    from specl.shared.engine.sampling import Law
+    from specl.shared.engine.drafters import DraftSampler, HeadDrafter, ModelDrafter
     from specl.shared.learning.learner import Learner, by_depth
+    from specl.shared.sampling_params import SamplingParams
 
     target = stored()
     built = run(target, tmp_path, replace(settings, epochs=20))
     examples = read_examples(target, sorted((tmp_path / "work").glob("held-out-*.npz")), settings.kind)
     stood, tried = np.zeros(3), np.zeros(3)
-    greedy = Draw(Law(temperature=0.0), lambda: 0.5, None)
+    greedy = DraftSampler(SamplingParams(temperature=0.0), lambda: 0.5, None)
     for example in examples:
         text = [int(token) for token in example.tokens]
         states = target.states(mx.array([text[:-1]]))[0]

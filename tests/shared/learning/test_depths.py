@@ -44,7 +44,7 @@ def test_a_depth_that_nothing_got_to_has_no_rate():
 
 
 # ---------------------------------------------------------------------------------------------------- of a language model
-def law(model, tokens):
+def sampling(model, tokens):
     """Of one text [t] or several [n, t]: what follows each token."""
     logits = np.array(model.model(mx.array(np.atleast_2d(tokens).astype(np.int64)))).astype(np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -57,9 +57,9 @@ def written(target, n, rows=24, greedy=True):
     rng = np.random.default_rng(n)
     tokens = rng.integers(4, 97, 5).astype(np.uint32)
     for _ in range(rows):
-        p = law(target, tokens)[-1]
+        p = sampling(target, tokens)[-1]
         tokens = np.append(tokens, np.uint32(p.argmax() if greedy else rng.choice(97, p=p)))
-    p = law(target, tokens)[4:-1]
+    p = sampling(target, tokens)[4:-1]
     ids = np.tile(np.arange(97, dtype=np.uint32), (rows, 1))
     return Example(f"{n}", tokens, 5, ids, np.log(p).astype(np.float32), np.ones(rows, np.float32), None, greedy)
 
@@ -89,7 +89,7 @@ def test_agreements_rates_are_those_of_drafting_from_every_place(pair):
         for place in range(5, len(example.tokens)):
             text = example.tokens[:place]
             for depth in range(min(3, len(example.tokens) - place)):
-                token = law(draft, text)[-1].argmax()
+                token = sampling(draft, text)[-1].argmax()
                 tried[depth] += 1
                 stood[depth] += token == example.tokens[place + depth]
                 if token != example.tokens[place + depth]:
@@ -124,7 +124,7 @@ def test_texts_that_were_drawn_tell_how_deep_drafts_would_have_stood():
 def test_a_drawn_token_stands_with_min_1_q_over_p_and_their_mean_is_the_overlap(pair):
     target, draft = pair
     text = written(target, 3, rows=1, greedy=False)
-    p, q = np.exp(text.logprobs[0].astype(float)), law(draft, text.tokens)[4]
+    p, q = np.exp(text.logprobs[0].astype(float)), sampling(draft, text.tokens)[4]
     texts = [replace(text, tokens=np.append(text.tokens[:5], np.uint32(token))) for token in range(97)]
     batch = collate(texts)
     (rows, pick), *_ = Learner(draft).outputs(batch, 1)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specl.shared.learning.early_stopping import EarlyStop, set_aside
+from specl.shared.learning.early_stopping import EarlyStopping, set_aside
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
@@ -15,11 +15,11 @@ from tests.conftest import tiny_model
 
 def text(n, rows=9):
     tokens = np.random.default_rng(n).integers(4, 97, 6 + rows).astype(np.uint32)
-    law = np.zeros((rows, 1), np.float16)
-    return Example(f"g{n}", tokens, 6, tokens[6:, None], law, np.ones(rows, np.float32), None)
+    sampling = np.zeros((rows, 1), np.float16)
+    return Example(f"g{n}", tokens, 6, tokens[6:, None], sampling, np.ones(rows, np.float32), None)
 
 
-class Told:
+class TokenLogprobs:
     """A learner whose losses are given."""
 
     def __init__(self, losses):
@@ -34,7 +34,7 @@ class Told:
 
 
 def stops_at(losses, **wish):
-    stop = EarlyStop(Told(losses), [text(0)], LossSettings(), 1, **wish)
+    stop = EarlyStopping(TokenLogprobs(losses), [text(0)], LossSettings(), 1, **wish)
     return next((n for n in range(len(losses)) if stop.look(30.0 * n)), None)
 
 
@@ -53,15 +53,15 @@ def test_a_run_that_goes_on_remembers_how_it_stood():
 
 
 def test_it_looks_once_in_thirty_seconds_of_work_and_never_without_texts():
-    learner = Told([5.0] * 9)
-    stop = EarlyStop(learner, [text(0), text(1)], LossSettings(), 1)
+    learner = TokenLogprobs([5.0] * 9)
+    stop = EarlyStopping(learner, [text(0), text(1)], LossSettings(), 1)
     paused, looked = [], []
     for second in range(70):
         before = len(stop.losses)
         stop.look(float(second), lambda: paused.append(1))
         looked += [second] * (len(stop.losses) - before)
     assert looked == [0, 30, 60] and learner.asked == len(paused) == 6  # two texts each
-    none = EarlyStop(Told([]), [], LossSettings(), 1)
+    none = EarlyStopping(TokenLogprobs([]), [], LossSettings(), 1)
     assert not any(none.look(100.0 * n) for n in range(10)) and not none.over
 
 
@@ -85,7 +85,7 @@ def test_a_draft_that_learns_its_texts_by_heart_is_stopped_while_one_that_learns
         attach(draft.model, LoraShape(8, 16.0, 0.0, choose_layers(draft.model, "all")))
         train, aside = [text(n) for n in range(8)], [text(n) for n in (range(4) if shared else range(50, 54))]
         loop = StepLoop(learner, LossSettings("ce"), StepSettings(4e-3, 24, depths=1))
-        stop = EarlyStop(learner, aside, LossSettings("ce"), 1, every_s=1.0)
+        stop = EarlyStopping(learner, aside, LossSettings("ce"), 1, every_s=1.0)
         stopped = stop.look(0.0)
         while loop.step_number < 24 and not stopped:
             loop.step([train])
@@ -104,6 +104,6 @@ def test_dropout_is_off_while_it_looks():
         if "lora_b" in child:
             child.lora_b = mx.ones_like(child.lora_b) * 0.1
     draft.model.train()
-    stop = EarlyStop(learner, [text(0)], LossSettings("ce"), 1, every_s=0.0)
+    stop = EarlyStopping(learner, [text(0)], LossSettings("ce"), 1, every_s=0.0)
     stop.look(0.0), stop.look(1.0)
     assert stop.losses[0] == pytest.approx(stop.losses[1], rel=1e-6)

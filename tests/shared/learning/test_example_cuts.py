@@ -87,8 +87,8 @@ def test_what_fills_a_law_up_has_no_part_in_loss_or_gradient(kind, temperature):
     found = []
     for extra in (0, 7):
         filled = np.pad(columns, ((0, 0), (0, extra)), constant_values=-1)
-        law = np.pad(logprobs, ((0, 0), (0, extra)), constant_values=-np.inf).astype(np.float32)
-        teacher = Teacher(mx.array(filled), mx.array(law), mx.array(columns[:, 0]), mx.ones(4))
+        sampling = np.pad(logprobs, ((0, 0), (0, extra)), constant_values=-np.inf).astype(np.float32)
+        teacher = Teacher(mx.array(filled), mx.array(sampling), mx.array(columns[:, 0]), mx.ones(4))
         loss = lambda rows, given=teacher: position_losses(rows, given, LossSettings(kind, temperature))[0].sum()  # noqa: E731
         found.append(mx.value_and_grad(loss)(logits))
     (value, slope), (filled_value, filled_slope) = found

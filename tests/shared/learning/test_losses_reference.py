@@ -23,9 +23,9 @@ def laws():
     return rng.normal(size=(ROWS, VOCABULARY)), softmax(2 * rng.normal(size=(ROWS, VOCABULARY)))
 
 
-def merged(law, top):
+def merged(sampling, top):
     """The law's probabilities of `top`, then of everything else together."""
-    kept = np.take_along_axis(law, top, 1)
+    kept = np.take_along_axis(sampling, top, 1)
     return np.concatenate([kept, 1 - kept.sum(1, keepdims=True)], 1)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from specl.daemons.inference import swap as swapping
-from specl.daemons.inference.adapter_monitor import Lookout, held_out_before
+from specl.daemons.inference.adapter_monitor import AdapterMonitor, held_out_before
 from specl.daemons.inference.swap import AdapterSwap
 from specl.daemons.inference.worker import WATCHED
 from specl.shared.adapters.registry import Adapters
@@ -36,7 +36,7 @@ def made(tmp_path, monkeypatch):
 
 def start(paths):
     """A daemon's swap as after a (re)start, with its lookout and the events it told."""
-    events, lookout = [], Lookout(paths.root / "watch.json")
+    events, lookout = [], AdapterMonitor(paths.root / "watch.json")
 
     def activated(event, id, previous, reason, details):
         events.append((event, id))
@@ -87,7 +87,7 @@ def test_killed_between_the_mark_and_current_it_is_still_not_tried_again(made):
     adapters.set_previous(first)
     adapters.set_current(second)
     adapters.mark_rolled_back(second, "it disappointed")
-    before = Lookout(paths.root / "watch.json")
+    before = AdapterMonitor(paths.root / "watch.json")
     before.load("draft", "target")
     before.changed(second, "", first)
     swap, _, _ = start(paths)
@@ -104,7 +104,7 @@ def test_by_hand_a_rolled_back_adapter_may_be_activated_again(made):
 
 
 def test_rounds_are_forced_only_during_a_watch_and_no_baseline_means_no_watch():
-    lookout = Lookout()
+    lookout = AdapterMonitor()
     lookout.changed("000001", "000001", "")
     assert lookout.watch is None and not any(lookout.forces() for _ in range(16))
     lookout.saw([20], [10])
@@ -141,12 +141,12 @@ def test_the_baseline_survives_a_restart_and_meets_what_was_promoted_meanwhile(m
 
 def test_counts_of_another_pair_or_a_damaged_file_are_nobodys(tmp_path):
     path = tmp_path / "watch.json"
-    lookout = Lookout(path)
+    lookout = AdapterMonitor(path)
     assert lookout.load("draft", "target") is None
     lookout.saw([20], [14])
-    assert Lookout(path).load("draft", "target") == "" and Lookout(path).load("other", "target") is None
+    assert AdapterMonitor(path).load("draft", "target") == "" and AdapterMonitor(path).load("other", "target") is None
     path.write_text(path.read_text()[:40])
-    again = Lookout(path)
+    again = AdapterMonitor(path)
     assert again.load("draft", "target") is None and not any(again.seen.tested)
 
 
@@ -274,7 +274,7 @@ def test_at_once_after_a_rollback_the_next_is_watched_too_and_after_a_restart(ma
 
 
 def test_answers_with_few_drafts_are_judged_at_twenty_and_do_not_end_the_watch_in_its_favour():
-    lookout = Lookout()
+    lookout = AdapterMonitor()
     lookout.saw([400], [240])
     lookout.changed("000001", "000001", "")
     assert not any(lookout.saw([], []) or lookout.saw([0, 0], [0, 0]) for _ in range(40))

@@ -13,7 +13,7 @@ from mlx_lm.utils import dequantize_model, load_model
 from tiny_gguf import TEXTS
 from tokenizers import Tokenizer
 
-from specl.shared.engine.engine import Engine
+from specl.shared.engine.core import EngineCore
 from specl.shared.errors import ModelError
 from specl.shared.models import gguf_import
 from specl.shared.models.gguf_file import convert, size_needed
@@ -195,7 +195,7 @@ def test_plain_text_begins_as_the_reference_tokenizer_begins_it(tmp_path, tokeni
         writer.add_add_eos_token(True)  # never part of a prompt
 
     tiny_gguf.write(tmp_path / "m.gguf", "qwen2" if tokenizer == "qwen2" else "llama", tokenizer=tokenizer, keys=keys)
-    engine = Engine(load(str(tmp_path / "m.gguf"), tmp_path / "models"), None, Settings())
+    engine = EngineCore(load(str(tmp_path / "m.gguf"), tmp_path / "models"), None, Settings())
     if tokenizer == "spm":
         reference = tiny_gguf.sentence_piece()
         begun, plain, bos = lambda text: reference.encode(text, add_bos=True), reference.encode, "<s>"

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache
 
-from specl.shared.engine.drafters import Draw, HeadDrafter
-from specl.shared.engine.sampling import Law
+from specl.shared.engine.drafters import DraftSampler, HeadDrafter
 from specl.shared.errors import ModelError
 from specl.shared.models.head import head_shape, is_head, load_head, new_head, save_head
+from specl.shared.sampling_params import SamplingParams
 
 HOT = np.arange(1, 97, 3)
 TEXT = [5, 17, 40, 8, 17, 40, 8, 22, 31, 90, 2, 64]
-GREEDY = Draw(Law(temperature=0.0), lambda: 0.5, None)
+GREEDY = DraftSampler(SamplingParams(temperature=0.0), lambda: 0.5, None)
 ATOL = 2e-4  # where few rows are computed natively their sums run in another order
 
 

@@ -19,9 +19,9 @@ from specl.shared.models.lora import (
     choose_layers,
     detach,
     fuse,
+    interpolate,
     linear_layers,
     lora_weights,
-    part_of_the_way,
     problems,
 )
 
@@ -244,7 +244,7 @@ def test_part_of_the_way_from_no_change_is_that_part_of_the_change():
     pristine = Pristine(module)
     plain = {key: np.array(layer.weight) for key, layer in linear_layers(module).items()}
     for share in (0.0, 0.65, 1.0):
-        fuse(module, shape, part_of_the_way(weights, share))
+        fuse(module, shape, interpolate(weights, share))
         for key, layer in linear_layers(module).items():
             a, b = (np.array(weights[f"{key}.lora_{part}"]) for part in "ab")
             assert np.allclose(np.array(layer.weight) - plain[key], share * shape.scale * (a @ b).T, atol=1e-5)
@@ -256,14 +256,14 @@ def test_part_of_the_way_from_an_adapter_begins_at_that_adapter():
     shape, start = some_lora(module)
     _, learned = some_lora(module, scale=0.4)
     for share, expected in ((0.0, start), (1.0, learned)):
-        found = part_of_the_way(learned, share, start)
+        found = interpolate(learned, share, start)
         assert all(mx.allclose(found[name], expected[name], atol=1e-6).item() for name in expected)
 
 
 # ---------------------------------------------------------------------------------------------------- dropout
 @pytest.mark.parametrize("base", ["fp32", "4-bit"])
 def test_what_is_made_for_use_drops_nothing_out(base):
-    """The fidelity probe would take dropout for what fusing loses, and a served layer would give two answers."""
+    """The fidelity probe would take dropout for what fuse_steps loses, and a served layer would give two answers."""
     module = block(base)
     shape, weights = some_lora(module)
     forms = []

@@ -14,30 +14,30 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from specl.shared.engine.answer_history import PastAnswers
+from specl.shared.engine.answer_history import AnswerHistory
 from specl.shared.engine.costs import (
     GREEDY_PRIOR,
     SAMPLED_PRIOR,
     AcceptanceEstimate,
     Costs,
-    KChooser,
+    DraftLengthPolicy,
     Known,
     cache_key,
     kept,
     load_or_calibrate,
 )
-from specl.shared.engine.custom_drafter import Complain, MakeDrafter, OwnDrafter, own_names, raise_it
+from specl.shared.engine.custom_drafter import CustomDrafter, DrafterFactory, OnError, drafter_identity, raise_error
 from specl.shared.engine.decode import NGRAM_DEPTH, Options, Session, State
-from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, Draw, HeadDrafter, ModelDrafter
+from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, DraftSampler, HeadDrafter, ModelDrafter
 from specl.shared.engine.prefix_cache import Entry, PrefixCache
-from specl.shared.engine.sampling import Law
 from specl.shared.engine.text import HOLD
 from specl.shared.errors import ConfigError, RequestRejected
-from specl.shared.models.cpu_kernels import on_cpu, speed_up
+from specl.shared.models.cpu_kernels import on_cpu, use_cpu_kernels
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
-from specl.shared.models.lora import LoraShape, Pristine, Weights, fusing
-from specl.shared.runtime.incremental import Pieces, at_once
+from specl.shared.models.lora import LoraShape, Pristine, Weights, fuse_steps
+from specl.shared.runtime.incremental import Steps, run_all
+from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.schema import Settings
 
 MOST_LOGPROBS = 20  # alternatives of a token that a client may ask for, as with OpenAI
@@ -55,8 +55,8 @@ class LoadedAdapter:
     hot: np.ndarray | None
 
 
-class Engine:
-    """One target, at most one draft. `make_drafter` puts somebody's own drafter in the place of the draft's (see own_drafter);
+class EngineCore:
+    """One target, at most one draft. `drafter_factory` puts somebody's own drafter in the place of the draft's (see custom_drafter);
     `complain`, where given, hears of its mistakes in place of the caller.
     """
 
@@ -65,19 +65,19 @@ class Engine:
         target: LanguageModel,
         draft: HeadDraft | LanguageModel | None,
         settings: Settings,
-        make_drafter: MakeDrafter | None = None,
-        complain: Complain | None = None,
+        drafter_factory: DrafterFactory | None = None,
+        complain: OnError | None = None,
     ) -> None:
         self.target, self.draft, self.settings = target, draft, settings
-        self._make_drafter, self._complain = make_drafter, complain or raise_it
-        own = self._own_drafter() if make_drafter is not None else None  # a wrong one is told of now
+        self._make_drafter, self._complain = drafter_factory, complain or raise_error
+        own = self._own_drafter() if drafter_factory is not None else None  # a wrong one is told of now
         self._keeps_states = self.reads_states or (own is not None and own.reads_states)
         self.costs: Costs | None = None
         self.adapter_id = ""
         self.adapter_form = "none"
-        self.known = nothing_known()
+        self.known = new_request_history()
         self.prefixes = PrefixCache(settings.memory.max_kv_cache_tokens)
-        self.past = PastAnswers(limit=0)
+        self.past = AnswerHistory(limit=0)
         self._pristine = Pristine(self.draft_module) if draft is not None else None
         self._pristine_hot = draft.hot if isinstance(draft, HeadDraft) else None
 
@@ -142,7 +142,7 @@ class Engine:
             )
         if options.logprobs is not None and not 0 <= options.logprobs <= MOST_LOGPROBS:
             raise RequestRejected(f"logprobs must be from 0 to {MOST_LOGPROBS}, not {options.logprobs}")
-        options.law.check()
+        options.sampling.validate()
         state = self.prefixes.take(prompt, self.adapter_id)
         if state is None:
             state = State([], self.target.new_cache(), None, [] if self._keeps_states else None)
@@ -152,9 +152,9 @@ class Engine:
             state.drafter = self._new_drafter()
         most = self.settings.speculative.max_draft_tokens
         fixed = options.num_draft_tokens
-        known = self.known[options.law.greedy]
-        chooser = KChooser(self.costs, most, fixed, known.model, known.pace)
-        past = self.past.of(options.owner)
+        known = self.known[options.sampling.greedy]
+        chooser = DraftLengthPolicy(self.costs, most, fixed, known.model, known.pace)
+        past = self.past.of(options.client_id)
         return Session(self.target, state, prompt, options, chooser, known.ngram, past)
 
     @property
@@ -173,14 +173,14 @@ class Engine:
             return HeadDrafter(self.draft)
         return ModelDrafter(self.draft, int(self.target.config["vocab_size"])) if self.draft is not None else None
 
-    def _own_drafter(self) -> OwnDrafter:
+    def _own_drafter(self) -> CustomDrafter:
         try:
             made = self._make_drafter(self.target, self.draft)
         except Exception as error:  # somebody else's code
             raise ConfigError(f"the drafter cannot be made ({type(error).__name__}: {error})") from error
-        return OwnDrafter(made, int(self.target.config["vocab_size"]), self._complain)
+        return CustomDrafter(made, int(self.target.config["vocab_size"]), self._complain)
 
-    def retire(self, session: Session, adapter_id: str, rendered: str = "", reserved: int = 0) -> None:
+    def save_to_prefix_cache(self, session: Session, adapter_id: str, rendered: str = "", reserved: int = 0) -> None:
         """Keep a finished session's caches for the next turn. `rendered` is the text of its prompt and answer: a later prompt
         that begins with it gets the same tokens, however its text would be cut anew.
         """
@@ -189,7 +189,7 @@ class Engine:
             del state.text[state.cached + 1 :]
         if state.cached != len(state.text) - 1:
             return
-        if isinstance(state.drafter, OwnDrafter):  # somebody else's: a failure of it ends with its request
+        if isinstance(state.drafter, CustomDrafter):  # somebody else's: a failure of it ends with its request
             state.drafter = None
         entry, lent = Entry(state, adapter_id), state.lent
         if not session.output and lent is not None and lent.said <= len(state.text):
@@ -200,7 +200,7 @@ class Engine:
             entry.rendered, entry.said = rendered, len(state.text) - ended
         self.prefixes.put(entry, reserved)
 
-    def restore(self, session: Session, reserved: int = 0) -> None:
+    def return_to_prefix_cache(self, session: Session, reserved: int = 0) -> None:
         """A request ended of which nothing may be kept: the prefix cache has back what it had lent for it, and no more."""
         self.prefixes.restore(session.state, session.tally.reused_tokens, reserved)
 
@@ -215,9 +215,9 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ adapters
     def use_adapter(self, adapter: LoadedAdapter | None) -> None:
         """Draft with `adapter`, or with the pristine draft. Between two rounds; the target is never touched."""
-        at_once(self.taking(adapter))
+        run_all(self.taking(adapter))
 
-    def taking(self, adapter: LoadedAdapter | None) -> Pieces[None]:
+    def taking(self, adapter: LoadedAdapter | None) -> Steps[None]:
         """`use_adapter` in pieces shorter than a round, between which rounds may run: all is made beside what drafts, and
         only the end exchanges it.
         """
@@ -230,10 +230,10 @@ class Engine:
                 scorer = yield from self.draft.scorer(hot)
                 yield
         if adapter is not None:
-            form, layers = yield from fusing(self._pristine.layers, adapter.shape, adapter.weights)
+            form, layers = yield from fuse_steps(self._pristine.layers, adapter.shape, adapter.weights)
             for layer in layers.values():
                 if isinstance(self.draft, HeadDraft):
-                    self.draft.speed_up_layer(layer)
+                    self.draft.use_cpu_kernels_in_layer(layer)
                     yield
         self._pristine.restore()
         self.draft_module.update_modules(tree_unflatten(list(layers.items())))
@@ -242,10 +242,10 @@ class Engine:
         # together and last: `status` reads them from another thread
         self.adapter_id, self.adapter_form = adapter.id if adapter is not None else "", form
         if isinstance(self.draft, HeadDraft):
-            self.draft.speed_up()
+            self.draft.use_cpu_kernels()
         elif on_cpu():
-            speed_up(self.draft.model, self.draft.blocks)
-        fresh = nothing_known()
+            use_cpu_kernels(self.draft.model, self.draft.blocks)
+        fresh = new_request_history()
         self.known = {
             greedy: Known(fresh[greedy].model, known.ngram, known.pace) for greedy, known in self.known.items()
         }
@@ -266,7 +266,7 @@ class Engine:
     def _costs_key(self) -> str:
         names = (self.target.fingerprint, self.draft_fingerprint, self.settings.models.precision, self.target.speed)
         make = self._make_drafter
-        return cache_key(*names, *(own_names(make) if make is not None else []))
+        return cache_key(*names, *(drafter_identity(make) if make is not None else []))
 
     def _widest(self) -> int:
         return max(self.settings.speculative.max_draft_tokens, NGRAM_DEPTH)
@@ -276,7 +276,7 @@ class Engine:
         mx.clear_cache()
 
 
-def nothing_known() -> dict[bool, Known]:
+def new_request_history() -> dict[bool, Known]:
     """Of greedy requests (True) and of sampled ones (False)."""
     return {
         greedy: Known(AcceptanceEstimate(by_confidence=prior), AcceptanceEstimate(prior=NGRAM_PRIOR))
@@ -287,18 +287,20 @@ def nothing_known() -> dict[bool, Known]:
 class _Bench:
     """What calibration runs: steps on a warm context, rewound after each."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineCore) -> None:
         prompt = [1 + i % 97 for i in range(WARM_CONTEXT)]
-        self._session = engine.session(prompt, Options(law=Law(), num_draft_tokens=1 if engine.drafts else 0))
+        self._session = engine.session(
+            prompt, Options(sampling=SamplingParams(), num_draft_tokens=1 if engine.drafts else 0)
+        )
         while not self._session.prefill():
             pass
         self._drafter = self._session.state.drafter
-        self._draw = Draw(Law(), lambda: 0.5, None)
+        self._draw = DraftSampler(SamplingParams(), lambda: 0.5, None)
 
     @property
     def sound(self) -> bool:
         """Whether what was measured is what drafting costs: somebody's own drafter that failed cost nothing."""
-        return not (isinstance(self._drafter, OwnDrafter) and self._drafter.broken)
+        return not (isinstance(self._drafter, CustomDrafter) and self._drafter.broken)
 
     def verify_once(self, rows: int) -> None:
         state = self._session.state

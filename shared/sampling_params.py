@@ -1,0 +1,41 @@
+"""How the tokens of one answer are drawn: one type for the wire, the engine and the Python API. Imports no model."""
+
+from dataclasses import dataclass
+
+from specl.shared.errors import RequestRejected
+
+SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 are off.
+
+    With a seed, earlier turns are re-tokenised instead of reusing generated ids, so that the output depends on the
+    prompt text only (see Engine.encode_chat).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def validate(self) -> "SamplingParams":
+        """Itself. Raises RequestRejected for a value out of range."""
+        if not 0 <= self.temperature <= 10:
+            raise RequestRejected(f"temperature must lie between 0 and 10, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise RequestRejected(f"top_p must lie above 0 and not above 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise RequestRejected(f"top_k must not be negative, not {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise RequestRejected(f"min_p must lie between 0 and 1, not {self.min_p}")
+        if self.seed is not None and not 0 <= self.seed < SEED_LIMIT:
+            raise RequestRejected("seed must lie between 0 and 2^63 - 1")
+        return self
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the argmax is taken."""
+        return self.temperature == 0
