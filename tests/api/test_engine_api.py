@@ -156,7 +156,10 @@ def test_ones_own_drafter_is_counted_as_the_model_drafter_and_changes_no_word(en
         (lambda d: replace(d, draft_probs=[point_mass(t + 1) for t in d.tokens]), "does not hold it"),
         (lambda d: replace(d, draft_probs=d.draft_probs[1:]), "distributions"),
         (lambda d: d.tokens, "not a Draft"),
-        (lambda d: replace(d, tokens=d.tokens * 9, draft_probs=d.laws * 9, confidences=d.confidences * 9), "asked for"),
+        (
+            lambda d: replace(d, tokens=d.tokens * 9, draft_probs=d.draft_probs * 9, confidences=d.confidences * 9),
+            "asked for",
+        ),
     ],
 )
 def test_a_drafter_that_breaks_a_rule_is_told_which(engine, model_folder, spoil, word):

@@ -24,7 +24,7 @@ def run(name, *arguments):
 
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
-        "in_process.py", "custom_drafter.py", "own_loss.py", "ask_daemons.py",
+        "in_process.py", "custom_drafter.py", "custom_loss.py", "ask_daemons.py",
     }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def test_own_drafter(model_folder):
 
 
 def test_own_loss_falls():
-    values = [float(line.split()[-1]) for line in run("own_loss.py").splitlines()]
+    values = [float(line.split()[-1]) for line in run("custom_loss.py").splitlines()]
     assert values == sorted(values, reverse=True) and values[-1] < 0.1 * values[0]
 
 
@@ -75,12 +75,12 @@ def test_the_settings_loss_is_what_a_step_minimises(monkeypatch):
     from specl.shared.learning.losses import LossSettings, Teacher, position_losses
 
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    from own_loss import reverse_kl
+    from custom_loss import reverse_kl
 
     teacher = Teacher(mx.array([[0, 1]]), mx.log(mx.array([[0.6, 0.3]])), mx.array([0]), mx.ones(1))
     logits = mx.array([[0.5, 0.1, -1.0]])
-    losses, _ = position_losses(logits, teacher, LossSettings("own_loss:reverse_kl"))
+    losses, _ = position_losses(logits, teacher, LossSettings("custom_loss:reverse_kl"))
     assert np.allclose(losses, reverse_kl(logits, teacher, None)[0]) and losses.item() > 0
-    monkeypatch.setattr("own_loss.reverse_kl", lambda *a: (mx.zeros(()), mx.zeros(())))
+    monkeypatch.setattr("custom_loss.reverse_kl", lambda *a: (mx.zeros(()), mx.zeros(())))
     with pytest.raises(SpecLoraError, match="two arrays"):
-        position_losses(logits, teacher, LossSettings("own_loss:reverse_kl"))
+        position_losses(logits, teacher, LossSettings("custom_loss:reverse_kl"))

@@ -13,22 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specl.cli.pending_purge import PendingPurge, Wish
-from specl.daemons.inference.lookout import Lookout
-from specl.shared.access import read_keys
-from specl.shared.adapters import CONFIRMED, REINSTATED, Adapters
-from specl.shared.checkpoints import checkpoint_folder, generations_in
+from specl.daemons.inference.adapter_monitor import AdapterMonitor
+from specl.shared.adapters.registry import CONFIRMED, REINSTATED, Adapters
+from specl.shared.adapters.tensors import read_shape
 from specl.shared.engine import costs
-from specl.shared.engine.adapter_files import read_shape
-from specl.shared.engine.past import PastAnswers
-from specl.shared.hidden import HiddenSpool
+from specl.shared.engine.answer_history import AnswerHistory
+from specl.shared.learning.batch_generate import kept_shard
+from specl.shared.learning.live_check import Depths, Watch
 from specl.shared.learning.steps import about_checkpoint
-from specl.shared.learning.traffic import kept_shard
-from specl.shared.learning.watch import Depths, Watch
-from specl.shared.outbox import Outbox
+from specl.shared.messaging.codec import decode
+from specl.shared.messaging.endpoints import read_keys
+from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
+from specl.shared.retention.checkpoints import checkpoint_folder, generations_in
+from specl.shared.retention.hidden_states import HiddenSpool
+from specl.shared.retention.purge_journal import PendingPurge, Wish
 from specl.shared.store import SCHEMA_VERSION, Store
-from specl.shared.wire import decode
 
 V1 = Path(__file__).parent.parent / "fixtures" / "v1"
 EXPECTED = json.loads((V1 / "EXPECTED.json").read_text(encoding="utf-8"))
@@ -362,7 +362,7 @@ def paths(tmp_path):
 
 
 def test_the_watch_goes_on_where_it_was(paths):
-    lookout = Lookout(paths.root / "watch.json")
+    lookout = AdapterMonitor(paths.root / "watch.json")
     assert lookout.load(DRAFT, TARGET) == lookout.adapter == "000003"
     before = Depths([200.0, 100.0], [120.0, 40.0])
     assert lookout.seen == Depths([12.0, 6.0], [6.0, 2.0])
@@ -372,7 +372,7 @@ def test_the_watch_goes_on_where_it_was(paths):
     assert lookout.last == {
         "adapter": "000001", "requests": 4, "drafted": 240, "acceptance": 0.5333, "before": 0.3333, "state": "kept",
     }  # fmt: skip
-    assert Lookout(paths.root / "watch.json").load(DRAFT, "another") is None
+    assert AdapterMonitor(paths.root / "watch.json").load(DRAFT, "another") is None
 
 
 def test_adapters_are_verified_and_their_marks_are_known(paths):
@@ -428,7 +428,7 @@ def test_an_unfinished_purge_can_be_finished(paths):
 
 
 def test_past_answers_are_remembered(paths):
-    past = PastAnswers(paths.answers, TOKENIZER)
+    past = AnswerHistory(paths.answers, TOKENIZER)
     assert past.texts("somebody") == [(1_780_490_000.0, list(range(100, 110))), (1_780_495_000.0, [7, 8, 9, 10, 11])]
     assert past.texts("somebody else") == []
 

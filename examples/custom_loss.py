@@ -1,6 +1,6 @@
-"""A loss of one's own: reverse KL, which would rather miss a word than invent one. `python examples/own_loss.py` tries it on toy rows.
+"""A loss of one's own: reverse KL, which would rather miss a word than invent one. `python examples/custom_loss.py` tries it on toy rows.
 
-For the trainer: `training: {loss: {type: "own_loss:reverse_kl"}}` in the settings, with this folder on PYTHONPATH.
+For the trainer: `training: {loss: {type: "custom_loss:reverse_kl"}}` in the settings, with this folder on PYTHONPATH.
 """
 
 import mlx.core as mx
