@@ -16,16 +16,16 @@ from specl.shared.messaging.messages import Done
 def summary_line(done: Done) -> str:
     """What a person wants to know of an answer, in one line."""
     stats = done.stats
-    parts = [f"{done.tokens} tokens", f"{stats['tokens_per_second']:.1f} tok/s"]
-    if plain := stats["plain_tokens_per_second_estimate"]:
-        parts.append(f"{stats['tokens_per_second'] / plain:.2f}x plain")
-    parts.append(f"{stats['accepted']} of {stats['drafted']} drafted accepted")
-    if stats["acceptance_rate"] is not None:
-        parts.append(f"acceptance {stats['acceptance_rate']:.2f}")
-    if stats["mean_accepted_length"]:
-        parts.append(f"{stats['mean_accepted_length']:.2f} tokens a round")
+    parts = [f"{done.tokens} tokens", f"{stats.tokens_per_second:.1f} tok/s"]
+    if plain := stats.plain_tokens_per_second_estimate:
+        parts.append(f"{stats.tokens_per_second / plain:.2f}x plain")
+    parts.append(f"{stats.accepted} of {stats.drafted} drafted accepted")
+    if stats.acceptance_rate is not None:
+        parts.append(f"acceptance {stats.acceptance_rate:.2f}")
+    if stats.mean_accepted_length:
+        parts.append(f"{stats.mean_accepted_length:.2f} tokens a round")
     parts.append(f"adapter {done.adapter_id or 'none'}")
-    parts.append(f"first token {stats['ttft_ms']:.0f} ms")
+    parts.append(f"first token {stats.ttft_ms:.0f} ms")
     if not done.recorded and done.record_note:
         parts.append(f"NOT RECORDED: {done.record_note}")
     return " | ".join(parts)
@@ -35,7 +35,7 @@ def as_json(done: Done) -> dict[str, Any]:
     """The object that `--json` prints."""
     fields = asdict(done)
     order = ("text", "tokens", "finish_reason", "adapter_id", "recorded")
-    return {"id": done.generation_id} | {name: fields[name] for name in order} | {"stats": done.stats}
+    return {"id": done.generation_id} | {name: fields[name] for name in order} | {"stats": fields["stats"]}
 
 
 @click.command()

@@ -44,9 +44,9 @@ class Tally:
         stats = done.stats
         self.answers += 1
         self.tokens += done.tokens
-        self.decode_s += done.tokens / stats["tokens_per_second"] if stats["tokens_per_second"] else 0.0
-        self.drafted += stats["model_drafted"]
-        self.accepted += stats["model_accepted"]
+        self.decode_s += done.tokens / stats.tokens_per_second if stats.tokens_per_second else 0.0
+        self.drafted += stats.model_drafted
+        self.accepted += stats.model_accepted
         self.unrecorded += not done.recorded
 
     @property
@@ -196,10 +196,10 @@ class _Output:
             "id": done.generation_id,
             "prompt": item.messages[-1]["content"],
             "target_output": done.text,
-            "acceptance_rate": done.stats["acceptance_rate"],
+            "acceptance_rate": done.stats.acceptance_rate,
             "timestamp": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             "tokens": done.tokens,
-            "tokens_per_second": done.stats["tokens_per_second"],
+            "tokens_per_second": done.stats.tokens_per_second,
             "adapter_id": done.adapter_id,
             "line": item.line,
             "prompt_key": item.key,

@@ -55,7 +55,5 @@ if __name__ == "__main__":
         drafted = engine.generate(prompt, **wish)
         plain = engine.generate(prompt, **wish | {"num_draft_tokens": 0})
     print(drafted.text)
-    print(f"{drafted.stats['model_accepted']} of {drafted.stats['model_drafted']} guesses stood")
-    print(
-        f"{drafted.stats['rounds']} rounds instead of {plain.stats['rounds']}; same text: {drafted.text == plain.text}"
-    )
+    print(f"{drafted.stats.model_accepted} of {drafted.stats.model_drafted} guesses stood")
+    print(f"{drafted.stats.rounds} rounds instead of {plain.stats.rounds}; same text: {drafted.text == plain.text}")

@@ -8,7 +8,7 @@ models = dict(zip(("target", "draft"), sys.argv[1:], strict=False))
 with Engine.load(**models) as engine:
     answer = engine.generate("Name three rivers.", max_tokens=32, temperature=0)
     print(answer.text)
-    print(f"{len(answer.tokens)} tokens in {answer.stats['rounds']} rounds, ended by {answer.finish_reason}")
+    print(f"{len(answer.tokens)} tokens in {answer.stats.rounds} rounds, ended by {answer.finish_reason}")
 
     talk = [
         {"role": "user", "content": "Name three rivers."},
@@ -17,5 +17,5 @@ with Engine.load(**models) as engine:
     ]
     for piece in engine.stream(talk, max_tokens=32, temperature=0.7, seed=7, stop=["\n\n"]):
         print(piece, end="", flush=True)
-    print(f"\n{engine.last.stats['reused_prompt_tokens']} prompt tokens were still in the cache")
+    print(f"\n{engine.last.stats.reused_prompt_tokens} prompt tokens were still in the cache")
     print(engine.stats())

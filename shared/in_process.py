@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from specl.shared.answer_stats import AnswerStats
 from specl.shared.chat import Messages, to_messages
 from specl.shared.errors import AdapterRejected, RequestRejected, SpecLoraError
 from specl.shared.paths import Paths, find_paths
@@ -35,7 +36,7 @@ class Answer:
     text: str
     tokens: list[int]
     finish_reason: str
-    stats: dict[str, Any]
+    stats: AnswerStats
 
 
 class Engine:
@@ -147,7 +148,7 @@ class Engine:
         self._totals["answers"] += 1
         self._totals["tokens"] += len(session.output)
         for name in ("rounds", "model_drafted", "model_accepted"):
-            self._totals[name] += stats[name]
+            self._totals[name] += getattr(stats, name)
         self._seconds += session.tally.decode_s
 
     def stats(self) -> dict[str, Any]:

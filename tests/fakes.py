@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from specl.shared.answer_stats import AnswerStats
 from specl.shared.messaging.codec import encode
 from specl.shared.messaging.messages import (
     Activation,
@@ -115,7 +116,7 @@ def make_generation(id: str, **changes) -> Generation:
         "draft_fingerprint": "d0",
         "adapter_id": "",
         "sources": bytes(len(output)),
-        "stats": {"rounds": 5},
+        "stats": AnswerStats(rounds=5),
         "disagreements": [make_disagreement()],
         "top_k": make_top_k(len(output)),
     }

@@ -216,8 +216,8 @@ class ChatSession:
         if self.face.show_stats:
             if done.finish_reason == "length":
                 self.face.note("cut off at the most tokens; --max-tokens allows more")
-            reused = done.stats["reused_prompt_tokens"]
-            self.face.note(f"{self._last} | {reused} of {done.stats['prompt_tokens']} prompt tokens reused")
+            reused = done.stats.reused_prompt_tokens
+            self.face.note(f"{self._last} | {reused} of {done.stats.prompt_tokens} prompt tokens reused")
 
     def _place(self, place: int) -> None:
         self.face.note(f"waiting: {place} before you" if place else "waiting: next")

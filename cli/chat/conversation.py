@@ -27,12 +27,12 @@ class Totals:
         stats = done.stats
         self.answers += 1
         self.tokens += done.tokens
-        if stats["tokens_per_second"]:
-            self.seconds += done.tokens / stats["tokens_per_second"]
-        self.drafted += stats["model_drafted"]
-        self.accepted += stats["model_accepted"]
-        self.reused += stats["reused_prompt_tokens"]
-        self.prompt += stats["prompt_tokens"]
+        if stats.tokens_per_second:
+            self.seconds += done.tokens / stats.tokens_per_second
+        self.drafted += stats.model_drafted
+        self.accepted += stats.model_accepted
+        self.reused += stats.reused_prompt_tokens
+        self.prompt += stats.prompt_tokens
 
     def line(self) -> str:
         """One line for a person."""

@@ -214,7 +214,7 @@ def to_record(item: Item, law: Law | None) -> Generation:
         draft_fingerprint="",
         adapter_id="",
         sources=bytes(len(law.output_tokens)) if law else b"",
-        stats={},
+        stats=None,
         disagreements=item.disagreements,
         top_k=law.top_k if law else None,
     )

@@ -29,12 +29,12 @@ class Metrics:
     def answered(self, done: Done) -> None:
         """Count a finished answer."""
         stats = done.stats
-        self._prompt.inc(stats.get("prompt_tokens", 0))
+        self._prompt.inc(stats.prompt_tokens)
         self._output.inc(done.tokens)
-        self._drafted.inc(stats.get("drafted", 0))
-        self._accepted.inc(stats.get("accepted", 0))
-        self._ttft.observe(stats.get("ttft_ms", 0.0) / 1000)
-        self._speed.set(stats.get("tokens_per_second", 0.0))
+        self._drafted.inc(stats.drafted)
+        self._accepted.inc(stats.accepted)
+        self._ttft.observe(stats.ttft_ms / 1000)
+        self._speed.set(stats.tokens_per_second)
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -5,6 +5,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from specl.daemons.gateway.errors import ApiError
@@ -26,12 +27,12 @@ def finish_reason(done: Done) -> str:
 
 def usage(done: Done) -> dict[str, Any]:
     """Tokens in and out."""
-    prompt = int(done.stats.get("prompt_tokens", 0))
+    prompt = done.stats.prompt_tokens
     return {
         "prompt_tokens": prompt,
         "completion_tokens": done.tokens,
         "total_tokens": prompt + done.tokens,
-        "prompt_tokens_details": {"cached_tokens": int(done.stats.get("reused_prompt_tokens", 0))},
+        "prompt_tokens_details": {"cached_tokens": done.stats.reused_prompt_tokens},
     }
 
 
@@ -43,7 +44,7 @@ def statistics(done: Done) -> dict[str, Any]:
         "recorded": done.recorded,
         "record_note": done.record_note,
         "finish_reason": done.finish_reason,
-        **done.stats,
+        **asdict(done.stats),
     }
 
 

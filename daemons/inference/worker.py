@@ -346,7 +346,7 @@ class Worker(threading.Thread):
         self.served += 1
         self._idle_since = time.monotonic()
         self.recent.append(
-            (session.tally.drafted["model"], session.tally.accepted["model"], done.stats["tokens_per_second"])
+            (session.tally.drafted["model"], session.tally.accepted["model"], done.stats.tokens_per_second)
         )
         self._keep(job, whole=record is not None and self.recorder.keeps_whole(record))
         if job.began_with == job.adapter_id == self.engine.adapter_id:
@@ -360,7 +360,7 @@ class Worker(threading.Thread):
             tokens=len(session.output),
             rounds=session.tally.rounds,
             acceptance=acceptance_rate(session.tally),
-            tokens_per_second=done.stats["tokens_per_second"],
+            tokens_per_second=done.stats.tokens_per_second,
             adapter=job.adapter_id or None,
             reason=session.finish_reason,
         )

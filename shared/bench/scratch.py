@@ -128,9 +128,9 @@ class DaemonArm:
         ask = self.client.request(item.messages, max_tokens=limit, **self.wish)
         answer = timed(delta.tokens for delta in self.client.deltas(ask))
         stats = self.client.last.stats
-        answer.rounds, answer.drafted, answer.accepted = stats["rounds"], stats["drafted"], stats["accepted"]
-        answer.model_drafted, answer.model_accepted = stats["model_drafted"], stats["model_accepted"]
-        answer.k_histogram = {int(k): count for k, count in stats["k_histogram"].items()}
+        answer.rounds, answer.drafted, answer.accepted = stats.rounds, stats.drafted, stats.accepted
+        answer.model_drafted, answer.model_accepted = stats.model_drafted, stats.model_accepted
+        answer.k_histogram = {int(k): count for k, count in stats.k_histogram.items()}
         answer.drafting_rounds = answer.rounds - answer.k_histogram.get(0, 0)
         answer.rejected = min(answer.drafted - answer.accepted, answer.drafting_rounds)
         return answer

@@ -3,7 +3,7 @@
 with Client() as client:
     for event in client.stream("Why is the sky blue?"):
         print(event, end="")
-    print(client.last.stats["acceptance_rate"])
+    print(client.last.stats.acceptance_rate)
 
 Each request has a connection of its own: what is still on its way to one that was left half-way, a late heartbeat, the end of a
 cancelled answer, can never be taken for the answer to the next. So threads may share a Client.

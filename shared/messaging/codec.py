@@ -1,7 +1,8 @@
 """Records and messages as bytes: msgpack in and out, with a version and limits. The only file that knows the format.
 
 A value that `decode` returns has exactly its declared fields and types, finite numbers and bounded sizes; everything
-else raises WireError. Knows nothing of sockets, files or models.
+else raises WireError. Records of
+version 1, which old outboxes and quarantines hold, are read as well. Knows nothing of sockets, files or models.
 """
 
 import dataclasses
@@ -17,8 +18,9 @@ import msgpack
 
 from specl.shared.errors import WireError
 from specl.shared.messaging.messages import MESSAGES, RECORDS
+from specl.shared.messaging.upgrade import upgrade_v1
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 16 * 1024 * 1024
 MAX_RECORD = MAX_FRAME - 65_536  # a record must fit into the batch that carries it
 MAX_ITEMS = 262_144
@@ -72,11 +74,14 @@ def decode(data: bytes) -> Any:
     if not (isinstance(outer, list) and len(outer) == 3):
         raise WireError(f"not a message: {describe(data)}")
     version, kind, body = outer
-    if type(version) is not int or version != VERSION:
-        raise WireError(f"message version unknown; this program speaks {VERSION}, {describe(data)}")
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
+    upgradable = version == 1 and cls in RECORDS
+    if type(version) is not int or not (version == VERSION or upgradable):
+        raise WireError(f"message version unknown; this program speaks {VERSION}, {describe(data)}")
     if cls is None:
         raise WireError(f"message kind unknown, {describe(data)}")
+    if upgradable:
+        body = upgrade_v1(cls.__name__, body)
     return _build(cls, body, cls.__name__)
 
 
@@ -158,7 +163,8 @@ def _checker(hint: Any) -> Callable[[Any, str], Any]:
     if typing.get_origin(hint) is list:
         return partial(_check_list, *typing.get_args(hint))
     if typing.get_origin(hint) is dict:
-        return _check_map
+        value_type = typing.get_args(hint)[1]
+        return _check_json if value_type is Any else partial(_check_map, value_type)
     return partial(_check_scalar, hint)
 
 
@@ -169,7 +175,16 @@ def _check_list(item: Any, value: Any, where: str) -> list[Any]:
     return [check(v, where) for v in value]
 
 
-def _check_map(value: Any, where: str) -> Any:
+def _check_map(item: Any, value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise WireError(f"{where}: not a map")
+    if not all(isinstance(key, str) for key in value):
+        raise WireError(f"{where}: a key that is not text")
+    check = _checker(item)
+    return {key: check(v, where) for key, v in value.items()}
+
+
+def _check_json(value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise WireError(f"{where}: not a map")
     return _json(value, where, 0)

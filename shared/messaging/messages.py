@@ -7,6 +7,7 @@ made by its producer, so that storing one twice is storing it once. Messages are
 from dataclasses import dataclass, field
 from typing import Any
 
+from specl.shared.answer_stats import AnswerStats
 from specl.shared.sampling_params import SamplingParams
 
 FETCH_LIMIT = 256
@@ -50,7 +51,7 @@ class TopK:
 class Generation:
     """One answered request. Token arrays are u32 little-endian; `sources` has one byte an output token: 0 the target
     itself, 1 the model drafter, 2 the n-gram drafter. `acceptance_rate` = accepted / drafted by the model drafter
-    alone, null when it drafted fewer than 16 (DESIGN: two figures).
+    alone, null when it drafted fewer than 16 (DESIGN: two figures). `stats` is None for a record that was imported.
     """
 
     id: str
@@ -78,7 +79,7 @@ class Generation:
     draft_fingerprint: str
     adapter_id: str
     sources: bytes
-    stats: Json
+    stats: AnswerStats | None
     disagreements: list[Disagreement]
     top_k: TopK | None
 
@@ -245,7 +246,7 @@ class Done:
     adapter_id: str
     recorded: bool
     record_note: str
-    stats: Json
+    stats: AnswerStats
 
 
 @dataclass(frozen=True, slots=True)

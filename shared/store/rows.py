@@ -3,12 +3,13 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 
+from specl.shared.answer_stats import AnswerStats
 from specl.shared.errors import WireError
 from specl.shared.messaging.codec import decode, kind_of
 from specl.shared.messaging.messages import Envelope, Generation, Record
@@ -54,8 +55,9 @@ def _row_of(record: Record) -> dict[str, Any]:
     if isinstance(record, Generation):
         row["agreement"] = None
         row["temperature"] = float(record.sampling.get("temperature", 0.0))
+        row["stats"] = json.dumps({} if record.stats is None else asdict(record.stats), ensure_ascii=False)
         # a record without its text still says how long it was
-        row["output_count"] = len(record.output_tokens) // 4 or sum(record.stats.get("tokens_by_source", {}).values())
+        row["output_count"] = len(record.output_tokens) // 4 or _emitted(record.stats)
         top = record.top_k
         row |= {
             "top_k": top.k if top else None,
@@ -65,6 +67,10 @@ def _row_of(record: Record) -> dict[str, Any]:
             "entropy": top.entropy if top else None,
         }
     return row
+
+
+def _emitted(stats: AnswerStats | None) -> int:
+    return 0 if stats is None else sum(stats.tokens_by_source.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ def test_the_pieces_are_the_text_and_the_last_answer_knows_itself(engine):
     assert "".join(pieces) == engine.last.text == engine.generate("hello", **WISH).text
     assert len(engine.last.tokens) == 12 and engine.last.finish_reason == "length"
     # the draft is the target itself: every guess stands
-    assert engine.last.stats["model_accepted"] == engine.last.stats["model_drafted"] > 0
+    assert engine.last.stats.model_accepted == engine.last.stats.model_drafted > 0
 
 
 def test_a_draft_changes_no_word_and_a_seed_is_one_text(engine):
@@ -47,12 +47,12 @@ def test_a_draft_changes_no_word_and_a_seed_is_one_text(engine):
 
 
 def test_the_chat_template_and_the_system_message_are_applied(engine):
-    alone = engine.generate("hello", **WISH).stats["prompt_tokens"]
-    with_system = engine.generate("hello", **WISH, system="Be brief.").stats["prompt_tokens"]
+    alone = engine.generate("hello", **WISH).stats.prompt_tokens
+    with_system = engine.generate("hello", **WISH, system="Be brief.").stats.prompt_tokens
     as_messages = engine.generate(
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}], **WISH
     )
-    assert alone > len("hello") and with_system > alone and as_messages.stats["prompt_tokens"] == with_system
+    assert alone > len("hello") and with_system > alone and as_messages.stats.prompt_tokens == with_system
 
 
 def test_a_stop_string_ends_the_answer_before_itself(engine):
@@ -146,7 +146,7 @@ def test_ones_own_drafter_is_counted_as_the_model_drafter_and_changes_no_word(en
     with with_oracle(model_folder, plain) as own:
         answer = own.generate("hello", **WISH, num_draft_tokens=3)
     assert answer.tokens == plain.tokens
-    assert answer.stats["model_accepted"] == answer.stats["model_drafted"] == 9 and answer.stats["rounds"] == 3
+    assert answer.stats.model_accepted == answer.stats.model_drafted == 9 and answer.stats.rounds == 3
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_the_settings_drafter_is_loaded_with_the_models(model_folder, tmp_path, 
 
     with load("custom_drafter:make") as engine:
         answer = engine.generate("one two one two one", max_tokens=24, temperature=0, ngram=False)
-        assert answer.stats["model_drafted"] > 0
+        assert answer.stats.model_drafted > 0
     for name, word in (("custom_drafter:nothing", "no 'nothing'"), ("no_such_module:make", "cannot be imported")):
         with pytest.raises(ConfigError, match=word):
             load(name)

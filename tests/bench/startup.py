@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from specl.shared.answer_stats import AnswerStats
 from specl.shared.messaging.bus import Server
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import Ask, Done, GetStatus, Status
@@ -29,10 +30,7 @@ from specl.shared.settings.schema import Settings
 
 BAR_S = 0.4
 COMMAND = str(Path(sys.executable).parent / "specl-ctl")
-STATS = {
-    "tokens_per_second": 50.0, "plain_tokens_per_second_estimate": 40.0, "accepted": 1, "drafted": 2, "acceptance_rate": None,
-    "mean_accepted_length": None, "ttft_ms": 10.0,
-}  # fmt: skip
+STATS = AnswerStats(tokens_per_second=50.0, plain_tokens_per_second_estimate=40.0, accepted=1, drafted=2, ttft_ms=10.0)
 BODY = {
     "state": "ready", "pid": os.getpid(), "uptime_s": 1.0, "queue": {"depth": 0, "in_flight": 0},
     "outbox": {"pending": 0, "refused": 0}, "adapter": {"active": "", "previous": "", "form": ""},

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from specl.shared.answer_stats import AnswerStats
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.bus import gather
 from specl.shared.messaging.client import Client
@@ -315,7 +316,7 @@ def generation(id: str, text: str = "some words", size: int = 0, created_at: flo
         sampling={"temperature": 0.0}, drafted=20, accepted=10, model_drafted=20, model_accepted=5, rounds=8,
         acceptance_rate=0.25, tokens_per_second=10.0, ttft_ms=5.0, target_model="t", draft_model="d",
         target_fingerprint="fake-target", draft_fingerprint="fake-draft", adapter_id="", sources=bytes(max(size, 8)),
-        stats={"tokens": 8}, disagreements=[], top_k=top,
+        stats=AnswerStats(), disagreements=[], top_k=top,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import zmq
 from fault_house import SETTINGS, process_figures, wait_until
 
 from specl.shared.errors import DaemonUnreachable, RequestRejected
-from specl.shared.messaging.codec import decode, encode
+from specl.shared.messaging.codec import VERSION, decode, encode
 from specl.shared.messaging.messages import (
     Ask,
     Envelope,
@@ -56,21 +56,23 @@ def hostile(rng: random.Random) -> bytes:
             lambda: good + b"\0",
             lambda: nested(1000),
             lambda: nested(100_000),
-            lambda: msgpack.packb([1, "Cancel", {}])[:-1] + nested(900),
+            lambda: msgpack.packb([VERSION, "Cancel", {}])[:-1] + nested(900),
             lambda: b"\xdd\xff\xff\xff\xff" + b"\xc0" * 10,  # an array of four thousand million
             lambda: b"\xc6\xff\xff\xff\xff" + b"x" * 10,
             lambda: b"\xdf\xff\xff\xff\xff",
-            lambda: b"\x93\x01\xa6Cancel\x82\xaarequest_id\xa1x\xaarequest_id\xa1y",  # a key twice
-            lambda: msgpack.packb([1, "Ask", body | {"max_tokens": float("nan")}]),
+            lambda: b"\x93\x02\xa6Cancel\x82\xaarequest_id\xa1x\xaarequest_id\xa1y",  # a key twice
+            lambda: msgpack.packb([VERSION, "Ask", body | {"max_tokens": float("nan")}]),
             lambda: msgpack.packb([99, "Cancel", body]),
             lambda: msgpack.packb([True, "Cancel", body]),
-            lambda: msgpack.packb([1, "Nothing", body]),
-            lambda: msgpack.packb([1, "Cancel", body | {"more": 1}]),
-            lambda: msgpack.packb([1, "Cancel", {"request_id": 5}]),
-            lambda: msgpack.packb([1, "Fetch", {"done": [], "limit": 2**63}]),
-            lambda: msgpack.packb([1, "Fetch", {"done": ["x", 1], "limit": 1}]),
+            lambda: msgpack.packb([VERSION, "Nothing", body]),
+            lambda: msgpack.packb([VERSION, "Cancel", body | {"more": 1}]),
+            lambda: msgpack.packb([VERSION, "Cancel", {"request_id": 5}]),
+            lambda: msgpack.packb([VERSION, "Fetch", {"done": [], "limit": 2**63}]),
+            lambda: msgpack.packb([VERSION, "Fetch", {"done": ["x", 1], "limit": 1}]),
             lambda: msgpack.packb(msgpack.ExtType(5, b"x")),
-            lambda: msgpack.packb([1, "Reply", {"ok": True, "message": "", "details": {"a": msgpack.ExtType(1, b"")}}]),
+            lambda: msgpack.packb(
+                [VERSION, "Reply", {"ok": True, "message": "", "details": {"a": msgpack.ExtType(1, b"")}}]
+            ),
         ]
     )()
 

@@ -111,10 +111,10 @@ def test_a_purge_empties_the_caches_of_the_running_daemon(house):
     house.start("collector")
     house.ready("inference")
     with house.client() as client:
-        again = [house.ask(SECRET, client).stats["reused_prompt_tokens"] for _ in range(2)]
+        again = [house.ask(SECRET, client).stats.reused_prompt_tokens for _ in range(2)]
         house.settle()
         specl(house, "store", "purge", "--pattern", SECRET, "--yes")
-        after = house.ask(SECRET, client, record=False).stats["reused_prompt_tokens"]
+        after = house.ask(SECRET, client, record=False).stats.reused_prompt_tokens
     assert again[0] == 0 and again[1] >= len(SECRET), "a second question finds the first one's prompt in the cache"
     assert after == 0, "the purge left it there"
 
@@ -262,7 +262,7 @@ def test_no_record_leaves_nothing_anywhere(house):
         done = house.ask(f"{SECRET}, off the record", client, record=False)
         assert not done.recorded and done.tokens == 8
         again = house.ask(f"{SECRET}, off the record", client, record=False)
-        assert again.stats["reused_prompt_tokens"] == 0, "the prefix cache kept it"
+        assert again.stats.reused_prompt_tokens == 0, "the prefix cache kept it"
     house.ask("on the record")
     house.settle()
     assert files_with(house, SECRET) == []

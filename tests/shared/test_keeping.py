@@ -28,7 +28,7 @@ def generation(id=None, acceptance=0.2, text="hello", created=None, agreement_on
         messages=[{"role": "user", "content": text}], prompt=text, prompt_tokens=tokens, output=f"{text} there", output_tokens=tokens,
         finish_reason="stop", sampling={"temperature": 0.0}, drafted=20, accepted=4, model_drafted=20, model_accepted=4, rounds=9,
         acceptance_rate=None if agreement_only else acceptance, tokens_per_second=30.0, ttft_ms=50.0, target_model="t", draft_model="d",
-        target_fingerprint="tf", draft_fingerprint="df", adapter_id="", sources=bytes(5), stats={}, disagreements=lines, top_k=top,
+        target_fingerprint="tf", draft_fingerprint="df", adapter_id="", sources=bytes(5), stats=None, disagreements=lines, top_k=top,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from specl.daemons.collector import service
+from specl.shared.answer_stats import AnswerStats
 from specl.shared.errors import StoreError
 from specl.shared.messaging.messages import Envelope, Import, RecordBatch, Reply
 from specl.shared.paths import find_paths
@@ -155,7 +156,7 @@ def test_without_a_limit_one_copy_of_the_store_is_kept(collector):
 
 def test_an_import_of_what_no_row_can_hold_is_answered(collector):
     one = collector()
-    poison = to_row(make_generation("p", output_tokens=b"", stats={"tokens_by_source": []}))
+    poison = to_row(make_generation("p", output_tokens=b"", stats=AnswerStats(tokens_by_source={"a": 2**62})))
     one._request(b"peer", Import([poison, to_row(make_generation("g"))]))
     (reply,) = one.server.sent
     assert isinstance(reply, Reply) and reply.ok

@@ -28,7 +28,7 @@ def failure():
         output="o", output_tokens=tokens, finish_reason="stop", sampling={"temperature": 0.0}, drafted=20, accepted=1,
         model_drafted=20, model_accepted=1, rounds=9, acceptance_rate=0.05, tokens_per_second=30.0, ttft_ms=50.0,
         target_model="t", draft_model="d", target_fingerprint="tf", draft_fingerprint="df", adapter_id="", sources=bytes(8),
-        stats={}, disagreements=[], top_k=None,
+        stats=None, disagreements=[], top_k=None,
     )  # fmt: skip
 
 
