@@ -3,14 +3,14 @@
 One file, WAL, readable with `sqlite3` alone: token arrays are blobs with their text beside them. The collector is the only
 writer; everyone else opens it read-only with short transactions. Storing a record twice is storing it once.
 
-`schema` and `views` say what is in it, `file` opens it, `rows` turns records into rows, `writing` adds them, `forgetting`
+`schema` describes its tables, `migrations` makes them, `file` opens it, `rows` turns records into rows, `writing` adds them, `forgetting`
 removes them, `questions` reads.
 """
 
 from specl.shared.store.forgetting import EARLIEST, LATEST, PURGE_MOST, Forgetting
+from specl.shared.store.migrations import SCHEMA_VERSION
 from specl.shared.store.questions import Questions, Summary
 from specl.shared.store.rows import Outline, StoredGeneration
-from specl.shared.store.schema import SCHEMA_VERSION
 from specl.shared.store.writing import Writing
 
 __all__ = ["EARLIEST", "LATEST", "PURGE_MOST", "SCHEMA_VERSION", "Outline", "Store", "StoredGeneration", "Summary"]

@@ -1,9 +1,10 @@
 """The file itself: opened with the right pragmas, brought to today's schema with a copy kept, asked in short transactions."""
 
+import itertools
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from specl.shared.errors import StoreError, StoreTooNew
-from specl.shared.store import schema
+from specl.shared.store.migrations import MIGRATIONS
 
 
 class StoreFile:
     """The open file at `path`; see `Store`."""
 
-    def __init__(self, path: Path, read_only: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, read_only: bool = False, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> None:
+        self.path, self._migrations = path, migrations
         if read_only and not path.is_file():
             raise StoreError(
                 f"there is no store at {path} yet", "it is made when the collector first runs (`honcho start`)"
@@ -50,12 +51,13 @@ class StoreFile:
     def _open(self, read_only: bool) -> None:
         with self._engine.connect() as connection:
             version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-        if version > schema.SCHEMA_VERSION:
+        newest = len(self._migrations)
+        if version > newest:
             raise StoreTooNew(
-                f"the store {self.path} has schema {version}; this program knows up to {schema.SCHEMA_VERSION}",
+                f"the store {self.path} has schema {version}; this program knows up to {newest}",
                 "upgrade speclora",
             )
-        if version == schema.SCHEMA_VERSION:
+        if version == newest:
             return
         if read_only:
             raise StoreError(
@@ -65,9 +67,9 @@ class StoreFile:
         if version:
             self._back_up(version)
         with self._engine.begin() as connection:
-            for number in range(version, schema.SCHEMA_VERSION):
-                schema.MIGRATIONS[number](connection)
-            connection.exec_driver_sql(f"PRAGMA user_version = {schema.SCHEMA_VERSION}")
+            for statement in itertools.chain(*self._migrations[version:]):
+                connection.exec_driver_sql(statement)
+            connection.exec_driver_sql(f"PRAGMA user_version = {newest}")
 
     def _back_up(self, version: int) -> None:
         """A whole copy before an upgrade, the write-ahead log included, complete or not there at all. One of each version: an

@@ -1,6 +1,6 @@
-"""Tables of the store and how an older one becomes today's: one step a version, all in one transaction.
+"""The tables of the store as today's code reads and writes them.
 
-What a released step does never changes; a new wish is a new step.
+A file gets them from the steps in `migrations`, never from here: a test compares the two.
 """
 
 from typing import Any
@@ -8,20 +8,18 @@ from typing import Any
 import sqlalchemy as sa
 
 from specl.shared.messaging.messages import Activation, Adapter, Evaluation, Generation, TrainingRun
-from specl.shared.store.views import ADAPTER_ACTIVATIONS, ADAPTER_HISTORY, VIEWS
 
-SCHEMA_VERSION = 4
-_meta = sa.MetaData()
+metadata = sa.MetaData()
 _Text, _Int, _Real, _Blob = sa.Text, sa.Integer, sa.Float, sa.LargeBinary
 
 
-def _column(name: str, kind: Any, **more: Any) -> sa.Column:
-    return sa.Column(name, kind, nullable=more.pop("nullable", False), **more)
+def _column(name: str, kind: Any, nullable: bool = False, **options: Any) -> sa.Column[Any]:
+    return sa.Column(name, kind, nullable=nullable, **options)
 
 
 generations = sa.Table(
     "generations",
-    _meta,
+    metadata,
     sa.Column("n", _Int, primary_key=True),
     _column("id", _Text, unique=True),
     _column("conversation_id", _Text, index=True),
@@ -59,9 +57,16 @@ generations = sa.Table(
     _column("tail", _Blob, nullable=True),
     _column("entropy", _Blob, nullable=True),
 )
+sa.Index(
+    "ix_generations_drafting",
+    generations.c.adapter_id,
+    generations.c.model_drafted,
+    generations.c.model_accepted,
+)
+sa.Index("ix_generations_score", generations.c.acceptance_rate, generations.c.agreement)
 disagreements = sa.Table(
     "disagreements",
-    _meta,
+    metadata,
     sa.Column("n", _Int, primary_key=True),
     _column("generation_id", _Text, index=True),
     _column("position", _Int),
@@ -77,7 +82,7 @@ disagreements = sa.Table(
 )
 adapters = sa.Table(
     "adapters",
-    _meta,
+    metadata,
     sa.Column("n", _Int, primary_key=True),
     _column("id", _Text, unique=True),
     _column("created_at", _Real),
@@ -92,7 +97,7 @@ adapters = sa.Table(
 )
 training_runs = sa.Table(
     "training_runs",
-    _meta,
+    metadata,
     sa.Column("n", _Int, primary_key=True),
     _column("id", _Text, unique=True),
     _column("created_at", _Real),
@@ -113,7 +118,7 @@ training_runs = sa.Table(
 )
 evaluations = sa.Table(
     "evaluations",
-    _meta,
+    metadata,
     sa.Column("n", _Int, primary_key=True),
     _column("id", _Text, unique=True),
     _column("created_at", _Real),
@@ -130,7 +135,7 @@ evaluations = sa.Table(
 )
 activations = sa.Table(
     "activations",
-    _meta,
+    metadata,
     sa.Column("n", _Int, primary_key=True),
     _column("id", _Text, unique=True),
     _column("created_at", _Real),
@@ -143,7 +148,7 @@ activations = sa.Table(
 )
 quarantine = sa.Table(
     "quarantine",
-    _meta,
+    metadata,
     sa.Column("n", _Int, primary_key=True),
     _column("id", _Text, unique=True),
     _column("kind", _Text),
@@ -151,7 +156,7 @@ quarantine = sa.Table(
     _column("reason", _Text),
     _column("raw", _Blob),
 )
-thresholds = sa.Table("settings", _meta, sa.Column("name", _Text, primary_key=True), _column("value", _Text))
+thresholds = sa.Table("settings", metadata, sa.Column("name", _Text, primary_key=True), _column("value", _Text))
 TABLES: dict[type, sa.Table] = {
     Generation: generations,
     Activation: activations,
@@ -159,34 +164,3 @@ TABLES: dict[type, sa.Table] = {
     Evaluation: evaluations,
     Adapter: adapters,
 }
-
-
-def _m001(connection: sa.Connection) -> None:
-    """Tables, indexes and views as first released."""
-    _meta.create_all(connection)
-    for name, query in VIEWS.items():
-        connection.exec_driver_sql(f"CREATE VIEW {name} AS {query}")
-
-
-def _m002(connection: sa.Connection) -> None:
-    """An adapter's whole story: data, interval and regression in `adapter_history`; `adapter_activations`."""
-    connection.exec_driver_sql("DROP VIEW adapter_history")
-    connection.exec_driver_sql(f"CREATE VIEW adapter_history AS {ADAPTER_HISTORY}")
-    connection.exec_driver_sql(f"CREATE VIEW adapter_activations AS {ADAPTER_ACTIVATIONS}")
-
-
-def _m003(connection: sa.Connection) -> None:
-    """Imported rows have no speed and no longer count as standing still."""
-    connection.exec_driver_sql("DROP VIEW acceptance_by_day")
-    connection.exec_driver_sql(f"CREATE VIEW acceptance_by_day AS {VIEWS['acceptance_by_day']}")
-
-
-def _m004(connection: sa.Connection) -> None:
-    """What `status` counts and sums, without reading through the texts and laws of every row."""
-    connection.exec_driver_sql(
-        "CREATE INDEX ix_generations_drafting ON generations (adapter_id, model_drafted, model_accepted)"
-    )
-    connection.exec_driver_sql("CREATE INDEX ix_generations_score ON generations (acceptance_rate, agreement)")
-
-
-MIGRATIONS = (_m001, _m002, _m003, _m004)

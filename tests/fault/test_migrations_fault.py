@@ -8,23 +8,21 @@ from fault_house import generation, wait_until
 from specl.shared.errors import StoreError, StoreTooNew
 from specl.shared.messaging.codec import encode
 from specl.shared.messaging.messages import Envelope
-from specl.shared.store import Store, schema
+from specl.shared.store import SCHEMA_VERSION, Store
+from specl.shared.store.migrations import MIGRATIONS
 
-NOW = schema.SCHEMA_VERSION
+NOW = SCHEMA_VERSION
+ADD_COLUMN = "ALTER TABLE generations ADD COLUMN mood TEXT"
+NEXT = (*MIGRATIONS, (ADD_COLUMN,))  # what a newer program would do
 
 
 @pytest.fixture
-def older(tmp_path, monkeypatch):
-    """A store of today's schema with a row that is still in its write-ahead log, and a program that knows the next one."""
+def older(tmp_path):
+    """A store of today's schema with a row that is still in its write-ahead log."""
     path = tmp_path / "store.db"
     store = Store(path)
     store.add_rows([Envelope("a", "Generation", encode(generation("a")))])
 
-    def _next(connection):
-        connection.exec_driver_sql("ALTER TABLE generations ADD COLUMN mood TEXT")
-
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", NOW + 1)
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, _next))
     yield path
     store.close()
 
@@ -35,7 +33,7 @@ def version(path):
 
 
 def test_an_older_store_is_copied_and_upgraded(older):
-    store = Store(older)
+    store = Store(older, migrations=NEXT)
     (backup,) = store.backups()
     assert version(older) == NOW + 1 and version(backup) == NOW
     assert backup.stat().st_mode & 0o077 == 0
@@ -44,17 +42,12 @@ def test_an_older_store_is_copied_and_upgraded(older):
     with sqlite3.connect(backup) as db:
         assert db.execute("SELECT id FROM generations").fetchall() == [("a",)]
     store.close()
-    assert len(Store(older).backups()) == 1
+    assert len(Store(older, migrations=NEXT).backups()) == 1
 
 
-def test_an_upgrade_that_fails_changes_nothing(older, monkeypatch):
-    def broken(connection):
-        connection.exec_driver_sql("ALTER TABLE generations ADD COLUMN mood TEXT")
-        connection.exec_driver_sql("SELECT nonsense")
-
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS[:-1], broken))
+def test_an_upgrade_that_fails_changes_nothing(older):
     with pytest.raises(StoreError):
-        Store(older)
+        Store(older, migrations=(*MIGRATIONS, (ADD_COLUMN, "SELECT nonsense")))
     assert version(older) == NOW
     with sqlite3.connect(older) as db:
         assert "mood" not in [row[1] for row in db.execute("PRAGMA table_info(generations)")]
@@ -62,7 +55,7 @@ def test_an_upgrade_that_fails_changes_nothing(older, monkeypatch):
 
 def test_an_older_store_is_not_upgraded_by_a_reader(older):
     with pytest.raises(StoreError, match=f"older schema {NOW}"):
-        Store(older, read_only=True)
+        Store(older, read_only=True, migrations=NEXT)
 
 
 def test_a_newer_store_is_refused_by_name_and_not_retried(house):

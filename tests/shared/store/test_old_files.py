@@ -30,7 +30,7 @@ from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.purge_journal import PendingPurge, Wish
 from specl.shared.store import SCHEMA_VERSION, Store
 
-V1 = Path(__file__).parent.parent / "fixtures" / "v1"
+V1 = Path(__file__).parents[2] / "fixtures" / "v1"
 EXPECTED = json.loads((V1 / "EXPECTED.json").read_text(encoding="utf-8"))
 SCHEMAS = (1, 2, 3, 4)
 NOW: dict[str, str] = {}  # what has another name now: by `table` or `table.column` as of then; views count as tables

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,7 +233,7 @@ PUBLISH = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from tests.shared.test_keeping import publish
+from tests.shared.store.test_keeping import publish
 from specl.shared.adapters.registry import Adapters
 publish(Adapters(Path(sys.argv[1])), "000002")
 """
@@ -243,7 +244,7 @@ POINTS = ("files_written", "before_rename", "after_rename", "before_current", "a
 def test_a_kill_while_publishing_leaves_current_naming_a_whole_adapter(tmp_path, point):
     adapters = Adapters(tmp_path)
     publish(adapters)
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    root = str(Path(__file__).parents[3])
     done = subprocess.run(
         [sys.executable, "-c", PUBLISH, str(tmp_path), root], env=os.environ | {"SPECL_CRASH_AT": f"adapter.{point}"}
     )

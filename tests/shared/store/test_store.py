@@ -7,7 +7,7 @@ import pytest
 
 from specl.shared.errors import StoreError
 from specl.shared.messaging.messages import Envelope
-from specl.shared.store import Store, schema, views
+from specl.shared.store import Store
 from tests.fakes import (
     make_activation,
     make_adapter_record,
@@ -190,20 +190,6 @@ def test_imported_rows_have_no_speed_and_do_not_pull_the_mean_down(store, path):
     assert ask(path, "SELECT * FROM acceptance_by_day")[-1]["tokens_per_second"] is None
 
 
-def test_a_store_of_the_first_schema_gets_the_new_view_and_keeps_its_rows(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        first = views.VIEWS["acceptance_by_day"].replace("nullif(tokens_per_second, 0)", "tokens_per_second")
-        patch.setitem(views.VIEWS, "acceptance_by_day", first)
-        patch.setattr(schema, "SCHEMA_VERSION", 1)
-        old = Store(tmp_path / "old.db")
-        add(old, make_generation("a"), make_generation("b", tokens_per_second=0.0))
-        assert old.sql("SELECT tokens_per_second AS v FROM acceptance_by_day") == [{"v": 6.25}]
-        old.close()
-    new = Store(tmp_path / "old.db")
-    assert new.sql("SELECT tokens_per_second AS v, generations AS n FROM acceptance_by_day") == [{"v": 12.5, "n": 2}]
-    new.close()
-
-
 def test_costliest_tokens_are_counted_by_pair(store, path):
     add(
         store,
@@ -259,41 +245,6 @@ def test_adapter_history_has_data_interval_regression_and_activations(store, pat
         "by hand",
         "watch",
     ]
-
-
-def test_a_store_of_schema_one_gets_the_new_views_and_keeps_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", 1)
-    old = Store(tmp_path / "old.db")
-    add(old, make_training_run("t1"))
-    with pytest.raises(StoreError):
-        old.sql("SELECT * FROM adapter_activations")
-    old.close()
-    monkeypatch.undo()
-    new = Store(tmp_path / "old.db")
-    (row,) = new.adapter_runs()
-    assert row["verdict"] == "promoted" and row["failures"] is None
-    assert len(new.backups()) == 1
-    new.close()
-
-
-def test_an_upgrade_that_fails_again_and_again_leaves_one_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", 1)
-    old = Store(tmp_path / "old.db")
-    add(old, make_generation("g"))
-    old.close()
-    monkeypatch.undo()
-
-    def broken(connection):
-        connection.exec_driver_sql("CREATE TABLE half AS SELECT * FROM generations")
-        connection.exec_driver_sql("SELECT nonsense")
-
-    monkeypatch.setattr(schema, "MIGRATIONS", (schema.MIGRATIONS[0], broken, *schema.MIGRATIONS[2:]))
-    for second in range(4):
-        monkeypatch.setattr("specl.shared.store.file.time.time", lambda second=second: 1e9 + second)
-        with pytest.raises(StoreError, match="nonsense"):
-            Store(tmp_path / "old.db")
-    (copy,) = tmp_path.glob("*old.db.backup-*")
-    assert ask(copy, "SELECT id FROM generations") == [{"id": "g"}]
 
 
 # ---------------------------------------------------------------------------------------------------- opening
