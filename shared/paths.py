@@ -128,15 +128,6 @@ def default_root(environ: dict[str, str] | os._Environ[str], here: Path, cwd: Pa
     return Path.home() / ".local" / "share" / "speclora"
 
 
-def sync(path: Path) -> None:
-    """Have the disk keep a file, or the names in a folder, as they are now. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def find_paths() -> Paths:
     """The run directory that the environment names. Creates nothing."""
     root = default_root(os.environ, Path(__file__).resolve().parent, Path.cwd())

@@ -1,16 +1,17 @@
 """`specl-ctl store export` and `import`: the store as JSON lines in the documented shape, or as Parquet with the target's laws."""
 
 import json
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.paths import find_paths
+from specl.shared.runtime.atomic_files import atomic_file
 from specl.shared.store import Store
 
 if TYPE_CHECKING:
@@ -49,44 +50,38 @@ def export(as_jsonl: bool, as_parquet: bool, out: str, only_failures: bool) -> N
         raise click.UsageError("--parquet needs --out FILE")
     from specl.cli.store.parquet import write
 
-    scratch = _scratch(out)
-    try:
-        count = write(scratch, (row for row in store.each() if wanted is None or row.values["id"] in wanted))
-        os.replace(scratch, out)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with _output(out) as file:
+        count = write(file, (row for row in store.each() if wanted is None or row.values["id"] in wanted))
     click.echo(f"{count} generations written to {out}", err=True)
 
 
-def _scratch(out: str) -> Path:
-    """A name beside `out`: what stands under `out` is whole or not there."""
+@contextmanager
+def _output(out: str) -> Iterator[BinaryIO]:
+    """The file `out`, complete or not there; its permissions follow the umask."""
     path = Path(out)
     if not path.parent.is_dir():
         raise ConfigError(f"there is no folder {path.parent}")
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with atomic_file(path, sync=True, mode=0o666) as file:
+            yield file
+    except OSError as error:
+        raise SpecLoraError(f"{out} cannot be written: {error.strerror}") from error
 
 
 def _to_jsonl(store: Store, out: str, wanted: set[str] | None) -> None:
     rows = (row for row in store.export() if wanted is None or row["id"] in wanted)
     if out == "-":
-        _write_lines(sys.stdout, rows)
+        _write_lines(sys.stdout.write, rows)
         return
-    scratch = _scratch(out)
-    try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            count = _write_lines(file, rows)
-        os.replace(scratch, out)
-    except OSError as error:
-        raise SpecLoraError(f"{out} cannot be written: {error.strerror}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    with _output(out) as file:
+        count = _write_lines(lambda line: file.write(line.encode()), rows)
     click.echo(f"{count} generations written to {out}", err=True)
 
 
-def _write_lines(file: TextIO, rows: Iterator[dict[str, Any]]) -> int:
+def _write_lines(write: Callable[[str], object], rows: Iterator[dict[str, Any]]) -> int:
     count = 0
     for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        write(json.dumps(row, ensure_ascii=False) + "\n")
         count += 1
     return count
 

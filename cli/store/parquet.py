@@ -3,8 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -31,11 +30,11 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-def write(path: Path, rows: Iterable[StoredGeneration]) -> int:
+def write(file: BinaryIO, rows: Iterable[StoredGeneration]) -> int:
     """Write all of `rows`; how many they were. Raises ConfigError without pyarrow."""
     pa = _pyarrow()
     schema, count, source = _schema(pa), 0, iter(rows)
-    with pa.parquet.ParquetWriter(str(path), schema, compression="zstd") as writer:
+    with pa.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         while group := [to_row(row) for row in islice(source, GROUP)]:
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
             count += len(group)

@@ -16,6 +16,7 @@ from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.messaging.endpoints import check_exposure, gateway_token
 from specl.shared.paths import Paths
 from specl.shared.runtime import log
+from specl.shared.runtime.atomic_files import write_file
 from specl.shared.runtime.signals import StopFlag
 from specl.shared.settings.schema import Gateway, Settings
 from specl.shared.status import gateway_file
@@ -61,11 +62,9 @@ class _Teller:
 
     def say(self, state: str, address: str | None = None, problem: str | None = None) -> None:
         """Write the state, whole or not at all."""
-        scratch = self._file.with_suffix(".new")
         body = {"pid": os.getpid(), "started": self._started, "state": state, "address": address, "problem": problem}
         with suppress(OSError):  # on a full disk the gateway serves on
-            scratch.write_text(json.dumps(body))
-            scratch.rename(self._file)
+            write_file(self._file, json.dumps(body), sync=False)
 
 
 def _wait_for_port(settings: Gateway, teller: _Teller, stop: StopFlag) -> socket.socket | None:

@@ -5,7 +5,6 @@ was on. Losing the file (power, a full disk) costs the baseline and nothing else
 """
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from pydantic import TypeAdapter
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected
 from specl.shared.learning.live_check import Depths, Watch
+from specl.shared.runtime.atomic_files import write_file
 
 REMEMBERED = 2000  # tested tokens of the active adapter; older ones fade
 KNOWN = 3  # adapters whose counts are kept, in case they come back
@@ -136,10 +136,8 @@ class AdapterMonitor:
         if self._path is None:
             return
         memory = Memory(*self._pair, self.adapter, self.seen, self.watch, self.last, self.broken_off, self.known)
-        scratch = self._path.with_name(f".{self._path.name}")
         with suppress(OSError):  # a full disk must not end an answer
-            scratch.write_text(json.dumps(asdict(memory)))
-            os.replace(scratch, self._path)
+            write_file(self._path, json.dumps(asdict(memory)), sync=False)
 
     def status(self) -> dict[str, Any]:
         """The watch that is on, or how the last one ended."""

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from specl.shared.adapters.manifest import Manifest, header_problem, parse_manifest
 from specl.shared.errors import AdapterRejected
-from specl.shared.paths import sync
+from specl.shared.runtime.atomic_files import sync_to_disk, sync_tree, write_file
 from specl.shared.runtime.failpoints import crash_point
 
 FILES = ("adapters.safetensors", "adapter_config.json", "manifest.json", "hot_vocab.npy")
@@ -89,14 +89,12 @@ class Adapters:
         }
         document = asdict(manifest) | {"files": hashes}
         (source / "manifest.json").write_text(json.dumps(document, indent=2))
-        for path in source.iterdir():
-            sync(path)
-        sync(source)
+        sync_tree(source)
         final = self.folder / manifest.id
         crash_point("adapter.before_rename")
         os.rename(source, final)
         try:
-            sync(self.folder)
+            sync_to_disk(self.folder)
             crash_point("adapter.after_rename")
             if make_current:
                 self.set_current(manifest.id)
@@ -146,15 +144,7 @@ class Adapters:
 
     def _replace(self, name: str, text: str) -> None:
         """The file `name` here holds `text`, or what it held before, whatever is killed whenever."""
-        scratch = self.folder / f".{name}-{os.getpid()}"
-        try:
-            scratch.write_text(text)
-            sync(scratch)
-            os.rename(scratch, self.folder / name)
-        except OSError:
-            scratch.unlink(missing_ok=True)
-            raise
-        sync(self.folder)
+        write_file(self.folder / name, text, sync=True)
 
     def set_previous(self, id: str) -> None:
         """PREVIOUS names what drafted before; it is kept for a rollback. Raises OSError."""
@@ -215,9 +205,7 @@ class Adapters:
 
         The caller has made sure that CURRENT names none of them.
         """
-        scratch = self.folder / f".{HIGHEST}"
-        scratch.write_text(str(int(self.next_id()) - 1))
-        os.rename(scratch, self.folder / HIGHEST)
+        self._replace(HIGHEST, str(int(self.next_id()) - 1))
         for id in ids:
             self._remove(id)
 

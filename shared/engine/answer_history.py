@@ -7,7 +7,6 @@ reaches it here, too.
 """
 
 import hashlib
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+
+from specl.shared.runtime.atomic_files import write_file
 
 MATCH = 3  # tokens that must be the same before anything is proposed
 MOST_TRIED = 32  # places looked at for one match
@@ -165,14 +166,7 @@ def _write(path: Path, answers: Sequence[Answer]) -> None:
     """[FORMAT, how many, when each was made, how long each is, all tokens], by rename."""
     head = [FORMAT, len(answers), *(int(made_at) for made_at, _ in answers), *(len(text) for _, text in answers)]
     data = np.array([*head, *(token for _, text in answers for token in text)], "<u4")
-    scratch = path.with_suffix(".partial")
-    try:
-        with open(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(data.tobytes())
-        os.rename(scratch, path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
+    write_file(path, data.tobytes(), sync=False)
 
 
 def _read(path: Path) -> list[Answer]:

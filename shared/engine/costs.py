@@ -20,6 +20,8 @@ from typing import Protocol
 
 import numpy as np
 
+from specl.shared.runtime.atomic_files import write_file
+
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 PROBE_EVERY = 8  # parked rounds before the first probe; one that fails doubles the pause, one that stands quarters it
 PROBE_AT_LEAST, PROBE_AT_MOST = 4, 384  # a probe costs one to three steps: the draft reads all it has missed
@@ -364,8 +366,6 @@ def load_or_calibrate(
     costs = calibrate(subject, most, drafts)
     if not sound():
         return costs
-    scratch = path.with_suffix(".partial")
     with suppress(OSError):  # a full disk: measured again next time
-        scratch.write_text(json.dumps(asdict(costs), indent=1))
-        scratch.rename(path)
+        write_file(path, json.dumps(asdict(costs), indent=1), sync=False)
     return costs

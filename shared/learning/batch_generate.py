@@ -4,7 +4,6 @@ One pass: tokens, top-k and states are taken while generating. Rows of a batch a
 """
 
 import errno
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from specl.shared.engine.sampling import largest, log_sum_exp, top_indices
 from specl.shared.errors import ModelError
 from specl.shared.learning.examples import Example
 from specl.shared.models.load import FEW_ROWS, LanguageModel, Say, to_stderr
+from specl.shared.runtime.atomic_files import atomic_file
 
 SHRINK_AT = 0.75  # filter the batch once this share of its rows still runs
 LANES = 8
@@ -181,12 +181,8 @@ def save_shard(path: Path, examples: Sequence[Example]) -> None:
     }
     if all(example.states is not None for example in examples):
         arrays["states"] = np.concatenate([example.states for example in examples])
-    scratch = path.with_suffix(".partial.npz")
-    with open(scratch, "wb") as file:
+    with atomic_file(path, sync=True) as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.rename(path)
 
 
 def kept_shard(path: Path, say: Say = to_stderr) -> list[Example] | None:

@@ -6,8 +6,6 @@ what is done with the result.
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from specl.shared.learning.checkpointing import checkpointed
 from specl.shared.learning.examples import Example, collate
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import EPSILON, LossSettings
-from specl.shared.retention.checkpoints import all_of
+from specl.shared.runtime.atomic_files import atomic_dir
 from specl.shared.runtime.failpoints import crash_point
 
 WARM_UP = 0.05  # share of the steps
@@ -99,22 +97,12 @@ class StepLoop:
     # ------------------------------------------------------------------------------------------------ survive a kill
     def save(self, folder: Path, about: dict[str, object]) -> None:
         """Weights, moments and step, whole, by rename. Raises OSError, with the last one still there, where the disk refuses."""
-        _, scratch, old = all_of(folder)
         try:
-            scratch.mkdir(parents=True, exist_ok=True)
-            self._write(scratch)
-            (scratch / "state.json").write_text(json.dumps({"step": self.step_number, **about}))
-            for path in scratch.iterdir():  # a power cut must not leave a whole name with torn weights
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+            with atomic_dir(folder, sync=True) as scratch:
+                self._write(scratch)
+                (scratch / "state.json").write_text(json.dumps({"step": self.step_number, **about}))
         except (OSError, RuntimeError) as error:  # mlx says RuntimeError where a disk is full
-            shutil.rmtree(scratch, ignore_errors=True)
             raise OSError(f"no checkpoint could be written to {folder}: {error}") from error
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-        os.rename(scratch, folder)
-        shutil.rmtree(old, ignore_errors=True)
         crash_point("training.after_checkpoint")
 
     def _write(self, folder: Path) -> None:

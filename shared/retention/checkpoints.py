@@ -1,13 +1,15 @@
 """Where an unfinished training run is kept, whose it is, and how it goes whole. Knows files, nothing of models.
 
 var/training/checkpoint/            the last whole one: weights, optimizer, state.json
-var/training/checkpoint.partial/    being written
-var/training/checkpoint.old/        the one before, while the two change places
+var/training/.checkpoint.partial/   being written
+var/training/.checkpoint.old/       the one before, while the two change places
 """
 
 import json
 import shutil
 from pathlib import Path
+
+from specl.shared.runtime.atomic_files import copies_of
 
 NAME = "checkpoint"
 
@@ -18,8 +20,8 @@ def checkpoint_folder(training: Path) -> Path:
 
 
 def all_of(checkpoint: Path) -> list[Path]:
-    """A checkpoint's folder and the two that a kill in the middle of saving can leave beside it."""
-    return [checkpoint, *(checkpoint.with_name(checkpoint.name + end) for end in (".partial", ".old"))]
+    """A checkpoint's folder and what a kill while saving can leave beside it, under names of now and of earlier versions."""
+    return [*copies_of(checkpoint), *(checkpoint.with_name(checkpoint.name + end) for end in (".partial", ".old"))]
 
 
 def forget(checkpoint: Path) -> None:

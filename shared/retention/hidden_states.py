@@ -4,13 +4,14 @@ A spooled file is a convenience, never a promise: the trainer recomputes what is
 the prompt itself, so it is private and purged with it.
 """
 
-import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+
+from specl.shared.runtime.atomic_files import atomic_file, leftovers
 
 ID = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]{0,127}")  # anything else is no record's id, and may point elsewhere
 
@@ -33,22 +34,13 @@ class HiddenSpool:
         """The file of a generation, or None for what is not an id."""
         return self.folder / f"{id}.npy" if ID.fullmatch(id) else None
 
-    def _scratch(self, id: str) -> Path:
-        return self.folder / f".{id}.partial"
-
     def write(self, id: str, states: np.ndarray) -> None:
         """Keep states [n, hidden] as fp16. Raises OSError where the disk refuses; nothing half written is left."""
         path = self._path(id)
         if path is None or states.nbytes > self.limit:
             return
-        scratch = self._scratch(id)
-        try:
-            with open(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
-                np.save(file, states.astype(np.float16))
-            os.rename(scratch, path)
-        except OSError:
-            scratch.unlink(missing_ok=True)
-            raise
+        with atomic_file(path, sync=False) as file:
+            np.save(file, states.astype(np.float16))
         self._size += path.stat().st_size
         self._shrink()
 
@@ -82,7 +74,11 @@ class HiddenSpool:
             with suppress(FileNotFoundError):
                 self._size -= path.stat().st_size
                 path.unlink()
-            self._scratch(id).unlink(missing_ok=True)  # what a kill in the middle of writing has left
+            for scratch in [
+                *leftovers(path),
+                self.folder / f".{id}.partial",
+            ]:  # the last: the name of earlier versions
+                scratch.unlink(missing_ok=True)
 
 
 def _age(path: Path) -> float:

@@ -67,21 +67,3 @@ def test_a_full_disk_ends_remembering_not_talking(tmp_path, monkeypatch, capsys)
         history.append_string(text)
     assert capsys.readouterr().err.count("not remembered any more") == 1
     assert history.get_strings()[-2:] == ["second", "third"]
-
-
-def test_a_model_has_its_name_only_when_it_is_on_disk(tmp_path, monkeypatch):
-    import os
-
-    from specl.shared.models import builtin
-
-    made, done = tmp_path / "made", []
-    (made / "deep").mkdir(parents=True)
-    for name in ("weights", "deep/config"):
-        (made / name).write_text("x")
-    by_inode = {path.stat().st_ino: path.name for path in [tmp_path, made, *made.rglob("*")]}
-    real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: done.append(by_inode[os.fstat(handle).st_ino]) or real(handle))
-    rename = os.rename
-    monkeypatch.setattr(os, "rename", lambda *paths: done.append("rename") or rename(*paths))
-    builtin.publish(made, tmp_path / "model")
-    assert set(done[:-2]) == {"weights", "config", "deep", "made"} and done[-2:] == ["rename", tmp_path.name]

@@ -63,19 +63,6 @@ def test_a_shard_that_may_not_be_read_is_not_thrown_away(tmp_path, monkeypatch):
     assert path.exists()
 
 
-def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    path, order = tmp_path / "a.npz", []
-    sync = os.fsync
-
-    def seen(handle):
-        order.append((os.fstat(handle).st_size, path.exists()))
-        sync(handle)
-
-    monkeypatch.setattr(os, "fsync", seen)
-    save_shard(path, [text(0)])
-    assert order == [(path.stat().st_size, False)]
-
-
 # ---------------------------------------------------------------------------------------------------- who reads them
 def empty(path):
     path.write_bytes(b"")

@@ -1,0 +1,81 @@
+"""Files and folders that appear complete or not at all."""
+
+import os
+import stat
+
+import pytest
+
+from specl.shared.runtime.atomic_files import atomic_dir, atomic_file, leftovers, write_file
+
+
+@pytest.fixture
+def disk_calls(monkeypatch):
+    """The fsyncs (by name of the file) and renames that happen, in order."""
+    calls, fsync, rename, replace = [], os.fsync, os.rename, os.replace
+
+    def synced(handle):
+        calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", lambda *names: calls.append("rename") or rename(*names))
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append("rename") or replace(*names))
+    return calls
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "state.json"
+    write_file(path, "old", sync=False)
+    with atomic_file(path, sync=False) as file:
+        file.write(b"half")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "half"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path):
+    path = tmp_path / "state.json"
+    write_file(path, "old", sync=False)
+    with pytest.raises(OSError, match="disk"), atomic_file(path, sync=True) as file:
+        file.write(b"half")
+        raise OSError("disk full")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_are_the_scratch_files_of_one_path(tmp_path):
+    path, other = tmp_path / "a", tmp_path / "b"
+    with atomic_file(path, sync=False) as file, atomic_file(other, sync=False):
+        assert [str(left) for left in leftovers(path)] == [file.name]
+    assert leftovers(path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's /proc")
+def test_a_synced_file_reaches_the_disk_before_its_name(tmp_path, disk_calls):
+    write_file(tmp_path / "measured", b"1", sync=False)
+    assert disk_calls == ["rename"]
+    disk_calls.clear()
+    write_file(tmp_path / "state", b"1", sync=True)
+    assert disk_calls == [f".state.{os.getpid()}.partial", "rename", tmp_path.name]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's /proc")
+def test_a_synced_folder_reaches_the_disk_before_its_name(tmp_path, disk_calls):
+    with atomic_dir(tmp_path / "model", sync=True) as scratch:
+        (scratch / "deep").mkdir()
+        for name in ("weights", "deep/config"):
+            (scratch / name).write_text("x")
+    assert set(disk_calls[:-2]) == {"weights", "config", "deep", ".model.partial"}
+    assert disk_calls[-2:] == ["rename", tmp_path.name]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    folder = tmp_path / "draft"
+    for content in ("old", "new"):
+        with atomic_dir(folder, sync=False) as scratch:
+            (scratch / "weights").write_text(content)
+    with pytest.raises(RuntimeError), atomic_dir(folder, sync=False) as scratch:
+        (scratch / "weights").write_text("half")
+        raise RuntimeError
+    assert (folder / "weights").read_text() == "new" and list(tmp_path.iterdir()) == [folder]
