@@ -143,10 +143,10 @@ def test_no_reserved_kind_is_in_a_drafts_training_data():
         assert kinds and not set(kinds) & set(reserved.KINDS)
 
 
-def test_every_crash_point_is_known():
+def test_every_failpoint_is_known():
     import re
 
     from specl.shared.runtime.failpoints import POINTS
 
-    used = {point for path in FILES for point in re.findall(r'crash_point\("([^"]+)"\)', path.read_text())}
+    used = {point for path in FILES for point in re.findall(r'failpoint\("([^"]+)"\)', path.read_text())}
     assert used == set(POINTS)

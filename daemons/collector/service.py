@@ -25,7 +25,7 @@ from specl.shared.messaging.messages import (
 from specl.shared.paths import Paths
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.runtime import log
-from specl.shared.runtime.failpoints import crash_point
+from specl.shared.runtime.failpoints import failpoint
 from specl.shared.runtime.signals import StopFlag
 from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
@@ -168,7 +168,7 @@ class Collector:
     def _ask(self, line: Line, now: float) -> None:
         if now < self._due(line):
             return
-        crash_point("fetch.before_request")
+        failpoint("fetch.before_request")
         line.asked_at = now
         line.send(Fetch(done=line.done, limit=FETCH_LIMIT))
 
@@ -180,7 +180,7 @@ class Collector:
         """A batch: commit it; only then do its ids travel back as done."""
         if not isinstance(message, RecordBatch):
             return
-        crash_point("fetch.after_reply")
+        failpoint("fetch.after_reply")
         now = time.monotonic()
         line.asked_at, line.heard_at, line.left = None, now, message.left
         line.done = []

@@ -19,7 +19,7 @@ from specl.shared.messaging.outbox import Outbox
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.redaction import Redactor
 from specl.shared.runtime import log
-from specl.shared.runtime.failpoints import crash_point
+from specl.shared.runtime.failpoints import failpoint
 
 _log = log.get("recorder")
 _STOP = object()
@@ -102,7 +102,7 @@ class Recorder(threading.Thread):
         if record is not None:
             note = self._record(record, states)
             done = replace(done, recorded=not note, record_note=note)
-        crash_point("record.before_done")
+        failpoint("record.before_done")
         self._answer(peer, done)
 
     def _record(self, record: Record, states: np.ndarray | None) -> str:

@@ -18,7 +18,7 @@ from specl.shared.errors import AdapterRejected, disk_failed
 from specl.shared.messaging.messages import Reply
 from specl.shared.paths import Paths
 from specl.shared.runtime import log
-from specl.shared.runtime.failpoints import crash_point
+from specl.shared.runtime.failpoints import failpoint
 from specl.shared.runtime.incremental import Steps, Stopwatch, T, run_all
 
 REMEMBERED = 32  # refusals that `status` shows
@@ -170,7 +170,7 @@ class AdapterSwap:
             self.previous = before
             with suppress(OSError):  # a full disk: this process remembers it
                 self.adapters.set_previous(before)
-        crash_point("swap.after_activate")
+        failpoint("swap.after_activate")
         _log.info(
             "adapter.fused" if id else "adapter.unloaded",
             adapter=id or None,
@@ -186,7 +186,7 @@ class AdapterSwap:
     def _switch(self, id: str) -> Steps[None]:
         """Load and use `id`. Raises AdapterRejected for whatever is wrong with it, after what drafted before drafts again."""
         adapter = (yield from self._load(id)) if id else None
-        crash_point("swap.before_activate")
+        failpoint("swap.before_activate")
         self._before_switch = self.engine.adapter_id or self._drafted_before or ""
         try:
             yield from self.engine.taking(adapter)

@@ -33,7 +33,7 @@ from specl.shared.paths import DISK_REFUSES, Paths
 from specl.shared.retention import checkpoints
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.runtime import log
-from specl.shared.runtime.failpoints import crash_point
+from specl.shared.runtime.failpoints import failpoint
 from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
 
@@ -243,7 +243,7 @@ class Worker(threading.Thread):
         for record in outcome.records:
             self.facts.add(record)
         if outcome.path is not None:
-            crash_point("adapter.before_publish")
+            failpoint("adapter.before_publish")
             self._announce(AdapterReady(outcome.adapter_id, str(outcome.path)))
             self.adapters.prune(keep=())
         self._wake()

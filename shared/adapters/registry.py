@@ -26,7 +26,7 @@ from pathlib import Path
 from specl.shared.adapters.manifest import Manifest, header_problem, parse_manifest
 from specl.shared.errors import AdapterRejected
 from specl.shared.runtime.atomic_files import sync_to_disk, sync_tree, write_file
-from specl.shared.runtime.failpoints import crash_point
+from specl.shared.runtime.failpoints import failpoint
 
 FILES = ("adapters.safetensors", "adapter_config.json", "manifest.json", "hot_vocab.npy")
 REQUIRED = FILES[:3]
@@ -83,7 +83,7 @@ class Adapters:
 
         Raises OSError where the disk refuses; then there is no such adapter, and `source` is the caller's to remove.
         """
-        crash_point("adapter.files_written")
+        failpoint("adapter.files_written")
         hashes = {
             name: sha256_of(source / name) for name in FILES if name != "manifest.json" and (source / name).exists()
         }
@@ -91,11 +91,11 @@ class Adapters:
         (source / "manifest.json").write_text(json.dumps(document, indent=2))
         sync_tree(source)
         final = self.folder / manifest.id
-        crash_point("adapter.before_rename")
+        failpoint("adapter.before_rename")
         os.rename(source, final)
         try:
             sync_to_disk(self.folder)
-            crash_point("adapter.after_rename")
+            failpoint("adapter.after_rename")
             if make_current:
                 self.set_current(manifest.id)
         except OSError:
@@ -138,9 +138,9 @@ class Adapters:
 
     def set_current(self, id: str) -> None:
         """CURRENT names `id` from now on; empty for none."""
-        crash_point("adapter.before_current")
+        failpoint("adapter.before_current")
         self._replace("CURRENT", id)
-        crash_point("adapter.after_current")
+        failpoint("adapter.after_current")
 
     def _replace(self, name: str, text: str) -> None:
         """The file `name` here holds `text`, or what it held before, whatever is killed whenever."""

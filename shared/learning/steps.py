@@ -23,7 +23,7 @@ from specl.shared.learning.examples import Example, collate
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import EPSILON, LossSettings
 from specl.shared.runtime.atomic_files import atomic_dir
-from specl.shared.runtime.failpoints import crash_point
+from specl.shared.runtime.failpoints import failpoint
 
 WARM_UP = 0.05  # share of the steps
 CLIP = 1.0  # gradient norm
@@ -103,7 +103,7 @@ class StepLoop:
                 (scratch / "state.json").write_text(json.dumps({"step": self.step_number, **about}))
         except (OSError, RuntimeError) as error:  # mlx says RuntimeError where a disk is full
             raise OSError(f"no checkpoint could be written to {folder}: {error}") from error
-        crash_point("training.after_checkpoint")
+        failpoint("training.after_checkpoint")
 
     def _write(self, folder: Path) -> None:
         weights = dict(tree_flatten(self.learner.module.trainable_parameters()))

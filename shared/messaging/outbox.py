@@ -13,7 +13,7 @@ from pathlib import Path
 
 from specl.shared.errors import OutboxFull
 from specl.shared.messaging.messages import FETCH_BYTES, FETCH_LIMIT, Envelope
-from specl.shared.runtime.failpoints import crash_point
+from specl.shared.runtime.failpoints import failpoint
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS outbox (
@@ -76,14 +76,14 @@ class Outbox:
         with self._use() as db:
             if self._bytes + len(body) > self.limit_bytes:
                 raise OutboxFull(f"the outbox holds {self._bytes >> 20} MiB; its limit is {self.limit_bytes >> 20} MiB")
-            crash_point("outbox.before_commit")
+            failpoint("outbox.before_commit")
             try:
                 db.execute("INSERT INTO outbox (id, kind, body) VALUES (?, ?, ?)", (id, kind, body))
             except sqlite3.IntegrityError:
                 return  # the same record twice is that record once
             self._bytes += len(body)
             self._count += 1
-            crash_point("outbox.after_commit")
+            failpoint("outbox.after_commit")
 
     def discard(self, ids: Iterable[str]) -> None:
         """Let go of what the collector has committed. Raises OutboxFull, with nothing changed, where the disk refuses."""
@@ -91,7 +91,7 @@ class Outbox:
         if not wanted:
             return
         with self._use() as db:
-            crash_point("outbox.before_delete")
+            failpoint("outbox.before_delete")
             db.execute("BEGIN IMMEDIATE")
             gone = 0, 0
             for id in wanted:
@@ -99,7 +99,7 @@ class Outbox:
                     gone = gone[0] + size, gone[1] + 1
             db.execute("COMMIT")
             self._bytes, self._count = self._bytes - gone[0], self._count - gone[1]
-            crash_point("outbox.after_delete")
+            failpoint("outbox.after_delete")
 
     def oldest(self, limit: int = FETCH_LIMIT, max_bytes: int = FETCH_BYTES) -> list[Envelope]:
         """The oldest records, at most `limit` of them and `max_bytes` together (one always fits). Raises OutboxFull

@@ -1,6 +1,7 @@
-"""Named crash points. `SPECL_CRASH_AT=outbox.after_commit` ends the process there, as kill -9 would, so that tests
-can die at every step of delivery and publishing. `SPECL_CRASH_AT=name:3` dies at the third passage. `SPECL_CRASH_NOTE=FILE`
-has whoever dies write the point's name there first, so that a test can tell where something did die.
+"""Named failpoints, where a test can end the process as `kill -9` would. They do nothing unless the environment names one.
+
+`SPECL_CRASH_AT=outbox.after_commit` ends the process at that point, `SPECL_CRASH_AT=outbox.after_commit:3` at its third passage.
+`SPECL_CRASH_NOTE=FILE`: the process first appends the name of the point to FILE, so that a test can tell which points were reached.
 """
 
 import os
@@ -25,20 +26,21 @@ POINTS = (
     "swap.before_activate",
     "swap.after_activate",
 )
-_passed: dict[str, int] = {}
+_passages: dict[str, int] = {}
 
 
-def crash_point(name: str) -> None:
-    """Die here if `SPECL_CRASH_AT` says so."""
-    wanted = os.environ.get("SPECL_CRASH_AT")
-    if not wanted:
+def failpoint(name: str) -> None:
+    """End the process here, with exit code 137, if `SPECL_CRASH_AT` names this point and its passage."""
+    setting = os.environ.get("SPECL_CRASH_AT")
+    if not setting:
         return
-    point, _, nth = wanted.partition(":")
+    point, _, passage = setting.partition(":")
     if point != name:
         return
-    _passed[name] = _passed.get(name, 0) + 1
-    if _passed[name] >= int(nth or 1):
-        if note := os.environ.get("SPECL_CRASH_NOTE"):
-            with open(note, "a", encoding="utf-8") as file:
-                file.write(f"{name}\n")
-        os._exit(137)
+    _passages[name] = _passages.get(name, 0) + 1
+    if _passages[name] < int(passage or 1):
+        return
+    if note := os.environ.get("SPECL_CRASH_NOTE"):
+        with open(note, "a", encoding="utf-8") as file:
+            file.write(f"{name}\n")
+    os._exit(137)

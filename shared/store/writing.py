@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, ProgrammingError
 
 from specl.shared.messaging.messages import Envelope
-from specl.shared.runtime.failpoints import crash_point
+from specl.shared.runtime.failpoints import failpoint
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import Incoming, quarantined, read
 from specl.shared.store.schema import TABLES, disagreements, generations, quarantine, thresholds
@@ -36,12 +36,12 @@ class Writing(StoreFile):
             try:
                 with self._engine.begin() as connection:
                     self._add_all(connection, incoming)
-                    crash_point("store.before_commit")
+                    failpoint("store.before_commit")
             except UNSTORABLE:
                 with self._engine.begin() as connection:
                     self._add_singly(connection, rows, incoming)
-                    crash_point("store.before_commit")
-        crash_point("store.after_commit")
+                    failpoint("store.before_commit")
+        failpoint("store.after_commit")
         return [row.id for row in rows]
 
     def _add_all(self, connection: sa.Connection, incoming: list[Incoming]) -> None:

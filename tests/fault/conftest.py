@@ -63,4 +63,4 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/fault" in str(item.path):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: "every_crash_point" in item.name)  # it looks back on all others
+    items.sort(key=lambda item: "every_failpoint" in item.name)  # it looks back on all others

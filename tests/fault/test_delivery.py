@@ -153,10 +153,10 @@ def _ask_until_dead(house, daemon) -> None:
     assert daemon.code == 137
 
 
-def test_f3_every_crash_point_in_the_code_has_killed_something(deaths, request):
+def test_f3_every_failpoint_in_the_code_has_killed_something(deaths, request):
     root = HERE.parent.parent
     sources = [path for part in ("shared", "daemons", "cli") for path in (root / part).rglob("*.py")]
-    used = {name for path in sources for name in re.findall(r'crash_point\("([^"]+)"\)', path.read_text())}
+    used = {name for path in sources for name in re.findall(r'failpoint\("([^"]+)"\)', path.read_text())}
     assert used == set(POINTS), "shared/runtime/failpoints.py and the code name different points"
     ran = {item.originalname for item in request.session.items}
     if not {name for name in globals() if name.startswith("test_f3")} | F12 <= ran:
