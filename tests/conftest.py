@@ -62,3 +62,35 @@ def tiny():
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """The process that forks daemons, one for all tests."""
+    from tests.harness.forkserver import Forkserver
+
+    server = Forkserver()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def new_instance(forkserver):
+    """`new_instance()`: a run directory for daemons; what runs in it ends with the test."""
+    from tests.harness.instance import Instance
+
+    instances = []
+
+    def make(*settings):
+        instances.append(Instance(forkserver, *settings))
+        return instances[-1]
+
+    yield make
+    for instance in instances:
+        instance.close()
+
+
+@pytest.fixture
+def instance(new_instance):
+    """A run directory with no daemon yet; see tests/harness/instance.py."""
+    return new_instance()

@@ -1,6 +1,6 @@
 """What the detailed mode costs: tokens per wall second through the daemon, store included, detailed against fast.
 
-    python tests/bench/capture.py [--requests 50] [--tokens 64] [--block 5]
+    python -m tests.bench.capture [--requests 50] [--tokens 64] [--block 5]
 
 Requests go back to back, in blocks of one mode that alternate, so that the machine's moods hit both.
 """

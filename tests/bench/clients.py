@@ -1,6 +1,6 @@
 """Streaming clients through the gateway for some minutes: does any fail, does any starve?
 
-Needs `honcho start` with its gateway. `SPECL_VAR=... python tests/bench/clients.py --streams 8 --minutes 5`. Prints one JSON object;
+Needs `honcho start` with its gateway. `SPECL_VAR=... python -m tests.bench.clients --streams 8 --minutes 5`. Prints one JSON object;
 exit code 1 where an answer failed or a client starved: no text for `--gap` seconds inside an answer, or less than half of the
 tokens that the median client had.
 """

@@ -1,4 +1,4 @@
-"""How fast a backlog drains: real collector and inference, real files, synchronous=FULL. `python tests/bench/drain.py --help`.
+"""How fast a backlog drains: real collector and inference, real files, synchronous=FULL. `python -m tests.bench.drain --help`.
 
 Large: generations of 200 tokens with the target's top-32, about 50 KB each. Small: 1.5 KB of text and no laws. One process
 on each side, one exchange in flight, as always. The figures per CPU second (both processes together) are those of one core that
@@ -8,16 +8,15 @@ nobody else uses, disk waits left out.
 import argparse
 import json
 import os
-import sys
 import time
 import uuid
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "fault"))
-
-from fault_house import House, Zygote, fill, process_figures
-
 from specl.shared.messaging.outbox import Outbox
+from tests.harness.figures import process_figures
+from tests.harness.forkserver import Forkserver
+from tests.harness.instance import Instance
+from tests.harness.records import fill
 
 
 def cpu_seconds(pid: int) -> float:
@@ -26,32 +25,32 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def drain(zygote: Zygote, megabytes: float, tokens: int) -> dict[str, float]:
+def drain(forkserver: Forkserver, megabytes: float, tokens: int) -> dict[str, float]:
     """Fill an outbox with `megabytes` of records, start the daemons, and wait until it is empty."""
-    house = House(zygote)
+    instance = Instance(forkserver)
     try:
-        outbox = Outbox(house.paths.outbox("inference"), limit_bytes=1 << 40)
+        outbox = Outbox(instance.paths.outbox("inference"), limit_bytes=1 << 40)
         size, ids = 0, []
         while size < megabytes * 1e6:
             part = [uuid.uuid4().hex for _ in range(200)]
             size += fill(outbox, part, size=tokens, text="words" if tokens else "x" * 1500)
             ids += part
         outbox.close()
-        inference = house.start("inference")
-        house.ready("inference", 120)
+        inference = instance.start("inference")
+        instance.ready("inference", 120)
         before, _ = process_figures(inference.pid)
         used, began = cpu_seconds(inference.pid), time.monotonic()
-        collector = house.start("collector")
+        collector = instance.start("collector")
         peak = before
-        while house.status("inference").get("outbox", {}).get("pending", 1):
+        while instance.status("inference").get("outbox", {}).get("pending", 1):
             peak = max(peak, process_figures(inference.pid)[0])
             time.sleep(0.25)
         seconds = time.monotonic() - began
         used = cpu_seconds(inference.pid) - used + cpu_seconds(collector.pid)
-        house.acked = ids
-        house.settle(60)
-        house.check()
-        lost = len(set(ids) - set(house.stored()))
+        instance.acked = ids
+        instance.settle(60)
+        instance.check()
+        lost = len(set(ids) - set(instance.stored()))
         return {
             "records": len(ids), "KB_each": size / len(ids) / 1000, "MB": size / 1e6, "seconds": seconds,
             "records_per_s": len(ids) / seconds, "MB_per_s": size / 1e6 / seconds,
@@ -59,7 +58,7 @@ def drain(zygote: Zygote, megabytes: float, tokens: int) -> dict[str, float]:
             "inference_grew_MiB": peak - before, "collector_MiB": process_figures(collector.pid)[0], "lost": lost,
         }  # fmt: skip
     finally:
-        house.close()
+        instance.close()
 
 
 def main() -> None:
@@ -70,14 +69,14 @@ def main() -> None:
     )
     parser.add_argument("--small-mb", type=float, default=200, help="backlog of small records; 0: skip")
     wanted = parser.parse_args()
-    zygote = Zygote()
+    forkserver = Forkserver()
     try:
         for megabytes, tokens in ((wanted.small_mb, 0), (wanted.large_mb, 200)):
             if megabytes:
-                found = drain(zygote, megabytes, tokens)
+                found = drain(forkserver, megabytes, tokens)
                 print(json.dumps({name: round(value, 2) for name, value in found.items()}), flush=True)
     finally:
-        zygote.close()
+        forkserver.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Greedy texts of the engine against mlx_lm's generation in a process of its own: 200 prompts x 128 tokens.
 
-    python tests/bench/equality.py [--prompts 200] [--tokens 128] [--draft NAME] [--k auto] [--cache FOLDER]
+    python -m tests.bench.equality [--prompts 200] [--tokens 128] [--draft NAME] [--k auto] [--cache FOLDER]
 
 The reference is made once and kept under --cache by a hash of target, prompts, length and versions. Exit code 0: every
 text equal, or parted at a logged tie after which it is equal again, with enough drafted and refused to tell.

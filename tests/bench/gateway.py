@@ -1,6 +1,6 @@
 """What the gateway costs: the same answers over the bus and over HTTP, in turn; then streams at once for some minutes.
 
-Needs `honcho start` with its gateway. `SPECL_VAR=... python tests/bench/gateway.py --rounds 10 --minutes 5`. The aim: at most 3 %
+Needs `honcho start` with its gateway. `SPECL_VAR=... python -m tests.bench.gateway --rounds 10 --minutes 5`. The aim: at most 3 %
 of tokens per second and 10 ms to the first token. Processor time is the gateway's own (Linux), which noise touches least.
 """
 

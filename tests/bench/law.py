@@ -1,6 +1,6 @@
 """The law of sampled sequences of 3 tokens through the whole engine, vocabulary 8, against the exact one: chi-square.
 
-    python tests/bench/law.py [--draws 100000] [--temperature 0.7] [--top-p 0.8] [--broken]
+    python -m tests.bench.law [--draws 100000] [--temperature 0.7] [--top-p 0.8] [--broken]
 
 Auto k with a chooser that drafts, parks and probes, n-gram drafts over a repetitive prompt, an end-of-answer token inside
 runs, and a draft whose weights are swapped in the middle of answers. `--broken` replaces the residual by the target's own

@@ -1,6 +1,6 @@
 """Losses against each other: one head a loss, the same text, the same steps, the same seed; acceptance by depth at the end.
 
-    python tests/bench/losses.py SHARDS [--train 24] [--steps 120] [--losses kl tv acceptance ce] [--json FILE]
+    python -m tests.bench.losses SHARDS [--train 24] [--steps 120] [--losses kl tv acceptance ce] [--json FILE]
 
 SHARDS is the work folder of a `draft build` (training-*.npz and held-out-*.npz, with hidden states). It is only read.
 Rates are over all held-out answers that were greedy; the interval is from drawing those answers again.

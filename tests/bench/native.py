@@ -1,6 +1,6 @@
 """The native kernels' figures: every ratio taken in one process, the sides by turns, medians of many short runs.
 
-Run `python tests/bench/native.py [--gguf FILE]`: without the built-in model's GGUF a random model of its shape stands
+Run `python -m tests.bench.native [--gguf FILE]`: without the built-in model's GGUF a random model of its shape stands
 in (same cost, no text to compare). llama.cpp is measured where llama-cpp-python is installed. Prints one line a figure.
 """
 

@@ -1,6 +1,6 @@
 """Does the gate promote what learned nothing? Adapters trained on permuted targets before the real gate, and their control.
 
-    python tests/bench/null.py [--model tiny|builtin] [--decisions 40] [--controls 8] [--steps 30] [--minutes 60] [--json FILE]
+    python -m tests.bench.null [--model tiny|builtin] [--decisions 40] [--controls 8] [--steps 30] [--minutes 60] [--json FILE]
 
 `tiny`: a random two-layer Llama is the target; a head draft of it is built on its general text, and each decision has
 conversations of its own. `builtin`: SmolLM2 and the head that ships, with the settings' recipe; a decision draws its
@@ -18,27 +18,24 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from specl.shared.models import blas  # noqa: F401, I001 - binds the BLAS before mlx loads
-import mlx.core as mx
-
 from specl.shared import prompts
-from specl.shared.settings.load import load_settings
+from specl.shared.engine.load import load_pair
+from specl.shared.learning.batch_generate import Prompt, answer
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.gate import Verdict, judge
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import Batches, StepLoop, StepSettings
-from specl.shared.learning.batch_generate import Prompt, answer
+from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
 from specl.shared.models.head import HeadDraft, new_head
 from specl.shared.models.load import to_stderr
 from specl.shared.models.lora import LoraShape, attach, choose_layers, detach
-from specl.shared.engine.load import load_pair
 from specl.shared.paths import find_paths
 from specl.shared.prompts import reserved
+from specl.shared.settings.load import load_settings
 from tests.conftest import tiny_model
 
 VOCABULARY, PROMPT, OUTPUT, TOP_K = 97, 10, 16, 16

@@ -1,6 +1,6 @@
 """LoRA against all of a head's own weights: the same new kind of work, the same replayed texts, the same steps, the same seed.
 
-    SPECL_VAR=DIR python tests/bench/owned.py [--steps 120] [--ways lora:3e-4 owned:3e-5 owned:1e-4 owned:3e-4] [--json FILE]
+    SPECL_VAR=DIR python -m tests.bench.owned [--steps 120] [--ways lora:3e-4 owned:3e-5 owned:1e-4 owned:3e-4] [--json FILE]
 
 What an adapter would hold is LoRA's A and B, or the change of every weight. A way may name a loss: `lora:3e-4:ce`.
 Texts are made once and kept in DIR (training/owned-*.npz, beside the replayed texts and the regression slice that a trainer would make there). Agreement, greedy, at depth 1.

@@ -1,6 +1,6 @@
 """Does a request that runs beside training keep its tokens a second? The same prompts with the trainer halted and training, in turn.
 
-    python tests/bench/politeness.py [--requests 20] [--tokens 64] [--json FILE]
+    python -m tests.bench.politeness [--requests 20] [--tokens 64] [--json FILE]
 
 All three daemons under their keepers in a scratch run directory, SmolLM2 and the shipped head without its replay set (capturing it
 is another kind of work). A long run trains all the while. Before every request there is a pause in which training resumes; for the

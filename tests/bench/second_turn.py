@@ -1,6 +1,6 @@
 """Time to the first token of a second turn against the first, through the daemon: does the prefix cache hold?
 
-    python tests/bench/second_turn.py [--pairs 5] [--first 1000] [--draft NAME]
+    python -m tests.bench.second_turn [--pairs 5] [--first 1000] [--draft NAME]
 
 The first turn is a long paste of indented code with emoji which the model is asked to go on with, so that its answer has
 code, emoji and leading spaces, whose tokens are cut anew when the chat is rendered again; the second adds about 32 tokens.

@@ -1,4 +1,4 @@
-"""A house under load with everything going wrong at once, for minutes or hours. `python tests/bench/soak.py --minutes 30`.
+"""Daemons under load with everything going wrong at once, for minutes or hours. `python -m tests.bench.soak --minutes 30`.
 
 Faults, drawn with a printed seed: kill -9 of inference, collector or trainer, SIGSTOP of the collector, restarts at random
 crash points, hostile frames. The trainer trains meanwhile, its adapters are swapped in. At the end nothing accepted may be
@@ -17,17 +17,17 @@ import statistics
 import sys
 import threading
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "fault"))
 
 import zmq
-from fault_house import SETTINGS, House, Zygote, percentile, process_figures, wait_until
-from test_delivery import COLLECTOR_POINTS, INFERENCE_POINTS
-from test_frames import hostile
 
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import SpecLoraError
+from tests.fault.test_delivery import COLLECTOR_POINTS, INFERENCE_POINTS
+from tests.fault.test_frames import hostile
+from tests.harness.figures import percentile, process_figures
+from tests.harness.forkserver import Forkserver
+from tests.harness.instance import SETTINGS, Instance
+from tests.harness.waiting import wait_until
 
 ROLES = ("inference", "collector", "trainer")
 BREATH_S = (2.0, 8.0)  # between two faults
@@ -48,9 +48,9 @@ SOAK = "".join(TRAINING if line.startswith("training:") else line for line in SE
 class Soak:
     """One run."""
 
-    def __init__(self, house: House, rng: random.Random) -> None:
-        self.house, self.rng = house, rng
-        self.running = {role: house.start(role) for role in ROLES}
+    def __init__(self, instance: Instance, rng: random.Random) -> None:
+        self.instance, self.rng = instance, rng
+        self.running = {role: instance.start(role) for role in ROLES}
         self.faults: dict[str, int] = {}
         self.recorded: list[float] = []
         self.unrecorded: list[float] = []
@@ -67,7 +67,7 @@ class Soak:
 
     def probe(self, stop: threading.Event) -> None:
         """Asks with and without recording in turn, for the difference."""
-        client, turn = self.house.client(), 0
+        client, turn = self.instance.client(), 0
         while not stop.is_set():
             if self.hold.is_set():
                 stop.wait(0.1)
@@ -78,12 +78,12 @@ class Soak:
                 done = client.ask(f"probe {turn}", record=bool(turn % 2))
             except SpecLoraError:
                 client.close()
-                client = self.house.client()
+                client = self.instance.client()
                 stop.wait(0.2)
                 continue
             self.probed.append(done.generation_id)
             if done.recorded:
-                self.house.acked.append(done.generation_id)
+                self.instance.acked.append(done.generation_id)
             (self.recorded if turn % 2 else self.unrecorded).append(time.monotonic() - began)
             stop.wait(0.1)
         client.close()
@@ -97,7 +97,7 @@ class Soak:
                 role = self.rng.choice(ROLES)
                 self.running[role].kill()
                 time.sleep(self.rng.uniform(0, 2))
-                self.running[role] = self.house.start(role)
+                self.running[role] = self.instance.start(role)
             case "stop":
                 self.running["collector"].signal(signal.SIGSTOP)
                 time.sleep(self.rng.uniform(0.5, 5))
@@ -106,16 +106,16 @@ class Soak:
                 role = self.rng.choice(("inference", "collector"))
                 point = self.rng.choice(INFERENCE_POINTS if role == "inference" else COLLECTOR_POINTS)
                 self.running[role].kill()
-                daemon = self.house.start(role, SPECL_CRASH_AT=f"{point}:{self.rng.randrange(1, 20)}")
+                daemon = self.instance.start(role, SPECL_CRASH_AT=f"{point}:{self.rng.randrange(1, 20)}")
                 end = time.monotonic() + 15
                 while daemon.code is None and time.monotonic() < end:
                     time.sleep(0.1)
                 daemon.kill()
-                self.running[role] = self.house.start(role)
+                self.running[role] = self.instance.start(role)
             case "frames":
                 socket = self._context.socket(zmq.DEALER)
                 socket.setsockopt(zmq.LINGER, 200)
-                socket.connect(self.house.paths.socket(self.rng.choice(ROLES)))
+                socket.connect(self.instance.paths.socket(self.rng.choice(ROLES)))
                 for _ in range(200):
                     socket.send(hostile(self.rng))
                 socket.close()
@@ -124,14 +124,14 @@ class Soak:
         """Wait until the trainer that runs now has trained and scored, while nobody asks; seconds that took."""
         began = time.monotonic()
         for role in ROLES:
-            self.house.ready(role, 60)
-        with self.house.client() as client:
+            self.instance.ready(role, 60)
+        with self.instance.client() as client:
             client.train(now=True)
-        so_far = [len(self.house.stored(table)) for table in WARM_TABLES]
+        so_far = [len(self.instance.stored(table)) for table in WARM_TABLES]
 
         def done() -> bool:
             self.hold.set()
-            return all(len(self.house.stored(table)) > n for table, n in zip(WARM_TABLES, so_far, strict=True))
+            return all(len(self.instance.stored(table)) > n for table, n in zip(WARM_TABLES, so_far, strict=True))
 
         wait_until(done, WARM_S, f"one more of each of {', '.join(WARM_TABLES)}")
         self.hold.clear()
@@ -149,25 +149,25 @@ class Soak:
 
     def untold(self) -> set[str]:
         """Adapters on the disk that the store does not know."""
-        wait_until(lambda: not self.house.waiting("trainer"), 60, "the trainer's outbox empties")
-        return set(Adapters(self.house.paths.adapters).ids()) - set(self.house.stored("adapters"))
+        wait_until(lambda: not self.instance.waiting("trainer"), 60, "the trainer's outbox empties")
+        return set(Adapters(self.instance.paths.adapters).ids()) - set(self.instance.stored("adapters"))
 
     def report(self) -> dict[str, object]:
         """Let everything settle; what was asked, accepted, lost and doubled, and what recording cost."""
-        house, settled, untold = self.house, self.house.settle(60), self.untold()
-        stored, trained = house.stored(), len(house.stored("training_runs"))
+        instance, settled, untold = self.instance, self.instance.settle(60), self.untold()
+        stored, trained = instance.stored(), len(instance.stored("training_runs"))
         recorded, unrecorded = (
             [round(1000 * percentile(values, share), 1) for share in (0.5, 0.99)]
             for values in (self.recorded, self.unrecorded)
         )
         return {
             "faults": self.faults,
-            "served": len(house.latencies) + len(self.probed), "refused": dict(house.refusals),
-            "accepted": len(house.acked), "lost": len(set(house.acked) - set(stored)), "doubled": len(house.doubled()),
-            "changed": len(house.changed()),
+            "served": len(instance.latencies) + len(self.probed), "refused": dict(instance.refusals),
+            "accepted": len(instance.acked), "lost": len(set(instance.acked) - set(stored)), "doubled": len(instance.doubled()),
+            "changed": len(instance.changed()),
             "settled_s": round(settled, 2),
-            "trained": trained, "runs_lost": max(0, house.output("trainer").count("training.done") - trained),
-            "adapters": len(house.stored("adapters")), "adapters_untold": len(untold),
+            "trained": trained, "runs_lost": max(0, instance.output("trainer").count("training.done") - trained),
+            "adapters": len(instance.stored("adapters")), "adapters_untold": len(untold),
             "recorded_ms": recorded, "unrecorded_ms": unrecorded,
             "added_p50_ms": round(recorded[0] - unrecorded[0], 1), "added_p99_ms": round(recorded[1] - unrecorded[1], 1),
         }  # fmt: skip
@@ -206,14 +206,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     wanted = parser.parse_args()
     print(f"seed {wanted.seed}", flush=True)
-    zygote = Zygote()
-    house = House(zygote, SOAK)
-    soak = Soak(house, random.Random(wanted.seed))
+    forkserver = Forkserver()
+    instance = Instance(forkserver, SOAK)
+    soak = Soak(instance, random.Random(wanted.seed))
     stop = threading.Event()
     try:
         for role in ROLES:
-            house.ready(role, 60)
-        threads = house.load(stop, wanted.rate, hold=soak.hold)
+            instance.ready(role, 60)
+        threads = instance.load(stop, wanted.rate, hold=soak.hold)
         for work in (soak.probe, soak.tide):
             threads.append(threading.Thread(target=work, args=(stop,), daemon=True))
             threads[-1].start()
@@ -233,15 +233,15 @@ def main() -> None:
         report |= {"warm_s": round(warm_s, 1), "calm_minutes": round(wanted.minutes * CALM_SHARE, 1)}
         flatness, growing = judge(curves)
         print(json.dumps(report | flatness), flush=True)
-        house.check()
+        instance.check()
         assert not report["adapters_untold"] and not report["runs_lost"], "a record of the trainer is lost"
         if growing:
             sys.exit(f"not flat: {', '.join(growing)}")
     finally:
         stop.set()
         soak.close()
-        house.close()
-        zygote.close()
+        instance.close()
+        forkserver.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long commands take before they do anything: `ask` until its request is at the daemon, `status` until it is over.
 
-    python tests/bench/startup.py [--times 10]
+    python -m tests.bench.startup [--times 10]
 
 The daemons are played by threads of this process, in a scratch run directory: what is measured is the command alone. The clock
 starts before the process does; the processor's time is of the whole command, to its end. Run it on a quiet machine; where a median is above the bar, the modules that take the time are named

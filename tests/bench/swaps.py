@@ -1,13 +1,12 @@
 """Adapters swapped under load: does anybody's request fail or change its text, how long is the pause, does anything leak?
 
-    python tests/bench/swaps.py [--model tiny|builtin] [--requests 1000] [--swaps 200] [--json FILE]
+    python -m tests.bench.swaps [--model tiny|builtin] [--requests 1000] [--swaps 200] [--json FILE]
 
 The inference daemon's own loop, threads and sockets, in this process so that its weights can be hashed; clients over ZeroMQ.
 `tiny` puts a random pair in place of the models. The pause is all that a swap does on the MLX thread between two rounds: read, verify,
 fuse, write CURRENT. Exit code 0: nothing failed, greedy texts are those of plain decoding, base weights bit-identical.
 """
 
-# ruff: noqa: E402
 import argparse
 import hashlib
 import json
@@ -20,24 +19,22 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "fault")]
-
-from specl.shared.models import blas  # noqa: F401, I001 - binds the BLAS before mlx loads
 import mlx.core as mx
 import numpy as np
-from fault_fake import fake_pair
 from mlx.utils import tree_flatten
 
 import specl.daemons.inference.worker as working
 from specl.daemons.inference.service import Inference
-from specl.shared.settings.load import parse_settings
-from specl.shared.messaging.endpoints import Addresses
 from specl.shared.adapters.registry import Adapters, Manifest
+from specl.shared.adapters.tensors import write_tensors
 from specl.shared.messaging.bus import Server
 from specl.shared.messaging.client import Client
-from specl.shared.adapters.tensors import write_tensors
+from specl.shared.messaging.endpoints import Addresses
+from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
 from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
 from specl.shared.paths import Paths
+from specl.shared.settings.load import parse_settings
+from tests.harness.fake_models import fake_pair
 
 CLIENTS, PROMPTS = 4, 20
 SETTINGS = "speculative: {temperature: 0.0, ngram: false}\ntraining: {enabled: false}\nserving: {threads: 1}\n"

@@ -1,6 +1,6 @@
 """Tokens a second of a training step against mlx-lm's LoRA trainer: the same draft, texts, loss, rank, batch and length.
 
-    python tests/bench/training.py [--rounds 5] [--steps 6] [--batch 4] [--length 128] [--layers 5] [--json FILE]
+    python -m tests.bench.training [--rounds 5] [--steps 6] [--batch 4] [--length 128] [--layers 5] [--json FILE]
 
 The draft is some layers of the target (`draft build --kind layers` makes such), LoRA stands on every linear layer of it, the
 loss is cross-entropy on every token but the first. Both sides train copies with AdamW in this process, in turn; mlx_lm's own `train`

@@ -1,6 +1,6 @@
 """Would a small draft tree beat a chain? Expected tokens a second of both, on held-out prompts, with this machine's costs.
 
-    python tests/bench/tree.py [--prompts 48] [--tokens 64] [--json FILE]
+    python -m tests.bench.tree [--prompts 48] [--tokens 64] [--json FILE]
 
 At every position of the target's greedy answers the head draft's three best tokens are expanded three levels deep. A chain
 keeps best tokens only, a tree any (EAGLE-2, arXiv 2406.16858: nodes by the product of their probabilities), both as long as

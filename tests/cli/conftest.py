@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -10,9 +9,8 @@ from click.testing import CliRunner
 from specl.cli.main import main
 from specl.shared.paths import find_paths
 from specl.shared.store import Store
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "fault"))  # real daemons around random models
 from tests.fakes import make_disagreement, make_generation, to_row
+from tests.harness.instance import Instance
 
 
 @pytest.fixture
@@ -80,26 +78,19 @@ def stored(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def running():
+def running(forkserver):
     """A run directory with real inference and collector daemons around a random one-layer model."""
-    from fault_house import House, Zygote
-
-    starter = Zygote()
-    house = House(starter)
-    try:
+    with Instance(forkserver) as instance:
         for role in ("inference", "collector"):
-            house.start(role, SPECL_TEST_TOKEN_MS="15")  # slow enough to be interrupted
+            instance.start(role, SPECL_TEST_TOKEN_MS="15")  # slow enough to be interrupted
         for role in ("inference", "collector"):
-            house.ready(role)
-        yield house
-    finally:
-        house.close()
-        starter.close()
+            instance.ready(role)
+        yield instance
 
 
 @pytest.fixture
-def house(running, monkeypatch):
-    """The same, as the run directory that this process's commands use."""
+def instance(running, monkeypatch):
+    """`running`, as the run directory that this process's commands use."""
     monkeypatch.setenv("SPECL_VAR", str(running.folder))
     monkeypatch.setenv("SPECL_CONFIG", str(running.file))
     return running

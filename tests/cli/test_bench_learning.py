@@ -12,10 +12,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from test_bench import write_model
 
 from specl.cli.bench.gain import gain_lines
 from specl.cli.bench.learning import stream_lines
+from tests.cli.test_bench import write_model
 
 SETTINGS = """\
 models: {{target: {{name: {target}}}, draft: {{name: {draft}}}}}

@@ -95,33 +95,33 @@ def test_the_history_file_is_private_and_purged_with_the_logs():
 
 
 # ------------------------------------------------------------------------------------------------ piped
-def test_turns_share_a_conversation_and_reuse_what_was_read(house, specl):
+def test_turns_share_a_conversation_and_reuse_what_was_read(instance, specl):
     outcome = specl("chat", "--json", "--max-tokens", 6, input="hello there\nand again\n")
     first, second = outcome.lines
     assert first["tokens"] == second["tokens"] == 6 and first["recorded"]
     assert second["stats"]["reused_prompt_tokens"] >= first["stats"]["prompt_tokens"]
-    house.settle()
+    instance.settle()
     rows = [specl("store", "show", answer["id"], "--json").json for answer in (first, second)]
     assert rows[0]["conversation_id"] == rows[1]["conversation_id"]
     assert [m["role"] for m in rows[1]["messages"]] == ["user", "assistant", "user"]
     assert rows[1]["messages"][1]["content"] == first["text"]
 
 
-def test_text_goes_to_stdout_and_statistics_to_stderr(house, specl):
+def test_text_goes_to_stdout_and_statistics_to_stderr(instance, specl):
     outcome = specl("chat", input="hello\n")
     assert outcome.exit_code == 0 and len(outcome.stdout.rstrip("\n")) == 8
     assert "tok/s" in outcome.stderr and "prompt tokens reused" in outcome.stderr
     assert specl("chat", "--no-stats", input="hello\n").stderr == ""
 
 
-def test_drafted_tokens_are_coloured(house, specl):
+def test_drafted_tokens_are_coloured(instance, specl):
     plain = specl("chat", "--no-stats", input="hello\n").stdout
     assert specl("chat", "--no-stats", "--show-draft", input="hello\n").stdout == plain  # a pipe
     shown = specl("chat", "--no-stats", "--show-draft", input="hello\n", color=True).stdout
     assert "\x1b[32m" in shown and re.sub(r"\x1b\[\d+m", "", shown) == plain
 
 
-def test_commands(house, specl, tmp_path):
+def test_commands(instance, specl, tmp_path):
     script = f"/system be brief\nhello\n/stats\n/adapters\n/eval\n/save {tmp_path}/talk.json\n/reset\n/save {tmp_path}/new.json\n/quit\nnever\n"
     outcome = specl("chat", input=script)
     assert outcome.exit_code == 0, outcome.stderr
@@ -132,14 +132,14 @@ def test_commands(house, specl, tmp_path):
     assert json.loads((tmp_path / "new.json").read_text()) == saved[:1]
 
 
-def test_a_wrong_command_in_a_pipe_ends_with_2(house, specl):
+def test_a_wrong_command_in_a_pipe_ends_with_2(instance, specl):
     outcome = specl("chat", input="/nonsense\n")
     assert outcome.exit_code == 2 and "there is no command /nonsense" in outcome.stderr
     assert specl("chat", input="/save\n").exit_code == 2
     assert specl("chat", "--json", input="//etc is a folder\n").exit_code == 0
 
 
-def test_train_without_a_trainer_says_so(house, specl):
+def test_train_without_a_trainer_says_so(instance, specl):
     outcome = specl("chat", input="/train\n")
     assert outcome.exit_code == 3 and "the trainer does not run" in outcome.stderr
 
@@ -191,7 +191,7 @@ class Screen:
         raise AssertionError("it did not leave")
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(house):
+def test_ctrl_c_stops_the_answer_and_not_the_chat(instance):
     screen = Screen("--max-tokens", "3000")
     screen.until("/help lists commands")
     screen.type("tell me a long story\r")
@@ -208,7 +208,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(house):
     assert screen.close() == 0
 
 
-def test_a_pipe_ends_at_ctrl_c(house):
+def test_a_pipe_ends_at_ctrl_c(instance):
     process = subprocess.Popen(
         [*COMMAND, "chat", "--max-tokens", "3000"],
         stdin=subprocess.PIPE,

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_house import House, Zygote, wait_until
 
 from specl.cli.files.prompt_file import read, to_messages
 from specl.shared.errors import ConfigError
+from tests.harness.waiting import wait_until
 
 
 def contents(prompts):
@@ -85,7 +85,7 @@ def prompts(tmp_path):
     return file
 
 
-def test_answers_are_recorded_and_written(house, specl, prompts, tmp_path):
+def test_answers_are_recorded_and_written(instance, specl, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
     outcome = specl("collect", prompts, "--limit", 3, "--max-tokens", 20, "--output", out, "--json")
     assert outcome.exit_code == 0, outcome.stderr
@@ -94,11 +94,11 @@ def test_answers_are_recorded_and_written(house, specl, prompts, tmp_path):
     found = outcome.json
     assert found["answers"] == 3 and found["tokens"] == sum(row["tokens"] for row in rows)
     assert found["acceptance"] == pytest.approx(found["accepted"] / found["drafted"])
-    house.settle()
-    assert {row["id"] for row in rows} <= set(house.stored())
+    instance.settle()
+    assert {row["id"] for row in rows} <= set(instance.stored())
 
 
-def test_resume_asks_what_is_missing(house, specl, prompts, tmp_path):
+def test_resume_asks_what_is_missing(instance, specl, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
     specl("collect", prompts, "--limit", 2, "--output", out)
     whole = out.read_text()
@@ -124,7 +124,7 @@ def test_resume_without_output_is_a_usage_error(specl, prompts):
     assert specl("collect", prompts, "--resume").exit_code == 2
 
 
-def test_a_refused_prompt_is_told_and_the_others_answered(house, specl, tmp_path):
+def test_a_refused_prompt_is_told_and_the_others_answered(instance, specl, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps("x" * 5000) + '\n"fine"\n')
     outcome = specl("collect", tmp_path / "p.jsonl")
     assert outcome.exit_code == 1 and "1 prompts answered" in outcome.stdout
@@ -136,46 +136,43 @@ def test_without_a_daemon_exit_3(specl, prompts):
     assert outcome.exit_code == 3 and "Traceback" not in outcome.stderr
 
 
-def test_what_was_collected_can_be_imported(house, specl, prompts, tmp_path, monkeypatch):
+def test_what_was_collected_can_be_imported(instance, specl, prompts, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     specl("collect", prompts, "--output", out)
     monkeypatch.setenv("SPECL_VAR", str(tmp_path / "v2"))
     assert "5 generations stored" in specl("store", "import", "--jsonl", out, "--text-only").stdout
 
 
-def test_import_goes_through_a_running_collector(house, specl, tmp_path):
+def test_import_goes_through_a_running_collector(instance, specl, tmp_path):
     line = {"id": "imported-live", "prompt": "Why?", "target_output": "So.", "acceptance_rate": 0.1}
     (tmp_path / "i.jsonl").write_text(json.dumps(line) + "\n")
     assert specl("store", "import", "--jsonl", tmp_path / "i.jsonl", "--text-only").exit_code == 0
-    assert "imported-live" in house.stored()
+    assert "imported-live" in instance.stored()
     assert "1 were there already" in specl("store", "import", "--jsonl", tmp_path / "i.jsonl", "--text-only").stdout
 
 
 # ------------------------------------------------------------------------------------------------ a restart
 @pytest.fixture
-def own_house():
+def own_instance(new_instance):
     """One to break: inference takes a second an answer."""
-    starter = Zygote()
-    made = House(starter)
-    made.start("inference", SPECL_TEST_TOKEN_MS="50")
-    made.ready("inference")
-    yield made
-    made.close()
-    starter.close()
+    instance = new_instance()
+    instance.start("inference", SPECL_TEST_TOKEN_MS="50")
+    instance.ready("inference")
+    return instance
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_restart_in_the_middle_of_an_answer_is_waited_for(own_house, prompts, tmp_path, number):
+def test_a_restart_in_the_middle_of_an_answer_is_waited_for(own_instance, prompts, tmp_path, number):
     out = tmp_path / "out.jsonl"
     running = subprocess.Popen(
         [str(Path(sys.executable).parent / "specl-ctl"), "collect", prompts, "--output", out, "--max-tokens", "20"],
-        env=os.environ | own_house.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | own_instance.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_until(lambda: out.exists() and out.read_text().count("\n") >= 2, 30, "two answers came")
     time.sleep(0.3)
-    own_house.daemons[0].signal(number)
-    wait_until(lambda: own_house.daemons[0].code is not None, 10, "inference ends")
-    own_house.start("inference")
+    own_instance.daemons[0].signal(number)
+    wait_until(lambda: own_instance.daemons[0].code is not None, 10, "inference ends")
+    own_instance.start("inference")
     told = running.communicate(timeout=60)
     assert running.returncode == 0, told
     rows = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from fault_fake import fake_pair, publish_adapter
 
 from specl.shared.bench.compare_adapters import Side, difference
 from specl.shared.paths import find_paths
 from specl.shared.settings.schema import Settings
+from tests.harness.fake_models import fake_pair, publish_adapter
 
 
 @pytest.fixture

@@ -1,16 +1,12 @@
 """`specl-ctl models`: importing and finding, and every mistake as one sentence with exit code 2."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "shared" / "models"))
-import tiny_gguf
-
 from specl.cli.main import main
+from tests.shared.models import tiny_gguf
 
 
 @pytest.fixture(autouse=True)

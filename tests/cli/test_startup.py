@@ -9,7 +9,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from fault_house import House, Zygote
 
 from specl.shared.errors import ConfigError
 from specl.shared.paths import find_paths
@@ -38,26 +37,23 @@ def loaded(*arguments, **environment):
 
 
 @pytest.fixture
-def house():
-    starter = Zygote()
-    made = House(starter)
-    yield made
-    made.close()
-    starter.close()
+def instance(new_instance):
+    """One of its own: the other commands' tests share one."""
+    return new_instance()
 
 
-def test_status_with_daemons_up_loads_no_database_library(house):
-    house.start("collector")
-    house.ready("collector")
-    house.start("inference")
-    house.ready("inference")
-    modules, said = loaded("status", "--json", **house.environment())
+def test_status_with_daemons_up_loads_no_database_library(instance):
+    instance.start("collector")
+    instance.ready("collector")
+    instance.start("inference")
+    instance.ready("inference")
+    modules, said = loaded("status", "--json", **instance.environment())
     assert json.loads(said)["collector"]["state"] == "ready"
     assert not modules & NEVER and "rich" not in modules and len(modules) < 380
-    modules, said = loaded("status", "--json", **house.environment())
+    modules, said = loaded("status", "--json", **instance.environment())
     assert json.loads(said)["inference"]["state"] == "ready"
     assert not modules & (NEVER | READERS | {"rich"}) and len(modules) < 260
-    modules, said = loaded("status", **house.environment())
+    modules, said = loaded("status", **instance.environment())
     assert "collector" in said and not modules & (NEVER | READERS) and len(modules) < 340
 
 

@@ -92,7 +92,7 @@ def test_input_that_is_not_utf8_is_one_sentence(arguments):
     assert done.stderr == b"specl-ctl: standard input:1: not UTF-8 text (byte 3 of the line)\n"
 
 
-def test_an_argument_that_is_not_utf8_is_refused_before_it_is_sent(house, specl):
+def test_an_argument_that_is_not_utf8_is_refused_before_it_is_sent(instance, specl):
     outcome = specl("ask", "na\udcefve")
     assert outcome.exit_code == 2 and "the text is not Unicode" in outcome.stderr
 

@@ -22,7 +22,8 @@ from specl.shared.models.lora import LoraShape, change_norm, choose_layers, line
 from specl.shared.paths import Paths
 from specl.shared.settings.load import parse_settings
 from tests.bench.null import Builtin, permuted
-from tests.e2e.conftest import make_box, stop, wait_until
+from tests.harness.cli_instance import make_cli_instance, stop
+from tests.harness.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -111,9 +112,9 @@ def bad(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def house(bad):
+def instance(bad):
     """All daemons, with live traffic behind them; `texts` are the target's own answers."""
-    made = make_box(SETTINGS)
+    made = make_cli_instance(SETTINGS)
     made.process = made.start()
     made.client = Client(Paths(made.var, made.var), parse_settings(SETTINGS, made.var / "settings.yaml"))
     made.asked = [item.messages for item in prompts.load("heldout")[:REQUESTS]]
@@ -127,56 +128,56 @@ def house(bad):
     shutil.rmtree(made.var, ignore_errors=True)
 
 
-def active(house):
-    return house.status()["adapter"]["active"]
+def active(instance):
+    return instance.status()["adapter"]["active"]
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_past_the_gate(house, bad, name):
+def test_past_the_gate(instance, bad, name):
     folder = next(one.folder for one in bad if one.name == name)
-    done = house.run("adapters", "import", str(folder), timeout=900)
+    done = instance.run("adapters", "import", str(folder), timeout=900)
     print(f"\n{name}, imported: {done.stdout.strip()}")
     assert done.returncode == 1 and done.stdout.startswith("rejected") and REASONS[name] in done.stdout
-    assert not active(house)
+    assert not active(instance)
 
 
-def force(house, adapters, one, how):
+def force(instance, adapters, one, how):
     """Put it in by hand; its id and what was said."""
     if how == "placed as CURRENT":
         return one.place(adapters, current=True), ""
     id = one.place(adapters)
-    done = house.run("adapters", "activate", id)
+    done = instance.run("adapters", "activate", id)
     return id, f"exit code {done.returncode}: {(done.stdout + done.stderr).strip()}"
 
 
 @pytest.mark.parametrize("how", ["activated", "placed as CURRENT"])
 @pytest.mark.parametrize("name", ["wrong base", "nan"])
-def test_what_does_not_fit_is_refused_with_its_reason(house, bad, name, how):
-    adapters = Adapters(house.var / "adapters")
-    id, said = force(house, adapters, next(one for one in bad if one.name == name), how)
+def test_what_does_not_fit_is_refused_with_its_reason(instance, bad, name, how):
+    adapters = Adapters(instance.var / "adapters")
+    id, said = force(instance, adapters, next(one for one in bad if one.name == name), how)
     if how == "placed as CURRENT":
-        rejected = lambda: house.client.status()["inference"]["adapter"]["rejected"].get(id)  # noqa: E731
+        rejected = lambda: instance.client.status()["inference"]["adapter"]["rejected"].get(id)  # noqa: E731
         said = wait_until(rejected, 20, "the refusal")
         adapters.set_current("")
     else:
         assert said.startswith("exit code 1")
     print(f"\n{name}, {how}: {said}")
-    assert REASONS[name].removeprefix("it was ") in said and not active(house)
-    assert house.client.ask(house.asked[0], record=False).text == house.texts[0]
+    assert REASONS[name].removeprefix("it was ") in said and not active(instance)
+    assert instance.client.ask(instance.asked[0], record=False).text == instance.texts[0]
 
 
 @pytest.mark.parametrize("how", ["activated", "placed as CURRENT"])
 @pytest.mark.parametrize("name", ["random", "permuted"])
-def test_what_drafts_badly_is_rolled_back(house, bad, name, how):
-    adapters = Adapters(house.var / "adapters")
-    id, _ = force(house, adapters, next(one for one in bad if one.name == name), how)
-    wait_until(lambda: active(house) == id or id in adapters.rolled_back(), 20, "it drafts")
+def test_what_drafts_badly_is_rolled_back(instance, bad, name, how):
+    adapters = Adapters(instance.var / "adapters")
+    id, _ = force(instance, adapters, next(one for one in bad if one.name == name), how)
+    wait_until(lambda: active(instance) == id or id in adapters.rolled_back(), 20, "it drafts")
     requests = changed = 0
     while id not in adapters.rolled_back():
-        assert requests < MOST, house.client.status()["inference"]["adapter"]
-        answer = house.client.ask(house.asked[requests], record=False)
-        changed += answer.text != house.texts[requests]
+        assert requests < MOST, instance.client.status()["inference"]["adapter"]
+        answer = instance.client.ask(instance.asked[requests], record=False)
+        changed += answer.text != instance.texts[requests]
         requests += 1
     print(f"\n{name}, {how}: gone after {requests} requests: {adapters.rolled_back()[id]}")
-    assert changed == 0 and requests > 0 and not active(house)
-    assert house.client.ask(house.asked[0], record=False).text == house.texts[0]
+    assert changed == 0 and requests > 0 and not active(instance)
+    assert instance.client.ask(instance.asked[0], record=False).text == instance.texts[0]

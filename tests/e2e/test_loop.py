@@ -14,7 +14,9 @@ import time
 from contextlib import closing
 
 from specl.shared.prompts import reserved
-from tests.e2e.conftest import REPOSITORY, stop, wait_until
+from tests.fakes import ROOT
+from tests.harness.cli_instance import stop
+from tests.harness.waiting import wait_until
 
 KIND = "record-to-json"
 LIVE = 32
@@ -92,7 +94,7 @@ def test_a_client_killed_mid_stream_frees_its_slot(system):
 
 
 def test_the_clients_example_runs(system):
-    example = REPOSITORY / "examples" / "ask_daemons.py"
+    example = ROOT / "examples" / "ask_daemons.py"
     done = subprocess.run([sys.executable, example], env=system.environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "recorded: True" in done.stdout and "'inference': " in done.stdout

@@ -1,7 +1,6 @@
 import os
 
 import pytest
-from fault_house import House, Zygote
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -9,23 +8,9 @@ def deaths(tmp_path_factory):
     """The file in which whoever dies at a named crash point, in any test of this session, writes that name."""
     file = tmp_path_factory.mktemp("deaths") / "points"
     file.touch()
-    os.environ["SPECL_CRASH_NOTE"] = str(file)  # the zygote and all that it starts inherit it
+    os.environ["SPECL_CRASH_NOTE"] = str(file)  # every instance hands it to its daemons
     yield file
     del os.environ["SPECL_CRASH_NOTE"]
-
-
-@pytest.fixture(scope="session")
-def zygote(deaths):
-    starter = Zygote()
-    yield starter
-    starter.close()
-
-
-@pytest.fixture
-def house(zygote):
-    made = House(zygote)
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -44,13 +29,13 @@ def figures(record_property, capsys):
 
 @pytest.fixture
 def proxied():
-    """`proxied(house, drop, double)`: see fault_proxy."""
-    from fault_proxy import LossyProxy
+    """`proxied(instance, drop, double)`: a LossyProxy."""
+    from tests.harness.proxy import LossyProxy
 
     made = []
 
-    def make(house, **faults):
-        made.append(LossyProxy(house, **faults))
+    def make(instance, **faults):
+        made.append(LossyProxy(instance, **faults))
         return made[-1]
 
     yield make

@@ -1,7 +1,7 @@
 """A coverage-guided fuzzer (libFuzzer, through atheris) on everything that opens foreign bytes. `pip install speclora[fuzz]`, then
 
-    python tests/fault/fuzz_decoder.py wire -max_total_time=180
-    python tests/fault/fuzz_decoder.py record|manifest|safetensors|hot|config ...
+    python -m tests.fault.fuzz_decoder wire -max_total_time=180
+    python -m tests.fault.fuzz_decoder record|manifest|safetensors|hot|config ...
 
 It stops at the first input that raises anything but the one error that its reader promises, and writes it to crash-*. `wire` is
 what arrives on a socket, `record` what the collector makes rows of, the others the files of an adapter directory.
@@ -88,10 +88,9 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 def seeds(folder: Path) -> None:
     """Good inputs to begin with: what the fuzzer would take hours to find by itself."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from fault_fake import make_adapter
-    from fault_house import generation
-    from test_frames import GOOD
+    from tests.fault.test_frames import GOOD
+    from tests.harness.fake_models import make_adapter
+    from tests.harness.records import generation
 
     scratch, _ = make_adapter(folder / "adapters", "000001")
     files = [path.read_bytes() for path in scratch.iterdir()]

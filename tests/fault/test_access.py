@@ -8,8 +8,6 @@ import time
 
 import pytest
 import zmq
-from fault_house import HERE, SETTINGS, wait_until
-from fault_proxy import _free_ports
 
 from specl.shared.errors import ConfigError, DaemonUnreachable
 from specl.shared.messaging.bus import Server, new_keys
@@ -19,64 +17,68 @@ from specl.shared.messaging.endpoints import Addresses, is_loopback, read_keys, 
 from specl.shared.messaging.messages import GetStatus
 from specl.shared.paths import ROLES, Paths
 from specl.shared.settings.schema import Bus
+from tests.fakes import ROOT
+from tests.harness.instance import SETTINGS
+from tests.harness.proxy import free_ports
+from tests.harness.waiting import wait_until
 
 
-def test_everything_a_daemon_makes_is_private(house):
+def test_everything_a_daemon_makes_is_private(instance):
     for role in ROLES:
-        house.start(role)
+        instance.start(role)
     for role in ROLES:
-        house.ready(role)
-    house.ask("hello")
-    house.settle()
+        instance.ready(role)
+    instance.ask("hello")
+    instance.settle()
     exposed = [
-        str(path.relative_to(house.folder))
-        for path in house.folder.rglob("*")
-        if path.stat().st_mode & 0o077 and path != house.file
+        str(path.relative_to(instance.folder))
+        for path in instance.folder.rglob("*")
+        if path.stat().st_mode & 0o077 and path != instance.file
     ]
     assert exposed == []
-    made = {path.name for path in house.folder.rglob("*")}
+    made = {path.name for path in instance.folder.rglob("*")}
     assert {"store.db-wal", "inference.db", "inference.sock", "inference.log"} <= made
 
 
 @pytest.mark.parametrize("host, inside", [("127.0.0.1", True), ("::1", True), ("localhost", True), ("127.9.9.9", True),
                                           ("0.0.0.0", False), ("192.168.1.5", False), ("::", False), ("*", False), ("example.org", False)])  # fmt: skip
-def test_tcp_beyond_loopback_needs_keys(house, host, inside):
+def test_tcp_beyond_loopback_needs_keys(instance, host, inside):
     assert is_loopback(host) == inside
     bus = Bus(transport="tcp", host=host)
     if inside:
-        Addresses(house.paths, bus)
+        Addresses(instance.paths, bus)
         return
     with pytest.raises(ConfigError, match="beyond loopback"):
-        Addresses(house.paths, bus)
-    write_keys(house.paths.keys, new_keys())
-    assert Addresses(house.paths, bus).answer("inference").keys is not None
+        Addresses(instance.paths, bus)
+    write_keys(instance.paths.keys, new_keys())
+    assert Addresses(instance.paths, bus).answer("inference").keys is not None
 
 
-def test_a_daemon_refuses_to_listen_to_the_world_without_keys(house):
-    house.set(SETTINGS + "bus: {transport: tcp, host: 0.0.0.0}\n")
-    daemon = house.start("collector")
+def test_a_daemon_refuses_to_listen_to_the_world_without_keys(instance):
+    instance.set(SETTINGS + "bus: {transport: tcp, host: 0.0.0.0}\n")
+    daemon = instance.start("collector")
     wait_until(lambda: daemon.code is not None, 10, "it ends")
-    assert daemon.code == 78 and "specl-ctl keys make" in house.output("collector")
+    assert daemon.code == 78 and "specl-ctl keys make" in instance.output("collector")
 
 
 @pytest.mark.parametrize("transport", ["ipc", "tcp"])
-def test_with_keys_only_their_holders_are_answered(house, transport):
+def test_with_keys_only_their_holders_are_answered(instance, transport):
     if transport == "tcp":
-        house.set(SETTINGS + f"bus: {{transport: tcp, host: 0.0.0.0, port: {_free_ports(6)}}}\n")
+        instance.set(SETTINGS + f"bus: {{transport: tcp, host: 0.0.0.0, port: {free_ports(6)}}}\n")
     made = subprocess.run(
         [sys.executable, "-c", "from specl.cli.main import main; main()", "keys", "make"],
-        env=house.environment() | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+        env=instance.environment() | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
-    assert all(path.stat().st_mode & 0o077 == 0 for path in (house.paths.keys, *house.paths.keys.iterdir()))
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (instance.paths.keys, *instance.paths.keys.iterdir()))
     for role in ROLES:
-        house.start(role)
+        instance.start(role)
     for role in ROLES:
-        house.ready(role)
-    assert house.ask("hello").recorded
-    house.settle()
-    house.check()
-    right = Addresses(house.paths, house.settings.bus).answer("inference")
+        instance.ready(role)
+    assert instance.ask("hello").recorded
+    instance.settle()
+    instance.check()
+    right = Addresses(instance.paths, instance.settings.bus).answer("inference")
     address = right.address.replace("0.0.0.0", "127.0.0.1")
     other = new_keys()
     strangers = {
@@ -96,25 +98,25 @@ def test_with_keys_only_their_holders_are_answered(house, transport):
     }
     answered = {name: _answered(address, **keys) for name, keys in strangers.items()}
     assert [name for name, yes in answered.items() if yes] == ["the right keys"]
-    write_keys(house.paths.keys, new_keys())
-    with pytest.raises(DaemonUnreachable), house.client() as client:
+    write_keys(instance.paths.keys, new_keys())
+    with pytest.raises(DaemonUnreachable), instance.client() as client:
         client.ask("with the wrong key")
 
 
-def test_a_client_elsewhere_needs_the_client_key_and_no_more(house, tmp_path):
-    house.set(SETTINGS + f"bus: {{transport: tcp, host: 127.0.0.1, port: {_free_ports(6)}}}\n")
-    write_keys(house.paths.keys, new_keys())
-    house.start("inference")
-    house.ready("inference")
+def test_a_client_elsewhere_needs_the_client_key_and_no_more(instance, tmp_path):
+    instance.set(SETTINGS + f"bus: {{transport: tcp, host: 127.0.0.1, port: {free_ports(6)}}}\n")
+    write_keys(instance.paths.keys, new_keys())
+    instance.start("inference")
+    instance.ready("inference")
     elsewhere = Paths(tmp_path / "var", tmp_path / "models").create()
-    with pytest.raises(DaemonUnreachable), Client(elsewhere, house.settings) as client:
+    with pytest.raises(DaemonUnreachable), Client(elsewhere, instance.settings) as client:
         client.ask("without any key", max_tokens=2)
     elsewhere.keys.mkdir(exist_ok=True)
-    shutil.copy(house.paths.keys / "client.json", elsewhere.keys)
-    with Client(elsewhere, house.settings) as client:
+    shutil.copy(instance.paths.keys / "client.json", elsewhere.keys)
+    with Client(elsewhere, instance.settings) as client:
         assert client.ask("from elsewhere", max_tokens=2).tokens == 2
     with pytest.raises(ConfigError, match="can connect, not serve"):
-        addresses = Addresses(elsewhere, Bus(transport="tcp", port=_free_ports(2)))
+        addresses = Addresses(elsewhere, Bus(transport="tcp", port=free_ports(2)))
         Server(addresses.answer("inference"), addresses.publish("inference"))
 
 
@@ -131,18 +133,18 @@ def _answered(address, server=None, own=None):
     return found
 
 
-def test_keys_are_refused_when_others_may_read_them_and_not_replaced_by_accident(house):
-    write_keys(house.paths.keys, new_keys())
-    before = read_keys(house.paths.keys)
+def test_keys_are_refused_when_others_may_read_them_and_not_replaced_by_accident(instance):
+    write_keys(instance.paths.keys, new_keys())
+    before = read_keys(instance.paths.keys)
     again = subprocess.run(
         [sys.executable, "-c", "from specl.cli.main import main; main()", "keys", "make"],
-        env=house.environment() | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+        env=instance.environment() | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
     )  # fmt: skip
     assert again.returncode == 1 and "--force" in again.stderr
-    assert read_keys(house.paths.keys) == before
-    (house.paths.keys / "server.json").chmod(0o644)
+    assert read_keys(instance.paths.keys) == before
+    (instance.paths.keys / "server.json").chmod(0o644)
     with pytest.raises(ConfigError, match="others may read"):
-        read_keys(house.paths.keys)
+        read_keys(instance.paths.keys)
 
 
 def test_no_pickle_no_eval_no_shell_in_the_product():
@@ -152,7 +154,7 @@ def test_no_pickle_no_eval_no_shell_in_the_product():
     )
     found = []
     for part in ("shared", "daemons", "cli"):
-        for path in (HERE.parent.parent / part).rglob("*.py"):
+        for path in (ROOT / part).rglob("*.py"):
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 code = line.split("#")[0].replace("allow_pickle=False", "")
                 if words.search(code):
@@ -160,9 +162,9 @@ def test_no_pickle_no_eval_no_shell_in_the_product():
     assert found == []
 
 
-def test_a_link_in_the_place_of_a_socket_is_refused(house):
-    (house.paths.run / "collector.sock").write_text("not a socket")
-    daemon = house.start("collector")
+def test_a_link_in_the_place_of_a_socket_is_refused(instance):
+    (instance.paths.run / "collector.sock").write_text("not a socket")
+    daemon = instance.start("collector")
     wait_until(lambda: daemon.code is not None, 10, "it ends")
-    assert daemon.code == 78 and "in the way of a socket" in house.output("collector")
+    assert daemon.code == 78 and "in the way of a socket" in instance.output("collector")
     time.sleep(0.1)

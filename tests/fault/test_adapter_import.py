@@ -12,8 +12,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from fault_fake import fake_model, fake_pair, make_adapter, publish_adapter
-from fault_house import SETTINGS, wait_until
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -21,6 +19,9 @@ from specl.shared.adapters.external import read_external
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected
 from specl.shared.settings.schema import Settings
+from tests.harness.fake_models import fake_model, fake_pair, make_adapter, publish_adapter
+from tests.harness.instance import SETTINGS
+from tests.harness.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +88,13 @@ def test_tensors_that_cannot_be_used_are_named(tmp_path, engine, how, reason):
         read_external(publish_adapter(tmp_path, "000001", **how), engine)
 
 
-def control(house, *arguments, command="import"):
+def control(instance, *arguments, command="import"):
     command = [str(Path(sys.executable).parent / "specl-ctl"), "adapters", command, *arguments]
-    return subprocess.run(command, env=os.environ | house.environment(), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=os.environ | instance.environment(), capture_output=True, text=True, timeout=120)
 
 
-def runs(house):
-    with closing(sqlite3.connect(f"file:{house.paths.store}?mode=ro", uri=True)) as db:
+def runs(instance):
+    with closing(sqlite3.connect(f"file:{instance.paths.store}?mode=ro", uri=True)) as db:
         return db.execute('SELECT verdict, "trigger", adapter_id, reason FROM training_runs ORDER BY n').fetchall()
 
 
@@ -102,71 +103,71 @@ def with_parent(folder, parent):
     return Adapters(folder).publish(scratch, replace(manifest, parent_id=parent))
 
 
-def test_through_the_daemons_a_good_one_drafts_and_a_bad_one_leaves_a_verdict(house, tmp_path):
-    house.set(
+def test_through_the_daemons_a_good_one_drafts_and_a_bad_one_leaves_a_verdict(instance, tmp_path):
+    instance.set(
         SETTINGS.replace(
             "enabled: false", "enabled: false, heldout_share: 0.5, min_heldout_generations: 4, regression_prompts: 4"
         )
     )
-    house.start("inference")
-    house.start("collector")
-    house.ready("inference")
-    with house.client() as client:
+    instance.start("inference")
+    instance.start("collector")
+    instance.ready("inference")
+    with instance.client() as client:
         for n in range(16):
-            house.ask(f"question {n}", client, temperature=0.8, max_tokens=12)
-    house.settle()
-    house.start("trainer", SPECL_TEST_RISING="1")
-    house.ready("trainer")
+            instance.ask(f"question {n}", client, temperature=0.8, max_tokens=12)
+    instance.settle()
+    instance.start("trainer", SPECL_TEST_RISING="1")
+    instance.ready("trainer")
     bad = publish_adapter(tmp_path / "nan", "000001", nan=True)
-    done = control(house, str(bad))
+    done = control(instance, str(bad))
     assert done.returncode == 1 and "not finite" in done.stdout and "Traceback" not in done.stderr
-    done = control(house, str(with_parent(tmp_path / "parent", "000007")))
+    done = control(instance, str(with_parent(tmp_path / "parent", "000007")))
     assert done.returncode == 1 and "goes on from adapter 000007" in done.stdout
     from_mlx_lm(tmp_path / "theirs")
-    done = control(house, "--json", str(tmp_path / "theirs"))
+    done = control(instance, "--json", str(tmp_path / "theirs"))
     told = json.loads(done.stdout)
     assert done.returncode == 0 and told["verdict"] == "promoted" and told["adapter_id"] == "000001", told
-    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000001", 10, "it drafts")
-    assert house.ask("and now?", temperature=0.8, max_tokens=8).adapter_id == "000001"
-    wait_until(lambda: len(runs(house)) == 3, 10, "all verdicts are stored")
-    assert [(run[0], run[1], run[2]) for run in runs(house)] == [
+    wait_until(lambda: instance.status("inference")["adapter"]["active"] == "000001", 10, "it drafts")
+    assert instance.ask("and now?", temperature=0.8, max_tokens=8).adapter_id == "000001"
+    wait_until(lambda: len(runs(instance)) == 3, 10, "all verdicts are stored")
+    assert [(run[0], run[1], run[2]) for run in runs(instance)] == [
         ("rejected", "import 000001", ""),
         ("rejected", "import 000001", ""),
         ("promoted", "import theirs", "000001"),
     ]
-    assert not list(house.paths.adapters.glob(".new-*"))
-    listed = control(house, "--all", command="list").stdout
+    assert not list(instance.paths.adapters.glob(".new-*"))
+    listed = control(instance, "--all", command="list").stdout
     assert listed.count("rejected") == 2 and "current" in listed, listed
-    shown = control(house, command="show").stdout
+    shown = control(instance, command="show").stdout
     assert "promoted (import theirs)" in shown and "activated, promoted" in shown, shown
     print(listed, shown)
 
 
-def test_what_is_no_adapter_directory_is_a_users_mistake(house, tmp_path):
-    done = control(house, str(tmp_path / "nowhere"))
+def test_what_is_no_adapter_directory_is_a_users_mistake(instance, tmp_path):
+    done = control(instance, str(tmp_path / "nowhere"))
     assert done.returncode == 2 and "there is no directory" in done.stderr
-    done = control(house, str(tmp_path))
+    done = control(instance, str(tmp_path))
     assert done.returncode == 2 and "adapters.safetensors" in done.stderr
     folder = publish_adapter(tmp_path, "000001")
-    done = control(house, str(folder))
+    done = control(instance, str(folder))
     assert done.returncode == 3 and "honcho start" in done.stderr
-    assert not list(house.paths.adapters.glob(".new-*"))
+    assert not list(instance.paths.adapters.glob(".new-*"))
     shutil.rmtree(folder)
 
 
-def test_a_bad_one_forced_in_by_hand_is_rolled_back_within_twenty_requests(house):
-    house.set(SETTINGS.replace("num_draft_tokens: 2", "num_draft_tokens: 2, ngram: false"))
-    publish_adapter(house.paths.adapters, "000001", scale=1.0)
-    Adapters(house.paths.adapters).set_current("")
-    house.start("inference")
-    house.ready("inference")
-    with house.client() as client:
-        plain = [house.ask(f"question {n}", client, max_tokens=24).text for n in range(8)]
-        with house.client() as other:
+def test_a_bad_one_forced_in_by_hand_is_rolled_back_within_twenty_requests(instance):
+    instance.set(SETTINGS.replace("num_draft_tokens: 2", "num_draft_tokens: 2, ngram: false"))
+    publish_adapter(instance.paths.adapters, "000001", scale=1.0)
+    Adapters(instance.paths.adapters).set_current("")
+    instance.start("inference")
+    instance.ready("inference")
+    with instance.client() as client:
+        plain = [instance.ask(f"question {n}", client, max_tokens=24).text for n in range(8)]
+        with instance.client() as other:
             assert other.set_adapter("000001").ok
         requests = 0
-        while house.status("inference")["adapter"]["active"]:
-            assert house.ask(f"question {requests % 8}", client, max_tokens=24).text == plain[requests % 8]
+        while instance.status("inference")["adapter"]["active"]:
+            assert instance.ask(f"question {requests % 8}", client, max_tokens=24).text == plain[requests % 8]
             requests += 1
-            assert requests <= 20, house.status("inference")["adapter"]
-    assert "live acceptance" in Adapters(house.paths.adapters).rolled_back()["000001"]
+            assert requests <= 20, instance.status("inference")["adapter"]
+    assert "live acceptance" in Adapters(instance.paths.adapters).rolled_back()["000001"]

@@ -11,12 +11,14 @@ import time
 
 import pytest
 import zmq
-from fault_fake import make_adapter, publish_adapter
-from fault_house import HERE, ready_for_training, wait_until
 
 from specl.shared.adapters.registry import Adapters
 from specl.shared.messaging.codec import encode
 from specl.shared.messaging.messages import AdapterReady, SetAdapter
+from tests.fakes import ROOT
+from tests.harness.fake_models import make_adapter, publish_adapter
+from tests.harness.instance import ready_for_training
+from tests.harness.waiting import wait_until
 
 slow = pytest.mark.slow
 
@@ -26,17 +28,17 @@ PUBLISH_POINTS = (
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=slow)])
-def test_f12_a_trainer_killed_at_any_step_of_publishing_leaves_a_whole_adapter(house, figures, times):
-    adapters = Adapters(house.paths.adapters)
-    publish_adapter(house.paths.adapters, "000001")
-    inference = house.start("inference")
-    house.ready("inference")
+def test_f12_a_trainer_killed_at_any_step_of_publishing_leaves_a_whole_adapter(instance, figures, times):
+    adapters = Adapters(instance.paths.adapters)
+    publish_adapter(instance.paths.adapters, "000001")
+    inference = instance.start("inference")
+    instance.ready("inference")
     kills = 0
     for point in PUBLISH_POINTS * times:
         id = adapters.next_id()
-        environment = os.environ | {"SPECL_CRASH_AT": point, "PYTHONPATH": str(HERE)}
+        environment = os.environ | {"SPECL_CRASH_AT": point, "PYTHONPATH": str(ROOT)}
         code = subprocess.run(
-            [sys.executable, str(HERE / "fault_fake.py"), str(house.paths.adapters), id], env=environment
+            [sys.executable, "-m", "tests.harness.fake_models", str(instance.paths.adapters), id], env=environment
         ).returncode
         assert code == 137, point
         kills += 1
@@ -46,44 +48,44 @@ def test_f12_a_trainer_killed_at_any_step_of_publishing_leaves_a_whole_adapter(h
         adapters.sweep()
         assert not list(adapters.folder.glob(".new-*"))
     wait_until(
-        lambda: house.status("inference")["adapter"]["active"] == adapters.current(), 15, "inference has the newest"
+        lambda: instance.status("inference")["adapter"]["active"] == adapters.current(), 15, "inference has the newest"
     )
-    assert not house.status("inference")["adapter"]["rejected"] and inference.code is None
+    assert not instance.status("inference")["adapter"]["rejected"] and inference.code is None
     figures(F12_kills=kills, points=len(PUBLISH_POINTS), current_always_whole="yes")
 
 
 @pytest.mark.parametrize("point", ["training.after_checkpoint", "adapter.before_publish"])
-def test_f12_the_trainer_itself_dies_and_goes_on(house, point):
-    ready_for_training(house)
-    trainer = house.start("trainer", SPECL_CRASH_AT=point, SPECL_TEST_CHECKPOINT_S="0", SPECL_TEST_RISING="1")
-    house.ready("trainer")
-    with house.client() as client:
+def test_f12_the_trainer_itself_dies_and_goes_on(instance, point):
+    ready_for_training(instance)
+    trainer = instance.start("trainer", SPECL_CRASH_AT=point, SPECL_TEST_CHECKPOINT_S="0", SPECL_TEST_RISING="1")
+    instance.ready("trainer")
+    with instance.client() as client:
         assert client.train(now=True).ok
     wait_until(lambda: trainer.code is not None, 60, "it dies at the point")
     assert trainer.code == 137
-    trainer = house.start("trainer", SPECL_TEST_CHECKPOINT_S="0")
-    house.ready("trainer")
-    adapters = Adapters(house.paths.adapters)
+    trainer = instance.start("trainer", SPECL_TEST_CHECKPOINT_S="0")
+    instance.ready("trainer")
+    adapters = Adapters(instance.paths.adapters)
     if point == "adapter.before_publish":  # it stands, though nobody was told
         assert adapters.current() == "000001"
-        wait_until(lambda: house.status("inference")["adapter"]["active"] == "000001", 15, "the slow tick finds it")
-        wait_until(lambda: house.stored("adapters") == ["000001"], 15, "its record is in the store")
+        wait_until(lambda: instance.status("inference")["adapter"]["active"] == "000001", 15, "the slow tick finds it")
+        wait_until(lambda: instance.stored("adapters") == ["000001"], 15, "its record is in the store")
         return
-    with house.client() as client:
+    with instance.client() as client:
         assert client.train(now=True).ok
-    wait_until(lambda: _verdict(house), 60, "the run goes on from its checkpoint and ends")
-    assert "training.resumed" in house.output("trainer")
+    wait_until(lambda: _verdict(instance), 60, "the run goes on from its checkpoint and ends")
+    assert "training.resumed" in instance.output("trainer")
 
 
-def _verdict(house):
-    return house.stored("training_runs")
+def _verdict(instance):
+    return instance.stored("training_runs")
 
 
-def test_f12_a_published_adapter_without_its_record_gets_it_at_the_next_start(house):
-    publish_adapter(house.paths.adapters, "000001")
-    house.start("collector")
-    house.start("trainer")
-    wait_until(lambda: house.stored("adapters") == ["000001"], 15, "the trainer tells of it")
+def test_f12_a_published_adapter_without_its_record_gets_it_at_the_next_start(instance):
+    publish_adapter(instance.paths.adapters, "000001")
+    instance.start("collector")
+    instance.start("trainer")
+    wait_until(lambda: instance.stored("adapters") == ["000001"], 15, "the trainer tells of it")
 
 
 BAD = {
@@ -105,9 +107,9 @@ BAD = {
 }
 
 
-def spoil(house, kind, id):
+def spoil(instance, kind, id):
     """Publish an adapter and break it in one way."""
-    folder = house.paths.adapters
+    folder = instance.paths.adapters
     more = {"shape": {"cut": 1}, "base": {"base": "another"}, "nan": {"nan": True}, "zero": {"scale": 0.0}}.get(
         kind, {}
     )
@@ -119,8 +121,8 @@ def spoil(house, kind, id):
             path.rename(folder / "elsewhere")
             path.symlink_to(folder / "elsewhere")
         case "a linked file":
-            weights.rename(house.folder / "outside.safetensors")
-            weights.symlink_to(house.folder / "outside.safetensors")
+            weights.rename(instance.folder / "outside.safetensors")
+            weights.symlink_to(instance.folder / "outside.safetensors")
         case "npz":
             (path / "adapters.npz").write_bytes(b"PK")
         case "pickle":
@@ -144,91 +146,91 @@ def spoil(house, kind, id):
     Adapters(folder).set_current(id)
 
 
-def test_f13_bad_adapters_are_each_refused_with_their_reason(house, figures):
-    publish_adapter(house.paths.adapters, "000001")
-    house.start("collector")
-    house.start("inference", SPECL_TEST_LOOK_S="0.5")
-    assert house.ready("inference")["adapter"]["active"] == "000001"
-    before = house.ask("hello").text
+def test_f13_bad_adapters_are_each_refused_with_their_reason(instance, figures):
+    publish_adapter(instance.paths.adapters, "000001")
+    instance.start("collector")
+    instance.start("inference", SPECL_TEST_LOOK_S="0.5")
+    assert instance.ready("inference")["adapter"]["active"] == "000001"
+    before = instance.ask("hello").text
     for number, (kind, reason) in enumerate(BAD.items(), 2):
         id = f"{number:06d}"
-        spoil(house, kind, id)
-        said = _refusal(house, id)
+        spoil(instance, kind, id)
+        said = _refusal(instance, id)
         assert reason in said, (kind, said)
-        body = house.status("inference")["adapter"]
+        body = instance.status("inference")["adapter"]
         assert body["active"] == "000001"
-        assert house.ask("hello").text == before
+        assert instance.ask("hello").text == before
     for name, text in (("outside", "../../../etc"), ("long", "0" * 70), ("bytes", "\x00\xff")):
-        (house.paths.adapters / "CURRENT").write_text(text)
-        assert "not an adapter id" in _refusal(house, "CURRENT"), name
-        assert house.status("inference")["adapter"]["active"] == "000001"
-    house.settle()
+        (instance.paths.adapters / "CURRENT").write_text(text)
+        assert "not an adapter id" in _refusal(instance, "CURRENT"), name
+        assert instance.status("inference")["adapter"]["active"] == "000001"
+    instance.settle()
     figures(F13_kinds=len(BAD) + 3, refused=len(BAD) + 3, greedy_text_unchanged="yes")
-    assert len(house.stored("activations")) >= len(BAD)
+    assert len(instance.stored("activations")) >= len(BAD)
 
 
-def _refusal(house, id):
+def _refusal(instance, id):
     """Why inference refused; asking by hand saves waiting for the slow tick."""
-    with house.client() as client:
+    with instance.client() as client:
         if id == "CURRENT":
-            return wait_until(lambda: house.status("inference")["adapter"]["rejected"].get(id), 12, "it is refused")
+            return wait_until(lambda: instance.status("inference")["adapter"]["rejected"].get(id), 12, "it is refused")
         reply = client.command("inference", SetAdapter(id))
-        listed = house.status("inference")["adapter"]["rejected"]
+        listed = instance.status("inference")["adapter"]["rejected"]
     assert not reply.ok
     return listed.get(id, reply.message)
 
 
-def test_f13_an_announced_path_outside_is_refused(house):
-    publish_adapter(house.paths.adapters, "000001")
+def test_f13_an_announced_path_outside_is_refused(instance):
+    publish_adapter(instance.paths.adapters, "000001")
     publisher = zmq.Context.instance().socket(zmq.XPUB)
     publisher.setsockopt(zmq.LINGER, 0)
-    publisher.bind(house.paths.socket("trainer-pub"))
-    house.start("inference")
-    house.ready("inference")
+    publisher.bind(instance.paths.socket("trainer-pub"))
+    instance.start("inference")
+    instance.ready("inference")
     assert publisher.poll(5000)
-    outside = ("/etc", str(house.paths.adapters / ".." / "000002"), "https://example.org/000002")
+    outside = ("/etc", str(instance.paths.adapters / ".." / "000002"), "https://example.org/000002")
     for number, path in enumerate(outside, 2):  # an id keeps its first reason
         id = f"{number:06d}"
         publisher.send(encode(AdapterReady(id, path)))
         said = wait_until(
-            lambda id=id: house.status("inference")["adapter"]["rejected"].get(id), 5, f"{path} is refused"
+            lambda id=id: instance.status("inference")["adapter"]["rejected"].get(id), 5, f"{path} is refused"
         )
         assert "lies outside" in said or "not an adapter id" in said, path
-    assert house.status("inference")["adapter"]["active"] == "000001"
+    assert instance.status("inference")["adapter"]["active"] == "000001"
     publisher.close()
 
 
-def test_f13_random_weights_cost_speed_and_no_word(house):
-    house.start("inference")
-    house.ready("inference")
-    plain = house.ask("say something", max_tokens=24, num_draft_tokens=0).text
-    publish_adapter(house.paths.adapters, "000001", scale=3.0)
-    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000001", 12, "it is active")
-    answer = house.ask("say something", max_tokens=24, num_draft_tokens=3)
+def test_f13_random_weights_cost_speed_and_no_word(instance):
+    instance.start("inference")
+    instance.ready("inference")
+    plain = instance.ask("say something", max_tokens=24, num_draft_tokens=0).text
+    publish_adapter(instance.paths.adapters, "000001", scale=3.0)
+    wait_until(lambda: instance.status("inference")["adapter"]["active"] == "000001", 12, "it is active")
+    answer = instance.ask("say something", max_tokens=24, num_draft_tokens=3)
     assert answer.text == plain and answer.adapter_id == "000001"
 
 
-def test_f14_a_late_joiner_and_a_burst_end_with_the_newest(house, figures):
-    publish_adapter(house.paths.adapters, "000001")  # nobody is there to hear of it
-    house.start("inference")
-    assert house.ready("inference")["adapter"]["active"] == "000001"
-    prepared = [make_adapter(house.paths.adapters, f"{n:06d}") for n in (2, 3, 4)]
+def test_f14_a_late_joiner_and_a_burst_end_with_the_newest(instance, figures):
+    publish_adapter(instance.paths.adapters, "000001")  # nobody is there to hear of it
+    instance.start("inference")
+    assert instance.ready("inference")["adapter"]["active"] == "000001"
+    prepared = [make_adapter(instance.paths.adapters, f"{n:06d}") for n in (2, 3, 4)]
     publisher = zmq.Context.instance().socket(zmq.XPUB)
     publisher.setsockopt(zmq.LINGER, 0)
-    publisher.bind(house.paths.socket("trainer-pub"))
+    publisher.bind(instance.paths.socket("trainer-pub"))
     publisher.poll(5000)
     stop, active = threading.Event(), []
 
     def watch():
         while not stop.is_set():
-            if body := house.status("inference"):
+            if body := instance.status("inference"):
                 active.append(body["adapter"]["active"])
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.monotonic()
     for scratch, manifest in prepared:
-        path = Adapters(house.paths.adapters).publish(scratch, manifest)
+        path = Adapters(instance.paths.adapters).publish(scratch, manifest)
         publisher.send(encode(AdapterReady(manifest.id, str(path))))
     burst = time.monotonic() - start
     wait_until(lambda: active and active[-1] == "000004", 10, "the newest is active")
@@ -237,9 +239,9 @@ def test_f14_a_late_joiner_and_a_burst_end_with_the_newest(house, figures):
     watcher.join()
     publisher.close()
     assert active == sorted(active), "never an older one after a newer"
-    publish_adapter(house.paths.adapters, "000005")  # no publication at all
+    publish_adapter(instance.paths.adapters, "000005")  # no publication at all
     start = time.monotonic()
-    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000005", 10, "the slow tick finds it")
+    wait_until(lambda: instance.status("inference")["adapter"]["active"] == "000005", 10, "the slow tick finds it")
     figures(F14_burst_ms=1000 * burst, newest_after_s=seconds, without_publication_s=time.monotonic() - start)
 
 

@@ -9,13 +9,15 @@ import subprocess
 import time
 
 import pytest
-from fault_fake import make_adapter, publish_adapter
-from fault_house import SETTINGS, generation, ready_for_training, wait_until
 
 from specl.shared import status
 from specl.shared.adapters.registry import Adapters
 from specl.shared.messaging.codec import encode
 from specl.shared.messaging.outbox import Outbox
+from tests.harness.fake_models import make_adapter, publish_adapter
+from tests.harness.instance import SETTINGS, ready_for_training
+from tests.harness.records import generation
+from tests.harness.waiting import wait_until
 
 
 class SmallDisk:
@@ -59,254 +61,262 @@ def disk():
         one.close()
 
 
-def test_f7_a_full_store_acknowledges_nothing_and_recovers(house, figures, disk):
-    store = disk(house.folder)  # before anything else lies there
-    house.paths.create()
-    house.set(SETTINGS)
-    outbox = disk(house.folder / "outbox")
-    house.start("inference")
-    house.start("collector")
-    house.ready("inference")
-    house.ready("collector")
+def test_f7_a_full_store_acknowledges_nothing_and_recovers(instance, figures, disk):
+    store = disk(instance.folder)  # before anything else lies there
+    instance.paths.create()
+    instance.set(SETTINGS)
+    outbox = disk(instance.folder / "outbox")
+    instance.start("inference")
+    instance.start("collector")
+    instance.ready("inference")
+    instance.ready("collector")
     for n in range(5):
-        house.ask(f"before {n}")
-    house.settle()
+        instance.ask(f"before {n}")
+    instance.settle()
     store.fill()
-    before = len(house.stored())
+    before = len(instance.stored())
     for n in range(30):
-        done = house.ask(f"while it is full {n} " + "x" * 100)
+        done = instance.ask(f"while it is full {n} " + "x" * 100)
         assert done.recorded and done.tokens
-    trouble = wait_until(lambda: house.status("collector").get("trouble"), 15, "status says that the store is full")
-    kept = len(house.waiting())
+    trouble = wait_until(lambda: instance.status("collector").get("trouble"), 15, "status says that the store is full")
+    kept = len(instance.waiting())
     store.free()
     start = time.monotonic()
-    house.settle(timeout_s=45)
-    house.check()
-    wait_until(lambda: not house.status("collector")["trouble"], 5, "status is calm again")
-    figures(F7_accepted=len(house.acked), waited_in_outbox=kept, lost=0, recovered_s=time.monotonic() - start)
+    instance.settle(timeout_s=45)
+    instance.check()
+    wait_until(lambda: not instance.status("collector")["trouble"], 5, "status is calm again")
+    figures(F7_accepted=len(instance.acked), waited_in_outbox=kept, lost=0, recovered_s=time.monotonic() - start)
     assert "full" in trouble
-    assert kept + len(house.stored()) >= before and kept > 0
+    assert kept + len(instance.stored()) >= before and kept > 0
     assert outbox
 
 
-def test_f7_a_collector_that_starts_on_a_full_disk_waits_for_room(house, disk):
-    store = disk(house.folder)
-    house.paths.create()
-    house.set(SETTINGS)
-    disk(house.folder / "outbox")
-    house.start("inference")
-    house.ready("inference")
-    house.ask("first")
+def test_f7_a_collector_that_starts_on_a_full_disk_waits_for_room(instance, disk):
+    store = disk(instance.folder)
+    instance.paths.create()
+    instance.set(SETTINGS)
+    disk(instance.folder / "outbox")
+    instance.start("inference")
+    instance.ready("inference")
+    instance.ask("first")
     store.fill()
-    collector = house.start("collector")
-    wait_until(lambda: house.status("collector").get("trouble"), 10, "it answers, and says what is wrong")
+    collector = instance.start("collector")
+    wait_until(lambda: instance.status("collector").get("trouble"), 10, "it answers, and says what is wrong")
     store.free()
-    house.settle(timeout_s=45)
-    house.check()
+    instance.settle(timeout_s=45)
+    instance.check()
     assert collector.code is None
 
 
-def test_f8_a_full_outbox_refuses_new_records_and_answers_go_on(house, figures, disk):
-    outbox = disk(house.folder / "outbox", megabytes=4)
-    house.start("inference")
-    house.ready("inference")
+def test_f8_a_full_outbox_refuses_new_records_and_answers_go_on(instance, figures, disk):
+    outbox = disk(instance.folder / "outbox", megabytes=4)
+    instance.start("inference")
+    instance.ready("inference")
     for n in range(3):
-        assert house.ask(f"before {n}").recorded
+        assert instance.ask(f"before {n}").recorded
     outbox.fill()
     refused = []
     for n in range(25):
-        done = house.ask(f"while it is full {n} " + "x" * 100)
+        done = instance.ask(f"while it is full {n} " + "x" * 100)
         assert done.tokens == 8 and done.text
         if not done.recorded:
             refused.append(done.record_note)
-    said = house.status("inference")["outbox"]
+    said = instance.status("inference")["outbox"]
     assert len(refused) > 0 and said["refused"] == len(refused)
     assert "full" in said["trouble"] and "full" in refused[0]
     # a collector that comes now must not turn in circles over records that cannot be let go of
-    house.start("collector")
-    wait_until(lambda: set(house.acked) <= set(house.stored()), 10, "what was accepted is stored")
+    instance.start("collector")
+    wait_until(lambda: set(instance.acked) <= set(instance.stored()), 10, "what was accepted is stored")
     outbox.free()
     start = time.monotonic()
-    wait_until(lambda: house.ask("afterwards").recorded, 10, "records are accepted again")
+    wait_until(lambda: instance.ask("afterwards").recorded, 10, "records are accepted again")
     recovered = time.monotonic() - start
-    house.settle()
-    house.check()
-    wait_until(lambda: not house.status("inference")["outbox"]["trouble"], 5, "status is calm again")
+    instance.settle()
+    instance.check()
+    wait_until(lambda: not instance.status("inference")["outbox"]["trouble"], 5, "status is calm again")
     figures(
-        F8_answers=len(house.latencies), refused=len(refused), accepted=len(house.acked), lost=0, recovered_s=recovered
+        F8_answers=len(instance.latencies),
+        refused=len(refused),
+        accepted=len(instance.acked),
+        lost=0,
+        recovered_s=recovered,
     )
 
 
-def test_f8_an_outbox_that_cannot_be_opened_at_start_stops_no_answer(house, disk):
-    outbox = disk(house.folder / "outbox", megabytes=1)
+def test_f8_an_outbox_that_cannot_be_opened_at_start_stops_no_answer(instance, disk):
+    outbox = disk(instance.folder / "outbox", megabytes=1)
     outbox.fill()
-    house.start("inference")
-    house.ready("inference")
-    done = house.ask("nowhere to write")
+    instance.start("inference")
+    instance.ready("inference")
+    done = instance.ask("nowhere to write")
     assert done.tokens == 8 and not done.recorded and done.record_note
-    assert house.status("inference")["outbox"]["trouble"]
+    assert instance.status("inference")["outbox"]["trouble"]
     outbox.free()
-    wait_until(lambda: house.ask("room again").recorded, 10, "records are accepted again")
-    house.settle()
-    house.check()
+    wait_until(lambda: instance.ask("room again").recorded, 10, "records are accepted again")
+    instance.settle()
+    instance.check()
 
 
-def test_a_daemon_starts_with_every_disk_full(house, disk):
-    everything = disk(house.folder)
-    house.paths.create()
-    house.set(SETTINGS)
+def test_a_daemon_starts_with_every_disk_full(instance, disk):
+    everything = disk(instance.folder)
+    instance.paths.create()
+    instance.set(SETTINGS)
     everything.fill()
-    house.daemons.clear()
-    inference = house.start("inference")
-    body = house.ready("inference")
+    instance.daemons.clear()
+    inference = instance.start("inference")
+    body = instance.ready("inference")
     assert body["outbox"]["trouble"]
-    assert house.ask("hello").tokens == 8
+    assert instance.ask("hello").tokens == 8
     everything.free()
-    wait_until(lambda: house.ask("room again").recorded, 10, "records are accepted again")
-    house.settle()
-    house.check()
+    wait_until(lambda: instance.ask("room again").recorded, 10, "records are accepted again")
+    instance.settle()
+    instance.check()
     assert inference.code is None
 
 
-def test_a_full_adapters_folder_leaves_the_old_adapter_serving(house, disk):
-    adapters = disk(house.paths.adapters, megabytes=2)
-    publish_adapter(house.paths.adapters, "000001")
-    house.start("inference")
-    assert house.ready("inference")["adapter"]["active"] == "000001"
-    scratch, manifest = make_adapter(house.paths.adapters, "000002")
+def test_a_full_adapters_folder_leaves_the_old_adapter_serving(instance, disk):
+    adapters = disk(instance.paths.adapters, megabytes=2)
+    publish_adapter(instance.paths.adapters, "000001")
+    instance.start("inference")
+    assert instance.ready("inference")["adapter"]["active"] == "000001"
+    scratch, manifest = make_adapter(instance.paths.adapters, "000002")
     adapters.fill()
     with pytest.raises(OSError):
-        Adapters(house.paths.adapters).publish(scratch, manifest)
-    assert Adapters(house.paths.adapters).current() == "000001" and Adapters(house.paths.adapters).ids() == ["000001"]
-    assert house.status("inference")["adapter"]["active"] == "000001"
-    assert house.ask("hello").tokens == 8
+        Adapters(instance.paths.adapters).publish(scratch, manifest)
+    assert Adapters(instance.paths.adapters).current() == "000001" and Adapters(instance.paths.adapters).ids() == [
+        "000001"
+    ]
+    assert instance.status("inference")["adapter"]["active"] == "000001"
+    assert instance.ask("hello").tokens == 8
     adapters.free()
-    Adapters(house.paths.adapters).sweep()
-    publish_adapter(house.paths.adapters, "000003")
-    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000003", 15, "the next one is active")
-    assert os.listdir(house.paths.adapters).count("CURRENT") == 1
+    Adapters(instance.paths.adapters).sweep()
+    publish_adapter(instance.paths.adapters, "000003")
+    wait_until(lambda: instance.status("inference")["adapter"]["active"] == "000003", 15, "the next one is active")
+    assert os.listdir(instance.paths.adapters).count("CURRENT") == 1
 
 
-def problems(house):
-    """What `specl-ctl status` says is wrong, less what this machine and a house with an empty room bring along."""
-    with house.client() as client:
+def problems(instance):
+    """What `specl-ctl status` says is wrong, less what this machine and an empty run directory add."""
+    with instance.client() as client:
         return [
             text for text in status.collect(client)["problems"] if "does not run" not in text and "BLAS" not in text
         ]
 
 
-def calm(house, timeout_s=15):
+def calm(instance, timeout_s=15):
     """Wait until `specl-ctl status` has nothing to say."""
     try:
-        wait_until(lambda: not problems(house), timeout_s, "status is calm again")
+        wait_until(lambda: not problems(instance), timeout_s, "status is calm again")
     except AssertionError as error:
-        raise AssertionError(f"{error}: {problems(house)}") from None
+        raise AssertionError(f"{error}: {problems(instance)}") from None
 
 
-def test_f8_the_trainers_full_outbox_keeps_its_records_until_there_is_room(house, figures, disk):
-    outbox = disk(house.folder / "outbox", megabytes=2)
+def test_f8_the_trainers_full_outbox_keeps_its_records_until_there_is_room(instance, figures, disk):
+    outbox = disk(instance.folder / "outbox", megabytes=2)
     for number in (1, 2, 3):
-        publish_adapter(house.paths.adapters, f"{number:06d}")
+        publish_adapter(instance.paths.adapters, f"{number:06d}")
     outbox.fill()
-    trainer = house.start("trainer")
-    house.ready("trainer")  # it tells of the three, and cannot
-    said = house.status("trainer")["outbox"]
+    trainer = instance.start("trainer")
+    instance.ready("trainer")  # it tells of the three, and cannot
+    said = instance.status("trainer")["outbox"]
     assert said["waiting"] == said["refused"] == 3 and "full" in said["trouble"]
-    assert any("trainer's records wait (3)" in text for text in problems(house))
-    with house.client() as client:
+    assert any("trainer's records wait (3)" in text for text in problems(instance))
+    with instance.client() as client:
         reply = client.train(now=True)
     assert not reply.ok and "could not be recorded" in reply.message
     outbox.free()
     start = time.monotonic()
-    house.start("collector")
-    wait_until(lambda: house.stored("adapters") == ["000001", "000002", "000003"], 30, "all three are in the store")
+    instance.start("collector")
+    wait_until(lambda: instance.stored("adapters") == ["000001", "000002", "000003"], 30, "all three are in the store")
     seconds = time.monotonic() - start
-    calm(house)
-    assert trainer.code is None and house.status("trainer")["outbox"]["waiting"] == 0
+    calm(instance)
+    assert trainer.code is None and instance.status("trainer")["outbox"]["waiting"] == 0
     figures(F8_trainer_refused=said["refused"], lost=0, recovered_s=seconds)
 
 
-def test_f8_at_its_size_limit_an_outbox_refuses_and_takes_again_once_it_has_drained(house, figures):
-    house.set(SETTINGS + "records: {outbox_limit_mb: 1}\n")
-    outbox = Outbox(house.paths.outbox("inference"))
+def test_f8_at_its_size_limit_an_outbox_refuses_and_takes_again_once_it_has_drained(instance, figures):
+    instance.set(SETTINGS + "records: {outbox_limit_mb: 1}\n")
+    outbox = Outbox(instance.paths.outbox("inference"))
     before = [f"{number:032x}" for number in range(60)]
     for id in before:
         outbox.append(id, "Generation", encode(generation(id, "z" * 8000)))
     outbox.close()
-    house.start("inference")
-    house.ready("inference")
-    answers = [house.ask(f"beyond the limit {number}") for number in range(10)]
+    instance.start("inference")
+    instance.ready("inference")
+    answers = [instance.ask(f"beyond the limit {number}") for number in range(10)]
     refused = [answer for answer in answers if not answer.recorded]
     assert refused and all(answer.tokens == 8 and "its limit is 1 MiB" in answer.record_note for answer in refused)
-    assert house.status("inference")["outbox"]["refused"] == len(refused)
-    assert any(f"records refused ({len(refused)})" in text for text in problems(house))
-    house.acked += before
-    house.start("collector")
-    wait_until(lambda: house.ask("after draining").recorded, 10, "records are taken again")
-    calm(house)
-    house.settle()
-    house.check()
-    figures(F8_limit_refused=len(refused), accepted=len(house.acked), lost=0)
+    assert instance.status("inference")["outbox"]["refused"] == len(refused)
+    assert any(f"records refused ({len(refused)})" in text for text in problems(instance))
+    instance.acked += before
+    instance.start("collector")
+    wait_until(lambda: instance.ask("after draining").recorded, 10, "records are taken again")
+    calm(instance)
+    instance.settle()
+    instance.check()
+    figures(F8_limit_refused=len(refused), accepted=len(instance.acked), lost=0)
 
 
-def test_a_run_that_finds_no_room_for_its_adapter_goes_on_once_there_is_some(house, figures, disk):
-    adapters = disk(house.paths.adapters, megabytes=2)
-    publish_adapter(house.paths.adapters, "000001")
-    ready_for_training(house)
+def test_a_run_that_finds_no_room_for_its_adapter_goes_on_once_there_is_some(instance, figures, disk):
+    adapters = disk(instance.paths.adapters, megabytes=2)
+    publish_adapter(instance.paths.adapters, "000001")
+    ready_for_training(instance)
     adapters.fill()
-    trainer = house.start("trainer", SPECL_TEST_CHECKPOINT_S="0", SPECL_TEST_RISING="1", SPECL_TEST_DISK_RETRY_S="1")
-    house.ready("trainer")
-    with house.client() as client:
+    trainer = instance.start("trainer", SPECL_TEST_CHECKPOINT_S="0", SPECL_TEST_RISING="1", SPECL_TEST_DISK_RETRY_S="1")
+    instance.ready("trainer")
+    with instance.client() as client:
         assert client.train(now=True).ok
-    wait_until(lambda: "the disk refuses" in house.status("trainer").get("trouble", ""), 60, "it says what it lacks")
-    assert any("training: the disk refuses" in text for text in problems(house))
-    assert Adapters(house.paths.adapters).ids() == ["000001"] and house.ask("hello").tokens == 8
-    assert house.status("inference")["adapter"]["active"] == "000001"
+    wait_until(lambda: "the disk refuses" in instance.status("trainer").get("trouble", ""), 60, "it says what it lacks")
+    assert any("training: the disk refuses" in text for text in problems(instance))
+    assert Adapters(instance.paths.adapters).ids() == ["000001"] and instance.ask("hello").tokens == 8
+    assert instance.status("inference")["adapter"]["active"] == "000001"
     adapters.free()
     start = time.monotonic()
-    wait_until(lambda: house.status("inference")["adapter"]["active"] == "000002", 60, "the new adapter drafts")
+    wait_until(lambda: instance.status("inference")["adapter"]["active"] == "000002", 60, "the new adapter drafts")
     seconds = time.monotonic() - start
-    calm(house)
-    assert "training.resumed" in house.output("trainer") and trainer.code is None
-    wait_until(lambda: len(house.stored("training_runs")) == 1, 15, "the run is a row")
+    calm(instance)
+    assert "training.resumed" in instance.output("trainer") and trainer.code is None
+    wait_until(lambda: len(instance.stored("training_runs")) == 1, 15, "the run is a row")
     figures(adapters_full_recovered_s=seconds)
 
 
-def test_a_rollback_on_a_full_disk_ends_nothing(house, disk):
-    adapters = disk(house.paths.adapters, megabytes=2)
-    publish_adapter(house.paths.adapters, "000001")
-    publish_adapter(house.paths.adapters, "000002")
-    Adapters(house.paths.adapters).mark_rolled_back("000002", "it disappointed")  # killed between the mark and CURRENT
+def test_a_rollback_on_a_full_disk_ends_nothing(instance, disk):
+    adapters = disk(instance.paths.adapters, megabytes=2)
+    publish_adapter(instance.paths.adapters, "000001")
+    publish_adapter(instance.paths.adapters, "000002")
+    Adapters(instance.paths.adapters).mark_rolled_back(
+        "000002", "it disappointed"
+    )  # killed between the mark and CURRENT
     adapters.fill()
-    inference = house.start("inference", SPECL_TEST_LOOK_S="0.2")
-    house.ready("inference")
+    inference = instance.start("inference", SPECL_TEST_LOOK_S="0.2")
+    instance.ready("inference")
     time.sleep(1)
-    assert inference.code is None and house.ask("hello").tokens == 8
-    assert house.status("inference")["adapter"]["active"] != "000002"
+    assert inference.code is None and instance.ask("hello").tokens == 8
+    assert instance.status("inference")["adapter"]["active"] != "000002"
     adapters.free()
-    wait_until(lambda: Adapters(house.paths.adapters).current() != "000002", 15, "CURRENT follows")
+    wait_until(lambda: Adapters(instance.paths.adapters).current() != "000002", 15, "CURRENT follows")
 
 
-def test_a_store_that_was_full_is_whole(house, disk):
+def test_a_store_that_was_full_is_whole(instance, disk):
     """What a reader sees while the disk is full is the last commit, not half of one."""
-    store = disk(house.folder)
-    house.paths.create()
-    house.set(SETTINGS)
-    disk(house.folder / "outbox")
-    house.start("inference")
-    house.start("collector")
-    house.ready("inference")
-    house.ask("one that fits")
-    house.settle()
+    store = disk(instance.folder)
+    instance.paths.create()
+    instance.set(SETTINGS)
+    disk(instance.folder / "outbox")
+    instance.start("inference")
+    instance.start("collector")
+    instance.ready("inference")
+    instance.ask("one that fits")
+    instance.settle()
     store.fill()
     for number in range(5):
-        house.ask(f"one that does not {number} " + "x" * 2000)
-    wait_until(lambda: house.status("collector").get("trouble"), 15, "status says so")
-    db = sqlite3.connect(f"file:{house.paths.store}?mode=ro", uri=True)
+        instance.ask(f"one that does not {number} " + "x" * 2000)
+    wait_until(lambda: instance.status("collector").get("trouble"), 15, "status says so")
+    db = sqlite3.connect(f"file:{instance.paths.store}?mode=ro", uri=True)
     try:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     finally:
         db.close()
     store.free()
-    house.settle(45)
-    house.check()
+    instance.settle(45)
+    instance.check()

@@ -10,7 +10,6 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
-from fault_house import SETTINGS, process_figures, wait_until
 
 from specl.shared.errors import DaemonUnreachable, RequestRejected
 from specl.shared.messaging.codec import VERSION, decode, encode
@@ -27,6 +26,9 @@ from specl.shared.messaging.messages import (
 )
 from specl.shared.paths import ROLES
 from specl.shared.sampling_params import SamplingParams
+from tests.harness.figures import process_figures
+from tests.harness.instance import SETTINGS
+from tests.harness.waiting import wait_until
 
 slow = pytest.mark.slow
 GOOD = [
@@ -79,14 +81,14 @@ def hostile(rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=slow)])
-def test_f10_hostile_requests_are_counted_and_dropped(house, figures, context, role, count):
-    daemon = house.start(role)
-    house.ready(role)
+def test_f10_hostile_requests_are_counted_and_dropped(instance, figures, context, role, count):
+    daemon = instance.start(role)
+    instance.ready(role)
     for _ in range(20):
-        house.status(role)
+        instance.status(role)
     before, _ = process_figures(daemon.pid)
     socket = context.socket(zmq.DEALER)
-    socket.connect(house.paths.socket(role))
+    socket.connect(instance.paths.socket(role))
     rng, sent = random.Random(1), 0
     for n in range(count):
         frame = hostile(rng)
@@ -94,15 +96,15 @@ def test_f10_hostile_requests_are_counted_and_dropped(house, figures, context, r
         sent += 1
         if n % 50 == 0:
             time.sleep(0.005)
-    body = wait_until(lambda: (b := house.status(role)) and b["malformed"] == sent and b, 60, f"{sent} are counted")
+    body = wait_until(lambda: (b := instance.status(role)) and b["malformed"] == sent and b, 60, f"{sent} are counted")
     after, _ = process_figures(daemon.pid)
     oversized = context.socket(zmq.DEALER)
-    oversized.connect(house.paths.socket(role))
+    oversized.connect(instance.paths.socket(role))
     oversized.send(b"x" * (20 << 20))  # cut off by libzmq, with its connection
     time.sleep(0.5)
-    assert house.status(role)["state"] in ("ready", "starting", "busy")
+    assert instance.status(role)["state"] in ("ready", "starting", "busy")
     if role == "inference":
-        assert house.ask("a good one").tokens == 8
+        assert instance.ask("a good one").tokens == 8
     largest, _ = process_figures(daemon.pid)
     figures(F10_socket=role, frames=sent, counted=body["malformed"], grew_MiB=max(after, largest) - before)
     assert daemon.code is None
@@ -114,15 +116,15 @@ def test_f10_hostile_requests_are_counted_and_dropped(house, figures, context, r
     [("inference", "trainer"), ("collector", "inference"), ("collector", "trainer"), ("trainer", "inference")],
 )
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=slow)])
-def test_f10_hostile_publications_and_answers(house, figures, context, role, source, count):
+def test_f10_hostile_publications_and_answers(instance, figures, context, role, source, count):
     """The other sockets connect outwards: whoever stands at the other end sends rubbish."""
     publisher, answerer = context.socket(zmq.XPUB), context.socket(zmq.ROUTER)
     for socket in (publisher, answerer):
         socket.setsockopt(zmq.SNDHWM, 0)  # every frame is to arrive
-    publisher.bind(house.paths.socket(f"{source}-pub"))
-    answerer.bind(house.paths.socket(source))
-    daemon = house.start(role)
-    house.ready(role)
+    publisher.bind(instance.paths.socket(f"{source}-pub"))
+    answerer.bind(instance.paths.socket(source))
+    daemon = instance.start(role)
+    instance.ready(role)
     assert publisher.poll(5000), "it subscribes"
     before, _ = process_figures(daemon.pid)
     rng, answered = random.Random(2), 0
@@ -139,14 +141,14 @@ def test_f10_hostile_publications_and_answers(house, figures, context, role, sou
                     answerer.send_multipart([peer, hostile(rng)])
                     answered += 1
     sent = count + answered
-    body = wait_until(lambda: (b := house.status(role)) and b["malformed"] >= sent and b, 60, f"{sent} are counted")
+    body = wait_until(lambda: (b := instance.status(role)) and b["malformed"] >= sent and b, 60, f"{sent} are counted")
     after, _ = process_figures(daemon.pid)
     publisher.send(b"x" * (20 << 20))
-    _, known = publisher.send(b"x" * (70 << 20)), house.status(role)["malformed"]  # cut off, with the connection
+    _, known = publisher.send(b"x" * (70 << 20)), instance.status(role)["malformed"]  # cut off, with the connection
 
     def heard_again():
         publisher.send(b"no message")
-        return house.status(role).get("malformed", 0) > known + 1  # the frame of 20 MiB may be one of them
+        return instance.status(role).get("malformed", 0) > known + 1  # the frame of 20 MiB may be one of them
 
     wait_until(heard_again, 15, "the subscription hears again")
     if role == "collector":
@@ -168,28 +170,28 @@ def test_f10_hostile_publications_and_answers(house, figures, context, role, sou
         grew_MiB=after - before,
         with_20_MiB_frame=at_last - before,
     )
-    assert house.ready(role) and daemon.code is None and after - before < 32 and at_last - before < 64
+    assert instance.ready(role) and daemon.code is None and after - before < 32 and at_last - before < 64
 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=slow)])
-def test_f10_hostile_subscribers(house, figures, context, role, count):
+def test_f10_hostile_subscribers(instance, figures, context, role, count):
     """A publishing socket reads subscriptions and nothing else; whoever listens well still hears."""
-    daemon = house.start(role)
-    house.ready(role)
+    daemon = instance.start(role)
+    instance.ready(role)
     before, _ = process_figures(daemon.pid)
     rng, listener, rude = random.Random(4), context.socket(zmq.SUB), context.socket(zmq.XSUB)
     listener.setsockopt(zmq.SUBSCRIBE, b"")
     for socket in (listener, rude):
-        socket.connect(house.paths.socket(f"{role}-pub"))
+        socket.connect(instance.paths.socket(f"{role}-pub"))
     for n in range(count):
         rude.send(hostile(rng))
         if n % 50 == 0:
             time.sleep(0.005)
     rude.send(b"x" * (20 << 20))
-    assert house.ready(role) and daemon.code is None
+    assert instance.ready(role) and daemon.code is None
     if role == "inference":
-        assert house.ask("a good one").tokens == 8
+        assert instance.ask("a good one").tokens == 8
         assert listener.poll(5000), "its publications go on"
     after, _ = process_figures(daemon.pid)
     figures(F10_publisher=role, frames=count, grew_MiB=after - before)
@@ -197,10 +199,10 @@ def test_f10_hostile_subscribers(house, figures, context, role, count):
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=slow)])
-def test_f10_a_client_survives_hostile_answers(house, figures, context, count):
+def test_f10_a_client_survives_hostile_answers(instance, figures, context, count):
     """The command line's and the Python client's end of the line."""
     answerer = context.socket(zmq.ROUTER)
-    answerer.bind(house.paths.socket("inference"))
+    answerer.bind(instance.paths.socket("inference"))
     stop, rng = threading.Event(), random.Random(5)
 
     def answer():
@@ -214,7 +216,7 @@ def test_f10_a_client_survives_hostile_answers(house, figures, context, count):
     refused = 0
     try:
         for _ in range(count):
-            client = house.client()
+            client = instance.client()
             try:
                 client.ask("hello")
             except DaemonUnreachable:
@@ -308,12 +310,12 @@ def how_it_ended(deltas):
         return "busy" if "wait already" in str(error) else str(error)
 
 
-def test_a_client_has_its_limits(house, context):
-    house.set(SETTINGS.replace("serving: {", "serving: {client_queue_limit: 2, max_prompt_kb: 4, "))
-    house.start("inference", SPECL_TEST_TOKEN_MS="20")
-    house.ready("inference")
+def test_a_client_has_its_limits(instance, context):
+    instance.set(SETTINGS.replace("serving: {", "serving: {client_queue_limit: 2, max_prompt_kb: 4, "))
+    instance.start("inference", SPECL_TEST_TOKEN_MS="20")
+    instance.ready("inference")
     socket = context.socket(zmq.DEALER)
-    socket.connect(house.paths.socket("inference"))
+    socket.connect(instance.paths.socket("inference"))
     for n in range(5):
         socket.send(encode(Ask(f"r{n}", [{"role": "user", "content": "x"}], "", 8, SamplingParams(), "detailed")))
     refused = {}
@@ -322,8 +324,8 @@ def test_a_client_has_its_limits(house, context):
         if type(message).__name__ == "Failed":
             refused[message.request_id] = message
     assert sorted(refused) == ["r2", "r3", "r4"] and all(f.code == "busy" for f in refused.values())
-    assert house.ask("another client").tokens == 8
-    with house.client() as crowd:  # one program, a connection for each request
+    assert instance.ask("another client").tokens == 8
+    with instance.client() as crowd:  # one program, a connection for each request
         wishes = [crowd.deltas(crowd.request("x", max_tokens=8, client_id="crowd")) for _ in range(4)]
         with ThreadPoolExecutor(4) as pool:
             ends = list(pool.map(how_it_ended, wishes))

@@ -2,20 +2,16 @@
 
 import http.client
 import json
-import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 from collections import Counter
 from urllib.parse import urlsplit
 
 import pytest
-from fault_house import SETTINGS, process_figures, wait_until
-from test_frames import hostile
 
-from specl.shared.status import gateway_file
+from tests.fault.test_frames import hostile
+from tests.harness.figures import process_figures
+from tests.harness.gateway import Gateway
 
 slow = pytest.mark.slow
 GOOD = {"model": "speclora", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -39,28 +35,15 @@ ODD = (
 
 
 @pytest.fixture
-def gateway(house):
-    house.set(SETTINGS + "gateway: {port: 0, requests_per_minute: 0}\n")
-    house.start("inference")
-    house.ready("inference")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "specl.daemons.gateway"], env=os.environ | house.environment(),
-        stdout=open(house.outputs / "gateway.out", "ab"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-    def address():
-        assert process.poll() is None, house.output("gateway")
-        try:
-            return json.loads(gateway_file(house.paths).read_text()).get("address")
-        except (OSError, ValueError):
-            return None
-
+def gateway(instance):
+    instance.start("inference")
+    instance.ready("inference")
+    gateway = Gateway(instance, "gateway: {port: 0, requests_per_minute: 0}\n")
     try:
-        process.url = urlsplit(wait_until(address, 40, "the gateway listens"))
-        yield process
+        gateway.url = urlsplit(gateway.ready())
+        yield gateway
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=10)
+        gateway.stop()
 
 
 def body(rng):
@@ -100,11 +83,11 @@ def good(connection):
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=slow)])
-def test_f10_hostile_http(house, figures, gateway, count):
+def test_f10_hostile_http(instance, figures, gateway, count):
     rng, statuses = random.Random(6), Counter()
     connection = http.client.HTTPConnection(gateway.url.hostname, gateway.url.port, timeout=30)
     assert good(connection)[0] == 200
-    before, _ = process_figures(gateway.pid)
+    before, _ = process_figures(gateway.process.pid)
     for _ in range(count):
         path = rng.choice(("/v1/chat/completions", "/v1/completions", "/api/train/x", "/v1/models/..%2f..%2fetc"))
         connection.request("POST", path, body(rng), {"Content-Type": "application/json"})
@@ -136,7 +119,7 @@ def test_f10_hostile_http(house, figures, gateway, count):
         float(line.rsplit(" ", 1)[1]) for line in text.splitlines()
         if "requests_total{" in line and ('code="4' in line or 'status="4' in line)
     )  # fmt: skip
-    after, _ = process_figures(gateway.pid)
+    after, _ = process_figures(gateway.process.pid)
     figures(
         F10_http=count,
         refused=sum(statuses.values()),
@@ -145,6 +128,6 @@ def test_f10_hostile_http(house, figures, gateway, count):
         statuses=dict(statuses),
         grew_MiB=after - before,
     )
-    assert counted >= count and gateway.poll() is None and after - before < 32
-    assert "Traceback" not in house.output("gateway")
+    assert counted >= count and gateway.process.poll() is None and after - before < 32
+    assert "Traceback" not in instance.output("gateway")
     connection.close()

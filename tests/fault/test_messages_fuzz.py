@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import zmq
-from fault_house import process_figures, wait_until
 
 from specl.shared.errors import WireError
 from specl.shared.messaging.codec import decode, encode
@@ -31,6 +30,8 @@ from specl.shared.messaging.messages import (
 )
 from specl.shared.paths import ROLES
 from specl.shared.sampling_params import SamplingParams
+from tests.harness.figures import process_figures
+from tests.harness.waiting import wait_until
 
 slow = pytest.mark.slow
 TEXTS = (
@@ -125,14 +126,14 @@ def context():
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=slow)])
-def test_f10_senseless_requests_end_no_daemon(house, figures, context, role, count):
-    daemon = house.start(role)
-    house.ready(role)
+def test_f10_senseless_requests_end_no_daemon(instance, figures, context, role, count):
+    daemon = instance.start(role)
+    instance.ready(role)
     before, _ = process_figures(daemon.pid)
     rng, replies = random.Random(7), 0
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.SNDTIMEO, 120_000)  # of one that is gone the queue fills up
-    socket.connect(house.paths.socket(role))
+    socket.connect(instance.paths.socket(role))
     for n in range(count):
         try:
             socket.send(senseless(rng, MESSAGES))
@@ -142,16 +143,16 @@ def test_f10_senseless_requests_end_no_daemon(house, figures, context, role, cou
             decode(socket.recv())
             replies += 1
     last = context.socket(zmq.DEALER)
-    last.connect(house.paths.socket(role))
+    last.connect(instance.paths.socket(role))
     last.send(encode(GetStatus()))
-    assert last.poll(60_000), house.output(role)[-3000:]
-    assert daemon.code is None, house.output(role)[-3000:]
+    assert last.poll(60_000), instance.output(role)[-3000:]
+    assert daemon.code is None, instance.output(role)[-3000:]
     if role == "inference":
-        assert wait_until(lambda: house.status(role)["queue"] == {"depth": 0, "in_flight": 0}, 30, "it is through")
-        assert house.ask("a good one").tokens == 8
+        assert wait_until(lambda: instance.status(role)["queue"] == {"depth": 0, "in_flight": 0}, 30, "it is through")
+        assert instance.ask("a good one").tokens == 8
     grew = process_figures(daemon.pid)[0] - before
     figures(F10_senseless=role, messages=count, replies=replies, grew_MiB=grew)
-    assert house.status(role)["malformed"] == 0 and replies > count / 100
+    assert instance.status(role)["malformed"] == 0 and replies > count / 100
     assert grew < 96, "the first answer or run brings MLX's own memory"
 
 
@@ -160,13 +161,13 @@ def test_f10_senseless_requests_end_no_daemon(house, figures, context, role, cou
     [("inference", "trainer"), ("collector", "inference"), ("collector", "trainer"), ("trainer", "inference")],
 )
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=slow)])
-def test_f10_senseless_news_and_batches_end_no_daemon(house, figures, context, role, source, count):
+def test_f10_senseless_news_and_batches_end_no_daemon(instance, figures, context, role, source, count):
     publisher, answerer = context.socket(zmq.XPUB), context.socket(zmq.ROUTER)
     publisher.setsockopt(zmq.XPUB_NODROP, 1)
-    publisher.bind(house.paths.socket(f"{source}-pub"))
-    answerer.bind(house.paths.socket(source))
-    daemon = house.start(role)
-    house.ready(role)
+    publisher.bind(instance.paths.socket(f"{source}-pub"))
+    answerer.bind(instance.paths.socket(source))
+    daemon = instance.start(role)
+    instance.ready(role)
     assert publisher.poll(5000), "it subscribes"
     before, _ = process_figures(daemon.pid)
     rng, batches = random.Random(8), 0
@@ -178,28 +179,28 @@ def test_f10_senseless_news_and_batches_end_no_daemon(house, figures, context, r
             # what is no batch is waited out: two seconds
             answerer.send_multipart([peer, senseless(rng, (RecordBatch,) if batches % 50 else (Reply,))])
             batches += 1
-    assert house.ready(role)["malformed"] == 0
-    assert daemon.code is None, house.output(role)[-3000:]
+    assert instance.ready(role)["malformed"] == 0
+    assert daemon.code is None, instance.output(role)[-3000:]
     grew = process_figures(daemon.pid)[0] - before
     figures(F10_senseless_outward=role, source=source, publications=count, batches=batches, grew_MiB=grew)
     assert grew < 96
 
 
-def test_f10_an_answer_that_would_quote_more_than_a_frame_holds_ends_nothing(house, context):
+def test_f10_an_answer_that_would_quote_more_than_a_frame_holds_ends_nothing(instance, context):
     """What is refused is quoted, and quoting makes it up to six times as long."""
     long = "\0" * 3_000_000
-    daemons = [house.start(role) for role in ROLES]
+    daemons = [instance.start(role) for role in ROLES]
     for role, daemon in zip(ROLES, daemons, strict=True):
-        house.ready(role)
+        instance.ready(role)
         socket = context.socket(zmq.DEALER)
-        socket.connect(house.paths.socket(role))
+        socket.connect(instance.paths.socket(role))
         for message in (
             SetAdapter(long), Ask("r", [], "x", 4, SamplingParams(), long), Ask(long, [], "x", 0, SamplingParams(), "fast"), Heartbeat(long),
             Purge([long], None, ""), Purge([], None, long),
         ):  # fmt: skip
             socket.send(encode(message))
         socket.send(encode(GetStatus()))
-        wait_until(lambda r=role: house.status(r), 30, "it answers")
+        wait_until(lambda r=role: instance.status(r), 30, "it answers")
         time.sleep(0.5)
-        assert house.ready(role) and daemon.code is None, house.output(role)[-3000:]
-    assert house.ask("a good one").tokens == 8
+        assert instance.ready(role) and daemon.code is None, instance.output(role)[-3000:]
+    assert instance.ask("a good one").tokens == 8

@@ -3,13 +3,14 @@
 import sqlite3
 
 import pytest
-from fault_house import generation, wait_until
 
 from specl.shared.errors import StoreError, StoreTooNew
 from specl.shared.messaging.codec import encode
 from specl.shared.messaging.messages import Envelope
 from specl.shared.store import SCHEMA_VERSION, Store
 from specl.shared.store.migrations import MIGRATIONS
+from tests.harness.records import generation
+from tests.harness.waiting import wait_until
 
 NOW = SCHEMA_VERSION
 ADD_COLUMN = "ALTER TABLE generations ADD COLUMN mood TEXT"
@@ -58,13 +59,13 @@ def test_an_older_store_is_not_upgraded_by_a_reader(older):
         Store(older, read_only=True, migrations=NEXT)
 
 
-def test_a_newer_store_is_refused_by_name_and_not_retried(house):
-    Store(house.paths.store).close()
-    with sqlite3.connect(house.paths.store) as db:
+def test_a_newer_store_is_refused_by_name_and_not_retried(instance):
+    Store(instance.paths.store).close()
+    with sqlite3.connect(instance.paths.store) as db:
         db.execute("PRAGMA user_version = 99")
-    collector = house.start("collector")
+    collector = instance.start("collector")
     wait_until(lambda: collector.code is not None, 10, "it ends")
     assert collector.code == 78
-    assert "schema 99" in house.output("collector") and "upgrade speclora" in house.output("collector")
+    assert "schema 99" in instance.output("collector") and "upgrade speclora" in instance.output("collector")
     with pytest.raises(StoreTooNew):
-        Store(house.paths.store, read_only=True)
+        Store(instance.paths.store, read_only=True)

@@ -9,57 +9,59 @@ import sys
 import time
 
 import pytest
-from fault_house import HERE, SETTINGS, wait_until
 
 from specl.shared.paths import DAEMONS, ROLES
 from specl.shared.runtime.locks import holder_of, is_locked
 from specl.shared.runtime.supervisor import BACKOFF_S
+from tests.fakes import ROOT
+from tests.harness.instance import SETTINGS
+from tests.harness.waiting import wait_until
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_f9_a_second_daemon_is_refused_and_names_the_first(house, role):
-    first = house.start(role)
-    house.ready(role)
+def test_f9_a_second_daemon_is_refused_and_names_the_first(instance, role):
+    first = instance.start(role)
+    instance.ready(role)
     start = time.monotonic()
-    second = house.start(role)
+    second = instance.start(role)
     wait_until(lambda: second.code is not None, 3, "the second ends")
     assert time.monotonic() - start < 1.5
     assert second.code == 75
-    assert f"pid {first.pid}" in house.output(role)
-    assert house.status(role)["pid"] == first.pid
+    assert f"pid {first.pid}" in instance.output(role)
+    assert instance.status(role)["pid"] == first.pid
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(ROLES)))
-def test_f15_any_start_order_works(house, order):
+def test_f15_any_start_order_works(instance, order):
     for role in order:
-        house.start(role)
+        instance.start(role)
         time.sleep(0.3)
     for role in ROLES:
-        house.ready(role)
-    assert house.ask("hello").recorded
-    house.settle()
-    house.check()
+        instance.ready(role)
+    assert instance.ask("hello").recorded
+    instance.settle()
+    instance.check()
 
 
-def test_f15_stale_sockets_and_locks_are_no_obstacle(house):
+def test_f15_stale_sockets_and_locks_are_no_obstacle(instance):
     for _ in range(2):
-        daemons = [house.start(role) for role in ROLES]
+        daemons = [instance.start(role) for role in ROLES]
         for role in ROLES:
-            house.ready(role)
-        assert house.ask("hello").recorded
-        house.settle()
+            instance.ready(role)
+        assert instance.ask("hello").recorded
+        instance.settle()
         for daemon in daemons:
             daemon.kill()
-        assert list(house.paths.run.glob("*.sock"))  # what kill -9 leaves behind
-    house.settle()
-    house.check()
+        assert list(instance.paths.run.glob("*.sock"))  # what kill -9 leaves behind
+    instance.settle()
+    instance.check()
 
 
-def test_f15_daemons_stop_within_five_seconds_in_the_middle_of_work(house, figures):
-    daemons = [house.start(role, SPECL_TEST_TOKEN_MS="30") for role in ROLES]
+def test_f15_daemons_stop_within_five_seconds_in_the_middle_of_work(instance, figures):
+    daemons = [instance.start(role, SPECL_TEST_TOKEN_MS="30") for role in ROLES]
     for role in ROLES:
-        house.ready(role)
-    with house.client() as client:
+        instance.ready(role)
+    with instance.client() as client:
         pieces = client.stream("a long answer", max_tokens=400)
         next(pieces)
         seconds = [daemon.stop() for daemon in daemons]
@@ -71,45 +73,47 @@ def test_f15_daemons_stop_within_five_seconds_in_the_middle_of_work(house, figur
 class Tree:
     """`honcho start` as a user runs it, with the fake models put in by a sitecustomize on the path."""
 
-    def __init__(self, house, site, more=""):
+    def __init__(self, instance, site, more=""):
         (site / "sitecustomize.py").write_text(
             "import sys\n"
             "if 'specl.daemons.inference' in sys.argv or any('daemons.inference' in a or 'daemons.trainer' in a for a in sys.orig_argv):\n"
-            "    import fault_fake\n    fault_fake.install()\n"
+            "    from tests.harness.fake_models import install\n    install()\n"
         )
-        (site / "Procfile").write_text((HERE.parent.parent / "Procfile").read_text().replace("python", sys.executable))
-        environment = os.environ | house.environment() | {"PYTHONPATH": f"{site}:{HERE}", "OPENBLAS_NUM_THREADS": "1"}
-        self.house = house
-        house.file.write_text(SETTINGS + "gateway: {port: 0}\n" + more)
+        (site / "Procfile").write_text((ROOT / "Procfile").read_text().replace("python", sys.executable))
+        environment = (
+            os.environ | instance.environment() | {"PYTHONPATH": f"{site}:{ROOT}", "OPENBLAS_NUM_THREADS": "1"}
+        )
+        self.instance = instance
+        instance.file.write_text(SETTINGS + "gateway: {port: 0}\n" + more)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "honcho_pid", "-f", str(site / "Procfile"), "start"],
-            env=environment, cwd=site, stdout=open(house.outputs / "honcho.out", "wb"), stderr=subprocess.STDOUT,
+            env=environment, cwd=site, stdout=open(instance.outputs / "honcho.out", "wb"), stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
 
     def pids(self):
-        return {role: holder_of(self.house.paths.run, role) for role in ROLES}
+        return {role: holder_of(self.instance.paths.run, role) for role in ROLES}
 
     def supervisor_pid(self, role):
         """The pid of the respawner above a daemon."""
-        with open(f"/proc/{holder_of(self.house.paths.run, role)}/stat") as file:
+        with open(f"/proc/{holder_of(self.instance.paths.run, role)}/stat") as file:
             return int(file.read().rpartition(")")[2].split()[1])
 
     def ready(self):
         for role in ROLES:
-            self.house.ready(role, 60)
-        wait_until(lambda: is_locked(self.house.paths.run, "gateway"), 60, "the gateway is there")
+            self.instance.ready(role, 60)
+        wait_until(lambda: is_locked(self.instance.paths.run, "gateway"), 60, "the gateway is there")
 
     def all_gone(self):
-        return not any(is_locked(self.house.paths.run, role) for role in DAEMONS)
+        return not any(is_locked(self.instance.paths.run, role) for role in DAEMONS)
 
 
 @pytest.fixture
-def tree(house, tmp_path):
+def tree(instance, tmp_path):
     made = []
 
     def start(more=""):
-        made.append(Tree(house, tmp_path, more))
+        made.append(Tree(instance, tmp_path, more))
         return made[-1]
 
     yield start
@@ -122,7 +126,7 @@ def tree(house, tmp_path):
                 one.process.kill()
 
 
-def test_f15_a_dead_daemon_comes_back_and_the_tree_stops_cleanly(house, figures, tree):
+def test_f15_a_dead_daemon_comes_back_and_the_tree_stops_cleanly(instance, figures, tree):
     running = tree()
     running.ready()
     before = running.pids()
@@ -130,13 +134,15 @@ def test_f15_a_dead_daemon_comes_back_and_the_tree_stops_cleanly(house, figures,
     os.kill(before["collector"], signal.SIGKILL)
     os.kill(before["inference"], signal.SIGKILL)
     wait_until(
-        lambda: house.status("collector").get("pid") not in (None, before["collector"]), 20, "the collector is back"
+        lambda: instance.status("collector").get("pid") not in (None, before["collector"]), 20, "the collector is back"
     )
     collector_s = time.monotonic() - start
-    wait_until(lambda: house.status("inference").get("pid") not in (None, before["inference"]), 30, "inference is back")
+    wait_until(
+        lambda: instance.status("inference").get("pid") not in (None, before["inference"]), 30, "inference is back"
+    )
     inference_s = time.monotonic() - start
-    house.ready("inference")
-    assert house.ask("hello").recorded
+    instance.ready("inference")
+    assert instance.ask("hello").recorded
     start = time.monotonic()
     running.process.send_signal(signal.SIGTERM)
     running.process.wait(timeout=10)
@@ -146,13 +152,13 @@ def test_f15_a_dead_daemon_comes_back_and_the_tree_stops_cleanly(house, figures,
     assert stop_s < 5
 
 
-def test_f15_a_daemon_that_dies_at_every_start_is_started_less_and_less_often(house, figures):
+def test_f15_a_daemon_that_dies_at_every_start_is_started_less_and_less_often(instance, figures):
     keeper = subprocess.Popen(
         [sys.executable, "-m", "specl.daemons.supervise", "collector"],
-        env=os.environ | house.environment(SPECL_CRASH_AT="fetch.before_request"),
-        stdout=open(house.outputs / "keeper.out", "wb"), stderr=subprocess.STDOUT,
+        env=os.environ | instance.environment(SPECL_CRASH_AT="fetch.before_request"),
+        stdout=open(instance.outputs / "keeper.out", "wb"), stderr=subprocess.STDOUT,
     )  # fmt: skip
-    said = lambda: [int(n) for n in re.findall(r"again_in_s=(\d+)", house.output("keeper"))]  # noqa: E731
+    said = lambda: [int(n) for n in re.findall(r"again_in_s=(\d+)", instance.output("keeper"))]  # noqa: E731
     try:
         began = time.monotonic()
         wait_until(lambda: len(said()) >= 4, 60, "it died four times")
@@ -162,10 +168,10 @@ def test_f15_a_daemon_that_dies_at_every_start_is_started_less_and_less_often(ho
         code = keeper.wait(timeout=10)
     figures(F15_pauses_s=said()[:4], four_deaths_in_s=seconds)
     assert said()[:4] == list(BACKOFF_S[:4]) and seconds >= sum(BACKOFF_S[:3])
-    assert code == 0 and not is_locked(house.paths.run, "collector")
+    assert code == 0 and not is_locked(instance.paths.run, "collector")
 
 
-def test_f15_no_orphan_survives_honcho_or_a_keeper(house, figures, tree):
+def test_f15_no_orphan_survives_honcho_or_a_keeper(instance, figures, tree):
     running = tree()
     running.ready()
     start = time.monotonic()
@@ -183,10 +189,10 @@ def test_f15_no_orphan_survives_honcho_or_a_keeper(house, figures, tree):
     assert gone_s < 4  # keepers look every 0.2 s; daemons stop within their grace of 3.5 s
 
 
-def test_f15_a_settings_error_is_said_once_and_not_retried(house, tree):
+def test_f15_a_settings_error_is_said_once_and_not_retried(instance, tree):
     running = tree("nonsense: 1\n")
     running.process.wait(timeout=30)
-    said = (house.outputs / "honcho.out").read_text()
+    said = (instance.outputs / "honcho.out").read_text()
     assert "unknown setting `nonsense`" in said
     assert said.count("inference: ") <= 1 and "again_in_s" not in said
     assert running.all_gone()

@@ -10,9 +10,9 @@ import time
 import httpx2 as httpx
 import openai
 import pytest
-from fault_house import wait_until
 
 from specl.shared.conversations import conversation_of
+from tests.harness.waiting import wait_until
 
 ASK = {
     "model": "speclora",
@@ -199,7 +199,7 @@ def conversations(running, *answers):
     """The conversation ids under which these answers are stored."""
 
     def stored():
-        with contextlib.closing(sqlite3.connect(f"file:{running.house.paths.store}?mode=ro", uri=True)) as db:
+        with contextlib.closing(sqlite3.connect(f"file:{running.instance.paths.store}?mode=ro", uri=True)) as db:
             found = dict(db.execute("SELECT id, conversation_id FROM generations").fetchall())
         return all(id in found for id in ids) and [found[id] for id in ids]
 
@@ -252,11 +252,11 @@ def test_a_client_that_leaves_ends_its_answer(running):
         http.stream("POST", "/v1/chat/completions", json=wish) as answer,
     ):
         next(answer.iter_raw())
-        assert running.house.status("inference")["queue"]["in_flight"] == 1
-    wait_until(lambda: running.house.status("inference")["queue"]["in_flight"] == 0, 2, "the answer is cancelled")
+        assert running.instance.status("inference")["queue"]["in_flight"] == 1
+    wait_until(lambda: running.instance.status("inference")["queue"]["in_flight"] == 0, 2, "the answer is cancelled")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{running.url}/v1/chat/completions", json=wish | {"stream": False}, timeout=0.7)
-    wait_until(lambda: running.house.status("inference")["queue"]["in_flight"] == 0, 2, "the answer is cancelled")
+    wait_until(lambda: running.instance.status("inference")["queue"]["in_flight"] == 0, 2, "the answer is cancelled")
     metrics = httpx.get(f"{running.url}/metrics").text
     assert "speclora_cancelled_total 2.0" in metrics and "speclora_active_streams 0.0" in metrics
 
@@ -290,7 +290,7 @@ def test_metrics_and_health(http):
 
 
 def test_inference_may_go_and_come_back(running, http):
-    inference = next(daemon for daemon in running.house.daemons if daemon.role == "inference")
+    inference = next(daemon for daemon in running.instance.daemons if daemon.role == "inference")
     with http.stream("POST", "/v1/chat/completions", json=ASK | {"max_tokens": 3000, "stream": True}) as answer:
         pieces = answer.iter_lines()
         next(pieces)
@@ -303,8 +303,8 @@ def test_inference_may_go_and_come_back(running, http):
     assert time.monotonic() - start < 1
     time.sleep(2)
     assert http.get("/health").status_code == 503
-    running.house.start("inference", SPECL_TEST_TOKEN_MS="15")
-    running.house.ready("inference")
+    running.instance.start("inference", SPECL_TEST_TOKEN_MS="15")
+    running.instance.ready("inference")
     assert http.post("/v1/chat/completions", json=ASK).status_code == 200
 
 

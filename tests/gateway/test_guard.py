@@ -5,12 +5,12 @@ import time
 
 import httpx2 as httpx
 import pytest
-from fault_house import wait_until
 
 from specl.daemons.gateway.access_control import Rate, host_name
 from specl.shared.errors import ConfigError
 from specl.shared.messaging.endpoints import check_exposure
 from specl.shared.settings.schema import Gateway as Settings
+from tests.harness.waiting import wait_until
 
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 STATE_CHANGING = ("/api/train", "/api/rollback", "/v1/chat/completions", "/v1/completions")

@@ -10,9 +10,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fault_house import fill, wait_until
 
 from specl.shared.messaging.outbox import Outbox
+from tests.harness.records import fill
+from tests.harness.waiting import wait_until
 
 STATIC = Path(__file__).resolve().parents[2] / "daemons" / "gateway" / "static"
 SCREENSHOT = os.environ.get("SPECL_TEST_SCREENSHOT")
@@ -54,12 +55,12 @@ NASTY = "<img src=x onerror=\"document.title='owned'\"><script>document.title='o
 
 @pytest.fixture(scope="module")
 def filled(running):
-    """A house with answers to look at, one of them hostile."""
-    house = running.house
-    fill(Outbox(house.paths.outbox("inference"), 1 << 30), ["nasty"], text=NASTY)
+    """An instance with answers to look at, one of them hostile."""
+    instance = running.instance
+    fill(Outbox(instance.paths.outbox("inference"), 1 << 30), ["nasty"], text=NASTY)
     for number in range(6):
-        house.ask(f"what is {number} and {number}?", max_tokens=16)
-    house.settle()
+        instance.ask(f"what is {number} and {number}?", max_tokens=16)
+    instance.settle()
     return running
 
 
@@ -77,7 +78,7 @@ def test_the_page_is_live_escapes_and_fits(filled, browser, scheme, size):
     page.wait_for_selector("#answers article")
     page.wait_for_selector("#speed circle")
     before = page.locator("#tiles").inner_text()
-    filled.house.ask("one more", max_tokens=8)
+    filled.instance.ask("one more", max_tokens=8)
     wait_until(lambda: page.locator("#tiles").inner_text() != before, 10, "a new answer is seen")
     assert page.title() == "SpecLoRA" and page.locator("#answers img, #answers script").count() == 0
     assert NASTY in page.locator("#answers").text_content()

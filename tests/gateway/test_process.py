@@ -1,33 +1,35 @@
 """The gateway as a process: port, lock, settings errors, status, a clean stop."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
 
 import httpx2 as httpx
-from fault_house import wait_until
 
 from specl.shared.runtime.locks import is_locked
 from specl.shared.status import collect
+from tests.harness.gateway import Gateway
+from tests.harness.waiting import wait_until
 
 
-def status(house):
-    with house.client() as client:
+def status(instance):
+    with instance.client() as client:
         return collect(client)
 
 
 def test_status_says_where_it_listens_and_that_it_stopped(lone):
     gateway = lone()
     address = gateway.ready()
-    found = status(gateway.house)
+    found = status(gateway.instance)
     said = found["gateway"]
     assert (said["state"], said["pid"], said["address"]) == ("ready", gateway.process.pid, address)
     assert 0 <= said["uptime_s"] < 60 and not any("gateway" in problem for problem in found["problems"])
     assert gateway.stop() < 3.5
     assert gateway.process.returncode == 0
-    said = status(gateway.house)["gateway"]
+    said = status(gateway.instance)["gateway"]
     assert (said["state"], said["pid"], said["address"]) == ("stopped", None, None)
 
 
@@ -35,9 +37,9 @@ def test_a_taken_port_is_one_sentence_and_is_tried_again(lone, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         gateway = lone(f"gateway: {{port: {port}}}\n")
-        wait_until(lambda: gateway.said().get("state") == "failed", 20, "it says that the port is taken")
-        assert f"port {port} of 127.0.0.1 is taken" in gateway.said()["problem"]
-        found = status(gateway.house)
+        wait_until(lambda: gateway.state().get("state") == "failed", 20, "it says that the port is taken")
+        assert f"port {port} of 127.0.0.1 is taken" in gateway.state()["problem"]
+        found = status(gateway.instance)
         assert any(f"port {port}" in problem for problem in found["problems"])
         text = gateway.output.read_text()
         assert "Traceback" not in text and text.count("is taken") == 1
@@ -53,8 +55,8 @@ def test_beyond_loopback_without_a_token_is_a_settings_error(lone):
 
 def test_switched_off_it_waits_and_opens_nothing(lone):
     gateway = lone("gateway: {enabled: false}\n")
-    wait_until(lambda: is_locked(gateway.house.paths.run, "gateway"), 20, "it runs")
-    found = status(gateway.house)
+    wait_until(lambda: is_locked(gateway.instance.paths.run, "gateway"), 20, "it runs")
+    found = status(gateway.instance)
     assert found["gateway"]["state"] == "stopped" and found["gateway"]["enabled"] is False
     assert gateway.process.poll() is None
     assert gateway.stop() < 3.5 and gateway.process.returncode == 0
@@ -65,15 +67,15 @@ def test_a_second_gateway_is_refused(lone):
     gateway.ready()
     second = subprocess.run(
         [sys.executable, "-m", "specl.daemons.gateway"],
-        env=__import__("os").environ | gateway.house.environment(), capture_output=True, text=True, timeout=30,
+        env=os.environ | gateway.instance.environment(), capture_output=True, text=True, timeout=30,
     )  # fmt: skip
     assert second.returncode == 75 and f"pid {gateway.process.pid}" in second.stderr
 
 
-def test_it_stops_in_time_with_streams_open(new_gateway, running):
-    house = running.house
+def test_it_stops_in_time_with_streams_open(running):
+    instance = running.instance
     running.stop()
-    gateway = new_gateway(house, "gateway: {port: 0}\n")
+    gateway = Gateway(instance)
     url = gateway.ready()
     ask = {"messages": [{"role": "user", "content": "long"}], "max_tokens": 3000, "stream": True, "temperature": 0}
     with (
@@ -84,7 +86,7 @@ def test_it_stops_in_time_with_streams_open(new_gateway, running):
         next(events.iter_raw())
         next(answer.iter_raw())
         assert gateway.stop() < 3.5
-    wait_until(lambda: house.status("inference")["queue"]["in_flight"] == 0, 3, "the answer is cancelled")
+    wait_until(lambda: instance.status("inference")["queue"]["in_flight"] == 0, 3, "the answer is cancelled")
     assert "Traceback" not in gateway.output.read_text()
 
 

@@ -102,7 +102,7 @@ def test_a_wrong_product_turns_the_extension_off(monkeypatch, undecided):
 
 
 def test_a_model_that_differs_is_given_back(monkeypatch):
-    from test_model import tiny
+    from tests.native.test_model import tiny
 
     right = extension.native().linear
     model = tiny()

@@ -1,35 +1,29 @@
 """One Client asked again and again, left half-way, shared by threads: real sockets, a real inference daemon, random models."""
 
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "fault"))
-from fault_house import House, Zygote, wait_until
 
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
 from specl.shared.messaging import client as client_module
 from specl.shared.messaging.messages import SetAdapter
+from tests.harness.instance import Instance
+from tests.harness.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
-def house():
-    starter = Zygote()
-    made = House(starter)
-    made.start("inference", SPECL_TEST_TOKEN_MS="15")
-    made.ready("inference")
-    yield made
-    made.close()
-    starter.close()
+def instance(forkserver):
+    with Instance(forkserver) as instance:
+        instance.start("inference", SPECL_TEST_TOKEN_MS="15")
+        instance.ready("inference")
+        yield instance
 
 
 @pytest.fixture
-def client(house):
-    with house.client() as made:
+def client(instance):
+    with instance.client() as made:
         yield made
 
 
@@ -50,10 +44,10 @@ def test_a_command_after_a_stream_left_half_way_hears_its_own_reply(client):
     assert client.ask("again", max_tokens=5).tokens <= 5
 
 
-def test_leaving_a_stream_cancels_it(house, client):
+def test_leaving_a_stream_cancels_it(instance, client):
     for _ in client.stream("hello", max_tokens=200):
         break
-    wait_until(lambda: house.status("inference")["queue"]["in_flight"] == 0, 1.5, "the answer is given up")
+    wait_until(lambda: instance.status("inference")["queue"]["in_flight"] == 0, 1.5, "the answer is given up")
 
 
 def test_two_streams_of_one_client_do_not_mix(client):
@@ -73,20 +67,20 @@ def test_threads_may_share_a_client(client):
         assert list(pool.map(work, range(4))) == [[text] * 3 for text in alone]
 
 
-def test_closing_the_client_ends_a_stream_that_is_still_held(house):
-    client = house.client()
+def test_closing_the_client_ends_a_stream_that_is_still_held(instance):
+    client = instance.client()
     pieces = client.stream("hello", max_tokens=200)
     next(pieces)
     client.close()
     with pytest.raises(SpecLoraError, match="closed here"):
         list(pieces)
-    wait_until(lambda: house.status("inference")["queue"]["in_flight"] == 0, 5, "the answer is given up")
+    wait_until(lambda: instance.status("inference")["queue"]["in_flight"] == 0, 5, "the answer is given up")
 
 
-def test_nobody_there_is_told_in_time(house, tmp_path):
+def test_nobody_there_is_told_in_time(instance, tmp_path):
     from specl.shared.paths import Paths
 
-    with client_module.Client(Paths(tmp_path, tmp_path).create(), house.settings) as client:
+    with client_module.Client(Paths(tmp_path, tmp_path).create(), instance.settings) as client:
         start = time.monotonic()
         with pytest.raises(DaemonUnreachable, match="inference daemon does not answer"):
             client.ask("hello")

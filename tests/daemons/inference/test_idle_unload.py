@@ -6,70 +6,75 @@ import time
 import weakref
 
 import pytest
-from fault_fake import fake_pair, publish_adapter
-from fault_house import SETTINGS, wait_until
 
 from specl.daemons.inference.worker import Worker
 from specl.shared.errors import ModelError
 from specl.shared.settings.load import parse_settings
 from specl.shared.settings.schema import Settings
+from tests.harness.fake_models import fake_pair, publish_adapter
+from tests.harness.instance import SETTINGS
+from tests.harness.waiting import wait_until
 
 IDLE = SETTINGS + "memory: {idle_unload_minutes: 0.01}\n"  # 0.6 s
 
 
-def let_go(house):
-    return lambda: house.status("inference").get("models", {}).get("loaded") is False
+def let_go(instance):
+    return lambda: instance.status("inference").get("models", {}).get("loaded") is False
 
 
-def test_they_go_come_back_and_answer_the_same_with_the_same_adapter(house):
-    house.set(IDLE)
-    publish_adapter(house.paths.adapters, "000001")
-    house.start("inference")
-    house.start("collector")
-    house.ready("inference")
-    before = house.ask("hello")
-    wait_until(let_go(house), 10, "the models are let go")
-    seen = house.status("inference")
+def test_they_go_come_back_and_answer_the_same_with_the_same_adapter(instance):
+    instance.set(IDLE)
+    publish_adapter(instance.paths.adapters, "000001")
+    instance.start("inference")
+    instance.start("collector")
+    instance.ready("inference")
+    before = instance.ask("hello")
+    wait_until(let_go(instance), 10, "the models are let go")
+    seen = instance.status("inference")
     assert seen["state"] == "ready" and seen["adapter"]["active"] == "000001"
     places = []
-    with house.client() as client:
+    with instance.client() as client:
         text = "".join(client.stream("hello", on_position=places.append))
         after = client.last
     assert text == before.text and before.adapter_id == after.adapter_id == "000001"
     assert places[0] == 0, "who asks is told to wait"
-    house.acked.append(after.generation_id)
-    wait_until(let_go(house), 10, "the models are let go again")
-    publish_adapter(house.paths.adapters, "000002")  # announced to nobody who could load it
-    changed = house.ask("hello")
+    instance.acked.append(after.generation_id)
+    wait_until(let_go(instance), 10, "the models are let go again")
+    publish_adapter(instance.paths.adapters, "000002")  # announced to nobody who could load it
+    changed = instance.ask("hello")
     assert changed.adapter_id == "000002"
-    house.settle()
-    wait_until(lambda: len(house.stored("activations")) == 2, 10, "both activations are stored")
-    with sqlite3.connect(f"file:{house.paths.store}?mode=ro", uri=True) as db:
+    instance.settle()
+    wait_until(lambda: len(instance.stored("activations")) == 2, 10, "both activations are stored")
+    with sqlite3.connect(f"file:{instance.paths.store}?mode=ro", uri=True) as db:
         rows = db.execute("SELECT event, adapter_id, previous_id FROM activations ORDER BY n").fetchall()
     db.close()
     assert rows == [("activated", "000001", ""), ("activated", "000002", "000001")]
 
 
-def test_a_command_for_the_adapter_brings_them_back(house):
-    house.set(IDLE)
-    publish_adapter(house.paths.adapters, "000001")
-    house.start("inference")
-    house.ready("inference")
-    wait_until(let_go(house), 10, "the models are let go")
-    with house.client() as client:
+def test_a_command_for_the_adapter_brings_them_back(instance):
+    instance.set(IDLE)
+    publish_adapter(instance.paths.adapters, "000001")
+    instance.start("inference")
+    instance.ready("inference")
+    wait_until(let_go(instance), 10, "the models are let go")
+    with instance.client() as client:
         reply = client.set_adapter("")
-    assert reply.ok and house.status("inference")["adapter"]["active"] == ""
+    assert reply.ok and instance.status("inference")["adapter"]["active"] == ""
 
 
 @pytest.fixture
-def worker(house, monkeypatch):
+def worker(instance, monkeypatch):
     """A worker in this thread, with an idle time that is up at once."""
     import specl.daemons.inference.worker as module
 
     monkeypatch.setattr(module, "load_pair", fake_pair)
     said = []
     made = Worker(
-        house.paths, parse_settings(IDLE, house.file), None, lambda peer, message: said.append(message), lambda: None
+        instance.paths,
+        parse_settings(IDLE, instance.file),
+        None,
+        lambda peer, message: said.append(message),
+        lambda: None,
     )
     made.said = said
     made._load()

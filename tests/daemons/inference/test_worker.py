@@ -4,7 +4,6 @@ import time
 
 import numpy as np
 import pytest
-from fault_fake import fake_pair, publish_adapter
 
 import specl.daemons.inference.worker as module
 from specl.daemons.inference.adapter_monitor import AdapterMonitor
@@ -21,6 +20,7 @@ from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.redaction import Redactor
 from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.load import parse_settings
+from tests.harness.fake_models import fake_pair, publish_adapter
 
 LONG = "x" * 600  # more than one piece of prefill
 

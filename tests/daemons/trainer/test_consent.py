@@ -18,18 +18,10 @@ from specl.shared.settings.load import load_settings
 from specl.shared.settings.schema import Training
 from specl.shared.store import Store
 from tests.fakes import make_generation, to_row
+from tests.harness.waiting import wait_until
 
 BATTERY, MAINS, HOT = Power(on_battery=True), Power(), Power(hot=True)
 PIECES = 40
-
-
-def wait_until(condition, what, timeout=10.0):
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.01)
-    raise AssertionError(f"{what} did not come true")
 
 
 class Wire:
@@ -52,7 +44,7 @@ class Wire:
     def ask(self, message):
         peer = object()
         self._asked.append((peer, message))
-        return wait_until(lambda: self._answers.pop(peer, None), "an answer")
+        return wait_until(lambda: self._answers.pop(peer, None), 10, "an answer")
 
     def send(self, peer, message):
         self._answers[peer] = message
@@ -81,7 +73,7 @@ class Work:
         return Outcome("rejected", "for the test")
 
 
-class House:
+class Instance:
     """A trainer with failures in its store, on a machine whose power is `machine`."""
 
     def __init__(self, machine, **training):
@@ -117,7 +109,7 @@ class House:
 
 
 @pytest.fixture
-def house(monkeypatch):
+def instance(monkeypatch):
     monkeypatch.setattr(service, "LOOK_S", 0.02)
     monkeypatch.setattr(worker, "TrainingJob", Work)
     monkeypatch.setattr(power_policy, "LOOK_S", 0.02)
@@ -126,7 +118,7 @@ def house(monkeypatch):
     made = []
 
     def make(machine, **training):
-        made.append(House(machine, **training))
+        made.append(Instance(machine, **training))
         return made[-1]
 
     yield make
@@ -142,79 +134,79 @@ def rests(seconds=0.3):
 
 
 @pytest.mark.parametrize(("machine", "why"), [(BATTERY, "on battery"), (HOT, "the machine is hot")])
-def test_no_run_starts_while_the_machine_objects_and_status_says_why(house, machine, why):
-    made = house(machine)
-    wait_until(lambda: made.status()["waits"] == why, "the reason")
+def test_no_run_starts_while_the_machine_objects_and_status_says_why(instance, machine, why):
+    made = instance(machine)
+    wait_until(lambda: made.status()["waits"] == why, 10, "the reason")
     assert rests() and Work.done == 0 and made.status()["state"] == "idle"
     made.machine = MAINS
-    wait_until(lambda: Work.done >= PIECES, "the run")
+    wait_until(lambda: Work.done >= PIECES, 10, "the run")
 
 
-def test_a_run_under_way_pauses_and_goes_on(house):
-    made = house(MAINS)
-    wait_until(lambda: Work.done > 2, "its first pieces")
+def test_a_run_under_way_pauses_and_goes_on(instance):
+    made = instance(MAINS)
+    wait_until(lambda: Work.done > 2, 10, "its first pieces")
     made.machine = BATTERY
-    waiting = wait_until(lambda: (found := made.status())["waits"] and found, "the reason")
+    waiting = wait_until(lambda: (found := made.status())["waits"] and found, 10, "the reason")
     assert waiting["waits"] == "on battery" and waiting["state"] == "training"
     assert rests() and Work.done < PIECES
     made.machine = MAINS
-    wait_until(lambda: Work.done >= PIECES, "the rest")
+    wait_until(lambda: Work.done >= PIECES, 10, "the rest")
     assert made.status()["waits"] == ""
 
 
-def test_settings_that_allow_it_do_not_even_look(house):
-    made = house(Power(True, True), on_battery=True, when_hot=True)
-    wait_until(lambda: Work.done >= PIECES, "the run")
+def test_settings_that_allow_it_do_not_even_look(instance):
+    made = instance(Power(True, True), on_battery=True, when_hot=True)
+    wait_until(lambda: Work.done >= PIECES, 10, "the run")
     assert made.looks == 0
 
 
-def test_one_of_the_two_may_be_allowed(house):
-    made = house(BATTERY, on_battery=True)
-    wait_until(lambda: Work.done >= PIECES, "the run")
+def test_one_of_the_two_may_be_allowed(instance):
+    made = instance(BATTERY, on_battery=True)
+    wait_until(lambda: Work.done >= PIECES, 10, "the run")
     made.machine = HOT
-    wait_until(lambda: made.trainer.power_policy.objection == "the machine is hot", "the objection")
+    wait_until(lambda: made.trainer.power_policy.objection == "the machine is hot", 10, "the objection")
 
 
-def test_train_now_says_it_and_trains_all_the_same(house):
-    made = house(BATTERY, enabled=False)
-    wait_until(lambda: made.trainer.power_policy.objection, "the objection")
+def test_train_now_says_it_and_trains_all_the_same(instance):
+    made = instance(BATTERY, enabled=False)
+    wait_until(lambda: made.trainer.power_policy.objection, 10, "the objection")
     reply = made.wire.ask(Train(True))
     assert reply.ok and "on battery, trains all the same" in reply.message
-    wait_until(lambda: Work.done >= PIECES, "the run")
-    wait_until(lambda: made.trainer.power_policy.objection == "on battery", "the objection after it")
+    wait_until(lambda: Work.done >= PIECES, 10, "the run")
+    wait_until(lambda: made.trainer.power_policy.objection == "on battery", 10, "the objection after it")
 
 
-def test_a_run_that_was_asked_for_on_mains_power_pauses_when_that_goes(house):
-    made = house(MAINS, enabled=False)
+def test_a_run_that_was_asked_for_on_mains_power_pauses_when_that_goes(instance):
+    made = instance(MAINS, enabled=False)
     reply = made.wire.ask(Train(True))
     assert reply.ok and "all the same" not in reply.message
-    wait_until(lambda: Work.done > 2, "its first pieces")
+    wait_until(lambda: Work.done > 2, 10, "its first pieces")
     made.machine = BATTERY
-    wait_until(lambda: made.status()["waits"] == "on battery", "the reason")
+    wait_until(lambda: made.status()["waits"] == "on battery", 10, "the reason")
     assert rests()
     assert "goes on all the same" in made.wire.ask(Train(True)).message
-    wait_until(lambda: Work.done == PIECES, "the rest")
+    wait_until(lambda: Work.done == PIECES, 10, "the rest")
 
 
-def test_train_without_now_waits_and_now_lets_that_very_run_go_on(house):
-    made = house(BATTERY, enabled=False)
-    wait_until(lambda: made.trainer.power_policy.objection and made.trainer.pending, "the objection")
+def test_train_without_now_waits_and_now_lets_that_very_run_go_on(instance):
+    made = instance(BATTERY, enabled=False)
+    wait_until(lambda: made.trainer.power_policy.objection and made.trainer.pending, 10, "the objection")
     reply = made.wire.ask(Train(False))
     assert reply.ok and "training waits: on battery (--now trains all the same)" in reply.message
-    wait_until(lambda: made.status()["waits"] == "on battery", "the reason")
+    wait_until(lambda: made.status()["waits"] == "on battery", 10, "the reason")
     assert rests() and Work.done == 0
     assert not made.wire.ask(Train(False)).ok
     reply = made.wire.ask(Train(True))
     assert reply.ok and "goes on all the same" in reply.message
-    wait_until(lambda: Work.done == PIECES, "the run")
-    wait_until(lambda: made.trainer.power_policy.objection == "on battery", "the objection after it")
+    wait_until(lambda: Work.done == PIECES, 10, "the run")
+    wait_until(lambda: made.trainer.power_policy.objection == "on battery", 10, "the objection after it")
 
 
-def test_a_stop_need_not_wait_for_mains_power(house):
-    made = house(MAINS)
-    wait_until(lambda: Work.done > 2, "its first pieces")
+def test_a_stop_need_not_wait_for_mains_power(instance):
+    made = instance(MAINS)
+    wait_until(lambda: Work.done > 2, 10, "its first pieces")
     made.machine = BATTERY
-    wait_until(lambda: made.status()["waits"], "the reason")
+    wait_until(lambda: made.status()["waits"], 10, "the reason")
     start = time.monotonic()
     made.close()
     assert time.monotonic() - start < 2 and Work.done < PIECES

@@ -1,9 +1,7 @@
 """An adapter that the watch has rolled back comes back where it does better on the same answers, and only there."""
 
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,9 +23,7 @@ from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.settings.load import load_settings
 from specl.shared.store import Store
 from tests.fakes import make_generation, make_training_run, tokens_blob
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "fault"))
-from fault_fake import fake_pair, make_adapter
+from tests.harness.fake_models import fake_pair, make_adapter
 
 GOOD, BAD = (
     0.02,

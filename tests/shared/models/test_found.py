@@ -4,12 +4,12 @@ import hashlib
 import json
 
 import pytest
-import tiny_gguf
 from gguf import GGMLQuantizationType as Kind
 
 from specl.shared.errors import ModelError
 from specl.shared.models.load import load, located, resolve
 from specl.shared.models.local_models import find, search, search_here
+from tests.shared.models import tiny_gguf
 
 
 @pytest.fixture

@@ -7,10 +7,8 @@ from collections import namedtuple
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny_gguf
 from gguf import GGMLQuantizationType as Kind
 from mlx_lm.utils import dequantize_model, load_model
-from tiny_gguf import TEXTS
 from tokenizers import Tokenizer
 
 from specl.shared.engine.core import EngineCore
@@ -20,6 +18,8 @@ from specl.shared.models.gguf_file import convert, size_needed
 from specl.shared.models.gguf_import import import_gguf, in_place, is_gguf, suggested_name
 from specl.shared.models.load import load, resolve
 from specl.shared.settings.schema import Settings
+from tests.shared.models import tiny_gguf
+from tests.shared.models.tiny_gguf import TEXTS
 
 KINDS = [
     Kind.F32,

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_gguf
 from gguf import GGMLQuantizationType as Kind
 
 from specl.shared.engine.load import load_pair
@@ -16,6 +15,7 @@ from specl.shared.models.gguf_file import convert
 from specl.shared.models.memory import Machine, ModelSize, check, estimate, limit, size_of
 from specl.shared.settings.load import load_settings
 from specl.shared.settings.schema import Settings
+from tests.shared.models import tiny_gguf
 
 ROOT = Path(__file__).resolve().parents[3]
 # Qwen2.5's published shapes; 4-bit files take 4.5 bits a weight

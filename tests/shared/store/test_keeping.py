@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from specl.shared.errors import AdapterRejected, OutboxFull, StoreError
 from specl.shared.messaging import codec, messages
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.store import Store
+from tests.fakes import ROOT
 
 
 def generation(id=None, acceptance=0.2, text="hello", created=None, agreement_only=False):
@@ -39,10 +39,10 @@ def row(record):
 
 # ------------------------------------------------------------------------------------------------ outbox
 def test_accepted_records_survive_reopening_in_order_and_once(tmp_path):
-    box = Outbox(tmp_path / "o.db")
+    cli_instance = Outbox(tmp_path / "o.db")
     for name in ("a", "b", "b", "c"):
-        box.append(name, "Generation", name.encode())
-    box.close()
+        cli_instance.append(name, "Generation", name.encode())
+    cli_instance.close()
     again = Outbox(tmp_path / "o.db")
     assert [r.id for r in again.oldest()] == ["a", "b", "c"] and again.pending == 3
     again.discard(["a", "zzz"])
@@ -50,11 +50,11 @@ def test_accepted_records_survive_reopening_in_order_and_once(tmp_path):
 
 
 def test_at_the_cap_new_records_are_refused_and_old_ones_kept(tmp_path):
-    box = Outbox(tmp_path / "o.db", limit_bytes=1000)
-    box.append("a", "Generation", b"x" * 900)
+    cli_instance = Outbox(tmp_path / "o.db", limit_bytes=1000)
+    cli_instance.append("a", "Generation", b"x" * 900)
     with pytest.raises(OutboxFull):
-        box.append("b", "Generation", b"x" * 200)
-    assert [r.id for r in box.oldest()] == ["a"]
+        cli_instance.append("b", "Generation", b"x" * 200)
+    assert [r.id for r in cli_instance.oldest()] == ["a"]
 
 
 CRASH = """
@@ -231,7 +231,6 @@ def test_every_spoiled_adapter_is_refused_with_its_own_reason(tmp_path):
 
 PUBLISH = """
 import sys
-sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from tests.shared.store.test_keeping import publish
 from specl.shared.adapters.registry import Adapters
@@ -244,9 +243,10 @@ POINTS = ("files_written", "before_rename", "after_rename", "before_current", "a
 def test_a_kill_while_publishing_leaves_current_naming_a_whole_adapter(tmp_path, point):
     adapters = Adapters(tmp_path)
     publish(adapters)
-    root = str(Path(__file__).parents[3])
     done = subprocess.run(
-        [sys.executable, "-c", PUBLISH, str(tmp_path), root], env=os.environ | {"SPECL_CRASH_AT": f"adapter.{point}"}
+        [sys.executable, "-c", PUBLISH, str(tmp_path)],
+        env=os.environ | {"SPECL_CRASH_AT": f"adapter.{point}"},
+        cwd=ROOT,
     )
     assert done.returncode == 137
     assert adapters.current() == ("000002" if point == "after_current" else "000001")

@@ -7,10 +7,11 @@ import socket
 import threading
 
 import zmq
-from fault_house import SETTINGS, House
+
+from tests.harness.instance import SETTINGS, Instance
 
 
-def _free_ports(count: int) -> int:
+def free_ports(count: int) -> int:
     """The first of `count` free ports in a row."""
     while True:
         first = random.randrange(20_000, 60_000)
@@ -31,11 +32,11 @@ def _free_ports(count: int) -> int:
 class LossyProxy:
     """Forwards requests and answers with faults; publications are cut off entirely."""
 
-    def __init__(self, house: House, drop: float, double: float) -> None:
-        self.house, self.drop, self.double = house, drop, double
+    def __init__(self, instance: Instance, drop: float, double: float) -> None:
+        self.instance, self.drop, self.double = instance, drop, double
         self.dropped = self.doubled = 0
-        inference, self._front = _free_ports(6), _free_ports(6)
-        house.set(SETTINGS + f"bus: {{transport: tcp, port: {inference}}}\n")
+        inference, self._front = free_ports(6), free_ports(6)
+        instance.set(SETTINGS + f"bus: {{transport: tcp, port: {inference}}}\n")
         self._context = zmq.Context()
         self._clients, self._daemon = self._context.socket(zmq.ROUTER), self._context.socket(zmq.DEALER)
         self._clients.bind(f"tcp://127.0.0.1:{self._front}")
@@ -45,10 +46,10 @@ class LossyProxy:
         self._thread.start()
 
     def start_collector(self) -> None:
-        """A collector whose settings name the proxy; house.settle() then finds it running."""
-        file = self.house.folder / "proxied.yaml"
+        """A collector whose settings name the proxy; instance.settle() then finds it running."""
+        file = self.instance.folder / "proxied.yaml"
         file.write_text(SETTINGS + f"bus: {{transport: tcp, port: {self._front}}}\n")
-        self.house.start("collector", SPECL_CONFIG=str(file))
+        self.instance.start("collector", SPECL_CONFIG=str(file))
 
     def _copies(self) -> int:
         chance = random.random()

@@ -143,7 +143,7 @@ def publish_adapter(folder: Path, id: str, **more: Any) -> Path:
     return Adapters(folder).publish(scratch, manifest)
 
 
-if __name__ == "__main__":  # `fault_fake.py FOLDER ID`: a trainer's publishing, to be killed at a named point
+if __name__ == "__main__":  # `python -m tests.harness.fake_models FOLDER ID`: publishing, to be killed at a named point
     import sys
 
     publish_adapter(Path(sys.argv[1]), sys.argv[2])

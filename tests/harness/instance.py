@@ -6,35 +6,30 @@ cannot be there twice (it is unique); what could are its disagreements, so those
 """
 
 import hashlib
-import json
 import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from specl.shared.answer_stats import AnswerStats
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.bus import gather
 from specl.shared.messaging.client import Client
-from specl.shared.messaging.codec import encode
 from specl.shared.messaging.endpoints import Addresses
-from specl.shared.messaging.messages import Done, Generation, GetStatus, Status, TopK
-from specl.shared.messaging.outbox import Outbox
+from specl.shared.messaging.messages import Done, GetStatus, Status
 from specl.shared.paths import Paths
 from specl.shared.runtime.locks import holder_of
 from specl.shared.settings.load import parse_settings
+from tests.harness.forkserver import Forkserver
+from tests.harness.waiting import wait_until
 
-HERE = Path(__file__).parent
+INHERITED = ("SPECL_CRASH_NOTE",)  # the forkserver may be older than the test that sets it
 SETTINGS = """\
 speculative: {num_draft_tokens: 2, temperature: 0.0, max_tokens: 8}
 training: {enabled: false, idle_seconds: 0.2, on_battery: true, when_hot: true}
@@ -42,69 +37,22 @@ serving: {threads: 1}
 """
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    """The first true value of `condition`; fails the test after `timeout_s`."""
-    end = time.monotonic() + timeout_s
-    while True:
-        if value := condition():
-            return value
-        if time.monotonic() > end:
-            raise AssertionError(f"not within {timeout_s} s: {what}")
-        time.sleep(0.02)
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value below which `share` of them lie."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
-
-
-def process_figures(pid: int) -> tuple[float, int]:
-    """Resident MiB and open files of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{pid}/fd"))
-
-
 def digest(text: str) -> str:
-    """Of a text, to compare."""
+    """A short digest of a text, to compare texts by."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-class Zygote:
-    """The forking starter; see fault_zygote."""
-
-    def __init__(self) -> None:
-        environment = os.environ | {
-            "PYTHONPATH": str(HERE), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-        }  # fmt: skip
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "fault_zygote.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
-        )  # fmt: skip
-        self._lock = threading.Lock()
-
-    def call(self, **wish: Any) -> Any:
-        with self._lock:
-            self._process.stdin.write(json.dumps(wish) + "\n")
-            self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(timeout=60)  # a machine that does much else lets it wait for its last second of work
 
 
 class Daemon:
     """One running daemon."""
 
-    def __init__(self, zygote: Zygote, role: str, environment: dict[str, str], output: Path) -> None:
-        self.zygote, self.role, self.started = zygote, role, time.monotonic()
-        self.pid: int = zygote.call(start=role, environment=environment, output=str(output))
+    def __init__(self, forkserver: Forkserver, role: str, environment: dict[str, str], output: Path) -> None:
+        self.forkserver, self.role, self.started = forkserver, role, time.monotonic()
+        self.pid: int = forkserver.call(start=role, environment=environment, output=str(output))
 
     @property
     def code(self) -> int | None:
         """Its exit code, or None while it runs."""
-        return self.zygote.call(poll=self.pid)
+        return self.forkserver.call(poll=self.pid)
 
     def signal(self, number: int) -> None:
         if self.code is None:
@@ -123,11 +71,11 @@ class Daemon:
         return time.monotonic() - start
 
 
-class House:
+class Instance:
     """A run directory and what runs in it."""
 
-    def __init__(self, zygote: Zygote, settings: str = SETTINGS) -> None:
-        self.zygote = zygote
+    def __init__(self, forkserver: Forkserver, settings: str = SETTINGS) -> None:
+        self.forkserver = forkserver
         self.folder = Path(tempfile.mkdtemp(prefix="sf-"))
         self.outputs = Path(tempfile.mkdtemp(prefix="so-"))
         self.paths = Paths(self.folder, self.folder / "models").create()
@@ -139,20 +87,32 @@ class House:
         self.latencies: list[float] = []
         self.refusals: Counter[str] = Counter()
 
+    def __enter__(self) -> "Instance":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def set(self, settings: str) -> None:
         """Write the settings that daemons started from now on read."""
         self.file.write_text(settings)
         self.settings = parse_settings(settings, self.file)
 
     def environment(self, **more: str) -> dict[str, str]:
-        return {
-            "SPECL_VAR": str(self.folder),
-            "SPECL_CONFIG": str(self.file),
-            "SPECL_MODELS": str(self.paths.models),
-        } | more
+        """What a process needs to work on this run directory."""
+        inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+        return (
+            inherited
+            | {
+                "SPECL_VAR": str(self.folder),
+                "SPECL_CONFIG": str(self.file),
+                "SPECL_MODELS": str(self.paths.models),
+            }
+            | more
+        )
 
     def start(self, role: str, **environment: str) -> Daemon:
-        daemon = Daemon(self.zygote, role, self.environment(**environment), self.outputs / f"{role}.out")
+        daemon = Daemon(self.forkserver, role, self.environment(**environment), self.outputs / f"{role}.out")
         self.daemons.append(daemon)
         return daemon
 
@@ -294,6 +254,7 @@ class House:
                 assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",), path
 
     def close(self) -> None:
+        """End the daemons and remove the folders."""
         for daemon in self.daemons:
             daemon.signal(signal.SIGCONT)
             daemon.signal(signal.SIGTERM)
@@ -306,43 +267,14 @@ class House:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def generation(id: str, text: str = "some words", size: int = 0, created_at: float | None = None) -> Generation:
-    """A record as inference makes them; `size` output tokens carry a top-32 (about 50 KB at 200)."""
-    top = TopK(32, b"\1" * (size * 128), b"\0" * (size * 64), b"\0" * (size * 2), b"\0" * (size * 2)) if size else None
-    return Generation(
-        id=id, conversation_id=id, created_at=created_at or time.time(), mode="detailed",
-        messages=[{"role": "user", "content": text}], prompt=f"<user>{text}", prompt_tokens=b"\1\0\0\0" * 8,
-        output=f"answer to {text}", output_tokens=b"\2\0\0\0" * max(size, 8), finish_reason="length",
-        sampling={"temperature": 0.0}, drafted=20, accepted=10, model_drafted=20, model_accepted=5, rounds=8,
-        acceptance_rate=0.25, tokens_per_second=10.0, ttft_ms=5.0, target_model="t", draft_model="d",
-        target_fingerprint="fake-target", draft_fingerprint="fake-draft", adapter_id="", sources=bytes(max(size, 8)),
-        stats=AnswerStats(), disagreements=[], top_k=top,
-    )  # fmt: skip
-
-
-def fill(outbox: Outbox, ids: list[str], size: int = 0, text: str = "some words") -> int:
-    """Put records straight into an outbox in large transactions; bytes put. The accepted way costs a sync each."""
-    total = 0
-    db = sqlite3.connect(outbox.path)
-    rows = []
-    for id in ids:
-        body = encode(generation(id, text, size))
-        total += len(body)
-        rows.append((id, "Generation", body))
-    with db:
-        db.executemany("INSERT INTO outbox (id, kind, body) VALUES (?, ?, ?)", rows)
-    db.close()
-    return total
-
-
-def ready_for_training(house: House) -> None:
+def ready_for_training(instance: Instance) -> None:
     """Inference and collector run, and enough recorded answers are stored that a run has what to learn from and to judge on."""
     lean = "enabled: false, heldout_share: 0.4, num_epochs: 2, max_minutes: 0.3, min_heldout_generations: 5, regression_prompts: 0"
-    house.set(SETTINGS.replace("enabled: false", lean))
-    house.start("inference")
-    house.start("collector")
-    house.ready("inference")
-    with house.client() as client:
+    instance.set(SETTINGS.replace("enabled: false", lean))
+    instance.start("inference")
+    instance.start("collector")
+    instance.ready("inference")
+    with instance.client() as client:
         for n in range(36):
-            house.ask(f"question {n} of {uuid.uuid4().hex[:6]}", client, temperature=0.8, max_tokens=12)
-    house.settle()
+            instance.ask(f"question {n} of {uuid.uuid4().hex[:6]}", client, temperature=0.8, max_tokens=12)
+    instance.settle()
