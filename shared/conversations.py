@@ -1,40 +1,75 @@
-"""Which conversation an answer belongs to: what its client says, else a hash of what all turns of one have in common.
+"""Chat messages as plain data: how a prompt becomes messages, which conversation they belong to, which texts they hold.
 
-A client in OpenAI's style sends the whole history each time and no name for it. Its turns share how they began; so do the
-repeats of one prompt. The hash tells nobody the text, but whoever has the text can tell that it is its hash: a record whose
-text is not kept does not keep the hash either (shared/retention/redaction.py).
+A client in OpenAI's style sends the whole history with each request and no name for the conversation. `conversation_of` derives
+an id from what all its turns share. The id is a hash: it tells nobody the text, but whoever has the text can tell that it is
+its hash, so a record whose text is not kept must not keep the hash either (`retention/redaction.py`).
+
+Knows JSON-like values only, no records and no files.
 """
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-BEGINNING = 2000  # characters of a plain prompt that tell it from others
-DIGITS = 32
-_HASH = re.compile(f"[0-9a-f]{{{DIGITS}}}")
+Messages = Sequence[dict[str, Any]]
+
+PROMPT_PREFIX = 2000  # characters of a plain prompt that tell it from others
+HASH_DIGITS = 32
+_HASH = re.compile(f"[0-9a-f]{{{HASH_DIGITS}}}")
 
 
-def conversation_of(messages: Sequence[dict[str, Any]], prompt: str = "") -> str:
-    """The id of the conversation that `messages` go on with: 32 hex digits, the same for every turn, from the system messages
-    up to the first user message and that one. Without messages it is made of the first 2,000 characters of `prompt`.
+def to_messages(prompt: str | Messages, system: str | None = None) -> list[dict[str, Any]]:
+    """Chat messages of a plain prompt (or copies of the given ones), with a system message in front where one is given."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def conversation_of(messages: Messages, prompt: str = "") -> str:
+    """The id of the conversation that `messages` continue: 32 hex digits, equal for all its turns.
+
+    It is the hash of the system messages before the first user message and of that message. Without messages it is the hash of
+    the first 2,000 characters of `prompt`.
     """
-    began = [(message.get("role"), message.get("content")) for message in _beginning(messages)]
-    told = ascii(began) if messages else prompt[:BEGINNING]  # `ascii` never fails, whatever a message holds
-    return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:DIGITS]
+    opening = [(message.get("role"), message.get("content")) for message in _opening(messages)]
+    text = ascii(opening) if messages else prompt[:PROMPT_PREFIX]  # `ascii` never fails, whatever a message holds
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:HASH_DIGITS]
 
 
-def _beginning(messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """The system messages before the first user message, and that."""
-    kept = []
+def _opening(messages: Messages) -> Messages:
+    """The system messages before the first user message, and the latter."""
+    opening = []
     for message in messages:
         if message.get("role") in ("system", "user"):
-            kept.append(message)
+            opening.append(message)
         if message.get("role") == "user":
             break
-    return kept
+    return opening
 
 
 def is_hash_shaped(conversation_id: str) -> bool:
-    """Whether an id looks derived (or is a UUID): a part of it says nothing, so only the whole of it matches a pattern."""
+    """Whether an id looks derived (or is a UUID). A part of such an id means nothing: a pattern matches only the whole."""
     return _HASH.fullmatch(conversation_id) is not None
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string in JSON-like data, keys included."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            pending += item
+
+
+def typed_in(messages: Any) -> list[str]:
+    """The texts of the user messages of a conversation. Anything that is not a list of messages has none."""
+    return [
+        text
+        for message in (messages if isinstance(messages, list) else [])
+        if isinstance(message, dict) and message.get("role") == "user"
+        for text in strings(message.get("content"))
+    ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from specl.shared.answer_stats import AnswerStats
-from specl.shared.chat import Messages, to_messages
+from specl.shared.conversations import Messages, to_messages
 from specl.shared.errors import AdapterRejected, RequestRejected, SpecLoraError
 from specl.shared.paths import Paths, find_paths
 from specl.shared.settings.load import load_settings

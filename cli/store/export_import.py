@@ -118,7 +118,7 @@ def import_(file: str, text_only: bool) -> None:
         annotate = Annotator(settings, find_paths().models) if fresh and not text_only else None
         learnable = 0
         for item in _told(fresh):
-            record = discretion.apply(annotate(item) if annotate is not None else to_record(item, None))
+            record = discretion.apply(annotate(item) if annotate is not None else to_record(item, None)).record
             learnable += record.top_k is not None
             destination.add(Envelope(record.id, "Generation", encode(record)))
         destination.close()

@@ -27,7 +27,7 @@ from specl.shared.retention import checkpoints
 from specl.shared.retention.erasure_check import PRODUCERS, forget_typed, prove, remove_backups, rooms
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.purge_journal import PendingPurge, Wish
-from specl.shared.retention.redaction import purge_matches, texts_of
+from specl.shared.retention.purge_matching import purge_matches, texts_in
 from specl.shared.runtime.locks import Lock, is_locked, wait_for_command
 from specl.shared.store import PURGE_MOST, Store
 
@@ -260,7 +260,7 @@ class Forgetting:
         def collect(row: Envelope) -> bool:
             if not purge_matches(meant, row):
                 return False
-            found, said = texts_of(row)
+            found, said = texts_in(row)
             texts.update(found)
             typed.update(said)
             return True

@@ -51,7 +51,7 @@ class Recorder(threading.Thread):
 
     def keeps_whole(self, record: Generation) -> bool:
         """Whether all of it may be kept: its text, and with it its tokens."""
-        return self._discretion.apply(record) is record
+        return self._discretion.apply(record).whole
 
     def remember(self, past: AnswerHistory, client_id: str) -> None:
         """Write down what the n-gram drafter knows of an owner. The texts are taken now: this thread may come late."""
@@ -108,8 +108,8 @@ class Recorder(threading.Thread):
     def _record(self, record: Record, states: np.ndarray | None) -> str:
         """Why it was not recorded; empty where it was."""
         if isinstance(record, Generation):
-            kept = self._discretion.apply(record)
-            record, states = kept, states if kept is record else None
+            redaction = self._discretion.apply(record)
+            record, states = redaction.record, states if redaction.whole else None
         try:
             self._outbox.append(record.id, kind_of(record), encode(record))
         except (OutboxFull, WireError) as error:

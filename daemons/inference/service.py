@@ -35,7 +35,8 @@ from specl.shared.messaging.outbox import Outbox
 from specl.shared.models import blas
 from specl.shared.paths import Paths
 from specl.shared.retention.hidden_states import HiddenSpool
-from specl.shared.retention.redaction import Redactor, purge_matches
+from specl.shared.retention.purge_matching import purge_matches
+from specl.shared.retention.redaction import Redactor
 from specl.shared.runtime import log
 from specl.shared.runtime.signals import StopFlag
 from specl.shared.settings.schema import Settings

@@ -37,7 +37,7 @@ from specl.shared.messaging.messages import (
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
 from specl.shared.retention import checkpoints
-from specl.shared.retention.redaction import purge_matches
+from specl.shared.retention.purge_matching import purge_matches
 from specl.shared.runtime import log, power
 from specl.shared.runtime.power import Power
 from specl.shared.runtime.signals import StopFlag

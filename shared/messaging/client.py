@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from specl.shared.chat import Messages, to_messages
+from specl.shared.conversations import Messages, to_messages
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError, WireError
 from specl.shared.messaging.bus import Connection, gather
 from specl.shared.messaging.endpoints import Addresses

@@ -1,18 +1,16 @@
-"""What is left of a generation when its text must not be kept: statistics alone, or the text with parts blotted out.
+"""What is kept of a generation when its text must not be stored: statistics alone, or the text with parts replaced.
 
-Token ids, laws and rejected drafts spell the text out as well as the text does, so both drop them, and the draft cannot
-learn from such a record. Knows records, nothing of files.
+Token ids, the target's top-k and rejected drafts spell the text out as well as the text does. A redacted record therefore loses
+them, and no draft can learn from it. Knows records and the settings of `records`, nothing of files.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from specl.shared.conversations import is_hash_shaped
-from specl.shared.errors import WireError
-from specl.shared.messaging.codec import decode
-from specl.shared.messaging.messages import Envelope, Evaluation, Generation, Purge
+from specl.shared.conversations import is_hash_shaped, strings
+from specl.shared.messaging.messages import Generation
 
 if TYPE_CHECKING:
     from specl.shared.settings.schema import Records
@@ -20,70 +18,59 @@ if TYPE_CHECKING:
 REDACTED = "[redacted]"
 
 
+@dataclass(frozen=True, slots=True)
+class Redaction:
+    """A record as it may be stored. `whole`: nothing was taken out, so its tokens and hidden states may be kept as well."""
+
+    record: Generation
+    whole: bool
+
+
 class Redactor:
-    """What the settings want kept. Patterns are compiled once."""
+    """Applies the settings `records.keep` and `records.redact`. The patterns are compiled once."""
 
     def __init__(self, records: "Records") -> None:
         self.statistics_only = records.keep == "statistics"
         self._patterns = [re.compile(pattern) for pattern in records.redact]
 
-    def apply(self, record: Generation) -> Generation:
-        """`record` as it may be kept; the same object where nothing needs to go."""
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether every record is whole, so that nobody needs to wait for `apply` to know."""
+        return not self.statistics_only and not self._patterns
+
+    def apply(self, record: Generation) -> Redaction:
+        """What may be stored of `record`. It searches all texts for all patterns: never call it on the MLX thread."""
         if self.statistics_only:
-            return _without_text(record)
-        if any(pattern.search(text) for pattern in self._patterns for text in _texts(record)):
-            return self._redacted(record)
-        return record
+            return Redaction(_without_text(record), False)
+        if any(pattern.search(text) for pattern in self._patterns for text in texts_of(record)):
+            return Redaction(self._redacted(record), False)
+        return Redaction(record, True)
 
     def _redacted(self, record: Generation) -> Generation:
-        bare = _without_tokens(record)
         return replace(
-            bare,
+            _without_tokens(record),
             conversation_id=record.id,
-            messages=[self._blot(message) for message in record.messages],
-            prompt=self._blot(record.prompt),
-            output=self._blot(record.output),
+            messages=[self._replaced(message) for message in record.messages],
+            prompt=self._replaced(record.prompt),
+            output=self._replaced(record.output),
         )
 
-    def _blot(self, value: Any) -> Any:
+    def _replaced(self, value: Any) -> Any:
         if isinstance(value, str):
             for pattern in self._patterns:
                 value = pattern.sub(REDACTED, value)
             return value
         if isinstance(value, dict):
-            return {key: self._blot(item) for key, item in value.items()}
-        return [self._blot(item) for item in value] if isinstance(value, list) else value
+            return {key: self._replaced(item) for key, item in value.items()}
+        return [self._replaced(item) for item in value] if isinstance(value, list) else value
 
 
-def _texts(record: Generation) -> Sequence[str]:
-    found = [record.prompt, record.output, *strings(record.messages)]
-    if record.conversation_id != record.id and not is_hash_shaped(record.conversation_id):  # a client's own name for it
-        found.append(record.conversation_id)
-    return found
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Every text in plain data."""
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, dict):
-            pending += [*item.keys(), *item.values()]
-        elif isinstance(item, list):
-            pending += item
-
-
-def typed_in(messages: Any) -> list[str]:
-    """What users said in a conversation, message by message."""
-    spoken = messages if isinstance(messages, list) else []
-    return [
-        text
-        for message in spoken
-        if isinstance(message, dict) and message.get("role") == "user"
-        for text in strings(message.get("content"))
-    ]
+def texts_of(record: Generation) -> Sequence[str]:
+    """Every text in a generation. A conversation id counts where a client chose it; a derived hash is no text."""
+    texts = [record.prompt, record.output, *strings(record.messages)]
+    if record.conversation_id != record.id and not is_hash_shaped(record.conversation_id):
+        texts.append(record.conversation_id)
+    return texts
 
 
 def _without_tokens(record: Generation) -> Generation:
@@ -92,31 +79,3 @@ def _without_tokens(record: Generation) -> Generation:
 
 def _without_text(record: Generation) -> Generation:
     return replace(_without_tokens(record), conversation_id=record.id, messages=[], prompt="", output="")
-
-
-def purge_matches(wish: Purge, row: Envelope) -> bool:
-    """Whether a purge means this undelivered record: a generation by id, age or text, or what was found out about one."""
-    if row.id in wish.ids:
-        return True
-    try:
-        record = decode(row.body)
-    except WireError:  # nobody can read it, so its bytes are all there is to go by
-        return bool(wish.pattern) and wish.pattern.lower() in row.body.decode("utf-8", "replace").lower()
-    if isinstance(record, Evaluation):
-        return record.generation_id in wish.ids
-    if not isinstance(record, Generation):
-        return False
-    old = wish.before is not None and record.created_at < wish.before
-    # as the store compares: upper and lower case alike
-    pattern = wish.pattern.lower()
-    named = bool(pattern) and record.conversation_id.lower() == pattern
-    return old or named or (bool(pattern) and any(pattern in text.lower() for text in _texts(record)))
-
-
-def texts_of(row: Envelope) -> tuple[Sequence[str], Sequence[str]]:
-    """Every text in an undelivered generation, and those of them that a user typed; none for other records."""
-    try:
-        record = decode(row.body)
-    except WireError:
-        return [], []
-    return (_texts(record), typed_in(record.messages)) if isinstance(record, Generation) else ([], [])

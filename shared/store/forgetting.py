@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 
 import sqlalchemy as sa
 
-from specl.shared.conversations import DIGITS
+from specl.shared.conversations import HASH_DIGITS, strings, typed_in
 from specl.shared.errors import StoreError
-from specl.shared.retention.redaction import strings, typed_in
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import iso
 from specl.shared.store.schema import disagreements, evaluations, generations, quarantine, training_runs
 
 EARLIEST, LATEST = 0.0, 253_000_000_000.0  # moments before and after all others that can be written as a date
-_HASH = "[0-9a-f]" * DIGITS  # an id that is_hash_shaped, as SQLite says it
+_HASH = "[0-9a-f]" * HASH_DIGITS  # an id that is_hash_shaped, as SQLite says it
 PURGE_MOST = 2_000  # generations that one request removes: of 41 KB each well within a command's patience
 
 

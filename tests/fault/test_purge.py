@@ -311,10 +311,12 @@ def test_redaction_blots_text_and_drops_tokens(instance):
 def test_redaction_reaches_nested_content_and_keeps_what_is_clean():
     keep = Redactor(Records(redact=["secret"]))
     record = generation("x", "plain")
-    assert keep.apply(record) is record
+    assert keep.apply(record).whole and keep.apply(record).record is record
     nested = replace(record, messages=[{"role": "user", "content": [{"type": "text", "text": "a secret"}]}])
-    assert keep.apply(nested).messages[0]["content"][0]["text"] == "a [redacted]"
-    assert keep.apply(nested).output_tokens == b"" and keep.apply(nested).top_k is None
+    redaction = keep.apply(nested)
+    assert not redaction.whole
+    assert redaction.record.messages[0]["content"][0]["text"] == "a [redacted]"
+    assert redaction.record.output_tokens == b"" and redaction.record.top_k is None
     with pytest.raises(ConfigError, match="regular expression"):
         parse_settings("records: {redact: ['(']}", "x.yaml")
 

@@ -6,7 +6,8 @@ import pytest
 
 from specl.shared.conversations import conversation_of, is_hash_shaped
 from specl.shared.messaging.messages import Purge
-from specl.shared.retention.redaction import Redactor, purge_matches
+from specl.shared.retention.purge_matching import purge_matches
+from specl.shared.retention.redaction import Redactor
 from specl.shared.settings.schema import Records
 from tests.fakes import make_generation, to_row
 
@@ -66,13 +67,13 @@ def of(text, **changes):
 def test_a_redacted_record_and_bare_statistics_do_not_keep_the_hash_of_what_they_must_not_keep():
     record = of("my number is 12345678")
     for records in (Records(redact=[r"\d{8}"]), Records(keep="statistics")):
-        assert Redactor(records).apply(record).conversation_id == record.id
+        assert Redactor(records).apply(record).record.conversation_id == record.id
 
 
 def test_a_pattern_that_matches_nothing_but_the_hash_redacts_nothing():
     record = of("a harmless question", prompt="a harmless question", output="an answer")
     assert any(digit.isdigit() for digit in record.conversation_id)
-    assert Redactor(Records(redact=[r"\d"])).apply(record) is record
+    assert Redactor(Records(redact=[r"\d"])).apply(record).whole
 
 
 def test_a_purge_means_a_hash_only_by_the_whole_of_it():

@@ -1,0 +1,44 @@
+"""What a purge means among undelivered records, and the texts they hold. `store/forgetting.py` asks the same of stored ones.
+
+Knows encoded records, nothing of files.
+"""
+
+from collections.abc import Sequence
+
+from specl.shared.conversations import typed_in
+from specl.shared.errors import WireError
+from specl.shared.messaging.codec import decode
+from specl.shared.messaging.messages import Envelope, Evaluation, Generation, Purge
+from specl.shared.retention.redaction import texts_of
+
+
+def purge_matches(purge: Purge, row: Envelope) -> bool:
+    """Whether `purge` means this record: a generation by id, age or text, or an evaluation of such a generation.
+
+    Upper and lower case are alike, as in the store. Of a record that cannot be decoded the bytes are compared.
+    """
+    if row.id in purge.ids:
+        return True
+    try:
+        record = decode(row.body)
+    except WireError:
+        return bool(purge.pattern) and purge.pattern.lower() in row.body.decode("utf-8", "replace").lower()
+    if isinstance(record, Evaluation):
+        return record.generation_id in purge.ids
+    if not isinstance(record, Generation):
+        return False
+    if purge.before is not None and record.created_at < purge.before:
+        return True
+    pattern = purge.pattern.lower()
+    if not pattern:
+        return False
+    return record.conversation_id.lower() == pattern or any(pattern in text.lower() for text in texts_of(record))
+
+
+def texts_in(row: Envelope) -> tuple[Sequence[str], Sequence[str]]:
+    """Every text in an undelivered generation, and those of them that a user typed; none for other records."""
+    try:
+        record = decode(row.body)
+    except WireError:
+        return [], []
+    return (texts_of(record), typed_in(record.messages)) if isinstance(record, Generation) else ([], [])
