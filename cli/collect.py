@@ -18,7 +18,7 @@ import click
 
 from specl.cli.files.prompt_file import FilePrompt, read
 from specl.cli.options import sampling
-from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected, SpecLoraError
+from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Done
 
@@ -146,9 +146,7 @@ class _Run:
         while True:
             try:
                 return self.client.ask(item.messages, **self.wish)
-            except RequestRejected as error:
-                if error.exit_code == 2:
-                    raise
+            except ServerBusy:
                 pause = BUSY_S
             except DaemonUnreachable:
                 if not self.tally.answers or time.monotonic() > end:

@@ -58,9 +58,15 @@ class StoreTooNew(StoreError, ConfigError):
 
 
 class RequestRejected(SpecLoraError):
-    """A request that the server will not run: empty, too long, bad sampling, queue full."""
+    """A request that the server will not run: empty, too long, bad sampling."""
 
     exit_code = 2
+
+
+class ServerBusy(RequestRejected):
+    """A request that the server has no room for now; asking again later may help."""
+
+    exit_code = 1
 
 
 class Interrupted(SpecLoraError):

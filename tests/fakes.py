@@ -131,6 +131,7 @@ def make_activation(id: str, **changes) -> Activation:
         "adapter_id": "000001",
         "previous_id": "",
         "reason": "announced",
+        "note": "announced",
         "details": {"form": "fused"},
     }
     return Activation(**(values | changes))
@@ -141,7 +142,8 @@ def make_training_run(id: str, **changes) -> TrainingRun:
         "id": id,
         "created_at": 1_790_000_200.0,
         "finished_at": 1_790_000_300.0,
-        "trigger": "50 failures",
+        "trigger": "failures",
+        "cause": "50 failures",
         "verdict": "promoted",
         "reason": "it rose",
         "parent_id": "",

@@ -4,7 +4,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected, SpecLoraError
+from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError
 
 BUSY_S = "1"
 DOWN_S = "5"
@@ -34,6 +34,8 @@ def api_error_of(error: SpecLoraError) -> ApiError:
     text = str(error) + (f" ({error.hint})" if error.hint else "")
     if isinstance(error, DaemonUnreachable):
         return ApiError(503, text, code="inference_unreachable")
+    if isinstance(error, ServerBusy):
+        return ApiError(429, text, code="busy")
     if isinstance(error, RequestRejected):
-        return ApiError(429 if error.exit_code == 1 else 400, text, code="busy" if error.exit_code == 1 else "rejected")
+        return ApiError(400, text, code="rejected")
     return ApiError(400 if isinstance(error, ConfigError) else 500, text)

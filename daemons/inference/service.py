@@ -13,6 +13,7 @@ from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.worker import Worker
 from specl.shared.engine.answer_history import AnswerHistory
 from specl.shared.messaging.bus import Server
+from specl.shared.messaging.codes import FailureCode
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
     Activity,
@@ -149,7 +150,7 @@ class Inference:
             case Heartbeat():
                 client = self.clients.get(message.request_id)
                 if client is None:  # it waits for a process that is gone
-                    self.server.send(peer, Failed(message.request_id, "lost", LOST, "ask again"))
+                    self.server.send(peer, Failed(message.request_id, FailureCode.LOST, LOST, "ask again"))
                 elif client.peer == peer:
                     client.heard = time.monotonic()
             case Cancel():
@@ -182,16 +183,26 @@ class Inference:
             refusal = f"the prompt has {size >> 10} KB; serving.max_prompt_kb is {self.settings.serving.max_prompt_kb}"
         mine = sum(client.same(peer, ask.client_id) for client in self.clients.values())
         if refusal:
-            self.server.send(peer, Failed(ask.request_id, "rejected", refusal))
+            self.server.send(peer, Failed(ask.request_id, FailureCode.REJECTED, refusal))
         elif mine >= self.settings.serving.client_queue_limit:
             self.server.send(
                 peer,
-                Failed(ask.request_id, "busy", f"{mine} requests of this client wait already", "try again in a moment"),
+                Failed(
+                    ask.request_id,
+                    FailureCode.BUSY,
+                    f"{mine} requests of this client wait already",
+                    "try again in a moment",
+                ),
             )
         elif len(self.clients) >= self.settings.serving.queue_limit:
             self.server.send(
                 peer,
-                Failed(ask.request_id, "busy", f"{len(self.clients)} requests wait already", "try again in a moment"),
+                Failed(
+                    ask.request_id,
+                    FailureCode.BUSY,
+                    f"{len(self.clients)} requests wait already",
+                    "try again in a moment",
+                ),
             )
         else:
             self.clients[ask.request_id] = Client(peer, time.monotonic(), ask.client_id)

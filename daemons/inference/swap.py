@@ -5,6 +5,8 @@ old adapter goes on drafting. A refused adapter is not tried again while its fil
 keeps serving, whatever is wrong with the new one. CURRENT is moved from here by a user's command and by a rollback.
 """
 
+import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,21 +17,21 @@ from specl.shared.adapters.registry import REINSTATED, REINSTATING, Adapters
 from specl.shared.adapters.tensors import loading
 from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.errors import AdapterRejected, disk_failed
-from specl.shared.messaging.messages import Reply
+from specl.shared.messaging.codes import ActivationEvent, ActivationReason
+from specl.shared.messaging.messages import Activation, Json, Reply
 from specl.shared.paths import Paths
 from specl.shared.runtime import log
 from specl.shared.runtime.failpoints import failpoint
 from specl.shared.runtime.incremental import Steps, Stopwatch, T, run_all
 
 REMEMBERED = 32  # refusals that `status` shows
-SECOND_LOOK = "reinstated by a second look"  # it has proved itself, on the answers that it had been rolled back for
 _log = log.get("adapter")
 Stamp = tuple[tuple[str, int, int, int], ...]
-Activated = Callable[[str, str, str, str, dict[str, Any]], None]
+Activated = Callable[[Activation], None]
 
 
 class AdapterSwap:
-    """`activated(event, adapter, previous, reason, details)` hears of every change and refusal."""
+    """`activated` hears of every change and refusal."""
 
     def __init__(self, paths: Paths, engine: EngineCore, activated: Activated) -> None:
         self.adapters = Adapters(paths.adapters)
@@ -127,11 +129,11 @@ class AdapterSwap:
         if wanted != self.engine.adapter_id and self._worth_trying(wanted):
             yield from self._use(wanted, self._why(wanted))
 
-    def _why(self, wanted: str) -> str:
+    def _why(self, wanted: str) -> ActivationReason:
         """Why CURRENT names it."""
         if wanted == self._drafted_before:
-            return "restart"
-        return SECOND_LOOK if self._reinstated(wanted) else "announced"
+            return ActivationReason.RESTART
+        return ActivationReason.REINSTATED if self._reinstated(wanted) else ActivationReason.ANNOUNCED
 
     def _reinstated(self, id: str) -> bool:
         return self.adapters.second_looks().get(id) in (REINSTATING, REINSTATED)
@@ -152,7 +154,7 @@ class AdapterSwap:
             return ()
         return tuple((name, info.st_size, info.st_mtime_ns, info.st_ino) for name, info in files)
 
-    def _use(self, id: str, reason: str) -> Steps[str]:
+    def _use(self, id: str, reason: ActivationReason, note: str = "") -> Steps[str]:
         """Switch to `id` (empty: none). Why not, or empty."""
         watch, stamp = Stopwatch(), self._stamp(id) if id else ()
         try:
@@ -164,7 +166,7 @@ class AdapterSwap:
         self._forgive(id)
         before, self._before_switch = self._before_switch, ""
         pause_ms = round(1000 * watch.longest_s, 1)
-        if reason == "restart":
+        if reason == ActivationReason.RESTART:
             self.previous = before = self.adapters.resolve("previous")
         else:
             self.previous = before
@@ -179,8 +181,9 @@ class AdapterSwap:
             pause_ms=pause_ms,
             ms=round(1000 * watch.total_s, 1),
         )
-        event = "activated" if id else "unloaded"
-        self._activated(event, id, before, reason, {"form": self.engine.adapter_form, "pause_ms": pause_ms})
+        event = ActivationEvent.ACTIVATED if id else ActivationEvent.UNLOADED
+        details = {"form": self.engine.adapter_form, "pause_ms": pause_ms}
+        self._tell(event, id, before, reason, note or reason.replace("_", " "), details)
         return ""
 
     def _switch(self, id: str) -> Steps[None]:
@@ -223,10 +226,10 @@ class AdapterSwap:
             self.adapters.mark_rolled_back(id, reason)
         except OSError as error:
             _log.error("rollback.not_written", adapter=id, reason=str(error))
-        if back and run_all(self._use(back, f"adapter {id} was rolled back")):
+        if back and run_all(self._use(back, ActivationReason.ROLLBACK, f"adapter {id} was rolled back")):
             back = ""
         if not back:
-            run_all(self._use("", f"adapter {id} was rolled back"))
+            run_all(self._use("", ActivationReason.ROLLBACK, f"adapter {id} was rolled back"))
         try:
             self.adapters.set_current(back)
         except OSError as error:
@@ -237,7 +240,7 @@ class AdapterSwap:
         with suppress(OSError):
             self.adapters.set_previous("")
         _log.warning("adapter.rolled_back", adapter=id, to=back or None, reason=reason)
-        self._activated("rolled_back", id, back, reason, {})
+        self._tell(ActivationEvent.ROLLED_BACK, id, back, ActivationReason.LIVE_ACCEPTANCE, reason)
 
     def _leave(self, id: str) -> Steps[None]:
         """CURRENT names an adapter that was rolled back: go to the one before it, or to none."""
@@ -245,7 +248,9 @@ class AdapterSwap:
         back = self.adapters.resolve("previous")
         gone = self.adapters.rolled_back()
         back = "" if back in gone else back
-        if back != self.engine.adapter_id and (yield from self._use(back, f"adapter {id} was rolled back")):
+        if back != self.engine.adapter_id and (
+            yield from self._use(back, ActivationReason.ROLLBACK, f"adapter {id} was rolled back")
+        ):
             back = ""
         with suppress(OSError):  # a full disk: the next tick tries again
             self.adapters.set_current(back)
@@ -258,7 +263,19 @@ class AdapterSwap:
             self._forgive(next(iter(self.rejected)))
         self.rejected[id] = reason
         _log.error("adapter.rejected", adapter=id, reason=reason)
-        self._activated("rejected", id, self.engine.adapter_id, reason, {})
+        active = self.engine.adapter_id
+        self._tell(ActivationEvent.REJECTED, id, active, ActivationReason.VERIFICATION, reason)
+
+    def _tell(
+        self,
+        event: ActivationEvent,
+        id: str,
+        previous: str,
+        reason: ActivationReason,
+        note: str,
+        details: Json | None = None,
+    ) -> None:
+        self._activated(Activation(uuid.uuid4().hex, time.time(), event, id, previous, reason, note, details or {}))
 
     def by_hand(self, wish: str) -> Reply:
         """A user's choice: an id, an alias, `previous`, or empty for none. CURRENT moves only if the adapter is usable."""
@@ -280,9 +297,9 @@ class AdapterSwap:
             if not id:
                 return Reply(False, f"there is no adapter {wish!r}")
         self._forgive(id)
-        how = "rolled back by hand" if wish == "previous" else "by hand"
+        how = ActivationReason.ROLLED_BACK_BY_HAND if wish == "previous" else ActivationReason.BY_HAND
         if id in self.adapters.rolled_back() or self._reinstated(id):
-            how = "by hand, once more"
+            how = ActivationReason.BY_HAND_AGAIN
             with suppress(OSError):
                 self.adapters.mark_rolled_back(id, "")
         if id != self.engine.adapter_id and (problem := (yield from self._use(id, how))):

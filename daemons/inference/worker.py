@@ -7,7 +7,6 @@ and the recorder. Every turn has one round of each request, so that none starves
 import queue
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from specl.daemons.inference.adapter_monitor import AdapterMonitor, held_out_bef
 from specl.daemons.inference.admission import prepare, to_options
 from specl.daemons.inference.job import Job, to_done, to_generation, token_laws
 from specl.daemons.inference.recorder import Recorder
-from specl.daemons.inference.swap import SECOND_LOOK, AdapterSwap
+from specl.daemons.inference.swap import AdapterSwap
 from specl.shared.engine.answer_history import AnswerHistory
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.decode import Session, decode_rounds
@@ -24,6 +23,7 @@ from specl.shared.engine.load import load_pair
 from specl.shared.engine.statistics import acceptance_rate
 from specl.shared.engine.text import TextStream
 from specl.shared.errors import SpecLoraError
+from specl.shared.messaging.codes import ActivationEvent, ActivationReason, FailureCode
 from specl.shared.messaging.messages import Activation, AdapterReady, Delta, Failed, Queued, Reply, SetAdapter
 from specl.shared.models import blas
 from specl.shared.models.free_memory import free_memory
@@ -31,7 +31,10 @@ from specl.shared.paths import Paths
 from specl.shared.runtime import log
 from specl.shared.settings.schema import Settings
 
-WATCHED = ("announced", "by hand")  # reasons to use an adapter that say nothing of its worth on live traffic
+WATCHED = (
+    ActivationReason.ANNOUNCED,
+    ActivationReason.BY_HAND,
+)  # reasons to use an adapter that say nothing of its worth on live traffic
 IDLE_TICK_S = 5.0  # how often CURRENT is looked at when nobody announces anything
 EXPIRE_S = 600.0  # how often past answers are asked for their age
 _log = log.get("worker")
@@ -117,7 +120,7 @@ class Worker(threading.Thread):
             while not self._stopping:
                 self._turn()
             for job in [*self.active, *self.waiting]:
-                self.emit(job.peer, Failed(job.ask.request_id, "stopped", "the inference daemon is stopping"))
+                self.emit(job.peer, Failed(job.ask.request_id, FailureCode.STOPPED, "the inference daemon is stopping"))
         except BaseException as error:
             self.failure = error
         finally:
@@ -242,7 +245,7 @@ class Worker(threading.Thread):
             self._ensure_loaded()
             prepare(job, self.engine, self.settings.memory.max_kv_cache_tokens)
         except SpecLoraError as error:
-            self.emit(job.peer, Failed(job.ask.request_id, "rejected", str(error), error.hint))
+            self.emit(job.peer, Failed(job.ask.request_id, FailureCode.REJECTED, str(error), error.hint))
             return
         self.waiting.append(job)
         if self.active:
@@ -252,7 +255,7 @@ class Worker(threading.Thread):
         """Who still waits when its deadline passes is told so, and not started."""
         for job in [job for job in self.waiting if self._expired(job)]:
             self.waiting.remove(job)
-            self.emit(job.peer, Failed(job.ask.request_id, "deadline", "ended before the first token"))
+            self.emit(job.peer, Failed(job.ask.request_id, FailureCode.DEADLINE, "ended before the first token"))
             self._tell_places()
 
     def _tell_places(self) -> None:
@@ -279,7 +282,7 @@ class Worker(threading.Thread):
         try:
             job.session = self.engine.session(job.prompt, to_options(job, self.settings))
         except SpecLoraError as error:
-            self.emit(job.peer, Failed(job.ask.request_id, "rejected", str(error), error.hint))
+            self.emit(job.peer, Failed(job.ask.request_id, FailureCode.REJECTED, str(error), error.hint))
             return False
         job.text = TextStream(self.engine.target.tokenizer, tuple(job.ask.stop))
         job.adapter_id = job.began_with = self.engine.adapter_id
@@ -322,7 +325,7 @@ class Worker(threading.Thread):
             if job.ask.request_id == request_id and peer in (None, job.peer):
                 if job in self.waiting:
                     self.waiting.remove(job)
-                    self.emit(job.peer, Failed(request_id, "cancelled", reason))
+                    self.emit(job.peer, Failed(request_id, FailureCode.CANCELLED, reason))
                     self._tell_places()
                 else:
                     self._finish(job, "cancelled")
@@ -337,7 +340,10 @@ class Worker(threading.Thread):
             job.text.finish()
         if not session.output:
             self._keep(job, whole=False)
-            self.emit(job.peer, Failed(job.ask.request_id, ended_by or "internal", "ended before the first token"))
+            self.emit(
+                job.peer,
+                Failed(job.ask.request_id, FailureCode(ended_by or "internal"), "ended before the first token"),
+            )
             return
         done = to_done(job, self.engine)
         record = to_generation(job, self.engine) if job.ask.record else None
@@ -387,18 +393,18 @@ class Worker(threading.Thread):
         if why := self.monitor.saw(tally.tested_by_depth, tally.accepted_by_depth):
             self.swap.roll_back(why)
 
-    def _look_out(self, adapter_id: str, previous_id: str, reason: str) -> None:
+    def _look_out(self, adapter_id: str, previous_id: str, reason: ActivationReason) -> None:
         """An adapter that came from the gate or by hand is watched; one that somebody insists on, returns to, or that a second
         look has reinstated, is not.
         """
         watched = adapter_id if reason in WATCHED else ""
-        if reason != "restart":
+        if reason != ActivationReason.RESTART:
             self.monitor.changed(adapter_id, watched, previous_id, held_out_before(self.swap.adapters, adapter_id))
-        if reason == SECOND_LOOK:
+        if reason == ActivationReason.REINSTATED:
             self.monitor.reinstated(adapter_id)
 
-    def _activated(self, event: str, adapter_id: str, previous_id: str, reason: str, details: dict[str, Any]) -> None:
+    def _activated(self, change: Activation) -> None:
         """An adapter came, went or was refused: a fact for the store, and maybe the start of a watch."""
-        if event in ("activated", "unloaded"):
-            self._look_out(adapter_id, previous_id, reason)
-        self.recorder.fact(Activation(uuid.uuid4().hex, time.time(), event, adapter_id, previous_id, reason, details))
+        if change.event in (ActivationEvent.ACTIVATED, ActivationEvent.UNLOADED):
+            self._look_out(change.adapter_id, change.previous_id, change.reason)
+        self.recorder.fact(change)

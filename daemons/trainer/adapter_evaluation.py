@@ -16,6 +16,7 @@ from specl.shared.adapters.tensors import write_tensors
 from specl.shared.errors import AdapterRejected
 from specl.shared.learning.gate import Lineage, Verdict, lineage_problems
 from specl.shared.learning.learner import Learner
+from specl.shared.messaging.codes import RunTrigger
 from specl.shared.models.lora import change_norm
 
 
@@ -28,8 +29,8 @@ class AdapterEvaluation:
     name: str
 
     @property
-    def trigger(self) -> str:
-        """What the store says of why this run was."""
+    def cause(self) -> str:
+        """The run's trigger in words."""
         return f"import {self.name}"
 
 
@@ -37,7 +38,7 @@ class AdapterEvaluationJob(TrainingJob):
     """One trial, in the trainer's place and with its gate."""
 
     def __init__(self, trial: AdapterEvaluation, *job: Any) -> None:
-        super().__init__(*job, trial.trigger)
+        super().__init__(*job, RunTrigger.IMPORT, trial.cause)
         self.run_id, self.trial = trial.run_id, trial
         self.folder = self.folder / "trial"  # the checkpoint of a run that waits to go on is not this one's to drop
 

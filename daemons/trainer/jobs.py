@@ -2,12 +2,18 @@
 
 from specl.daemons.trainer.adapter_evaluation import AdapterEvaluation
 from specl.daemons.trainer.reevaluation import Reevaluation
+from specl.shared.messaging.codes import RunTrigger
 
 Job = str | AdapterEvaluation | Reevaluation  # a run's name is what triggered it
 RUN, IMPORT, LOOK = "run", "import", "second look"
 BY_HAND = "by hand"
 STOP = "stop"  # the last one
 NOW = "by hand, now"  # also while the machine objects
+
+
+def trigger_of(job: str) -> RunTrigger:
+    """What set off a training run of this name."""
+    return {BY_HAND: RunTrigger.BY_HAND, NOW: RunTrigger.BY_HAND_NOW}.get(job, RunTrigger.FAILURES)
 
 
 def kind_of_work(job: Job) -> str:

@@ -21,7 +21,7 @@ from specl.shared.errors import AdapterRejected, disk_failed
 from specl.shared.learning.examples import Example
 from specl.shared.learning.gate import Agreement, judge
 from specl.shared.learning.learner import Learner, agreement
-from specl.shared.messaging.messages import SECOND_LOOK
+from specl.shared.messaging.codes import RunTrigger
 from specl.shared.store import Store
 
 LEAST = 8  # answers; with fewer, more are waited for
@@ -37,9 +37,9 @@ class Reevaluation:
     adapter: str
 
     @property
-    def trigger(self) -> str:
-        """What the store says of why this run was."""
-        return f"{SECOND_LOOK}{self.adapter}"
+    def cause(self) -> str:
+        """The run's trigger in words."""
+        return f"second look at {self.adapter}"
 
 
 def due(adapters: Adapters) -> Manifest | None:
@@ -69,7 +69,7 @@ class ReevaluationJob(TrainingJob):
     """One second look, in the trainer's place and with its gate's interval."""
 
     def __init__(self, look: Reevaluation, *job: Any) -> None:
-        super().__init__(*job, look.trigger)
+        super().__init__(*job, RunTrigger.REEVALUATION, look.cause)
         self.look = look
         # the checkpoint of a run that waits to go on is not this one's to drop
         self.folder = self.folder / "second-look"

@@ -27,6 +27,7 @@ from specl.shared.errors import AdapterRejected, ModelError
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.gate import Agreement, Lineage, Verdict, expected_rate, judge, lineage_problems, spoils
 from specl.shared.learning.learner import Learner, agreement
+from specl.shared.messaging.codes import RunTrigger, RunVerdict
 from specl.shared.messaging.messages import TrainingRun
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.lora import (
@@ -93,11 +94,13 @@ class TrainingJob:
         settings: Settings,
         live: Live,
         pause: Callable[[], float],
-        trigger: str,
+        trigger: RunTrigger,
+        cause: str,
     ) -> None:
         self.engine, self.data_loader, self.adapters = engine, data_loader, adapters
         self.paths, self.folder = paths, paths.training
         self.settings, self.live, self._pause, self.trigger = settings, live, pause, trigger
+        self.cause = cause
         self.run_id, self.created_at = uuid.uuid4().hex, time.time()
         self.loop: TrainingLoop | None = None
         self.replayed = 0  # texts of the draft's own replay set
@@ -346,7 +349,8 @@ class TrainingJob:
             created_at=self.created_at,
             finished_at=time.time(),
             trigger=self.trigger,
-            verdict=verdict,
+            cause=self.cause,
+            verdict=RunVerdict(verdict),
             reason=reason,
             parent_id=self.parent_id,
             adapter_id=adapter_id,

@@ -12,7 +12,7 @@ from typing import Any
 
 from specl.daemons.trainer.adapter_evaluation import AdapterEvaluation, AdapterEvaluationJob
 from specl.daemons.trainer.data_loader import DataLoader
-from specl.daemons.trainer.jobs import BY_HAND, IMPORT, LOOK, NOW, RUN, STOP, Job, kind_of_work
+from specl.daemons.trainer.jobs import BY_HAND, IMPORT, LOOK, NOW, RUN, STOP, Job, kind_of_work, trigger_of
 from specl.daemons.trainer.power_policy import PowerPolicy
 from specl.daemons.trainer.record_queue import RecordQueue
 from specl.daemons.trainer.records import scored
@@ -206,7 +206,7 @@ class Worker(threading.Thread):
                 case Reevaluation():
                     self._looked(what, ReevaluationJob(what, *parts).run())
                 case _:
-                    self._trained(what, TrainingJob(*parts, what).run())
+                    self._trained(what, TrainingJob(*parts, trigger_of(what), what).run())
         finally:
             store.close()
             free_memory()  # a run takes many times what scoring does

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from specl.shared.conversations import Messages, to_messages
-from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError, WireError
+from specl.shared.errors import DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError, WireError
 from specl.shared.messaging.bus import Connection, gather
+from specl.shared.messaging.codes import FailureCode
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
     Ask,
@@ -233,10 +234,12 @@ def send_request(connection: "Connection | AsyncConnection", message: Any) -> No
 
 def error_of(failed: Failed) -> SpecLoraError:
     """What a failed answer means to whoever asked: the daemon is (for the moment) gone, it says no, or something broke."""
-    if failed.code in ("lost", "stopped"):  # it ended with the request: killed, or told to stop
-        return DaemonUnreachable(failed.message, failed.hint or START)
-    kind = RequestRejected if failed.code in ("rejected", "busy") else SpecLoraError
-    error = kind(failed.message, failed.hint)
-    if failed.code == "busy":
-        error.exit_code = 1
-    return error
+    match failed.code:
+        case FailureCode.LOST | FailureCode.STOPPED:
+            return DaemonUnreachable(failed.message, failed.hint or START)
+        case FailureCode.BUSY:
+            return ServerBusy(failed.message, failed.hint)
+        case FailureCode.REJECTED:
+            return RequestRejected(failed.message, failed.hint)
+        case _:
+            return SpecLoraError(failed.message, failed.hint)

@@ -11,6 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Callable
+from enum import StrEnum
 from functools import cache, partial
 from typing import Any
 
@@ -165,6 +166,8 @@ def _checker(hint: Any) -> Callable[[Any, str], Any]:
     if typing.get_origin(hint) is dict:
         value_type = typing.get_args(hint)[1]
         return _check_json if value_type is Any else partial(_check_map, value_type)
+    if issubclass(hint, StrEnum):
+        return partial(_check_code, hint)
     return partial(_check_scalar, hint)
 
 
@@ -173,6 +176,15 @@ def _check_list(item: Any, value: Any, where: str) -> list[Any]:
         raise WireError(f"{where}: not a list")
     check = _checker(item)
     return [check(v, where) for v in value]
+
+
+def _check_code(hint: type[StrEnum], value: Any, where: str) -> StrEnum:
+    if not isinstance(value, str):
+        raise WireError(f"{where}: not text")
+    try:
+        return hint(value)
+    except ValueError:
+        raise WireError(f"{where}: a code that this program does not know") from None
 
 
 def _check_map(item: Any, value: Any, where: str) -> dict[str, Any]:

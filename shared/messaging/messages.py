@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specl.shared.answer_stats import AnswerStats
+from specl.shared.messaging.codes import ActivationEvent, ActivationReason, FailureCode, RunTrigger, RunVerdict
 from specl.shared.sampling_params import SamplingParams
 
 FETCH_LIMIT = 256
@@ -86,30 +87,30 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """Inference changed the adapter that drafts: `event` is activated, rejected, rolled_back or unloaded."""
+    """The adapter that drafts changed, or one was refused. `note` is the reason as a sentence for people."""
 
     id: str
     created_at: float
-    event: str
+    event: ActivationEvent
     adapter_id: str
     previous_id: str
-    reason: str
+    reason: ActivationReason
+    note: str
     details: Json
-
-
-SECOND_LOOK = "second look at "  # how the trigger of one begins
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """One run of the trainer, written when it ends. `verdict` is promoted, rejected, no_verdict, failed, cancelled
-    or no_data; of a second look at an adapter that was rolled back, reinstated or confirmed."""
+    """One run of the trainer, written when it ends. `cause` is the trigger in words ("57 failures", "import their-adapter"),
+    `reason` the verdict's sentence; both for people.
+    """
 
     id: str
     created_at: float
     finished_at: float
-    trigger: str
-    verdict: str
+    trigger: RunTrigger
+    cause: str
+    verdict: RunVerdict
     reason: str
     parent_id: str
     adapter_id: str
@@ -251,10 +252,10 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A request that cannot be answered. `code` is a word (busy, rejected, cancelled, deadline, internal, ...)."""
+    """A request that has no answer. `message` is the reason as a sentence for people."""
 
     request_id: str
-    code: str
+    code: FailureCode
     message: str
     hint: str = ""
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from specl.shared.messaging.messages import SECOND_LOOK
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import Outline, StoredGeneration, exported
 from specl.shared.store.schema import disagreements, generations, training_runs
@@ -53,7 +52,7 @@ class Questions(StoreFile):
             ).group_by(g.adapter_id)
         )
         t = training_runs.c  # second looks are told of by the watch's own figures
-        asked_for = sa.select(training_runs).where(t.trigger.not_like(f"{SECOND_LOOK}%"))
+        asked_for = sa.select(training_runs).where(t.trigger.not_like("second look at %"))
         runs = self._all(asked_for.order_by(t.n.desc()).limit(1))
         drafted = sum(row["model_drafted"] for row in recent)
         speeds = [row["tokens_per_second"] for row in recent if row["tokens_per_second"] > 0]  # imported ones have none

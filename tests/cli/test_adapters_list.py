@@ -60,7 +60,10 @@ def told(run="run", id="000001"):
         after = {"training_run_id": run, "adapter_id": id or "candidate"}
         made += [make_evaluation(f"{run}-1", agreement=0.5, details={"low": 0.125, "high": 0.375}, **after)]
         made += (
-            [make_activation("a1"), make_activation("a2", event="rolled_back", reason="live acceptance fell")]
+            [
+                make_activation("a1"),
+                make_activation("a2", event="rolled_back", reason="live_acceptance", note="live acceptance fell"),
+            ]
             if id
             else []
         )

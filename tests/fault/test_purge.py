@@ -176,7 +176,7 @@ def test_a_purge_does_not_make_old_failures_new_again(instance):
     store = Store(instance.paths.store)
     store.set_threshold(0.5)
     store.add_rows([Envelope(id, "Generation", encode(generation(id, f"about {id} and {SECRET}"))) for id in "abcd"])
-    run = TrainingRun("run", 1.0, 2.0, "t", "rejected", "", "", "", 3, 1, 1, None, None, "c", {})
+    run = TrainingRun("run", 1.0, 2.0, "failures", "t", "rejected", "", "", "", 3, 1, 1, None, None, "c", {})
     store.add_rows([Envelope("run", "TrainingRun", encode(run))])
     assert store.pending_failures() == 1
     store.close()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import enum
 import types
 import typing
 
@@ -48,6 +49,8 @@ def values_of(hint):
         return st.dictionaries(
             st.text(max_size=5), plain if value_type is typing.Any else values_of(value_type), max_size=3
         )
+    if issubclass(hint, enum.StrEnum):
+        return st.sampled_from(hint)
     return SCALARS[hint]
 
 
@@ -197,7 +200,8 @@ def test_a_length_that_lies_costs_no_memory():
 def test_no_error_repeats_what_the_bytes_held():
     secret = "S3CR3T"
     bodies = [
-        activation(reason=[secret]),
+        activation(note=[secret]),
+        activation(event=secret),
         activation(details={secret: float("nan")}),
         activation(details=[secret]),
         activation() | {secret: secret},
@@ -207,7 +211,7 @@ def test_no_error_repeats_what_the_bytes_held():
     ]
     frames = [framed(body) for body in bodies]
     frames += [framed(activation(), kind=secret), framed(activation(), version=secret), msgpack.packb({secret: secret})]
-    frames += [framed(activation(reason=secret))[:-3], secret.encode(), b"\xa6" + secret.encode()]
+    frames += [framed(activation(note=secret))[:-3], secret.encode(), b"\xa6" + secret.encode()]
     for frame in frames:
         assert secret not in refused(frame)
 
@@ -223,9 +227,9 @@ def test_a_value_that_a_peer_would_refuse_is_refused_before_it_is_sent():
         make_activation("a", details={"x": {1, 2}}),
         make_activation("a", details={1: 2}),
         make_activation("a", details={"x": b"bytes"}),
-        make_activation("a", reason=7),
-        make_activation("a", reason="x" * (codec.MAX_TEXT + 1)),
-        make_activation("a", reason="\ud800"),
+        make_activation("a", note=7),
+        make_activation("a", note="x" * (codec.MAX_TEXT + 1)),
+        make_activation("a", note="\ud800"),
         make_activation("a", details={"x": 2**70}),
         make_generation("g", prompt_tokens=bytes(MAX_FRAME)),
         {"not": "a record"},

@@ -62,7 +62,7 @@ class Work:
     done = 0
 
     def __init__(self, *parts):
-        *_, self.live, self._pause, self.trigger = parts
+        *_, self.live, self._pause, self.trigger, _ = parts
 
     def run(self):
         self.live.state, self.live.total = "training", PIECES

@@ -17,7 +17,8 @@ from specl.shared.adapters.registry import CONFIRMED, REINSTATED, Adapters
 from specl.shared.errors import AdapterRejected
 from specl.shared.learning.batch_generate import recapture
 from specl.shared.messaging.codec import encode
-from specl.shared.messaging.messages import SECOND_LOOK, Envelope, TopK
+from specl.shared.messaging.codes import RunTrigger
+from specl.shared.messaging.messages import Envelope, TopK
 from specl.shared.paths import Paths
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.settings.load import load_settings
@@ -90,7 +91,11 @@ def test_what_does_better_on_the_same_answers_comes_back(tmp_path):
     assert place.adapters.current() == "000002" and place.adapters.rolled_back() == {}
     assert place.adapters.second_looks() == {"000002": REINSTATED} and reevaluation.due(place.adapters) is None
     run = outcome.records[-1]
-    assert run.trigger == f"{SECOND_LOOK}000002" and run.adapter_id == "" and run.last_generation == ""
+    assert (
+        (run.trigger, run.cause) == ("reevaluation", "second look at 000002")
+        and run.adapter_id == ""
+        and run.last_generation == ""
+    )
     by = {record.adapter_id: record for record in outcome.records[:-1]}
     assert by["000002"].agreement > by["000001"].agreement + 0.3 and by["000002"].generations == LEAST
 
@@ -174,7 +179,7 @@ def test_a_text_that_was_learned_from_does_not_judge_when_it_is_said_again(tmp_p
 
 def test_a_run_ends_as_soon_as_what_it_goes_on_from_is_no_longer_in_force(tmp_path):
     place = Place(tmp_path, (GOOD, GOOD))
-    job = TrainingJob(*place.parts(), "t")
+    job = TrainingJob(*place.parts(), RunTrigger.FAILURES, "50 failures")
     job._parent()
     assert job._while_in_force() == 0.0
     place.adapters.set_current("")
@@ -225,7 +230,10 @@ def test_an_overtaken_run_is_made_again(trainer, monkeypatch):
 
 def test_a_second_look_is_no_verdict_that_somebody_waits_for(tmp_path):
     store = Store(tmp_path / "store.db")
-    runs = [make_training_run("a"), make_training_run("b", trigger=f"{SECOND_LOOK}000002", verdict="reinstated")]
+    runs = [
+        make_training_run("a"),
+        make_training_run("b", trigger="reevaluation", cause="second look at 000002", verdict="reinstated"),
+    ]
     store.add_rows([Envelope(run.id, "TrainingRun", encode(run)) for run in runs])
     assert store.summary().last_verdict["verdict"] == "promoted"
     store.close()

@@ -13,6 +13,7 @@ from specl.daemons.trainer.records import scored
 from specl.daemons.trainer.training_run import Outcome
 from specl.shared.learning.gate import Agreement
 from specl.shared.messaging.codec import encode
+from specl.shared.messaging.codes import RunTrigger
 from specl.shared.messaging.messages import Envelope, Generation, Train, TrainingRun
 from specl.shared.paths import Paths
 from specl.shared.settings.load import load_settings
@@ -53,7 +54,7 @@ def trainer(tmp_path, monkeypatch):
 
 def outcome(verdict):
     run = TrainingRun(
-        id=uuid.uuid4().hex, created_at=1.0, finished_at=2.0, trigger="t", verdict=verdict, reason="r", parent_id="",
+        id=uuid.uuid4().hex, created_at=1.0, finished_at=2.0, trigger=RunTrigger.FAILURES, cause="3 failures", verdict=verdict, reason="r", parent_id="",
         adapter_id="", examples=0, steps=0, tokens=0, loss_first=None, loss_last=None, last_generation="", settings={},
     )  # fmt: skip
     return Outcome(verdict, "r", records=[run])

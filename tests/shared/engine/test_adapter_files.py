@@ -291,8 +291,8 @@ def test_a_hot_vocabulary_that_the_manifest_names_must_be_there(adapters, engine
 
 # ---------------------------------------------------------------------------------------------------- the swap
 class Heard(list):
-    def __call__(self, event, adapter, previous, reason, details):
-        self.append((event, adapter, reason))
+    def __call__(self, change):
+        self.append((change.event, change.adapter_id, change.note))
 
 
 @pytest.fixture

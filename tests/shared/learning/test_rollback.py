@@ -38,10 +38,13 @@ def start(paths):
     """A daemon's swap as after a (re)start, with its lookout and the events it told."""
     events, lookout = [], AdapterMonitor(paths.root / "watch.json")
 
-    def activated(event, id, previous, reason, details):
-        events.append((event, id))
-        if event in ("activated", "unloaded") and reason != "restart":
-            lookout.changed(id, id if reason in WATCHED else "", previous, held_out_before(swap.adapters, id))
+    def activated(change):
+        id = change.adapter_id
+        events.append((change.event, id))
+        if change.event in ("activated", "unloaded") and change.reason != "restart":
+            lookout.changed(
+                id, id if change.reason in WATCHED else "", change.previous_id, held_out_before(swap.adapters, id)
+            )
 
     swap = AdapterSwap(paths, FakeEngine(), activated)
     swap.start(lookout.load("draft", "target"))

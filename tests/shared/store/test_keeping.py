@@ -111,9 +111,9 @@ def test_twice_is_once_and_poison_blocks_nothing(store, tmp_path):
 def test_every_kind_of_record_is_stored(store):
     now = time.time()
     records = [
-        messages.Activation("a1", now, "activated", "000001", "", "announced", {"pause_ms": 3}),
+        messages.Activation("a1", now, "activated", "000001", "", "announced", "announced", {"pause_ms": 3}),
         messages.TrainingRun(
-            "t1", now, now, "by hand", "promoted", "it rose", "", "000001", 5, 9, 100, 2.0, 1.0, "", {}
+            "t1", now, now, "by_hand", "by hand", "promoted", "it rose", "", "000001", 5, 9, 100, 2.0, 1.0, "", {}
         ),
         messages.Evaluation("e1", now, "heldout", "", "t1", "", 4, 40, 0.2, [0.2], {}),
         messages.Evaluation("e2", now, "heldout", "", "t1", "000001", 4, 40, 0.4, [0.4], {}),
@@ -129,7 +129,9 @@ def test_pending_failures_count_from_the_last_run_that_used_any(store):
     first, second = generation(), generation()
     store.add_rows([row(first), row(generation(acceptance=0.9)), row(second)])
     assert store.pending_failures() == 2
-    run = messages.TrainingRun("t", 0.0, 1.0, "x", "rejected", "", "", "", 1, 1, 1, None, None, first.id, {})
+    run = messages.TrainingRun(
+        "t", 0.0, 1.0, "failures", "x", "rejected", "", "", "", 1, 1, 1, None, None, first.id, {}
+    )
     store.add_rows([row(run)])
     assert store.pending_failures() == 1
 

@@ -231,9 +231,9 @@ def test_adapter_history_has_data_interval_regression_and_activations(store, pat
         make_evaluation("e3", training_run_id="t1", agreement=0.6, details={"low": 0.1, "high": 0.31}),
         make_evaluation("e4", training_run_id="t1", subject="regression", agreement=0.379),
         make_activation("a1"),
-        make_activation("a2", reason="restart"),
-        make_activation("a3", reason="by hand"),
-        make_activation("a4", event="rolled_back", reason="live acceptance 0.1 ..."),
+        make_activation("a2", reason="restart", note="restart"),
+        make_activation("a3", reason="by_hand", note="by hand"),
+        make_activation("a4", event="rolled_back", reason="live_acceptance", note="live acceptance 0.1 ..."),
     )
     (row,) = store.adapter_runs()
     assert (row["failures"], row["successes"], row["replay"], row["activations"]) == (30, 8, 96, 3)

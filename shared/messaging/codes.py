@@ -1,0 +1,64 @@
+"""Words that records and messages carry as codes. The sentence for people always stands in another field beside the code.
+
+The values are on the wire and in the store: a value is never renamed or given another meaning, only added.
+"""
+
+from enum import StrEnum
+
+
+class FailureCode(StrEnum):
+    """Why a request has no answer."""
+
+    BUSY = "busy"  # too many requests wait; asking again later may help
+    REJECTED = "rejected"  # the request itself cannot be served
+    CANCELLED = "cancelled"  # by its client, or because the client was silent
+    DEADLINE = "deadline"  # its deadline passed before the first token
+    STOPPED = "stopped"  # the daemon was told to stop
+    LOST = "lost"  # the daemon does not know the request: it was restarted meanwhile
+    INTERNAL = "internal"
+
+
+class ActivationEvent(StrEnum):
+    """What happened to the adapter that drafts."""
+
+    ACTIVATED = "activated"
+    UNLOADED = "unloaded"  # drafting goes on without an adapter
+    REJECTED = "rejected"  # verification refused it; what drafted before goes on
+    ROLLED_BACK = "rolled_back"
+
+
+class ActivationReason(StrEnum):
+    """Why it happened."""
+
+    ANNOUNCED = "announced"  # CURRENT names it: the gate has promoted it
+    RESTART = "restart"  # the daemon came back and goes on with what drafted before
+    BY_HAND = "by_hand"
+    BY_HAND_AGAIN = "by_hand_again"  # it had been rolled back, and a user wants it all the same
+    ROLLED_BACK_BY_HAND = "rolled_back_by_hand"  # a user went back to the one before
+    ROLLBACK = "rollback"  # it takes the place of one that was rolled back
+    REINSTATED = "reinstated"  # a re-evaluation found its rollback wrong
+    VERIFICATION = "verification"  # event `rejected`: its files cannot be used
+    LIVE_ACCEPTANCE = "live_acceptance"  # event `rolled_back`: too few of its drafts were accepted on live traffic
+
+
+class RunTrigger(StrEnum):
+    """What set off a run of the trainer."""
+
+    FAILURES = "failures"  # enough of them were pending
+    BY_HAND = "by_hand"
+    BY_HAND_NOW = "by_hand_now"  # without waiting for idleness or for the machine's leave
+    IMPORT = "import"  # an adapter made elsewhere, evaluated by the gate; trains nothing
+    REEVALUATION = "reevaluation"  # an adapter that was rolled back; trains nothing
+
+
+class RunVerdict(StrEnum):
+    """How a run of the trainer ended."""
+
+    PROMOTED = "promoted"
+    REJECTED = "rejected"
+    NO_VERDICT = "no_verdict"  # too little to judge by
+    NO_DATA = "no_data"  # too little to train on
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    REINSTATED = "reinstated"  # of a re-evaluation: the rollback was wrong
+    CONFIRMED = "confirmed"  # of a re-evaluation: the rollback was right
