@@ -1,0 +1,67 @@
+"""Words: identifiers that were given up stay given up, test names are short claims, tests keep out of other objects' private parts."""
+
+import ast
+import re
+from collections import Counter
+
+import pytest
+
+from tests.known import COUNTS
+from tests.source_tree import EXAMPLES, FILES, ROOT, TEST_FILES, functions, identifiers, name, tree
+
+# words of a dialect that the field's terms replaced; docs/glossary.md has those in use
+RETIRED_WORDS = ["law", "laws", "told", "lent", "wish", "wishes", "consent", "lookout", "teller", "turnstile", "spoils", "misfits", "misfit", "zygote", "seat", "seats", "impatient", "complain", "relent", "insist", "politeness", "discretion", "notebook", "stopper"]
+RETIRED_NAMES = ["own_drafter", "own_drafters", "own_names", "own_answers", "own_loss", "past_answers", "second_look", "second_looks", "raise_it", "at_once", "pass_through", "step_back", "forget_typed", "broken_off", "only_spoils", "nothing_known", "crash_point", "check_room", "last_words", "house"]
+LONGEST_TEST_NAME, PRIVATE_READS, GLOSSARY = 8, 30, 40
+SOURCES = [path for path in (*FILES, *TEST_FILES, *EXAMPLES) if path.name not in ("test_names.py", "known.py")]
+
+
+def snake(identifier):
+    """`TokenLaw` and `token_law` as token_law."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", identifier).lower().strip("_")
+
+
+def retired_in(identifier):
+    """The retired words and names that stand in an identifier."""
+    words = f"_{snake(identifier)}_"
+    return [retired for retired in (*RETIRED_WORDS, *RETIRED_NAMES) if f"_{retired}_" in words]
+
+
+def test_retired_identifiers_stay_retired():
+    counts = Counter(retired for path in SOURCES for word in identifiers(path) for retired in retired_in(word))
+    more = {word: count for word, count in counts.items() if count > COUNTS["retired"].get(word, 0)}
+    where = {name(path) for path in SOURCES if any(set(retired_in(word)) & more.keys() for word in identifiers(path))}
+    assert not more, f"{more} in {sorted(where)}"
+
+
+def test_test_names_are_short_claims():
+    names = [node.name for path in TEST_FILES for node in functions(path) if node.name.startswith("test_")]
+    long = [name for name in names if len(name.removeprefix("test_").split("_")) > LONGEST_TEST_NAME]
+    assert len(long) <= COUNTS["long names"], "\n".join(long)
+
+
+def private_reads(path):
+    """Reads of `x._name` where x is neither self nor cls."""
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+            continue
+        if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+            yield f"{name(path)}:{node.lineno} {ast.unparse(node)}"
+
+
+def test_few_tests_read_private_attributes():
+    reads = [read for path in TEST_FILES for read in private_reads(path)]
+    assert len(reads) <= max(PRIVATE_READS, COUNTS["private reads"]), "\n".join(reads)
+
+
+def test_no_code_reads_anothers_private_attributes():
+    reads = [read for path in (*FILES, *EXAMPLES) for read in private_reads(path)]
+    assert len(reads) <= COUNTS["private reads of code"], "\n".join(reads)
+
+
+def test_the_glossary_is_short():
+    file = ROOT / "docs" / "glossary.md"
+    if not file.exists():
+        pytest.skip("not written yet")
+    entries = re.findall(r"^(?:\| *|[-*] +)?\*\*.+?\*\*|^\| *`", file.read_text(), re.MULTILINE)
+    assert 0 < len(entries) <= GLOSSARY
