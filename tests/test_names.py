@@ -10,8 +10,54 @@ from tests.known import COUNTS
 from tests.source_tree import EXAMPLES, FILES, ROOT, TEST_FILES, functions, identifiers, name, tree
 
 # words of a dialect that the field's terms replaced; docs/glossary.md has those in use
-RETIRED_WORDS = ["law", "laws", "told", "lent", "wish", "wishes", "consent", "lookout", "teller", "turnstile", "spoils", "misfits", "misfit", "zygote", "seat", "seats", "impatient", "complain", "relent", "insist", "politeness", "discretion", "notebook", "stopper"]
-RETIRED_NAMES = ["own_drafter", "own_drafters", "own_names", "own_answers", "own_loss", "past_answers", "second_look", "second_looks", "raise_it", "at_once", "pass_through", "step_back", "forget_typed", "broken_off", "only_spoils", "nothing_known", "crash_point", "check_room", "last_words", "house"]
+RETIRED_WORDS = [
+    "law",
+    "laws",
+    "told",
+    "lent",
+    "wish",
+    "wishes",
+    "consent",
+    "lookout",
+    "teller",
+    "turnstile",
+    "spoils",
+    "misfits",
+    "misfit",
+    "zygote",
+    "seat",
+    "seats",
+    "impatient",
+    "complain",
+    "relent",
+    "insist",
+    "politeness",
+    "discretion",
+    "notebook",
+    "stopper",
+]
+RETIRED_NAMES = [
+    "own_drafter",
+    "own_drafters",
+    "own_names",
+    "own_answers",
+    "own_loss",
+    "past_answers",
+    "second_look",
+    "second_looks",
+    "raise_it",
+    "at_once",
+    "pass_through",
+    "step_back",
+    "forget_typed",
+    "broken_off",
+    "only_spoils",
+    "nothing_known",
+    "crash_point",
+    "check_room",
+    "last_words",
+    "house",
+]
 LONGEST_TEST_NAME, PRIVATE_READS, GLOSSARY = 8, 30, 40
 SOURCES = [path for path in (*FILES, *TEST_FILES, *EXAMPLES) if path.name not in ("test_names.py", "known.py")]
 
