@@ -170,7 +170,7 @@ def _settings() -> Iterator[Finding]:
 def _memory() -> Iterator[Finding]:
     """What the settings' models will take, where they are here."""
     from specl.cli.memory_check import folders
-    from specl.shared.engine.load import estimate_pair
+    from specl.shared.loading.engine import estimate_pair
     from specl.shared.models import memory
 
     settings = load_settings()

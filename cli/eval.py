@@ -85,18 +85,18 @@ def _hint(name: str) -> str:
 
 def _load() -> "EngineCore":
     from specl.cli.memory_check import check_memory, folders
-    from specl.shared.engine.load import load_pair
+    from specl.shared.loading.costs import load_or_calibrate
+    from specl.shared.loading.engine import load_engine
     from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
     from specl.shared.models.load import to_stderr
 
     paths, settings = find_paths(), load_settings()
     target, draft = folders(settings, paths.models)
     check_memory(settings, paths, target, draft, "loading the models a second time")
-    engine = load_pair(settings, paths.models, to_stderr)
+    engine = load_engine(settings, paths.models, to_stderr)
     if engine.draft is None:
         raise ConfigError("there is no draft to evaluate", "set models.draft.name")
-    paths.costs.mkdir(parents=True, exist_ok=True)
-    engine.calibrate(paths.costs)
+    load_or_calibrate(engine, paths.costs)
     return engine
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from specl.shared.engine.load import draft_folder, estimate_pair
 from specl.shared.errors import ModelError
+from specl.shared.loading.engine import draft_folder, estimate_pair
 from specl.shared.models import memory
 from specl.shared.models.load import located
 from specl.shared.paths import Paths

@@ -26,7 +26,7 @@ def _where(name: str | None, folder: Path, is_draft: bool) -> str | None:
     if name is None:
         return None
     if is_draft:
-        from specl.shared.engine.load import draft_folder
+        from specl.shared.loading.engine import draft_folder
 
         path = draft_folder(name, folder)
         if path is not None:
@@ -132,7 +132,7 @@ def import_(file: str, quantize: "Quantize", name: str | None, as_object: bool) 
 @models.command()
 def fetch() -> None:
     """Fetch and convert what the settings name and is not here yet."""
-    from specl.shared.engine.load import draft_folder
+    from specl.shared.loading.engine import draft_folder
     from specl.shared.models.load import resolve, to_stderr
 
     settings, paths = load_settings(), find_paths()

@@ -42,10 +42,10 @@ class Answer:
 class Engine:
     """A target with at most one draft, loaded here. `last` is the answer that was given last."""
 
-    def __init__(self, core: "EngineCore", paths: Paths | None = None) -> None:
+    def __init__(self, core: "EngineCore", settings: Settings | None = None, paths: Paths | None = None) -> None:
         """From an engine that is loaded already; people call `Engine.load`."""
         self._core: EngineCore | None = core
-        self._paths = paths
+        self._settings, self._paths = settings or load_settings(), paths
         self._thread = threading.get_ident()
         self.last: Answer | None = None
         self._totals = dict.fromkeys(("answers", "tokens", "rounds", "model_drafted", "model_accepted"), 0)
@@ -69,13 +69,14 @@ class Engine:
         another; None is none. `adapter`: an id, `current`, `best` or `latest` of the run directory. `drafter`: your own (see
         docs/api.md). Without `calibrate` four tokens are drafted a round, whatever that costs. Raises ModelError, AdapterRejected.
         """
-        from specl.shared.engine.load import load_pair
+        from specl.shared.loading.costs import load_or_calibrate
+        from specl.shared.loading.engine import load_engine
 
         settings, paths = settings or load_settings(), (paths or find_paths()).create()
-        core = load_pair(_with_models(settings, target, draft), paths.models, drafter_factory=drafter)
-        engine = cls(core, paths)
+        core = load_engine(_with_models(settings, target, draft), paths.models, drafter_factory=drafter)
+        engine = cls(core, settings, paths)
         if calibrate:
-            core.calibrate(paths.costs)
+            load_or_calibrate(core, paths.costs)
         if adapter:
             engine.use_adapter(adapter)
         return engine
@@ -98,15 +99,15 @@ class Engine:
         if unknown := sorted(set(wish) - set(WISHES)):
             raise RequestRejected(f"unknown: {', '.join(unknown)}", f"known are {', '.join(WISHES)}")
         rendered, tokens = core.encode_chat(to_messages(prompt, wish.get("system")), splice=wish.get("seed") is None)
-        session = core.session(tokens, self._options(core, wish))
+        session = core.session(tokens, self._options(wish))
         stop = wish.get("stop") or ()
         return self._answer(core, session, rendered, (stop,) if isinstance(stop, str) else tuple(stop))
 
-    def _options(self, core: "EngineCore", wish: dict[str, Any]) -> Any:
+    def _options(self, wish: dict[str, Any]) -> Any:
         from specl.shared.engine.decode import Options
         from specl.shared.sampling_params import SamplingParams
 
-        defaults = core.settings.speculative
+        defaults = self._settings.speculative
         given = {name: value for name, value in wish.items() if value is not None}
         sampling = SamplingParams(
             **{name: given.get(name, getattr(defaults, name)) for name in SAMPLING}, seed=given.get("seed")

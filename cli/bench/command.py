@@ -170,13 +170,13 @@ class _Bench:
             draw(runs, Path(self.wish["plot"]))
 
     def _engine(self) -> "EngineCore":
-        from specl.shared.engine.load import load_pair
+        from specl.shared.loading.costs import load_or_calibrate
+        from specl.shared.loading.engine import load_engine
         from specl.shared.models import blas
         from specl.shared.models.load import to_stderr
 
-        engine = load_pair(self.settings, self.paths.models, to_stderr)
-        self.paths.costs.mkdir(parents=True, exist_ok=True)
-        engine.calibrate(self.paths.costs)
+        engine = load_engine(self.settings, self.paths.models, to_stderr)
+        load_or_calibrate(engine, self.paths.costs)
         draft = engine.draft.name if engine.draft else "none"
         self.console.print(
             f"target {engine.target.name} ({engine.target.fingerprint}), draft {draft} ({engine.draft_fingerprint})"

@@ -208,11 +208,11 @@ class Learning:
         """Agreement of rows, each with the run directory whose adapters drafted them."""
         from specl.shared.adapters.registry import Adapters
         from specl.shared.bench.rescore import Teacher
-        from specl.shared.engine.load import load_pair
+        from specl.shared.loading.engine import load_engine
         from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
 
         self.console.print("agreement, teacher-forced")
-        teacher = Teacher(load_pair(self.settings, self.own.models))
+        teacher = Teacher(load_engine(self.settings, self.own.models))
         missing = 0
         for name, rows in parts:
             missing += teacher.score(rows, Adapters(Paths(self.folder / name, self.own.models).adapters), Teller())

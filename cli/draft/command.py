@@ -231,10 +231,11 @@ def _table(target: "LanguageModel", built: "Built", settings: Settings, costs: P
     from specl.shared.engine.core import EngineCore
     from specl.shared.engine.decode import Options
     from specl.shared.learning.gate import expected_rate
+    from specl.shared.loading.costs import load_or_calibrate
+    from specl.shared.loading.engine import engine_options
 
-    engine = EngineCore(target, built.draft, settings)
-    costs.mkdir(parents=True, exist_ok=True)
-    measured = engine.calibrate(costs)
+    engine = EngineCore(target, built.draft, engine_options(settings))
+    measured = load_or_calibrate(engine, costs)
     seconds, tokens = {0: 0.0, None: 0.0}, {0: 0, None: 0}
     for prompt in prompts.load("heldout")[-MEASURED_PROMPTS:]:
         _, ids = engine.encode_chat(prompt.messages)

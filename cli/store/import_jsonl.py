@@ -133,6 +133,7 @@ class Annotator:
     def __init__(self, settings: Settings, models: Path) -> None:
         from specl.cli.memory_check import check_memory, here
         from specl.shared.engine.core import EngineCore
+        from specl.shared.loading.engine import engine_options
         from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
         from specl.shared.models.load import load, to_stderr
 
@@ -140,7 +141,7 @@ class Annotator:
         what = "reading texts with the target (--text-only does without)"
         check_memory(settings, find_paths(), here(name, models), None, what)
         target = load(name, models, settings.models.precision, to_stderr)
-        self._engine = EngineCore(target, None, settings)
+        self._engine = EngineCore(target, None, engine_options(settings))
         self._k = settings.training.loss.top_k_logits
 
     def __call__(self, item: Item) -> Generation:

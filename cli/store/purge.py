@@ -16,7 +16,6 @@ from typing import Any
 import click
 
 from specl.shared.adapters.registry import Adapters
-from specl.shared.engine.answer_history import AnswerHistory
 from specl.shared.errors import AlreadyRunning, ConfigError, DaemonUnreachable, SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.endpoints import is_elsewhere
@@ -24,6 +23,7 @@ from specl.shared.messaging.messages import Envelope, Purge, Reply
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
 from specl.shared.retention import checkpoints
+from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.retention.erasure_check import PRODUCERS, forget_typed, prove, remove_backups, rooms
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.purge_journal import PendingPurge, Wish
@@ -324,7 +324,7 @@ class Forgetting:
         forgotten = [*wish.ids, *ids]
         if role == "inference":
             HiddenSpool(self.paths.hidden, 0).purge(forgotten)
-            AnswerHistory(self.paths.answers).purge()
+            AnswerFiles(self.paths.answers).purge()
         elif forgotten:
             checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
         return Reply(True, "", {"ids": ids})

@@ -5,17 +5,18 @@
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from specl.shared.engine.answer_history import AnswerHistory
+from specl.shared.engine.answer_history import PastAnswer
 from specl.shared.errors import OutboxFull, WireError
 from specl.shared.messaging.codec import encode, kind_of
 from specl.shared.messaging.messages import Done, Fetch, Generation, Purge, Record, RecordBatch, Reply
 from specl.shared.messaging.outbox import Outbox
+from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.redaction import Redactor
 from specl.shared.runtime import log
@@ -53,24 +54,23 @@ class Recorder(threading.Thread):
         """Whether all of it may be kept: its text, and with it its tokens."""
         return self._discretion.apply(record).whole
 
-    def remember(self, past: AnswerHistory, client_id: str) -> None:
-        """Write down what the n-gram drafter knows of an owner. The texts are taken now: this thread may come late."""
-        texts = past.texts(client_id)
+    def write_answers(self, files: AnswerFiles, client_id: str, answers: Sequence[PastAnswer]) -> None:
+        """Write a client's past answers, which draft its next ones."""
 
-        def save() -> None:
+        def write() -> None:
             try:
-                past.save(client_id, texts)
+                files.write(client_id, answers)
             except OSError as error:
                 _log.warning("answers.not_kept", reason=str(error))
 
-        self._queue.put(save)
+        self._queue.put(write)
 
-    def expire(self, past: AnswerHistory, before: float) -> None:
-        """Remove past answers made before a moment from the disk."""
+    def expire_answers(self, files: AnswerFiles, before: float) -> None:
+        """Remove past answers that were generated before a moment from the disk."""
 
         def remove() -> None:
             try:
-                past.expire_files(before)
+                files.expire(before)
             except OSError as error:
                 _log.warning("answers.not_expired", reason=str(error))
 
@@ -80,9 +80,9 @@ class Recorder(threading.Thread):
         """Let go of what is done and answer with the oldest records."""
         self._queue.put(lambda: self._answer(peer, self._batch(fetch)))
 
-    def purge(self, peer: bytes, wish: Purge, matching: Callable[[Any], bool], past: AnswerHistory) -> None:
+    def purge(self, peer: bytes, wish: Purge, matching: Callable[[Any], bool], files: AnswerFiles) -> None:
         """Forget records, states and past answers, then answer with the ids that were here."""
-        self._queue.put(lambda: self._answer(peer, self._purge(wish, matching, past)))
+        self._queue.put(lambda: self._answer(peer, self._purge(wish, matching, files)))
 
     def stop(self) -> None:
         """Commit what is queued, then end."""
@@ -139,9 +139,9 @@ class Recorder(threading.Thread):
             return RecordBatch([], self._outbox.pending)
         return RecordBatch(rows, self._outbox.pending - len(rows))
 
-    def _purge(self, wish: Purge, matching: Callable[[Any], bool], past: AnswerHistory) -> Reply:
+    def _purge(self, wish: Purge, matching: Callable[[Any], bool], files: AnswerFiles) -> Reply:
         try:
-            past.purge()  # behind what was queued to be written
+            files.purge()  # behind what was queued to be written
             ids = list({*wish.ids, *self._outbox.matching(matching)})
             self._outbox.purge(ids)
             self._spool.purge(ids)

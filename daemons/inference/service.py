@@ -11,7 +11,6 @@ from typing import Any
 from specl.daemons.inference.job import Job
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.worker import Worker
-from specl.shared.engine.answer_history import AnswerHistory
 from specl.shared.messaging.bus import Server
 from specl.shared.messaging.codes import FailureCode
 from specl.shared.messaging.endpoints import Addresses
@@ -35,6 +34,7 @@ from specl.shared.messaging.messages import (
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.models import blas
 from specl.shared.paths import Paths
+from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.purge_matching import purge_matches
 from specl.shared.retention.redaction import Redactor
@@ -213,13 +213,13 @@ class Inference:
     def _purge(self, peer: bytes, wish: Purge) -> None:
         """Forget generations here: prefix cache, past answers, outbox and spool, then answer. The store is the collector's."""
         engine = self.worker.engine
-        past = engine.past if engine is not None else AnswerHistory(self.paths.answers)
 
         def forget() -> None:
             if engine is not None:
                 engine.prefixes.purge()
-            past.forget()
-            self.recorder.purge(peer, wish, lambda row: purge_matches(wish, row), past)
+                engine.past.forget()
+            files = AnswerFiles(self.paths.answers)
+            self.recorder.purge(peer, wish, lambda row: purge_matches(wish, row), files)
 
         if engine is None:
             forget()

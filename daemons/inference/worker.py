@@ -19,15 +19,17 @@ from specl.daemons.inference.swap import AdapterSwap
 from specl.shared.engine.answer_history import AnswerHistory
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.decode import Session, decode_rounds
-from specl.shared.engine.load import load_pair
 from specl.shared.engine.statistics import acceptance_rate
 from specl.shared.engine.text import TextStream
 from specl.shared.errors import SpecLoraError
+from specl.shared.loading.costs import load_or_calibrate
+from specl.shared.loading.engine import load_engine
 from specl.shared.messaging.codes import ActivationEvent, ActivationReason, FailureCode
 from specl.shared.messaging.messages import Activation, AdapterReady, Delta, Failed, Queued, Reply, SetAdapter
 from specl.shared.models import blas
 from specl.shared.models.free_memory import free_memory
 from specl.shared.paths import Paths
+from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.runtime import log
 from specl.shared.settings.schema import Settings
 
@@ -57,6 +59,7 @@ class Worker(threading.Thread):
         self.served = 0
         self.recent: deque[tuple[int, int, float]] = deque(maxlen=50)
         self.monitor = AdapterMonitor(paths.root / "watch.json")
+        self._answer_files = AnswerFiles(paths.answers)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._expire_at = 0.0
@@ -131,14 +134,15 @@ class Worker(threading.Thread):
         blas.set_threads(self.settings.serving.threads)
         if not blas.BOUND.fast:
             _log.warning("blas.slow", bound=blas.BOUND.name, note=blas.BOUND.note, remedy=blas.REMEDY)
-        engine = load_pair(
+        engine = load_engine(
             self.settings,
             self.paths.models,
             lambda message: _log.info("models.loading", what=message),
-            complain=lambda error: _log.error("drafter.failed", reason=f"{type(error).__name__}: {error}"),
+            on_error=lambda error: _log.error("drafter.failed", reason=f"{type(error).__name__}: {error}"),
         )
-        engine.calibrate(self.paths.costs)
-        engine.past = AnswerHistory(self.paths.answers, engine.target.tokenizer_fingerprint)
+        load_or_calibrate(engine, self.paths.costs)
+        self._answer_files = AnswerFiles(self.paths.answers, engine.target.tokenizer_fingerprint)
+        engine.past = AnswerHistory(self._answer_files.read)
         if self.swap is None:
             self.swap = AdapterSwap(self.paths, engine, self._activated)
             drafted = self.monitor.load(engine.draft_fingerprint, engine.target.fingerprint)
@@ -231,7 +235,7 @@ class Worker(threading.Thread):
         before = now - 86400 * days
         if self.engine is not None:
             self.engine.past.expire(before)
-        self.recorder.expire(AnswerHistory(self.paths.answers), before)
+        self.recorder.expire_answers(self._answer_files, before)
 
     @property
     def _tick_s(self) -> float:
@@ -383,7 +387,8 @@ class Worker(threading.Thread):
             return
         if client_id and whole:
             self.engine.past.add(client_id, session.output)
-            self.recorder.remember(self.engine.past, client_id)
+            answers = self.engine.past.answers(client_id)  # of now: the recorder may come late
+            self.recorder.write_answers(self._answer_files, client_id, answers)
         said = job.prompt_text + job.text.text if session.output else ""
         self.engine.save_to_prefix_cache(session, job.adapter_id, said, reserved)
 

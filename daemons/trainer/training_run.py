@@ -27,6 +27,7 @@ from specl.shared.errors import AdapterRejected, ModelError
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.gate import Agreement, Lineage, Verdict, expected_rate, judge, lineage_problems, spoils
 from specl.shared.learning.learner import Learner, agreement
+from specl.shared.loading.costs import load_costs
 from specl.shared.messaging.codes import RunTrigger, RunVerdict
 from specl.shared.messaging.messages import TrainingRun
 from specl.shared.models.head import HeadDraft
@@ -266,7 +267,7 @@ class TrainingJob:
         engine, most = self.engine, self.settings.speculative.max_draft_tokens
         mine = Lineage(engine.draft_fingerprint, engine.target.tokenizer_fingerprint, self.in_force)
         now = Lineage(mine.base, mine.tokenizer, self.adapters.current())
-        costs = engine.known_costs(self.paths.costs)
+        costs = load_costs(engine, self.paths.costs)
         rates = [expected_rate(costs, score.held_out.by_depth, most) for score in (before, after)]
         return judge(
             before.held_out,

@@ -23,9 +23,9 @@ from specl.daemons.trainer.training_loop import Live
 from specl.daemons.trainer.training_run import Outcome, TrainingJob, in_force
 from specl.shared.adapters.registry import Adapters
 from specl.shared.engine.core import EngineCore
-from specl.shared.engine.load import load_pair
 from specl.shared.errors import Interrupted, SpecLoraError
 from specl.shared.learning.learner import Learner, agreement
+from specl.shared.loading.engine import load_engine
 from specl.shared.messaging.messages import AdapterReady
 from specl.shared.models import blas
 from specl.shared.models.free_memory import free_memory
@@ -179,7 +179,7 @@ class Worker(threading.Thread):
         if self._engine is None:
             wanted_for, self.live.state = self.live.state, "loading"
             blas.set_threads(self.settings.training.threads)
-            self._engine = load_pair(self.settings, self.paths.models, training=True)
+            self._engine = load_engine(self.settings, self.paths.models, training=True)
             if self._engine.draft is None:
                 self._engine = None
                 raise SpecLoraError("there is no draft model to train", "set models.draft.name")

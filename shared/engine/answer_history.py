@@ -1,82 +1,77 @@
-"""A client's own past answers, for the n-gram drafter: people ask for the same kind of thing again.
+"""The past answers of each client, in memory, for the n-gram drafter: people ask for the same kind of thing again.
 
-One memory an owner, so that one client's text never drafts another's (who measures times could otherwise read it).
-Bounded in tokens and owners, kept as one file an owner so that it survives a restart, and forgotten whole by a purge: it
-would cost more to look for one answer's words than to gather new ones. An answer's age is kept with it, so that retention
-reaches it here, too.
+One index a client, so that one client's text never drafts another's (whoever measures times could otherwise read it).
+Bounded in tokens and clients. Knows no files: retention/answer_files.py reads and writes them. Each answer has its age,
+so that retention applies to it.
 """
 
-import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from specl.shared.runtime.atomic_files import write_file
-
-MATCH = 3  # tokens that must be the same before anything is proposed
-MOST_TRIED = 32  # places looked at for one match
-FORMAT = 0xA25E7502  # first number of a file: its second format
-Answer = tuple[float, list[int]]  # when it was made (seconds since 1970), and its tokens
+MATCH = 3  # tokens that must be equal before anything is proposed
+MAX_TRIED = 32  # positions looked at for one match
+MAX_CLIENTS = 64
+PastAnswer = tuple[float, list[int]]  # when it was generated (seconds since 1970), and its tokens
+ReadAnswers = Callable[[str], Sequence[PastAnswer]]
 
 
 class ClientAnswers:
-    """Answers of one owner, at most `limit` tokens; beyond it the older half is dropped."""
+    """The answers of one client, at most `limit` tokens; beyond it the older half is dropped."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.texts: list[list[int]] = []
-        self.times: list[float] = []  # when each was made
-        self._places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        self.times: list[float] = []  # when each was generated
+        self._ends: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # n-gram -> (text index, end in it)
 
     @property
     def tokens(self) -> int:
-        """Tokens held."""
+        """Tokens of all answers together."""
         return sum(map(len, self.texts))
 
-    def add(self, tokens: Sequence[int], made_at: float) -> None:
-        """Remember one answer."""
+    def add(self, tokens: Sequence[int], created_at: float) -> None:
+        """Add one answer."""
         text = [int(token) for token in tokens[: self.limit // 2]]
         if len(text) <= MATCH or text in self.texts[-8:]:
             return
         self.texts.append(text)
-        self.times.append(made_at)
+        self.times.append(created_at)
         self._index(len(self.texts) - 1)
         if self.tokens > self.limit:
-            gone, tokens = 0, self.tokens
-            while tokens > self.limit // 2:
-                tokens -= len(self.texts[gone])
-                gone += 1
-            self._drop(gone)
+            dropped, remaining = 0, self.tokens
+            while remaining > self.limit // 2:
+                remaining -= len(self.texts[dropped])
+                dropped += 1
+            self._drop(dropped)
 
     def expire(self, before: float) -> None:
-        """Forget what was made before a moment."""
-        # in order, but for a clock that was set back
-        if old := [number for number, made_at in enumerate(self.times) if made_at < before]:
+        """Forget what was generated before a moment."""
+        # in order of time, except where a clock was set back
+        if old := [index for index, created_at in enumerate(self.times) if created_at < before]:
             self._drop(old[-1] + 1)
 
     def _drop(self, count: int) -> None:
-        """Forget the first `count`."""
+        """Forget the first `count` answers."""
         del self.texts[:count], self.times[:count]
-        self._places = {}
-        for number in range(len(self.texts)):
-            self._index(number)
+        self._ends = {}
+        for index in range(len(self.texts)):
+            self._index(index)
 
-    def _index(self, number: int) -> None:
-        text = self.texts[number]
+    def _index(self, index: int) -> None:
+        text = self.texts[index]
         for end in range(MATCH, len(text)):
-            self._places.setdefault(tuple(text[end - MATCH : end]), []).append((number, end))
+            self._ends.setdefault(tuple(text[end - MATCH : end]), []).append((index, end))
 
     def match(self, text: Sequence[int], most: int) -> tuple[list[int], int, int]:
-        """The past answer that goes on from the longest end of `text`, where in it, and how many tokens are the same, at most
-        `most`; the latest among equals. Length 0 where there is none.
+        """The past answer that contains the longest suffix of `text`, of at most `most` tokens.
+
+        Returns the answer, the position after the match in it, and the length of the match; the latest wins among
+        equals. Length 0 where there is no match.
         """
         best: tuple[list[int], int, int] = ([], 0, 0)
-        for number, end in reversed(self._places.get(tuple(text[-MATCH:]), [])[-MOST_TRIED:]):
-            past, length = self.texts[number], MATCH
+        for index, end in reversed(self._ends.get(tuple(text[-MATCH:]), [])[-MAX_TRIED:]):
+            past, length = self.texts[index], MATCH
             while length < min(most, end, len(text)) and past[end - length - 1] == text[-length - 1]:
                 length += 1
             if length > best[2]:
@@ -87,96 +82,46 @@ class ClientAnswers:
 
 
 class AnswerHistory:
-    """Every owner's memory. `folder` None keeps nothing beyond the process; `tokenizer` names what the ids mean."""
+    """The past answers of all clients. `read` gives what is stored of a client that is not in memory yet.
 
-    def __init__(self, folder: Path | None = None, tokenizer: str = "", limit: int = 32_768, owners: int = 64) -> None:
-        self.folder, self.tokenizer, self.limit, self.owners = folder, tokenizer, limit, owners
-        self._own: OrderedDict[str, ClientAnswers] = OrderedDict()
+    `limit` bounds the tokens of each client (0 turns the history off), `clients` how many clients are in memory.
+    """
+
+    def __init__(
+        self, read: ReadAnswers = lambda client_id: (), limit: int = 32_768, clients: int = MAX_CLIENTS
+    ) -> None:
+        self.limit, self.clients = limit, clients
+        self._read = read
+        self._by_client: OrderedDict[str, ClientAnswers] = OrderedDict()
 
     def of(self, client_id: str) -> ClientAnswers | None:
-        """The memory of one owner; None for nobody in particular."""
+        """The answers of one client; None for an anonymous one."""
         if not client_id or not self.limit:
             return None
-        if client_id not in self._own:
-            self._own[client_id] = self._load(client_id)
-            while len(self._own) > self.owners:
-                self._own.popitem(last=False)
-        self._own.move_to_end(client_id)
-        return self._own[client_id]
+        if client_id not in self._by_client:
+            answers = self._by_client[client_id] = ClientAnswers(self.limit)
+            for created_at, tokens in self._read(client_id):
+                answers.add(tokens, created_at)
+            while len(self._by_client) > self.clients:
+                self._by_client.popitem(last=False)
+        self._by_client.move_to_end(client_id)
+        return self._by_client[client_id]
 
-    def add(self, client_id: str, tokens: Sequence[int], made_at: float | None = None) -> None:
-        """Remember an answer of now or then. Call `save` from where a disk may be waited for."""
-        if (own := self.of(client_id)) is not None:
-            own.add(tokens, time.time() if made_at is None else made_at)
+    def add(self, client_id: str, tokens: Sequence[int], created_at: float | None = None) -> None:
+        """Add an answer, by default one of now. Its file is written by whoever may wait for a disk."""
+        if (answers := self.of(client_id)) is not None:
+            answers.add(tokens, time.time() if created_at is None else created_at)
 
-    def texts(self, client_id: str) -> list[Answer]:
-        """What is remembered of an owner, for `save`."""
-        own = self.of(client_id)
-        return list(zip(own.times, own.texts, strict=True)) if own is not None else []
+    def answers(self, client_id: str) -> list[PastAnswer]:
+        """A client's answers with their times, for a file."""
+        answers = self.of(client_id)
+        return list(zip(answers.times, answers.texts, strict=True)) if answers is not None else []
 
     def expire(self, before: float) -> None:
-        """Forget, in memory, every answer made before a moment."""
-        for own in self._own.values():
-            own.expire(before)
-
-    def expire_files(self, before: float) -> None:
-        """The same on the disk, whatever tokenizer a file is of. Raises OSError."""
-        for path in self._files():
-            answers = _read(path)
-            kept = [answer for answer in answers if answer[0] >= before]
-            if not kept or path.suffix != ".u32":
-                path.unlink(missing_ok=True)
-            elif len(kept) < len(answers):
-                _write(path, kept)
+        """Forget every answer that was generated before a moment."""
+        for answers in self._by_client.values():
+            answers.expire(before)
 
     def forget(self) -> None:
-        """Forget everything that is in memory."""
-        self._own.clear()
-
-    def purge(self) -> None:
-        """Remove everything from the disk. With `forget` the purge hook of this room. Raises OSError."""
-        for path in self._files():
-            path.unlink(missing_ok=True)
-
-    def save(self, client_id: str, answers: Sequence[Answer]) -> None:
-        """Write an owner's memory whole, by rename; least recently written owners beyond the limit go. Raises OSError."""
-        if self.folder is None or not client_id:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self._path(client_id), answers)
-        for old in sorted(self._files(), key=lambda file: file.stat().st_mtime)[: -self.owners]:
-            old.unlink(missing_ok=True)
-
-    def _path(self, client_id: str) -> Path:
-        return self.folder / f"{hashlib.sha256(f'{self.tokenizer} {client_id}'.encode()).hexdigest()[:24]}.u32"
-
-    def _files(self) -> list[Path]:
-        return list(self.folder.glob("*.u32")) + list(self.folder.glob("*.partial")) if self.folder is not None else []
-
-    def _load(self, client_id: str) -> ClientAnswers:
-        own = ClientAnswers(self.limit)
-        if self.folder is None:
-            return own
-        for made_at, text in _read(self._path(client_id)):
-            own.add(text, made_at)
-        return own
-
-
-def _write(path: Path, answers: Sequence[Answer]) -> None:
-    """[FORMAT, how many, when each was made, how long each is, all tokens], by rename."""
-    head = [FORMAT, len(answers), *(int(made_at) for made_at, _ in answers), *(len(text) for _, text in answers)]
-    data = np.array([*head, *(token for _, text in answers for token in text)], "<u4")
-    write_file(path, data.tobytes(), sync=False)
-
-
-def _read(path: Path) -> list[Answer]:
-    """A file's answers. A convenience: one that is damaged or of another format is an empty memory."""
-    with suppress(OSError, ValueError, IndexError):
-        data = np.frombuffer(path.read_bytes(), "<u4").astype(np.int64)
-        count = int(data[1]) if data[0] == FORMAT else 0
-        times, lengths, tokens = np.split(data[2:], [count, 2 * count])
-        ends = np.cumsum(lengths)
-        if len(ends) == count and count and ends[-1] == len(tokens):
-            texts = np.split(tokens, ends[:-1])
-            return [(float(made_at), text.tolist()) for made_at, text in zip(times, texts, strict=True)]
-    return []
+        """Forget every answer of every client."""
+        self._by_client.clear()

@@ -6,7 +6,6 @@ adapters lie on disk.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,13 +21,10 @@ from specl.shared.engine.costs import (
     Costs,
     DraftLengthPolicy,
     Known,
-    cache_key,
-    kept,
-    load_or_calibrate,
 )
-from specl.shared.engine.custom_drafter import CustomDrafter, DrafterFactory, OnError, drafter_identity, raise_error
+from specl.shared.engine.custom_drafter import CustomDrafter, DrafterFactory, OnError, raise_error
 from specl.shared.engine.decode import NGRAM_DEPTH, Options, Session, State
-from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, DraftSampler, HeadDrafter, ModelDrafter
+from specl.shared.engine.drafters import NGRAM_PRIOR, Drafter, HeadDrafter, ModelDrafter
 from specl.shared.engine.prefix_cache import Entry, PrefixCache
 from specl.shared.engine.text import HOLD
 from specl.shared.errors import ConfigError, RequestRejected
@@ -37,11 +33,8 @@ from specl.shared.models.head import HeadDraft
 from specl.shared.models.load import LanguageModel
 from specl.shared.models.lora import LoraShape, Pristine, Weights, fuse_steps
 from specl.shared.runtime.incremental import Steps, run_all
-from specl.shared.sampling_params import SamplingParams
-from specl.shared.settings.schema import Settings
 
 MOST_LOGPROBS = 20  # alternatives of a token that a client may ask for, as with OpenAI
-WARM_CONTEXT = 128  # tokens in the caches while costs are measured
 LONGEST_LEAD = 4  # tokens that a tokenizer writes before a text: mostly one
 
 
@@ -55,28 +48,44 @@ class LoadedAdapter:
     hot: np.ndarray | None
 
 
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine is set to. `max_draft_tokens` bounds the model drafter's k, `max_kv_cache_tokens` the tokens that
+    the prefix cache may hold; `precision` (auto, native, fp32) is how the models were loaded.
+    """
+
+    max_draft_tokens: int = 7
+    max_kv_cache_tokens: int = 8192
+    precision: str = "auto"
+
+
+DEFAULT_OPTIONS = EngineOptions()
+
+
 class EngineCore:
-    """One target, at most one draft. `drafter_factory` puts somebody's own drafter in the place of the draft's (see custom_drafter);
-    `complain`, where given, hears of its mistakes in place of the caller.
+    """One target and at most one draft.
+
+    `drafter_factory` puts a custom drafter in place of the draft's (see custom_drafter.py); `on_error` receives its
+    errors, which otherwise reach the caller.
     """
 
     def __init__(
         self,
         target: LanguageModel,
         draft: HeadDraft | LanguageModel | None,
-        settings: Settings,
+        options: EngineOptions = DEFAULT_OPTIONS,
         drafter_factory: DrafterFactory | None = None,
-        complain: OnError | None = None,
+        on_error: OnError | None = None,
     ) -> None:
-        self.target, self.draft, self.settings = target, draft, settings
-        self._make_drafter, self._complain = drafter_factory, complain or raise_error
+        self.target, self.draft, self.options = target, draft, options
+        self.drafter_factory, self._on_error = drafter_factory, on_error or raise_error
         own = self._own_drafter() if drafter_factory is not None else None  # a wrong one is told of now
         self._keeps_states = self.reads_states or (own is not None and own.reads_states)
         self.costs: Costs | None = None
         self.adapter_id = ""
         self.adapter_form = "none"
         self.known = new_request_history()
-        self.prefixes = PrefixCache(settings.memory.max_kv_cache_tokens)
+        self.prefixes = PrefixCache(options.max_kv_cache_tokens)
         self.past = AnswerHistory(limit=0)
         self._pristine = Pristine(self.draft_module) if draft is not None else None
         self._pristine_hot = draft.hot if isinstance(draft, HeadDraft) else None
@@ -150,7 +159,7 @@ class EngineCore:
             state.drafter = None
         elif state.drafter is None:
             state.drafter = self._new_drafter()
-        most = self.settings.speculative.max_draft_tokens
+        most = self.options.max_draft_tokens
         fixed = options.num_draft_tokens
         known = self.known[options.sampling.greedy]
         chooser = DraftLengthPolicy(self.costs, most, fixed, known.model, known.pace)
@@ -160,14 +169,14 @@ class EngineCore:
     @property
     def drafts(self) -> bool:
         """Whether there is a model drafter, or somebody's own."""
-        return self.draft is not None or self._make_drafter is not None
+        return self.draft is not None or self.drafter_factory is not None
 
     def _new_drafter(self) -> Drafter | None:
-        if self._make_drafter is not None:
+        if self.drafter_factory is not None:
             try:
                 return self._own_drafter()
             except ConfigError as error:
-                self._complain(error)
+                self._on_error(error)
                 return None
         if isinstance(self.draft, HeadDraft):
             return HeadDrafter(self.draft)
@@ -175,10 +184,10 @@ class EngineCore:
 
     def _own_drafter(self) -> CustomDrafter:
         try:
-            made = self._make_drafter(self.target, self.draft)
+            made = self.drafter_factory(self.target, self.draft)
         except Exception as error:  # somebody else's code
             raise ConfigError(f"the drafter cannot be made ({type(error).__name__}: {error})") from error
-        return CustomDrafter(made, int(self.target.config["vocab_size"]), self._complain)
+        return CustomDrafter(made, int(self.target.config["vocab_size"]), self._on_error)
 
     def save_to_prefix_cache(self, session: Session, adapter_id: str, rendered: str = "", reserved: int = 0) -> None:
         """Keep a finished session's caches for the next turn. `rendered` is the text of its prompt and answer: a later prompt
@@ -251,25 +260,10 @@ class EngineCore:
         }
 
     # ------------------------------------------------------------------------------------------------ costs
-    def calibrate(self, folder: Path) -> Costs:
-        """Measure, or read from `folder`, what steps cost here. Takes a few seconds the first time."""
-        bench = _Bench(self)
-        self.costs = load_or_calibrate(
-            folder, self._costs_key(), bench, self._widest(), self.drafts, lambda: bench.sound
-        )
-        return self.costs
-
-    def known_costs(self, folder: Path) -> Costs | None:
-        """What was measured here before, if it was; measures nothing."""
-        return kept(folder / f"{self._costs_key()}.json", self._widest(), self.drafts)
-
-    def _costs_key(self) -> str:
-        names = (self.target.fingerprint, self.draft_fingerprint, self.settings.models.precision, self.target.speed)
-        make = self._make_drafter
-        return cache_key(*names, *(drafter_identity(make) if make is not None else []))
-
-    def _widest(self) -> int:
-        return max(self.settings.speculative.max_draft_tokens, NGRAM_DEPTH)
+    @property
+    def max_drafts(self) -> int:
+        """The most tokens that any drafter may propose in a round: what calibration has to measure."""
+        return max(self.options.max_draft_tokens, NGRAM_DEPTH)
 
     def clear_caches(self) -> None:
         """Give MLX's free memory back to the system."""
@@ -282,43 +276,3 @@ def new_request_history() -> dict[bool, Known]:
         greedy: Known(AcceptanceEstimate(by_confidence=prior), AcceptanceEstimate(prior=NGRAM_PRIOR))
         for greedy, prior in ((True, GREEDY_PRIOR), (False, SAMPLED_PRIOR))
     }
-
-
-class _Bench:
-    """What calibration runs: steps on a warm context, rewound after each."""
-
-    def __init__(self, engine: EngineCore) -> None:
-        prompt = [1 + i % 97 for i in range(WARM_CONTEXT)]
-        self._session = engine.session(
-            prompt, Options(sampling=SamplingParams(), num_draft_tokens=1 if engine.drafts else 0)
-        )
-        while not self._session.prefill():
-            pass
-        self._drafter = self._session.state.drafter
-        self._draw = DraftSampler(SamplingParams(), lambda: 0.5, None)
-
-    @property
-    def sound(self) -> bool:
-        """Whether what was measured is what drafting costs: somebody's own drafter that failed cost nothing."""
-        return not (isinstance(self._drafter, CustomDrafter) and self._drafter.broken)
-
-    def verify_once(self, rows: int) -> None:
-        state = self._session.state
-        kept = state.cached
-        self._session._verify([5] * (rows - 1))
-        for layer in state.cache:
-            layer.trim(state.cached - kept)
-        state.cached = kept
-
-    def draft_once(self, k: int) -> None:
-        if self._drafter is None:
-            return
-        text, last = len(self._session.state.text), self._session.state.text[-1]
-        if self._drafter.reads_states:
-            # a round's usual catch-up: two accepted tokens
-            width = self._session.target.hidden_size
-            self._drafter.extend([last, last], mx.zeros((2, width)))
-        else:
-            self._drafter.extend([last, last], None)
-        self._drafter.propose(k, self._draw)
-        self._drafter.rewind(text)

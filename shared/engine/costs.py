@@ -5,24 +5,11 @@ depth. With acceptance estimates by depth they give the expected tokens a second
 (DISCO, arXiv 2405.04304, and SpecDec++, 2405.19715, choose by estimates too; the measured cost makes it a rate).
 """
 
-import hashlib
-import json
-import os
-import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from importlib.metadata import version
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from specl.shared.runtime.atomic_files import write_file
-
-WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 PROBE_EVERY = 8  # parked rounds before the first probe; one that fails doubles the pause, one that stands quarters it
 PROBE_AT_LEAST, PROBE_AT_MOST = 4, 384  # a probe costs one to three steps: the draft reads all it has missed
 EXPLORE_EVERY = 16  # refusals by confidence before one is drafted all the same, so that a bad start is unlearned
@@ -293,79 +280,3 @@ class DraftLengthPolicy:
         if stopper is not None:
             self.estimate.update_confidence(stopper.confidences, drafted, accepted)
             self._refusals = 0 if stopper.explore else self._refusals + stopper.refused
-
-
-class Measurable(Protocol):
-    """What calibration runs."""
-
-    def verify_once(self, rows: int) -> None:
-        """One target step of `rows` rows on a warm cache, evaluated."""
-        ...
-
-    def draft_once(self, k: int) -> None:
-        """One draft of k tokens, evaluated; does nothing where there is no model drafter."""
-        ...
-
-
-def _least_seconds(
-    runs: Mapping[int, Callable[[], None]], repeats: int, before: Callable[[], None] = lambda: None
-) -> dict[int, float]:
-    """Seconds of each, all in turn `repeats` times (more within a second); the least: what disturbs a run only adds to it.
-
-    `before` runs, untimed, ahead of each: a draft finds the processor's caches full of the target, as in a round.
-    """
-    least = dict.fromkeys(runs, float("inf"))
-    begun, turn = time.perf_counter(), 0
-    while turn < repeats or (turn < 4 * repeats and time.perf_counter() - begun < 1.0):
-        turn += 1
-        for place, run in runs.items():
-            before()
-            start = time.perf_counter()
-            run()
-            least[place] = min(least[place], time.perf_counter() - start)
-    return least
-
-
-def calibrate(subject: Measurable, most: int, drafts: bool, repeats: int = 3) -> Costs:
-    """Measure, a few seconds long. Widths beyond `most` + 1 are not needed and not measured."""
-    widths = [w for w in WIDTHS if w <= most + 1] or [1]
-    depths = [k for k in (1, 2, 4, 8) if k <= max(most, 2)] if drafts else []
-    for rows in widths[:2]:
-        subject.verify_once(rows)
-    verify = _least_seconds({rows: partial(subject.verify_once, rows) for rows in widths}, repeats)
-    if drafts:
-        subject.draft_once(2)
-    drafted = {k: partial(subject.draft_once, k) for k in depths}
-    return Costs(verify, _least_seconds(drafted, repeats, before=partial(subject.verify_once, 2)))
-
-
-def cache_key(*names: str) -> str:
-    """A name for models, machine and versions together."""
-    parts = [*names, platform.machine(), platform.node(), str(os.cpu_count()), version("mlx"), version("mlx-lm")]
-    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
-
-
-def kept(path: Path, most: int, drafts: bool) -> Costs | None:
-    """Costs that were measured earlier, as far as needed; None where there are none that can be read."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        document = json.loads(path.read_text())
-        tables = [{int(k): float(v) for k, v in document[name].items()} for name in ("verify", "draft")]
-        if max(tables[0]) >= min(most + 1, WIDTHS[-1]) and bool(tables[1]) == drafts:
-            return Costs(*tables)
-    return None
-
-
-def load_or_calibrate(
-    folder: Path, key: str, subject: Measurable, most: int, drafts: bool, sound: Callable[[], bool] = lambda: True
-) -> Costs:
-    """Costs from `folder`, measured and, where that was `sound`, kept there on first use. An unreadable file is measured anew."""
-    path = folder / f"{key}.json"
-    costs = kept(path, most, drafts)
-    if costs is not None:
-        return costs
-    costs = calibrate(subject, most, drafts)
-    if not sound():
-        return costs
-    with suppress(OSError):  # a full disk: measured again next time
-        write_file(path, json.dumps(asdict(costs), indent=1), sync=False)
-    return costs

@@ -2,15 +2,11 @@
 
 `make(target, draft)` is called once a request. What it proposes is checked before it is verified: a draft with a law that does
 not hold its token, or with a token that does not exist, would bend the output. One that raises or breaks a rule drafts nothing
-for the rest of its request; `complain` hears why.
+for the rest of its request; `on_error` receives the reason.
 """
 
-import hashlib
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from operator import index
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -32,27 +28,17 @@ def raise_error(error: Exception) -> None:
     raise error
 
 
-def drafter_identity(make: DrafterFactory) -> list[str]:
-    """What tells one drafter's costs from another's: where its maker stands, and what that file says now."""
-    module = getattr(make, "__module__", "") or ""
-    names = [module, getattr(make, "__qualname__", type(make).__qualname__)]
-    file = getattr(sys.modules.get(module), "__file__", None)
-    with suppress(OSError):
-        names += [hashlib.sha256(Path(file).read_bytes()).hexdigest()] if file else []
-    return names
-
-
 class CustomDrafter:
     """Wraps one; `length` is kept here, so that a drafter needs no more than the three methods."""
 
     name = "model"  # counted, priced and parked as the model drafter is
     stops = False
 
-    def __init__(self, inner: Any, vocabulary: int, complain: OnError = raise_error) -> None:
+    def __init__(self, inner: Any, vocabulary: int, on_error: OnError = raise_error) -> None:
         missing = [method for method in ("extend", "propose", "rewind") if not callable(getattr(inner, method, None))]
         if missing:
             raise ConfigError(f"the drafter {type(inner).__name__} has no {', '.join(missing)}")
-        self._inner, self._vocabulary, self._complain = inner, vocabulary, complain
+        self._inner, self._vocabulary, self._on_error = inner, vocabulary, on_error
         self.reads_states = bool(getattr(inner, "reads_states", False))
         self.length = 0
         self.broken = False
@@ -85,7 +71,7 @@ class CustomDrafter:
             raise
         except Exception as error:
             self.broken = True
-            self._complain(error)
+            self._on_error(error)
             return None
 
     def _checked(self, draft: Draft, k: int) -> Draft:

@@ -197,7 +197,6 @@ def test_in_a_daemon_a_broken_drafter_costs_speed_and_nothing_else(engine, model
     from specl.shared.engine.core import EngineCore as Core
     from specl.shared.engine.decode import Options
     from specl.shared.models.load import load
-    from specl.shared.settings.schema import Settings
 
     def fail(draft):
         raise KeyError("a bug")
@@ -205,7 +204,7 @@ def test_in_a_daemon_a_broken_drafter_costs_speed_and_nothing_else(engine, model
     plain = engine.generate("hello", **WISH, num_draft_tokens=0)
     heard = []
     target = load(str(model_folder), model_folder)
-    core = Core(target, None, Settings(), lambda t, d: Oracle(plain.tokens, fail), heard.append)
+    core = Core(target, None, drafter_factory=lambda t, d: Oracle(plain.tokens, fail), on_error=heard.append)
     _, prompt = core.encode_chat([{"role": "user", "content": "hello"}])
     made = [t for part in core.generate(prompt, Options(max_tokens=12, num_draft_tokens=3, ngram=False)) for t in part]
     assert made == plain.tokens and [str(error) for error in heard] == ["'a bug'"]

@@ -10,7 +10,7 @@ import time
 
 from specl.shared.bench import prompt_sets
 from specl.shared.bench.scratch import ScratchDaemons
-from specl.shared.engine.load import draft_folder
+from specl.shared.loading.engine import draft_folder
 from specl.shared.models.load import resolve
 from specl.shared.paths import find_paths
 from specl.shared.settings.load import load_settings

@@ -18,7 +18,8 @@ from pathlib import Path
 from specl.shared.bench import prompt_sets
 from specl.shared.bench.arms import EngineArm
 from specl.shared.bench.measure import ENOUGH_DRAFTED, ENOUGH_REJECTED, check
-from specl.shared.engine.load import load_pair
+from specl.shared.loading.costs import load_or_calibrate
+from specl.shared.loading.engine import load_engine
 from specl.shared.paths import find_paths
 from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.load import load_settings
@@ -86,9 +87,8 @@ def main():
         settings = settings.model_copy(
             update={"models": settings.models.model_copy(update={"draft": DraftModel(name=wish.draft)})}
         )
-    engine = load_pair(settings, paths.models)
-    paths.costs.mkdir(parents=True, exist_ok=True)
-    engine.calibrate(paths.costs)
+    engine = load_engine(settings, paths.models)
+    load_or_calibrate(engine, paths.costs)
     items = chosen(wish.prompts)
     prompts = [engine.encode_chat(item.messages)[1] for item in items]
     expected = reference(engine, prompts, wish.tokens, wish.cache)

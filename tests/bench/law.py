@@ -20,7 +20,6 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.llama import Model, ModelArgs
 from scipy.stats import chisquare
-from specl.shared.settings.schema import Settings
 from specl.shared.engine import acceptance
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.decode import Options
@@ -105,7 +104,7 @@ def main():
     sampling = SamplingParams(temperature=wish.temperature, top_p=wish.top_p)
     target, draft = model(3), model(4)
     others = [model(seed).model.parameters() for seed in (4, 5, 3)]
-    engine = EngineCore(target, draft, Settings())
+    engine = EngineCore(target, draft)
     engine.costs = Costs({1: 1.0, 2: 1.02, 8: 1.1}, {1: 0.1, 8: 0.8}, ngram=0.01)
     law_of = exact(target, sampling)
     counts, k_used = draw_all(engine, sampling, wish.draws, others)

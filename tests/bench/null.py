@@ -22,13 +22,13 @@ import mlx.core as mx
 import numpy as np
 
 from specl.shared import prompts
-from specl.shared.engine.load import load_pair
 from specl.shared.learning.batch_generate import Prompt, answer
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.gate import Verdict, judge
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import Batches, StepLoop, StepSettings
+from specl.shared.loading.engine import load_engine
 from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
 from specl.shared.models.head import HeadDraft, new_head
 from specl.shared.models.load import to_stderr
@@ -96,7 +96,7 @@ class Builtin:
 
     def __init__(self, kind_prompts: int = KIND_PROMPTS, general_prompts: int = GENERAL_PROMPTS) -> None:
         self.settings = load_settings().training
-        self.engine = load_pair(load_settings(), find_paths().models, to_stderr)
+        self.engine = load_engine(load_settings(), find_paths().models, to_stderr)
         self.learner = Learner(self.engine.draft)
         self.learner.module.freeze()
         self.hot = self.engine.draft.hot

@@ -28,7 +28,7 @@ from specl.shared.learning.steps import Batches, StepLoop, StepSettings
 from specl.shared.learning.batch_generate import Prompt, answer, load_shard, save_shard
 from specl.shared.models.head import load_head
 from specl.shared.models.lora import LoraShape, attach, choose_layers
-from specl.shared.engine.load import load_pair
+from specl.shared.loading.engine import load_engine
 from specl.shared.paths import find_paths
 from specl.shared.prompts import reserved
 
@@ -87,7 +87,7 @@ def main():
     parser.add_argument("--json", type=Path)
     wish = parser.parse_args()
     settings, paths = load_settings(), find_paths().create()
-    engine = load_pair(settings, paths.models)
+    engine = load_engine(settings, paths.models)
     kept = paths.training
     fresh = texts(kept / f"owned-{wish.kind}-learn.npz", engine, reserved.prompts(wish.kind, 80, seed=1))
     asked = reserved.prompts(wish.kind, 30, seed=2, split=reserved.SPLITS[-1])

@@ -25,7 +25,7 @@ from specl.shared.bench import prompt_sets
 from specl.shared.bench.learning_report import estimate
 from specl.shared.bench.scratch_daemons import scratch_daemons
 from specl.shared.bench.stream import conversation
-from specl.shared.engine.load import SHIPPED
+from specl.shared.loading.engine import SHIPPED
 from specl.shared.messaging.client import Client
 from specl.shared.paths import find_paths
 from specl.shared.settings.load import load_settings

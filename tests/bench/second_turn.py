@@ -11,7 +11,7 @@ import statistics
 import time
 
 from specl.shared.bench.scratch import ScratchDaemons
-from specl.shared.engine.load import draft_folder
+from specl.shared.loading.engine import draft_folder
 from specl.shared.messaging.messages import Purge
 from specl.shared.models.load import load, resolve
 from specl.shared.paths import find_paths

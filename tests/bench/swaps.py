@@ -34,7 +34,7 @@ from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx l
 from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
 from specl.shared.paths import Paths
 from specl.shared.settings.load import parse_settings
-from tests.harness.fake_models import fake_pair
+from tests.harness.fake_models import fake_engine
 
 CLIENTS, PROMPTS = 4, 20
 SETTINGS = "speculative: {temperature: 0.0, ngram: false}\ntraining: {enabled: false}\nserving: {threads: 1}\n"
@@ -47,7 +47,7 @@ class Daemon:
         models = Path(os.environ.get("SPECL_MODELS") or Path(__file__).resolve().parents[2] / "var" / "models")
         self.paths, self.settings = Paths(folder, models).create(), parse_settings(SETTINGS, folder / "settings.yaml")
         if tiny:
-            working.load_pair = fake_pair
+            working.load_engine = fake_engine
         self.rounds: list[float] = []
         self.pauses: list[float] = []
         working.decode_rounds = self._timed(working.decode_rounds, self.rounds)

@@ -130,11 +130,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    from specl.shared.engine.load import load_pair
+    from specl.shared.loading.costs import load_or_calibrate
+    from specl.shared.loading.engine import load_engine
 
-    engine = load_pair(load_settings(), find_paths().models)
+    engine = load_engine(load_settings(), find_paths().models)
     with tempfile.TemporaryDirectory() as folder:
-        costs = engine.calibrate(Path(folder))
+        costs = load_or_calibrate(engine, Path(folder))
     answers = []
     for prompt in prompts.load("heldout")[: args.prompts]:
         _, ids = engine.encode_chat(prompt.messages)

@@ -22,7 +22,6 @@ from specl.shared.engine.costs import Costs
 from specl.shared.errors import ConfigError
 from specl.shared.models.load import load
 from specl.shared.sampling_params import SamplingParams
-from specl.shared.settings.schema import Settings
 
 END = "<|im_end|>"
 FROZEN = {
@@ -79,7 +78,7 @@ def folders(tmp_path_factory):
 def engine(folders, tmp_path_factory):
     models = tmp_path_factory.mktemp("none")
     target, draft = (load(str(folder), models) for folder in folders)
-    made = EngineCore(target, draft, Settings())
+    made = EngineCore(target, draft)
     made.costs = Costs({1: 1.0, 8: 1.2}, {1: 0.05, 8: 0.4})
     return made
 

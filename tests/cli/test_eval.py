@@ -6,14 +6,14 @@ import pytest
 from specl.shared.bench.compare_adapters import Side, difference
 from specl.shared.paths import find_paths
 from specl.shared.settings.schema import Settings
-from tests.harness.fake_models import fake_pair, publish_adapter
+from tests.harness.fake_models import fake_engine, publish_adapter
 
 
 @pytest.fixture
 def random_models(monkeypatch):
-    import specl.shared.engine.load
+    import specl.shared.loading.engine
 
-    monkeypatch.setattr(specl.shared.engine.load, "load_pair", fake_pair)
+    monkeypatch.setattr(specl.shared.loading.engine, "load_engine", fake_engine)
     monkeypatch.setenv("SPECL_TEST_TOKEN_MS", "0")
 
 
@@ -54,12 +54,12 @@ def test_mistakes_are_told_before_models_load(specl, prompts, tmp_path):
 
 def test_no_draft_is_one_sentence(specl, prompts, tmp_path, monkeypatch):
     from specl.cli import eval as command
-    from specl.shared.engine import load
+    from specl.shared.loading import engine as load
 
     settings = Settings()
-    made = fake_pair(settings, tmp_path)
+    made = fake_engine(settings, tmp_path)
     made.draft = None
-    monkeypatch.setattr(load, "load_pair", lambda *_: made)
+    monkeypatch.setattr(load, "load_engine", lambda *_: made)
     with pytest.raises(Exception, match="no draft"):
         command._load()
 

@@ -19,14 +19,14 @@ from specl.shared.adapters.external import read_external
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected
 from specl.shared.settings.schema import Settings
-from tests.harness.fake_models import fake_model, fake_pair, make_adapter, publish_adapter
+from tests.harness.fake_models import fake_engine, fake_model, make_adapter, publish_adapter
 from tests.harness.instance import SETTINGS
 from tests.harness.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return fake_pair(Settings(), None)
+    return fake_engine(Settings(), None)
 
 
 def rewrite(folder, name, **changes):

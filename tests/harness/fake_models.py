@@ -67,12 +67,13 @@ def fake_model(name: str, seed: int, near: Any = None) -> Any:
     return Slowed(name, Path("."), model, CharacterTokenizer(), config, f"fake-{name}", "characters", delay_s=delay)
 
 
-def fake_pair(settings: Any, models: Path, say: Any = None, training: bool = False, **more: Any) -> Any:
-    """What `load_pair` gives, without loading anything."""
+def fake_engine(settings: Any, models: Path, say: Any = None, training: bool = False, **more: Any) -> Any:
+    """What `load_engine` gives, without loading anything."""
     from specl.shared.engine.core import EngineCore
+    from specl.shared.loading.engine import engine_options
 
     target = fake_model("target", 1)
-    return EngineCore(target, fake_model("draft", 2, near=target), settings)
+    return EngineCore(target, fake_model("draft", 2, near=target), engine_options(settings))
 
 
 def install() -> None:
@@ -82,7 +83,7 @@ def install() -> None:
     import specl.daemons.trainer.training_run as training_run
     import specl.daemons.trainer.worker as trainer
 
-    worker.load_pair = trainer.load_pair = fake_pair
+    worker.load_engine = trainer.load_engine = fake_engine
     training_loop.CHECKPOINT_S = float(os.environ.get("SPECL_TEST_CHECKPOINT_S", training_loop.CHECKPOINT_S))
     trainer.DISK_RETRY_S = float(os.environ.get("SPECL_TEST_DISK_RETRY_S", trainer.DISK_RETRY_S))
     worker.IDLE_TICK_S = float(os.environ.get("SPECL_TEST_LOOK_S", worker.IDLE_TICK_S))

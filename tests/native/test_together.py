@@ -11,7 +11,6 @@ from specl.shared.engine.costs import Costs
 from specl.shared.engine.decode import Options, decode_rounds
 from specl.shared.models.head import new_head
 from specl.shared.sampling_params import SamplingParams
-from specl.shared.settings.schema import Settings
 
 CHEAP = Costs({1: 1.0, 16: 1.1}, {1: 0.01, 8: 0.08})
 PROMPTS = [[5, 17, 40, 8, 17, 40, 8, 22], [9], list(range(20, 60)), [5, 5, 5, 5], [7, 8, 9] * 6]
@@ -27,7 +26,7 @@ def engine(language_model):
     target.tokenizer = _Tokenizer()
     draft = new_head(target, np.arange(0, 311, 2))
     draft.use_cpu_kernels()
-    made = EngineCore(target, draft, Settings())
+    made = EngineCore(target, draft)
     made.costs = CHEAP
     return made
 

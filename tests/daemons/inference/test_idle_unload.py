@@ -11,7 +11,7 @@ from specl.daemons.inference.worker import Worker
 from specl.shared.errors import ModelError
 from specl.shared.settings.load import parse_settings
 from specl.shared.settings.schema import Settings
-from tests.harness.fake_models import fake_pair, publish_adapter
+from tests.harness.fake_models import fake_engine, publish_adapter
 from tests.harness.instance import SETTINGS
 from tests.harness.waiting import wait_until
 
@@ -67,7 +67,7 @@ def worker(instance, monkeypatch):
     """A worker in this thread, with an idle time that is up at once."""
     import specl.daemons.inference.worker as module
 
-    monkeypatch.setattr(module, "load_pair", fake_pair)
+    monkeypatch.setattr(module, "load_engine", fake_engine)
     said = []
     made = Worker(
         instance.paths,
@@ -107,10 +107,10 @@ def test_models_that_cannot_come_back_are_a_refusal_and_the_next_request_tries_a
 
     worker._idle_since = time.monotonic() - 1
     worker._unload_if_idle()
-    monkeypatch.setattr(module, "load_pair", no_room)
+    monkeypatch.setattr(module, "load_engine", no_room)
     worker._enqueue(job("a"))
     assert worker.said[-1].request_id == "a" and "9 GB" in worker.said[-1].message and worker.unloaded
-    monkeypatch.setattr(module, "load_pair", fake_pair)
+    monkeypatch.setattr(module, "load_engine", fake_engine)
     worker._enqueue(job("b"))
     assert not worker.unloaded and [waiting.ask.request_id for waiting in worker.waiting] == ["b"]
 

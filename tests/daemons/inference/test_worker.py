@@ -10,17 +10,16 @@ from specl.daemons.inference.adapter_monitor import AdapterMonitor
 from specl.daemons.inference.job import Job
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.worker import Worker
-from specl.shared.engine.answer_history import AnswerHistory
-from specl.shared.engine.core import EngineCore
 from specl.shared.learning.live_check import Depths, Watch
 from specl.shared.messaging.messages import Ask, Done
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
+from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.redaction import Redactor
 from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.load import parse_settings
-from tests.harness.fake_models import fake_pair, publish_adapter
+from tests.harness.fake_models import fake_engine, publish_adapter
 
 LONG = "x" * 600  # more than one piece of prefill
 
@@ -67,9 +66,9 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """Makes one for settings given as YAML; no waiting for requests that do not come."""
-    monkeypatch.setattr(module, "load_pair", fake_pair)
+    monkeypatch.setattr(module, "load_engine", fake_engine)
     monkeypatch.setattr(module, "IDLE_TICK_S", 0.0)
-    monkeypatch.setattr(EngineCore, "calibrate", lambda self, folder: None)
+    monkeypatch.setattr(module, "load_or_calibrate", lambda engine, folder: None)
     made = []
 
     def make(settings="{}"):
@@ -121,14 +120,15 @@ def test_an_answer_is_kept_for_drafting_only_where_all_of_its_record_is(bench, r
 
 def test_past_answers_older_than_the_retention_go(bench):
     bench = bench("records: {retention_days: 2}")
-    past, day = bench.worker.engine.past, 86400
+    engine, day = bench.worker.engine, 86400
+    past, files = engine.past, AnswerFiles(bench.paths.answers, engine.target.tokenizer_fingerprint)
     past.add("me", [1, 2, 3, 4], time.time() - 3 * day)
     past.add("me", [5, 6, 7, 8], time.time() - day)
-    past.save("me", past.texts("me"))
+    files.write("me", past.answers("me"))
     bench.turn()
     bench.recorder.stop()
     assert past.of("me").texts == [[5, 6, 7, 8]]
-    assert AnswerHistory(bench.paths.answers, past.tokenizer).of("me").texts == [[5, 6, 7, 8]]
+    assert [tokens for _, tokens in files.read("me")] == [[5, 6, 7, 8]]
 
 
 def test_a_long_chat_goes_on_from_its_own_caches_however_much_it_may_yet_say(bench):

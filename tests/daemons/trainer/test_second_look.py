@@ -24,7 +24,7 @@ from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.settings.load import load_settings
 from specl.shared.store import Store
 from tests.fakes import make_generation, make_training_run, tokens_blob
-from tests.harness.fake_models import fake_pair, make_adapter
+from tests.harness.fake_models import fake_engine, make_adapter
 
 GOOD, BAD = (
     0.02,
@@ -59,7 +59,7 @@ class Place:
     """A run directory with two adapters, the second of which was rolled back, and a store."""
 
     def __init__(self, root, scales, count=LEAST, parent="000001"):
-        self.engine = fake_pair(load_settings(), root)
+        self.engine = fake_engine(load_settings(), root)
         self.paths = Paths(root, root).create()
         self.adapters = Adapters(self.paths.adapters)
         before = time.time() - 100

@@ -17,7 +17,6 @@ from specl.shared.errors import AdapterRejected
 from specl.shared.models.head import HeadDraft, new_head
 from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
 from specl.shared.paths import Paths
-from specl.shared.settings.schema import Settings
 
 HOT = np.arange(0, 60, 2)
 KEYS = ("self_attn.q_proj", "mlp.down_proj")
@@ -28,8 +27,8 @@ def engine_with(tiny, draft):
     if draft == "head":
         head = new_head(target, HOT)
         head.fingerprint = "head-0"
-        return EngineCore(target, head, Settings())
-    return EngineCore(target, tiny(seed=22, layers=1), Settings())
+        return EngineCore(target, head)
+    return EngineCore(target, tiny(seed=22, layers=1))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from specl.shared.engine.sampling import distribution
 from specl.shared.errors import RequestRejected
 from specl.shared.models.head import new_head
 from specl.shared.sampling_params import SamplingParams
-from specl.shared.settings.schema import Settings
 
 PROMPT = [5, 17, 40, 8, 17, 40, 8, 22]
 CHEAP = Costs({1: 1.0, 16: 1.1}, {1: 0.01, 8: 0.08})
@@ -59,26 +58,24 @@ def test_greedy_output_is_the_targets_own_whatever_drafts(tiny, family, kind):
     target = tiny(family=family)
     expected = plain_greedy(target, PROMPT, 40)
     for k, ngram in itertools.product((0, 1, 2, 4, 7, None), (False, True)):
-        engine = EngineCore(target, drafts(tiny, family)[kind], Settings())
+        engine = EngineCore(target, drafts(tiny, family)[kind])
         session = run(engine, Options(max_tokens=40, num_draft_tokens=k, ngram=ngram, capture_k=8))
         assert session.output == expected, (k, ngram)
 
 
 def test_a_draft_that_is_the_target_is_always_accepted(tiny):
-    session = run(EngineCore(tiny(), tiny(), Settings()), Options(max_tokens=24, num_draft_tokens=4, ngram=False))
+    session = run(EngineCore(tiny(), tiny()), Options(max_tokens=24, num_draft_tokens=4, ngram=False))
     assert session.tally.accepted["model"] == session.tally.drafted["model"] > 0
 
 
 def test_the_length_limit_is_exact_and_an_end_token_inside_a_draft_ends_the_answer(tiny):
     target = tiny()
     for limit in range(1, 9):
-        session = run(
-            EngineCore(target, target, Settings()), Options(max_tokens=limit, num_draft_tokens=4, ngram=False)
-        )
+        session = run(EngineCore(target, target), Options(max_tokens=limit, num_draft_tokens=4, ngram=False))
         assert len(session.output) <= limit
     stopped = tiny(seed=11)
     stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[5:6])
-    session = run(EngineCore(stopped, stopped, Settings()), Options(max_tokens=30, num_draft_tokens=7, ngram=False))
+    session = run(EngineCore(stopped, stopped), Options(max_tokens=30, num_draft_tokens=7, ngram=False))
     assert session.finish_reason == "stop" and session.output[-1] in stopped.stop_tokens
     assert session.output == plain_greedy(stopped, PROMPT, 30)
     stopped.tokenizer.eos_token_ids = {3}
@@ -89,7 +86,7 @@ def test_a_draft_that_is_never_wrong_is_never_counted_as_refused_where_its_end_t
     for place in range(1, 8):
         stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[place : place + 1])
         options = Options(max_tokens=30, num_draft_tokens=4, ngram=False)
-        tally = run(EngineCore(stopped, stopped, Settings()), options).tally
+        tally = run(EngineCore(stopped, stopped), options).tally
         assert tally.tested_by_depth == tally.accepted_by_depth and tally.rejected == 0
         assert sum(tally.accepted_by_depth) == tally.accepted["model"] > 0
     stopped.tokenizer.eos_token_ids = {3}
@@ -100,7 +97,7 @@ def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
     texts = set()
     for draft, k, ngram in itertools.product(drafts(tiny, "llama").values(), (0, 1, 4, None), (False, True)):
         session = run(
-            EngineCore(target, draft, Settings()),
+            EngineCore(target, draft),
             Options(sampling=sampling, max_tokens=24, num_draft_tokens=k, ngram=ngram),
         )
         texts.add(tuple(session.output))
@@ -112,7 +109,7 @@ def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
 )
 def test_a_sibling_with_a_larger_padded_vocabulary_drafts_only_tokens_that_exist(tiny, sampling):
     target = tiny()
-    engine = EngineCore(target, tiny(seed=5, vocabulary=160, sharp=0.1), Settings())
+    engine = EngineCore(target, tiny(seed=5, vocabulary=160, sharp=0.1))
     for _ in range(3):
         session = run(engine, Options(sampling=sampling, max_tokens=12, num_draft_tokens=4, ngram=False))
         assert session.tally.drafted["model"] > 0 and max(session.output) < 97
@@ -146,7 +143,7 @@ def test_a_draft_model_compares_with_the_text_only_from_where_both_were_last_the
 @pytest.mark.parametrize("kind", ["itself", "head"])
 def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
     target = tiny()
-    engine = EngineCore(target, drafts(tiny, "llama")[kind], Settings())
+    engine = EngineCore(target, drafts(tiny, "llama")[kind])
     prompt = np.random.default_rng(0).integers(4, 97, 40).tolist()
     for turn in range(3):
         options = Options(max_tokens=12, num_draft_tokens=3, ngram=False)
@@ -162,7 +159,7 @@ def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
 
 
 def test_a_cut_answer_leaves_caches_and_text_in_step(tiny):
-    engine = EngineCore(tiny(), tiny(), Settings())
+    engine = EngineCore(tiny(), tiny())
     session = run(engine, Options(max_tokens=20, num_draft_tokens=4, ngram=False, capture_k=4))
     session.cut(7, "stop")
     session.check_in_step()
@@ -172,7 +169,7 @@ def test_a_cut_answer_leaves_caches_and_text_in_step(tiny):
 def test_capture_has_one_row_an_output_token_and_only_true_disagreements(tiny):
     target = tiny()
     session = run(
-        EngineCore(target, tiny(seed=5, layers=1), Settings()),
+        EngineCore(target, tiny(seed=5, layers=1)),
         Options(max_tokens=30, num_draft_tokens=4, ngram=False, capture_k=16),
     )
     capture = session.capture
@@ -188,7 +185,7 @@ def test_capture_has_one_row_an_output_token_and_only_true_disagreements(tiny):
 
 
 def test_bad_requests_are_refused(tiny):
-    engine = EngineCore(tiny(), None, Settings())
+    engine = EngineCore(tiny(), None)
     for prompt, options in (
         ([], Options()),
         ([1] * 256, Options()),
@@ -232,7 +229,7 @@ def chi_square_p(observed, expected, draws):
 def sampled(tiny, sampling, draws, k=2):
     target, draft = tiny(vocabulary=8, sharp=2.0), tiny(seed=7, vocabulary=8, sharp=2.0)
     target.tokenizer.eos_token_ids = set()
-    engine = EngineCore(target, draft, Settings())
+    engine = EngineCore(target, draft)
     observed = {}
     for i in range(draws):
         session = run(

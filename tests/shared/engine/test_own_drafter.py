@@ -12,8 +12,8 @@ from specl.shared.engine.custom_drafter import CustomDrafter
 from specl.shared.engine.decode import Options
 from specl.shared.engine.drafters import NOTHING, Draft, DraftSampler
 from specl.shared.engine.sampling import Distribution, point_mass
+from specl.shared.loading.costs import costs_key, load_or_calibrate
 from specl.shared.sampling_params import SamplingParams
-from specl.shared.settings.schema import Settings
 
 DRAW = DraftSampler(SamplingParams(), lambda: 0.5, None)
 
@@ -105,7 +105,7 @@ class FailsOnce:
 
 def test_a_failure_ends_with_its_request_though_the_caches_live_on(tiny):
     heard = []
-    engine = EngineCore(tiny(), None, Settings(), lambda target, draft: FailsOnce(), heard.append)
+    engine = EngineCore(tiny(), None, drafter_factory=lambda target, draft: FailsOnce(), on_error=heard.append)
     prompt, drafted = list(range(4, 44)), []
     for _ in range(2):
         session = engine.session(prompt, Options(max_tokens=6, num_draft_tokens=1, ngram=False))
@@ -130,9 +130,9 @@ def test_costs_of_a_drafter_that_failed_are_not_kept_and_a_changed_file_has_cost
     monkeypatch.setitem(sys.modules, "somebodys", importlib.import_module("somebodys"))
     make, folder = sys.modules["somebodys"].make, tmp_path / "costs"
     folder.mkdir()
-    engine = EngineCore(tiny(), None, Settings(), make, lambda error: None)
-    engine.calibrate(folder)
+    engine = EngineCore(tiny(), None, drafter_factory=make, on_error=lambda error: None)
+    load_or_calibrate(engine, folder)
     assert not list(folder.iterdir())
-    before = engine._costs_key()
+    before = costs_key(engine)
     source.write_text(source.read_text().replace("1 / 0", "None"))
-    assert engine._costs_key() != before
+    assert costs_key(engine) != before

@@ -8,8 +8,8 @@ from specl.shared.engine.answer_history import MATCH, AnswerHistory, ClientAnswe
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.decode import Options
 from specl.shared.engine.drafters import DraftSampler, NgramDrafter
+from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.sampling_params import SamplingParams
-from specl.shared.settings.schema import Settings
 
 PROMPT = [5, 17, 40, 8, 22]
 
@@ -44,34 +44,36 @@ def test_no_memory_outgrows_its_limit_and_the_newest_stay():
 
 
 def test_one_owners_text_is_never_anothers(tmp_path):
-    past = AnswerHistory(tmp_path)
+    files = AnswerFiles(tmp_path)
+    past = AnswerHistory(files.read)
     past.add("a", [1, 2, 3, 4, 5])
     assert past.of("a").match([1, 2, 3], 9)[2] == 3
     assert past.of("b").match([1, 2, 3], 9)[2] == 0
     assert past.of("") is None
-    past.save("a", past.texts("a"))
-    again = AnswerHistory(tmp_path)
+    files.write("a", past.answers("a"))
+    again = AnswerHistory(AnswerFiles(tmp_path).read)
     assert again.of("b").texts == [] and again.of("a").texts == [[1, 2, 3, 4, 5]]
-    assert AnswerHistory(tmp_path, tokenizer="another").of("a").texts == []
+    assert AnswerFiles(tmp_path, tokenizer="another").read("a") == []
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x01", b"\xff" * 64, (3).to_bytes(4, "little") * 3])
 def test_a_damaged_file_is_an_empty_memory(tmp_path, damage):
-    past = AnswerHistory(tmp_path)
-    past.save("a", [(5.0, [1, 2, 3, 4])])
+    files = AnswerFiles(tmp_path)
+    files.write("a", [(5.0, [1, 2, 3, 4])])
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage)
-    assert AnswerHistory(tmp_path).of("a").texts == []
+    assert files.read("a") == []
 
 
 def test_forgetting_leaves_nothing_in_memory_or_on_disk(tmp_path):
-    past = AnswerHistory(tmp_path, owners=3)
+    files = AnswerFiles(tmp_path, clients=3)
+    past = AnswerHistory(files.read)
     for client_id in "abcdef":
         past.add(client_id, [1, 2, 3, 4])
-        past.save(client_id, past.texts(client_id))
+        files.write(client_id, past.answers(client_id))
     assert len(list(tmp_path.iterdir())) == 3
     past.forget()
-    past.purge()
+    files.purge()
     assert not list(tmp_path.iterdir()) and past.of("a").texts == []
 
 
@@ -86,7 +88,7 @@ def test_the_longer_of_running_text_and_past_answer_is_drafted():
 
 
 def test_the_same_question_again_is_drafted_from_the_last_answer(tiny):
-    engine = EngineCore(tiny(), None, Settings())
+    engine = EngineCore(tiny(), None)
     engine.past = AnswerHistory()
 
     def answer(client_id):
@@ -107,16 +109,16 @@ def test_the_same_question_again_is_drafted_from_the_last_answer(tiny):
 
 
 def test_retention_reaches_single_answers_in_memory_and_on_disk(tmp_path):
-    past = AnswerHistory(tmp_path, tokenizer="one")
-    past.add("a", [1, 2, 3, 4], made_at=1000)
-    past.add("a", [5, 6, 7, 8], made_at=3000)
-    past.add("b", [9, 9, 9, 9], made_at=1000)
+    files = AnswerFiles(tmp_path, tokenizer="one")
+    past = AnswerHistory(files.read)
+    past.add("a", [1, 2, 3, 4], created_at=1000)
+    past.add("a", [5, 6, 7, 8], created_at=3000)
+    past.add("b", [9, 9, 9, 9], created_at=1000)
     for client_id in "ab":
-        past.save(client_id, past.texts(client_id))
+        files.write(client_id, past.answers(client_id))
     past.expire(2000)
     assert past.of("a").texts == [[5, 6, 7, 8]] and past.of("b").texts == []
     assert past.of("a").match([1, 2, 3], 9)[2] == 0 and past.of("a").match([5, 6, 7], 9)[2] == 3
-    AnswerHistory(tmp_path).expire_files(2000)
+    AnswerFiles(tmp_path).expire(2000)
     assert len(list(tmp_path.iterdir())) == 1
-    again = AnswerHistory(tmp_path, tokenizer="one")
-    assert again.texts("a") == [(3000.0, [5, 6, 7, 8])] and again.texts("b") == []
+    assert files.read("a") == [(3000.0, [5, 6, 7, 8])] and files.read("b") == []

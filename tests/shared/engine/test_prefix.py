@@ -10,7 +10,6 @@ from specl.shared.engine.core import EngineCore
 from specl.shared.engine.decode import Options
 from specl.shared.engine.prefix_cache import Entry, PrefixCache
 from specl.shared.models.head import new_head
-from specl.shared.settings.schema import Settings
 from tests.conftest import tiny_model
 from tests.fakes import END, write_tokenizer
 
@@ -23,7 +22,7 @@ def engine(tmp_path_factory):
     write_tokenizer(folder)
     target = tiny_model(vocabulary=300)
     target.tokenizer = TokenizerWrapper(AutoTokenizer.from_pretrained(folder), eos_token_ids=[END])
-    return EngineCore(target, new_head(target, np.arange(0, 300, 2)), Settings())
+    return EngineCore(target, new_head(target, np.arange(0, 300, 2)))
 
 
 def say(engine, prompt, ids, output):

@@ -17,7 +17,6 @@ from specl.shared.models import gguf_import
 from specl.shared.models.gguf_file import convert, size_needed
 from specl.shared.models.gguf_import import import_gguf, in_place, is_gguf, suggested_name
 from specl.shared.models.load import load, resolve
-from specl.shared.settings.schema import Settings
 from tests.shared.models import tiny_gguf
 from tests.shared.models.tiny_gguf import TEXTS
 
@@ -195,7 +194,7 @@ def test_plain_text_begins_as_the_reference_tokenizer_begins_it(tmp_path, tokeni
         writer.add_add_eos_token(True)  # never part of a prompt
 
     tiny_gguf.write(tmp_path / "m.gguf", "qwen2" if tokenizer == "qwen2" else "llama", tokenizer=tokenizer, keys=keys)
-    engine = EngineCore(load(str(tmp_path / "m.gguf"), tmp_path / "models"), None, Settings())
+    engine = EngineCore(load(str(tmp_path / "m.gguf"), tmp_path / "models"), None)
     if tokenizer == "spm":
         reference = tiny_gguf.sentence_piece()
         begun, plain, bos = lambda text: reference.encode(text, add_bos=True), reference.encode, "<s>"

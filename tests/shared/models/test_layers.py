@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from specl.shared.engine.load import load_draft, resolve_draft
 from specl.shared.errors import ConfigError
+from specl.shared.loading.engine import load_draft, resolve_draft
 from specl.shared.models.layers import layers_config, new_layers, pick_layers, save_layers
 from specl.shared.models.load import check_pair, load
 from specl.shared.models.lora import LoraShape, choose_layers, fuse, linear_layers

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from specl.shared.engine.load import load_pair
 from specl.shared.errors import ModelError
+from specl.shared.loading.engine import load_engine
 from specl.shared.models import memory
 from specl.shared.models.gguf_file import convert
 from specl.shared.models.memory import Machine, ModelSize, check, estimate, limit, size_of
@@ -154,11 +154,11 @@ def test_a_size_that_cannot_be_told_is_an_error_of_its_own(tmp_path, spoil):
 def test_nothing_is_loaded_where_it_cannot_fit_and_everything_where_it_can(tmp_path, monkeypatch):
     tiny_gguf.write(tmp_path / "m.gguf", "qwen2", Kind.Q8_0)
     names = {"target": {"name": str(tmp_path / "m.gguf")}, "draft": {"name": str(tmp_path / "m.gguf")}}
-    engine = load_pair(settings(models=names), tmp_path / "models")
+    engine = load_engine(settings(models=names), tmp_path / "models")
     assert engine.draft is not None
-    monkeypatch.setattr("specl.shared.engine.load.load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("specl.shared.loading.engine.load", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match=r"needs about 0\.4 GB"):
-        load_pair(settings(models=names, memory={"limit_gb": 0.1}), tmp_path / "models")
+        load_engine(settings(models=names, memory={"limit_gb": 0.1}), tmp_path / "models")
 
 
 def test_a_machine_has_memory_and_a_container_may_have_less(monkeypatch):
@@ -176,12 +176,12 @@ def test_the_estimate_of_the_builtin_model_is_near_what_a_process_takes():
 
     code = """
 from specl.shared import config
-from specl.shared.engine.load import estimate_pair, load_pair, resolve_draft
+from specl.shared.loading.engine import estimate_pair, load_engine, resolve_draft
 from specl.shared.models.load import resolve
 from specl.shared.paths import find_paths
 models, settings = find_paths().models, config.load()
 found, _ = estimate_pair(settings, resolve("smollm2-135m", models), resolve_draft("smollm2-135m-head", models, print))
-engine = load_pair(settings, models)
+engine = load_engine(settings, models)
 pages = int(open("/proc/self/statm").read().split()[1])
 print(pages * 4096, sum(found.serving.values()) - found.serving["caches"] - 120e6)
 """

@@ -16,15 +16,16 @@ import pytest
 from specl.daemons.inference.adapter_monitor import AdapterMonitor
 from specl.shared.adapters.registry import CONFIRMED, REINSTATED, Adapters
 from specl.shared.adapters.tensors import read_shape
-from specl.shared.engine import costs
-from specl.shared.engine.answer_history import AnswerHistory
+from specl.shared.engine.costs import Costs
 from specl.shared.learning.batch_generate import kept_shard
 from specl.shared.learning.live_check import Depths, Watch
 from specl.shared.learning.steps import about_checkpoint
+from specl.shared.loading.costs import read_costs
 from specl.shared.messaging.codec import decode
 from specl.shared.messaging.endpoints import read_keys
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.paths import Paths
+from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.retention.checkpoints import checkpoint_folder, generations_in
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.purge_journal import PendingPurge, Wish
@@ -428,14 +429,14 @@ def test_an_unfinished_purge_can_be_finished(paths):
 
 
 def test_past_answers_are_remembered(paths):
-    past = AnswerHistory(paths.answers, TOKENIZER)
-    assert past.texts("somebody") == [(1_780_490_000.0, list(range(100, 110))), (1_780_495_000.0, [7, 8, 9, 10, 11])]
-    assert past.texts("somebody else") == []
+    files = AnswerFiles(paths.answers, TOKENIZER)
+    assert files.read("somebody") == [(1_780_490_000.0, list(range(100, 110))), (1_780_495_000.0, [7, 8, 9, 10, 11])]
+    assert files.read("somebody else") == []
 
 
 def test_measured_costs_are_not_measured_again(paths):
-    found = costs.kept(paths.costs / "0123456789abcdef.json", 16, True)
-    assert found == costs.Costs(
+    found = read_costs(paths.costs / "0123456789abcdef.json", 16, True)
+    assert found == Costs(
         {1: 0.01, 2: 0.011, 3: 0.012, 4: 0.013, 5: 0.014, 6: 0.016, 8: 0.02, 12: 0.03, 16: 0.04},
         {1: 0.002, 2: 0.0035, 4: 0.006, 8: 0.011},
     )
