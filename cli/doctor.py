@@ -17,7 +17,7 @@ from specl.shared.messaging.endpoints import Addresses, check_exposure, gateway_
 from specl.shared.paths import DAEMONS, ROLES, find_paths
 from specl.shared.runtime.locks import holder_of, is_locked
 from specl.shared.settings.load import load_settings, settings_file
-from specl.shared.settings.plugins import is_hook, load_hook
+from specl.shared.settings.plugins import is_plugin, load_plugin
 
 OK, WARN, BAD = "ok", "warn", "bad"
 Finding = tuple[str, str, str]
@@ -112,8 +112,8 @@ def _hooks() -> Iterator[Finding]:
     sys.path.insert(0, os.getcwd())
     try:
         for setting, name in named.items():
-            if name is not None and is_hook(name):
-                load_hook(name, setting)
+            if name is not None and is_plugin(name):
+                load_plugin(name, setting)
                 yield OK, "hook", f"{setting}: {name}"
     finally:
         sys.path.remove(os.getcwd())

@@ -1,11 +1,12 @@
-"""Every name under the run directory (`var/`). Knows layout and permissions, nothing of contents.
+"""The run directory (`var/`): every file and folder in it by name. Knows layout and permissions, nothing of contents.
 
-The run directory is `SPECL_VAR`; else `var/` of the checkout this package runs from or that is the current folder;
-else `~/.local/share/speclora`. Two instances with different run directories never meet.
+The run directory is `SPECL_VAR`; without it `var/` of the checkout that this package runs from, or of the checkout that is
+the current folder; without a checkout `~/.local/share/speclora`. Daemons with different run directories share nothing.
 """
 
 import errno
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +14,14 @@ from specl.shared.errors import ConfigError, SpecLoraError
 
 # sockaddr_un.sun_path less its NUL: 108 on Linux, 104 on macOS
 SOCKET_PATH_LIMIT = 103
-DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # may succeed later, unlike a missing permission
 ROLES = ("inference", "collector", "trainer")  # each has two sockets on the bus
 DAEMONS = (*ROLES, "gateway")
 
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """One run directory."""
+    """The names in one run directory, and the folder of converted models."""
 
     root: Path
     models: Path
@@ -32,17 +33,17 @@ class Paths:
 
     @property
     def logs(self) -> Path:
-        """JSON-lines logs, one a role."""
+        """Logs as JSON lines, one file for each daemon."""
         return self.root / "logs"
 
     @property
     def store(self) -> Path:
-        """The failure store."""
+        """The SQLite file with all generations."""
         return self.root / "store.db"
 
     @property
     def pending_purge(self) -> Path:
-        """What an unfinished purge set out to do; gone once it has been done."""
+        """The journal of an unfinished purge; removed when the purge is finished."""
         return self.root / "purge.pending"
 
     @property
@@ -52,12 +53,12 @@ class Paths:
 
     @property
     def answers(self) -> Path:
-        """What the n-gram drafter remembers of past answers."""
+        """Past answers by client, which the n-gram drafter copies from."""
         return self.root / "answers"
 
     @property
     def hidden(self) -> Path:
-        """Spooled hidden states, by generation id."""
+        """Hidden states of stored generations, by id."""
         return self.root / "hidden"
 
     @property
@@ -67,17 +68,17 @@ class Paths:
 
     @property
     def regression(self) -> Path:
-        """The target's own answers to the shipped general prompts, by its fingerprint."""
+        """Answers of the target to the shipped general prompts, by its fingerprint."""
         return self.root / "regression"
 
     @property
     def costs(self) -> Path:
-        """Calibrated costs, by models and machine."""
+        """Measured times of draft and target steps, by models and machine."""
         return self.root / "costs"
 
     @property
     def keys(self) -> Path:
-        """CURVE keys, where they were made."""
+        """CURVE keys of the bus, if `specl-ctl keys make` has made any."""
         return self.root / "keys"
 
     def outbox(self, producer: str) -> Path:
@@ -85,7 +86,7 @@ class Paths:
         return self.root / "outbox" / f"{producer}.db"
 
     def socket(self, name: str) -> str:
-        """The ipc endpoint `name`. Raises ConfigError where the path is too long for a socket."""
+        """The ipc endpoint `name`. Raises ConfigError if its path is too long for a socket."""
         path = self.run / f"{name}.sock"
         if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
             raise ConfigError(
@@ -95,8 +96,9 @@ class Paths:
         return f"ipc://{path}"
 
     def create(self) -> "Paths":
-        """Make the folders, private to this user. Raises ConfigError where that is not allowed, SpecLoraError where the
-        disk refuses: a full one may have room again.
+        """Make the folders, private to this user.
+
+        Raises ConfigError where permissions forbid it, SpecLoraError where the disk refuses: a full disk may have space again.
         """
         folders = (self.run, self.logs, self.adapters, self.hidden, self.training, self.costs, self.root / "outbox")
         try:
@@ -118,18 +120,18 @@ def _is_checkout(folder: Path) -> bool:
     return (folder / "Procfile").is_file() and (folder / "configs" / "default.yaml").is_file()
 
 
-def default_root(environ: dict[str, str] | os._Environ[str], here: Path, cwd: Path) -> Path:
-    """Where `var/` is; see the module's first lines. `here` is this package's `shared` folder."""
+def default_root(environ: Mapping[str, str], package: Path, cwd: Path) -> Path:
+    """The run directory by the rule at the top of this module. `package` is the `shared` folder of this package."""
     if environ.get("SPECL_VAR"):
         return Path(environ["SPECL_VAR"]).expanduser().absolute()
-    for folder in (here.parent, cwd):
+    for folder in (package.parent, cwd):
         if _is_checkout(folder):
             return folder / "var"
     return Path.home() / ".local" / "share" / "speclora"
 
 
 def find_paths() -> Paths:
-    """The run directory that the environment names. Creates nothing."""
+    """The run directory and the models folder of this environment. Creates nothing."""
     root = default_root(os.environ, Path(__file__).resolve().parent, Path.cwd())
     models = os.environ.get("SPECL_MODELS")
     return Paths(root, Path(models).expanduser().absolute() if models else root / "models")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from specl.shared.errors import SpecLoraError
-from specl.shared.settings.plugins import is_hook, load_hook
+from specl.shared.settings.plugins import is_plugin, load_plugin
 from specl.shared.settings.schema import LOSSES
 
 KINDS = LOSSES
@@ -59,13 +59,13 @@ def position_losses(logits: mx.array, teacher: Teacher, settings: LossSettings) 
         # total variation alone has no gradient to start from: KL carries it until acceptance is up
         weight = mx.exp(-3.0 * mx.stop_gradient((overlap * valid).sum() / mx.maximum(valid.sum(), 1)))
         return weight * kl + (1 - weight) * (1 - overlap), valid
-    if is_hook(settings.kind):
+    if is_plugin(settings.kind):
         return _own(settings, logits, teacher)
     raise ValueError(f"loss must be one of {', '.join(KINDS)}, not {settings.kind!r}")
 
 
 def _own(settings: LossSettings, logits: mx.array, teacher: Teacher) -> tuple[mx.array, mx.array]:
-    losses, valid = load_hook(settings.kind, "training.loss.type")(logits, teacher, settings)
+    losses, valid = load_plugin(settings.kind, "training.loss.type")(logits, teacher, settings)
     rows = (logits.shape[0],)
     if losses.shape != rows or valid.shape != rows:
         shapes = f"{tuple(losses.shape)} and {tuple(valid.shape)}"

@@ -13,7 +13,7 @@ from specl.shared.errors import ModelError
 from specl.shared.models import memory
 from specl.shared.models.head import HeadDraft, is_head, load_head
 from specl.shared.models.load import LanguageModel, check_pair, load, resolve
-from specl.shared.settings.plugins import load_hook
+from specl.shared.settings.plugins import load_plugin
 from specl.shared.settings.schema import Settings
 
 SHIPPED = Path(__file__).parents[1] / "models" / "drafts"
@@ -104,7 +104,7 @@ def load_engine(
     else:
         memory.check(estimate, settings, machine, training)
     if drafter_factory is None and settings.speculative.drafter is not None and not training:
-        drafter_factory = load_hook(settings.speculative.drafter, "speculative.drafter")
+        drafter_factory = load_plugin(settings.speculative.drafter, "speculative.drafter")
     target = load(name, models, precision, report, target_folder)
     draft = load_draft(settings.models.draft.name, target, models, precision, report)
     return EngineCore(target, draft, engine_options(settings), drafter_factory, on_error)

@@ -39,7 +39,7 @@ from specl.shared.messaging.messages import (
 from specl.shared.paths import ROLES, Paths, find_paths
 from specl.shared.runtime.locks import holder_of, is_locked
 from specl.shared.sampling_params import SamplingParams
-from specl.shared.settings.cache import load_cached_settings
+from specl.shared.settings.load import load_settings
 
 if TYPE_CHECKING:
     from specl.shared.messaging.bus import AsyncConnection
@@ -60,7 +60,7 @@ class Client:
 
     def __init__(self, paths: Paths | None = None, settings: "Settings | None" = None) -> None:
         self.paths = paths or find_paths()
-        self.settings = settings or load_cached_settings(self.paths)
+        self.settings = settings or load_settings()
         self.addresses = Addresses(self.paths, self.settings.bus)
         self.last: Done | None = None
         self._open: set[Connection] = set()

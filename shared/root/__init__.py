@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from specl.shared.in_process import Engine as Engine
     from specl.shared.messaging.client import Client as Client
 
-_WHERE = {"Client": "messaging.client", "Engine": "in_process", "Answer": "in_process"}
+_MODULES = {"Client": "messaging.client", "Engine": "in_process", "Answer": "in_process"}
 
 
 def __getattr__(name: str) -> object:
-    """Load `Client`, `Engine` and `Answer` on first use, so that `import specl` stays light."""
-    if name in _WHERE:
+    """Import `Client`, `Engine` and `Answer` on first use, so that `import specl` stays fast."""
+    if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(f"specl.shared.{_WHERE[name]}"), name)
+        return getattr(import_module(f"specl.shared.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'specl' has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""Structured logs, set up once a process: readable on a terminal, JSON lines in var/logs. Knows no event.
+"""Structured logs: readable lines on the terminal, JSON lines in var/logs. Set up once in each process; knows no event.
 
-structlog is loaded with the first event: a command that logs nothing should not wait for it (it brings asyncio and rich).
-A log line is never the only record of a fact that users need: `specl-ctl status` has those.
+structlog is imported with the first event, because it brings asyncio and rich, and most commands log nothing.
+Events are named `noun.verb_past` and have fields. A fact that users need is also in `specl-ctl status`, never in a log alone.
 """
 
 import logging
@@ -9,7 +9,7 @@ import os
 import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     import structlog
@@ -18,8 +18,8 @@ LOG_BYTES = 10 * 1024 * 1024
 LOG_FILES = 5
 
 
-class _QuietStream(logging.StreamHandler):
-    """A terminal that is gone must not take the daemon with it: honcho's death breaks the pipe."""
+class _QuietStream(logging.StreamHandler[TextIO]):
+    """Writes to a terminal and ignores one that is gone: when honcho dies its pipe breaks, and the daemon must go on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -27,7 +27,7 @@ class _QuietStream(logging.StreamHandler):
 
 
 class _QuietFile(RotatingFileHandler):
-    """A disk that is full costs log lines, nothing else."""
+    """Writes to a rotated file and ignores a full disk: it costs log lines, nothing else."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -35,10 +35,11 @@ class _QuietFile(RotatingFileHandler):
 
 
 class _Logger:
-    """A logger that loads structlog when something is logged."""
+    """A logger that imports structlog when something is logged."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._inner = name, None
+        self._name = name
+        self._inner: Any = None
 
     def __getattr__(self, name: str) -> Any:
         import structlog
@@ -65,13 +66,13 @@ def set_up(role: str, folder: Path | None, level: str = "info") -> None:
     renderer = structlog.dev.ConsoleRenderer(
         colors=sys.stderr.isatty(),
         pad_event_to=24,
-        # the default one shows the locals of every frame, and those hold what users wrote
+        # the default formatter shows the local variables of every frame, and those hold what users wrote
         exception_formatter=structlog.dev.plain_traceback,
     )
     terminal.setFormatter(_formatter(renderer))
     handlers: list[logging.Handler] = [terminal]
     if folder is not None:
-        # opened with the first event, so that a full disk stops nobody from starting; 0600 by the daemons' umask
+        # opened with the first event, so that a daemon starts on a full disk; 0600 by the daemons' umask
         file = _QuietFile(folder / f"{role}.log", maxBytes=LOG_BYTES, backupCount=LOG_FILES, delay=True)
         file.setFormatter(_formatter(structlog.processors.JSONRenderer()))
         handlers.append(file)
@@ -96,5 +97,5 @@ def set_up(role: str, folder: Path | None, level: str = "info") -> None:
 
 
 def get(name: str) -> "structlog.stdlib.BoundLogger":
-    """A logger; events are dotted lower-case names with fields."""
-    return _Logger(name)  # type: ignore[return-value] - it is one, once something is logged
+    """The logger of this name."""
+    return cast("structlog.stdlib.BoundLogger", _Logger(name))

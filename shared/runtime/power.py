@@ -1,10 +1,10 @@
-"""What speaks against work that can wait: the machine runs on its battery, or is hot. What cannot be read is no objection.
+"""Whether the machine runs on its battery or is hot. What cannot be read counts as neither. Knows nothing of who asks.
 
-macOS: `pmset -g batt` and `pmset -g therm` (man pmset, under GETTING). Their lines, from Apple's pmset.c (PowerManagement,
-apple-oss-distributions): `Now drawing from 'Battery Power'` (or `AC Power`, `UPS Power`); `Thermal Warning Level = N`, where IOPM.h
-has 0 for normal and 255 for unknown; `CPU_Speed_Limit = N` per cent, 100 for all of it. Nothing recorded is a line
-`Note: No thermal warning level has been recorded`.
-Linux: the files of /sys/class/power_supply (the kernel's Documentation/ABI/testing/sysfs-class-power); heat is not looked at.
+macOS: `pmset -g batt` and `pmset -g therm` (man pmset, under GETTING). Their lines are those of Apple's pmset.c
+(PowerManagement, apple-oss-distributions): `Now drawing from 'Battery Power'` (or `AC Power`, `UPS Power`);
+`Thermal Warning Level = N`, where IOPM.h has 0 for normal and 255 for unknown; `CPU_Speed_Limit = N` per cent, 100 for no
+limit. Where nothing was recorded, the line is `Note: No thermal warning level has been recorded`.
+Linux: the files of /sys/class/power_supply (the kernel's Documentation/ABI/testing/sysfs-class-power); heat is not read.
 """
 
 import re
@@ -16,7 +16,7 @@ from pathlib import Path
 
 SUPPLIES = Path("/sys/class/power_supply")
 PMSET = "/usr/bin/pmset"
-PATIENCE_S = 2.0
+PMSET_TIMEOUT_S = 2.0
 UNKNOWN_LEVEL = 255
 _BATTERY = re.compile(r"drawing from '(?:Battery|UPS) Power'")
 _LEVEL = re.compile(r"Thermal Warning Level\s*=\s*(\d+)")
@@ -25,43 +25,43 @@ _LIMIT = re.compile(r"CPU_(?:Speed|Scheduler)_Limit\s*=\s*(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Power:
-    """A look at the machine."""
+    """The state of the machine's power supply and of its temperature."""
 
     on_battery: bool = False
     hot: bool = False
 
 
 def read() -> Power:
-    """How it is now; on a Mac two short commands."""
+    """The present state; on a Mac from two short commands."""
     if sys.platform == "darwin":
         return read_mac(_pmset)
-    return Power(on_battery=drains(SUPPLIES)) if sys.platform == "linux" else Power()
+    return Power(on_battery=is_discharging(SUPPLIES)) if sys.platform == "linux" else Power()
 
 
 def read_mac(pmset: Callable[[str], str]) -> Power:
-    """The same by what `pmset -g WHAT` prints."""
+    """The state of a Mac; `pmset(topic)` returns what `pmset -g TOPIC` prints."""
     return Power(drawing_from_battery(pmset("batt")), is_hot(pmset("therm")))
 
 
-def drawing_from_battery(told: str) -> bool:
-    """Whether `pmset -g batt` says that the battery, or a UPS, is what feeds the machine."""
-    return _BATTERY.search(told) is not None
+def drawing_from_battery(output: str) -> bool:
+    """Whether the output of `pmset -g batt` names the battery, or a UPS, as the source of power."""
+    return _BATTERY.search(output) is not None
 
 
-def is_hot(told: str) -> bool:
-    """Whether `pmset -g therm` tells of a warning or of a processor that is held back."""
-    warned = any(0 < int(level) < UNKNOWN_LEVEL for level in _LEVEL.findall(told))
-    return warned or any(int(limit) < 100 for limit in _LIMIT.findall(told))
+def is_hot(output: str) -> bool:
+    """Whether the output of `pmset -g therm` has a thermal warning or a limit of the processor below 100 per cent."""
+    warning = any(0 < int(level) < UNKNOWN_LEVEL for level in _LEVEL.findall(output))
+    return warning or any(int(limit) < 100 for limit in _LIMIT.findall(output))
 
 
-def drains(supplies: Path) -> bool:
-    """Whether a battery of the machine (not a mouse's) discharges and nothing that feeds it is plugged in."""
+def is_discharging(power_supplies: Path) -> bool:
+    """Whether a battery of the machine (not a mouse's) discharges and no charger is plugged in."""
     discharges = False
     try:
-        found = sorted(supplies.iterdir())
+        supplies = sorted(power_supplies.iterdir())
     except OSError:
         return False
-    for supply in found:
+    for supply in supplies:
         kind = _word(supply / "type")
         if kind in ("Mains", "USB", "Wireless") and _word(supply / "online") not in ("", "0"):
             return False
@@ -77,12 +77,12 @@ def _word(file: Path) -> str:
         return ""
 
 
-def _pmset(what: str) -> str:
-    """What it prints; nothing where it cannot be run or hangs."""
+def _pmset(topic: str) -> str:
+    """What `pmset -g TOPIC` prints; empty where it cannot be run or takes longer than PMSET_TIMEOUT_S."""
     try:
-        done = subprocess.run(
-            [PMSET, "-g", what], stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE_S, check=False
+        process = subprocess.run(
+            [PMSET, "-g", topic], stdin=subprocess.DEVNULL, capture_output=True, timeout=PMSET_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.decode("utf-8", "replace")
+    return process.stdout.decode("utf-8", "replace")

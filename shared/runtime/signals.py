@@ -1,4 +1,7 @@
-"""When a process must stop, whom it dies with, and its priority."""
+"""When a process must stop, which process it stops with, and its priority.
+
+Knows signals, pids and nice values, nothing of what the process does.
+"""
 
 import os
 import signal
@@ -8,10 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+SESSION_NICE = "12"
+
 
 class StopFlag:
-    """Set by SIGTERM and SIGINT, or when `parent` is no longer the parent or `ancestor` is gone: an orphan would keep the
-    sockets.
+    """True once the process must stop: after SIGTERM or SIGINT, or once its supervisor is gone.
+
+    `parent`: the flag is also set when the process has another parent than this pid. `ancestor`: the flag is also set when
+    no process has this pid. Without them an orphan would keep its sockets and locks. `on_stop` is called by the signal.
     """
 
     def __init__(
@@ -30,21 +37,21 @@ class StopFlag:
     def __bool__(self) -> bool:
         if self._parent is not None and os.getppid() != self._parent:
             self._stopped = True
-        if self._ancestor is not None and not _lives(self._ancestor):
+        if self._ancestor is not None and not _is_alive(self._ancestor):
             self._stopped = True
         return self._stopped
 
 
 def supervisor_pid() -> int | None:
-    """The process that this one was started to die with (`SPECL_DIE_WITH_PARENT` has its pid), or None.
+    """The pid of the process that this one must stop with, from `SPECL_DIE_WITH_PARENT`; None without one.
 
-    It says who that was, because a parent may be gone before its child looks for the first time.
+    The pid is passed explicitly: getppid() may already return 1 when first asked.
     """
-    named = os.environ.get("SPECL_DIE_WITH_PARENT", "")
-    return int(named) if named.isdigit() else None
+    value = os.environ.get("SPECL_DIE_WITH_PARENT", "")
+    return int(value) if value.isdigit() else None
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -55,8 +62,10 @@ def _lives(pid: int) -> bool:
 
 
 def honcho_pid() -> int | None:
-    """The pid of the honcho that started this process, or None. Between the two stands one of honcho's own children, which
-    outlives it, so the parent alone does not tell.
+    """The pid of the honcho that started this process, or None.
+
+    Honcho runs each Procfile line in a child of its own, which outlives it. So honcho is the parent's parent, and the parent
+    alone does not tell whether honcho lives.
     """
     if "HONCHO_PROCESS_NAME" not in os.environ:
         return None
@@ -65,19 +74,18 @@ def honcho_pid() -> int | None:
         with open(f"/proc/{parent}/stat") as file:
             pid = int(file.read().rpartition(")")[2].split()[1])
     except OSError:
-        found = subprocess.run(["ps", "-o", "ppid=", "-p", str(parent)], capture_output=True, text=True)
-        pid = int(found.stdout.strip() or 0)
+        ps = subprocess.run(["ps", "-o", "ppid=", "-p", str(parent)], capture_output=True, text=True)
+        pid = int(ps.stdout.strip() or 0)
     return pid if pid > 1 else None
 
 
-SESSION_NICE = "12"
-
-
 def lower_priority() -> None:
-    """A low priority: nice 19. Where Linux shares the processor out by session first (autogroup, on by default on many
-    systems), nice counts within a session only, and honcho gives every daemon one of its own: seen with two busy loops on one
-    core, nice 19 took as much as nice 0. So a session's own leader steps back with its whole session, to a fifteenth of
-    another's share: at the lowest, a sixty-eighth, a trainer beside one busy program took five minutes to start.
+    """Give this process nice 19, and its whole session a low priority if this process leads one.
+
+    Linux can share the processor by session first (autogroup, on by default on many systems). Nice then counts within a
+    session only, and honcho gives every daemon a session of its own: of two busy loops on one core, nice 19 took as much as
+    nice 0. SESSION_NICE gives the session a fifteenth of another session's share. At the lowest priority (a sixty-eighth) a
+    trainer beside one busy program took five minutes to start.
     """
     os.nice(19)
     if os.getsid(0) == os.getpid():

@@ -1,5 +1,9 @@
-"""Settings from a YAML file. Unknown or bad keys are errors that name the key, its line and what is allowed."""
+"""Reading settings from a YAML file. An unknown key or a bad value is an error that names file, line, key and what is allowed.
 
+Knows YAML and the schema, nothing of what a setting is for.
+"""
+
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -10,13 +14,24 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
+from specl import configs
 from specl.shared.errors import ConfigError
-from specl.shared.settings.cache import settings_file
 from specl.shared.settings.schema import SECRETS, Settings
 
 
+def default_file() -> Path:
+    """The shipped `configs/default.yaml`."""
+    return Path(configs.__path__[0]) / "default.yaml"
+
+
+def settings_file() -> Path:
+    """The file in force: the one that `SPECL_CONFIG` names, else the shipped default."""
+    named = os.environ.get("SPECL_CONFIG")
+    return Path(named).expanduser() if named else default_file()
+
+
 def _known_keys(path: tuple[str | int, ...]) -> list[str]:
-    """The keys allowed in the section at `path`, or none where it is not a section."""
+    """The keys that the section at `path` may have; empty where `path` is no section."""
     model: Any = Settings
     for part in path:
         field = getattr(model, "model_fields", {}).get(part)
@@ -25,7 +40,7 @@ def _known_keys(path: tuple[str | int, ...]) -> list[str]:
 
 
 def _line_of(tree: Any, path: tuple[str | int, ...]) -> int | None:
-    """1-based line of the key at `path`, from the marks that ruamel keeps."""
+    """The line (from 1) of the key at `path`, from the marks that ruamel keeps; None where there is none."""
     line = None
     for part in path:
         if not hasattr(tree, "lc"):
@@ -39,8 +54,10 @@ def _line_of(tree: Any, path: tuple[str | int, ...]) -> int | None:
 
 
 def _keys(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """The keys of the file among the parts of an error's `loc`. Below a section every part is one; below a value pydantic
-    also puts the names of the types that it tried (`int`, `constrained-int`, `list[str]`), and only an index is the file's.
+    """The keys of the file among the parts of `loc`, which pydantic gives to an error.
+
+    Within a section every part is a key. Within a value pydantic also adds the names of the types that it tried (`int`,
+    `constrained-int`, `list[str]`); there only an index is from the file.
     """
     path: list[str | int] = []
     model: Any = Settings
@@ -54,6 +71,7 @@ def _keys(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
 
 
 def _explain(file: Path, tree: Any, error: dict[str, Any]) -> str:
+    """One error of pydantic's as a sentence."""
     path = _keys(error["loc"])
     line = _line_of(tree, path)
     where = f"{file}:{line}" if line else str(file)
@@ -68,20 +86,20 @@ def _explain(file: Path, tree: Any, error: dict[str, Any]) -> str:
 
 
 def parse_settings(text: str, file: Path) -> Settings:
-    """Read settings from YAML. Raises ConfigError that lists every problem, each with file, line and key."""
+    """The settings in a YAML text. Raises ConfigError that lists every problem, each with file, line and key."""
     try:
         tree = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         problem = error.problem
-        if isinstance(error, DuplicateKeyError):  # its own words repeat both values, and one may be a token
+        if isinstance(error, DuplicateKeyError):  # ruamel's message repeats both values, and one may be a token
             problem = "a key stands there twice"
         raise ConfigError(f"{file}:{line}: not YAML: {problem}") from error
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         code = error.character if isinstance(error.character, int) else ord(error.character)
         raise ConfigError(f"{file}:{line}: not YAML: the character U+{code:04X} is not allowed") from error
-    except (YAMLError, ValueError, RecursionError) as error:  # ruamel lets what Python says of odd values through
+    except (YAMLError, ValueError, RecursionError) as error:  # ruamel passes Python's own errors on odd values through
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{file}: not YAML that can be read: {reason}") from error
     if tree is None:
@@ -106,7 +124,7 @@ def load_settings(file: Path | None = None) -> Settings:
 
 
 def _described(model: type[BaseModel], path: str = "") -> list[str]:
-    """Markdown rows of every key under `model`."""
+    """One Markdown row for every key under `model`; `path` is the key of `model` and a dot."""
     rows = []
     for name, field in model.model_fields.items():
         where = f"{path}{name}"
@@ -121,11 +139,11 @@ def _described(model: type[BaseModel], path: str = "") -> list[str]:
 
 
 def settings_document() -> str:
-    """docs/settings.md: every key, its default and its meaning (a test keeps the file equal to this)."""
+    """The text of docs/settings.md: every key, its default and its meaning. A test compares the file with it."""
     head = [
         "# Settings",
         "",
-        "One YAML file, named by `SPECL_CONFIG` (default: the shipped `configs/default.yaml`). What a file leaves out has the",
+        "Settings are one YAML file, named by `SPECL_CONFIG` (default: the shipped `configs/default.yaml`). A key that is left out has the",
         "default of this table; unknown keys and wrong values are errors that name the file, the line and the key.",
         "Environment: `SPECL_VAR` (run directory), `SPECL_MODELS` (converted models), `SPECL_BLAS` (a library, or `none`),",
         "`SPECL_NATIVE=0` (no native CPU kernels).",

@@ -1,6 +1,7 @@
-"""The typed settings tree. Every key has a default, so a file names only what it changes.
+"""The settings as a typed, frozen tree. Every key has a default, so a file names only what it changes.
 
-The sources' names are kept (DESIGN: names and keys). Reading a file is in `load.py`.
+Knows the keys and what they may hold, nothing of files (`load.py` reads those). Keys have the names of the sources (DESIGN:
+names and keys). docs/settings.md is made from the descriptions here.
 """
 
 import re
@@ -8,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from specl.shared.settings.plugins import is_hook
+from specl.shared.settings.plugins import is_plugin
 
-SECRETS = {("gateway",), ("gateway", "token")}  # what was given there is never repeated in an error
+SECRETS = {("gateway",), ("gateway", "token")}  # an error message never repeats their values
 LOSSES = ("ce", "kl", "tv", "mixed", "acceptance")
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -20,19 +21,21 @@ class _Section(BaseModel):
 
 
 class TargetModel(_Section):
-    """The model whose words are served."""
+    """The model whose text is served."""
 
-    name: str = Field("smollm2-135m", description="any name of docs/models.md")
+    name: str = Field("smollm2-135m", description="a name that docs/models.md explains")
 
 
 class DraftModel(_Section):
-    """The model that guesses."""
+    """The model that drafts tokens for the target to verify."""
 
-    name: str | None = Field("smollm2-135m-head", description="any name of docs/models.md, or null for none")
+    name: str | None = Field(
+        "smollm2-135m-head", description="a name that docs/models.md explains, or null for no draft"
+    )
 
 
 class Models(_Section):
-    """Which models, and how they are held."""
+    """Which models are loaded, and in which precision."""
 
     target: TargetModel = TargetModel()
     draft: DraftModel = DraftModel()
@@ -42,64 +45,72 @@ class Models(_Section):
 
 
 class Speculative(_Section):
-    """Decoding."""
+    """Speculative decoding, and the defaults of a request."""
 
     num_draft_tokens: Literal["auto"] | Annotated[int, Field(ge=0, le=16)] = Field(
         "auto", description="auto: chosen every round from measured costs; a number: exactly that many"
     )
-    max_draft_tokens: Annotated[int, Field(ge=1, le=16)] = Field(7, description="the most that `auto` may choose")
+    max_draft_tokens: Annotated[int, Field(ge=1, le=16)] = Field(
+        7, description="the longest draft that `auto` may choose"
+    )
     ngram: bool = Field(
         True,
         description="also draft from repeats of the running text and, in the daemon, of the same client's past answers",
     )
-    drafter: str | None = Field(None, description="`module:name` of a drafter of your own (docs/api.md)")
-    temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="0: off")
-    min_p: Share = Field(0.0, description="0: off")
-    max_tokens: Annotated[int, Field(ge=1)] = 512
+    drafter: str | None = Field(None, description="`module:name` of a custom drafter (docs/api.md)")
+    temperature: Annotated[float, Field(ge=0, le=10)] = Field(
+        0.7, description="of a request that names none; 0: greedy"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of a request that names none; 1: off")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="of a request that names none; 0: off")
+    min_p: Share = Field(0.0, description="of a request that names none; 0: off")
+    max_tokens: Annotated[int, Field(ge=1)] = Field(512, description="of a request that names none")
     mode: Literal["detailed", "fast"] = Field(
         "detailed",
-        description="fast: the text is kept, but no law, disagreement or hidden state, so nothing is learned from it",
+        description="fast: text and tokens are recorded, but no log-probabilities, disagreements or hidden states, so nothing is learned",
     )
-    acceptance_threshold: Share = Field(0.5, description="a generation below it is a failure")
+    acceptance_threshold: Share = Field(
+        0.5, description="a generation with a lower acceptance rate is a failure, which the draft learns from"
+    )
 
     @field_validator("drafter")
     @classmethod
     def _form(cls, name: str | None) -> str | None:
-        if name is not None and not is_hook(name):
+        if name is not None and not is_plugin(name):
             raise ValueError("must be `module:name`")
         return name
 
 
 class Lora(_Section):
-    """The adapter's shape."""
+    """The shape of an adapter."""
 
-    rank: Annotated[int, Field(ge=1, le=512)] = 32
-    alpha: Annotated[float, Field(gt=0)] = 64.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rank: Annotated[int, Field(ge=1, le=512)] = Field(32, description="rank of the low-rank matrices")
+    alpha: Annotated[float, Field(gt=0)] = Field(64.0, description="the update is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the adapter's input while training")
     target_modules: list[str] | Literal["all"] = Field(
         "all", description="names of linear layers, e.g. [q_proj, v_proj]"
     )
 
 
 class Loss(_Section):
-    """What a step minimises."""
+    """The loss that a training step minimises."""
 
     type: str = Field(
-        "acceptance", description="ce, kl, tv, mixed, acceptance, or `module:name` of your own (docs/api.md)"
+        "acceptance", description="ce, kl, tv, mixed, acceptance, or `module:name` of a custom loss (docs/api.md)"
     )
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="of the distributions that are compared")
     alpha: Share = Field(0.5, description="mixed: weight of KL against cross-entropy")
     top_k_logits: Annotated[int, Field(ge=1, le=256)] = Field(
-        32, description="target log-probabilities kept a position"
+        32, description="log-probabilities of the target that are stored at each position"
     )
-    error_weight: Annotated[float, Field(ge=1)] = Field(2.0, description="weight of a position the draft got wrong")
+    error_weight: Annotated[float, Field(ge=1)] = Field(
+        2.0, description="weight of a position where the draft disagreed with the target"
+    )
 
     @field_validator("type")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in LOSSES and not is_hook(name):
+        if name not in LOSSES and not is_plugin(name):
             raise ValueError(f"must be {', '.join(LOSSES)} or `module:name`")
         return name
 
@@ -109,61 +120,73 @@ class Training(_Section):
 
     enabled: bool = Field(
         True,
-        description="false: train only when asked (`specl-ctl train`, the page, `purge --retrain`); no second looks",
+        description="false: train only when asked (`specl-ctl train`, the page, `purge --retrain`), and judge no adapter again",
     )
     lora: Lora = Lora()
     loss: Loss = Loss()
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-4
-    batch_size: Annotated[int, Field(ge=1, le=64)] = 6
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=64)] = 1
-    num_epochs: Annotated[int, Field(ge=1)] = 30
-    max_minutes: Annotated[float, Field(gt=0)] = Field(5.0, description="wall clock of one run's steps")
-    min_failure_cases: Annotated[int, Field(ge=1)] = 50
-    max_failure_cases: Annotated[int, Field(ge=1)] = 1000
-    replay_ratio: Share = Field(0.67, description="share of a batch that replays successes and general text")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(3e-4, description="of AdamW; it falls along a cosine")
+    batch_size: Annotated[int, Field(ge=1, le=64)] = Field(6, description="texts of one batch")
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=64)] = Field(1, description="batches of one step")
+    num_epochs: Annotated[int, Field(ge=1)] = Field(30, description="passes over the failures at most")
+    max_minutes: Annotated[float, Field(gt=0)] = Field(
+        5.0, description="wall-clock time that one run may take for its steps"
+    )
+    min_failure_cases: Annotated[int, Field(ge=1)] = Field(50, description="new failures that start a run")
+    max_failure_cases: Annotated[int, Field(ge=1)] = Field(1000, description="failures of one run at most")
+    replay_ratio: Share = Field(0.67, description="share of a batch that is replay: successes and general text")
     replay_buffer_size: Annotated[int, Field(ge=0)] = Field(
-        500, description="stored answers at most that are replayed, and texts that came with the draft"
+        500, description="replayed at most: so many stored answers, and so many texts that came with the draft"
     )
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.2, description="share of conversations never trained on"
+        0.2, description="share of conversations that are never trained on"
     )
     min_heldout_generations: Annotated[int, Field(ge=2)] = Field(
-        30, description="held-out generations that a verdict needs; fewer: no verdict, collecting goes on"
+        30, description="held-out generations that a verdict needs; with fewer there is none, and collecting goes on"
     )
     regression_prompts: Annotated[int, Field(ge=0, le=200)] = Field(
-        200, description="shipped general prompts on which no adapter may get worse; 0: none"
+        200, description="shipped general prompts on which an adapter must not get worse; 0: no such test"
     )
-    idle_seconds: Annotated[float, Field(ge=0)] = Field(2.0, description="quiet time before a step is taken")
-    on_battery: bool = Field(False, description="false: no work of the trainer's while the machine runs on its battery")
-    when_hot: bool = Field(False, description="false: nor while macOS warns of heat or slows the processor for it")
+    idle_seconds: Annotated[float, Field(ge=0)] = Field(
+        2.0, description="time without a request before a training step is taken"
+    )
+    on_battery: bool = Field(False, description="false: the trainer waits while the machine runs on its battery")
+    when_hot: bool = Field(
+        False, description="false: the trainer waits while macOS warns of heat or slows the processor because of it"
+    )
     threads: Annotated[int, Field(ge=1)] = Field(1, description="BLAS threads of the trainer")
 
 
 class Memory(_Section):
-    """What is held, and how much."""
+    """How much memory is used."""
 
-    gradient_checkpointing: bool = False
-    cache_clear_frequency: Annotated[int, Field(ge=0)] = Field(50, description="generations; 0: never")
+    gradient_checkpointing: bool = Field(False, description="true: training takes less memory and more time")
+    cache_clear_frequency: Annotated[int, Field(ge=0)] = Field(
+        50, description="the buffer cache of MLX is cleared after so many generations; 0: never"
+    )
     max_kv_cache_tokens: Annotated[int, Field(ge=64)] = Field(
-        8192, description="all requests together; an answer that reaches it ends there"
+        8192, description="of all requests together; an answer that reaches it ends there"
     )
     idle_unload_minutes: Annotated[float, Field(ge=0)] = Field(
-        0, description="after so long without a request the models are let go until the next one; 0: never"
+        0, description="the models are unloaded after so long without a request, until the next one; 0: never"
     )
     limit_gb: Literal["auto", "none"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
-        description="models that need more by estimate are not loaded; auto: nine tenths of the machine; none: no limit",
+        description="models whose estimate is higher are not loaded; auto: nine tenths of the machine's memory; none: no limit",
     )
 
 
 class Serving(_Section):
-    """The queue."""
+    """Limits of requests."""
 
-    queue_limit: Annotated[int, Field(ge=1)] = 32
-    client_queue_limit: Annotated[int, Field(ge=1)] = Field(16, description="requests of one client at once")
-    max_prompt_kb: Annotated[int, Field(ge=1, le=4096)] = Field(1024, description="text of one request")
-    max_active: Annotated[int, Field(ge=1, le=32)] = Field(4, description="requests served round by round at once")
-    client_timeout_s: Annotated[float, Field(gt=0)] = Field(10.0, description="a silent client's request is cancelled")
+    queue_limit: Annotated[int, Field(ge=1)] = Field(32, description="requests that may wait; more are refused as busy")
+    client_queue_limit: Annotated[int, Field(ge=1)] = Field(
+        16, description="requests of one client that may wait or run at once"
+    )
+    max_prompt_kb: Annotated[int, Field(ge=1, le=4096)] = Field(1024, description="text of one request at most")
+    max_active: Annotated[int, Field(ge=1, le=32)] = Field(4, description="requests that are decoded together")
+    client_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="a request is cancelled when its client sends no heartbeat for so long"
+    )
     threads: Annotated[int, Field(ge=0)] = Field(0, description="BLAS threads of inference; 0: all cores")
 
 
@@ -171,17 +194,18 @@ class Records(_Section):
     """What is kept of a generation, and for how long."""
 
     keep: Literal["content", "statistics"] = Field(
-        "content", description="statistics: no text, token or law is kept, so the draft cannot learn"
+        "content", description="statistics: no text, token or log-probability is stored, so the draft cannot learn"
     )
     redact: list[str] = Field(
-        [], description="regular expressions; what they match is not kept, nor are the tokens of such a generation"
+        [], description="regular expressions; text that they match is not stored, nor are the tokens of that generation"
     )
-    retention_days: Annotated[float, Field(ge=0)] = Field(0, description="0: for ever")
-    max_generations: Annotated[int, Field(ge=0)] = Field(0, description="the oldest go first; 0: any number")
-    max_store_mb: Annotated[int, Field(ge=0)] = Field(4096, description="the oldest go first; 0: any size")
-
-    outbox_limit_mb: Annotated[int, Field(ge=1)] = 1024
-    hidden_spool_mb: Annotated[int, Field(ge=0)] = Field(512, description="hidden states for a `head` draft; 0: none")
+    retention_days: Annotated[float, Field(ge=0)] = Field(0, description="older generations are removed; 0: none are")
+    max_generations: Annotated[int, Field(ge=0)] = Field(0, description="the oldest are removed first; 0: any number")
+    max_store_mb: Annotated[int, Field(ge=0)] = Field(4096, description="the oldest are removed first; 0: any size")
+    outbox_limit_mb: Annotated[int, Field(ge=1)] = Field(1024, description="undelivered records; more are refused")
+    hidden_spool_mb: Annotated[int, Field(ge=0)] = Field(
+        512, description="hidden states that a `head` draft is trained with; 0: none are stored"
+    )
 
     @field_validator("redact")
     @classmethod
@@ -195,36 +219,38 @@ class Records(_Section):
 
 
 class Bus(_Section):
-    """How processes reach each other."""
+    """How processes reach each other (ZeroMQ)."""
 
-    transport: Literal["ipc", "tcp"] = "ipc"
+    transport: Literal["ipc", "tcp"] = Field("ipc", description="ipc: sockets in the run directory; tcp: ports")
     host: str = Field("127.0.0.1", description="tcp: beyond loopback only with keys (`specl-ctl keys make`)")
-    port: Annotated[int, Field(ge=1, le=65530)] = Field(5570, description="tcp: the first of six in a row")
+    port: Annotated[int, Field(ge=1, le=65530)] = Field(5570, description="tcp: the first of six ports in a row")
 
 
 class Gateway(_Section):
-    """HTTP: an OpenAI-compatible API and a page."""
+    """The HTTP server: an OpenAI-compatible API and a page."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="false: no HTTP server")
     host: str = Field("127.0.0.1", description="beyond loopback only with allow_remote and a token")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8080, description="0: any free one; `status` says which")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8080, description="0: any free port; `status` names it")
     allow_remote: bool = Field(False, description="true: other machines may connect (plain HTTP: put TLS in front)")
     token: Annotated[str, Field(min_length=16)] | None = Field(
         None, repr=False, description="bearer token that every request must show; `SPECL_GATEWAY_TOKEN` wins over it"
     )
-    hosts: list[str] = Field([], description="further names this server may be called by; others are refused")
+    hosts: list[str] = Field([], description="further host names that requests may use; others are refused")
     origins: list[str] = Field(
         [],
-        description="other sites and apps whose pages may ask here (CORS), as browsers name them: `app://obsidian.md`",
+        description="other sites and apps whose pages may send requests (CORS), as browsers name them: `app://obsidian.md`",
     )
-    max_body_kb: Annotated[int, Field(ge=1, le=16384)] = Field(2048, description="one request's body")
-    requests_per_minute: Annotated[int, Field(ge=0)] = Field(600, description="of one address; 0: any number")
-    max_streams: Annotated[int, Field(ge=1, le=256)] = Field(16, description="answers being made at once")
+    max_body_kb: Annotated[int, Field(ge=1, le=16384)] = Field(2048, description="body of one request at most")
+    requests_per_minute: Annotated[int, Field(ge=0)] = Field(600, description="from one address; 0: any number")
+    max_streams: Annotated[int, Field(ge=1, le=256)] = Field(16, description="answers that are generated at once")
     request_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        20.0, description="a request's headers, and then its body, must have come within so long"
+        20.0, description="time for the headers of a request, and then for its body"
     )
-    max_event_streams: Annotated[int, Field(ge=1)] = Field(32, description="open pages (live views) in all")
-    max_event_streams_per_address: Annotated[int, Field(ge=1)] = Field(8, description="open pages of one address")
+    max_event_streams: Annotated[int, Field(ge=1)] = Field(32, description="open pages (live views) at most")
+    max_event_streams_per_address: Annotated[int, Field(ge=1)] = Field(
+        8, description="open pages of one address at most"
+    )
 
     @field_validator("origins")
     @classmethod
@@ -238,13 +264,13 @@ class Gateway(_Section):
 
 
 class Logging(_Section):
-    """Logs."""
+    """The logs of the daemons."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="the lowest level that is written")
 
 
 class Settings(_Section):
-    """The whole tree."""
+    """All settings."""
 
     models: Models = Models()
     speculative: Speculative = Speculative()

@@ -152,20 +152,7 @@ def test_the_version_names_commit_and_libraries(specl):
         assert re.search(r"\(commit [0-9a-f]{12}(, changed)?\)", told)
 
 
-# ------------------------------------------------------------------------------------------------ speed
-def loaded_by(*arguments):
-    """Modules that a command has imported when it is done."""
-    code = f"import sys\nfrom specl.cli.main import main\ntry: main({list(arguments)!r})\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.split())
-
-
-HEAVY = {"sqlalchemy", "mlx", "mlx.core", "numpy", "prompt_toolkit", "transformers", "scipy"}
-
-
-def test_help_loads_nothing_heavy():
-    assert not loaded_by("--help") & (HEAVY | {"zmq", "pydantic", "rich"})
-
-
+# ------------------------------------------------------------------------------------------------ help and status
 def test_every_command_of_the_list_is_there_and_teaches(specl):
     for name in COMMANDS:
         outcome = specl(name, "--help")

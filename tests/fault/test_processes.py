@@ -158,7 +158,7 @@ def test_f15_a_daemon_that_dies_at_every_start_is_started_less_and_less_often(in
         env=os.environ | instance.environment(SPECL_CRASH_AT="fetch.before_request"),
         stdout=open(instance.outputs / "keeper.out", "wb"), stderr=subprocess.STDOUT,
     )  # fmt: skip
-    said = lambda: [int(n) for n in re.findall(r"again_in_s=(\d+)", instance.output("keeper"))]  # noqa: E731
+    said = lambda: [int(n) for n in re.findall(r"restart_in_s=(\d+)", instance.output("keeper"))]  # noqa: E731
     try:
         began = time.monotonic()
         wait_until(lambda: len(said()) >= 4, 60, "it died four times")
@@ -194,5 +194,5 @@ def test_f15_a_settings_error_is_said_once_and_not_retried(instance, tree):
     running.process.wait(timeout=30)
     said = (instance.outputs / "honcho.out").read_text()
     assert "unknown setting `nonsense`" in said
-    assert said.count("inference: ") <= 1 and "again_in_s" not in said
+    assert said.count("inference: ") <= 1 and "restart_in_s" not in said
     assert running.all_gone()

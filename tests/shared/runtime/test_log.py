@@ -1,4 +1,4 @@
-"""What the terminal is told of an error: its traceback, and nothing of what users wrote."""
+"""An error on the terminal: its traceback, and nothing of what users wrote."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ try:
     fail("a private" + " sentence")
 except OverflowError:
     logging.getLogger("uvicorn.error").exception("broken")
-    log.get("test").exception("broken.too")
+    log.get("test").exception("test.failed")
 """
 
 

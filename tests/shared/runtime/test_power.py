@@ -1,13 +1,13 @@
-"""What pmset prints and what Linux has in /sys, read; and that what cannot be read is no objection.
+"""Reading what pmset prints and what Linux has in /sys; what cannot be read counts as mains power and a cool machine.
 
-The texts of pmset were recorded by others (none of this ran on a Mac here): public bug reports and posts, and the format strings of
-Apple's pmset.c where nobody published a warning.
+The outputs of pmset come from public bug reports and posts, and from the format strings of Apple's pmset.c where nobody
+published a warning. None of them was recorded on a Mac here.
 """
 
 import pytest
 
 from specl.shared.runtime import power
-from specl.shared.runtime.power import Power, drains, drawing_from_battery, is_hot, read_mac
+from specl.shared.runtime.power import Power, drawing_from_battery, is_discharging, is_hot, read_mac
 
 ON_BATTERY = """\
 Now drawing from 'Battery Power'
@@ -50,7 +50,7 @@ FEW_CORES = "\tCPU_Scheduler_Limit \t= 100\n\tCPU_Available_CPUs \t= 8\n\tCPU_Sp
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("output", "expected"),
     [
         (ON_BATTERY, True),
         (UPS, True),
@@ -60,12 +60,12 @@ FEW_CORES = "\tCPU_Scheduler_Limit \t= 100\n\tCPU_Available_CPUs \t= 8\n\tCPU_Sp
         ("", False),
     ],
 )
-def test_what_feeds_a_mac(told, expected):
-    assert drawing_from_battery(told) is expected
+def test_battery_and_ups_feed_a_mac(output, expected):
+    assert drawing_from_battery(output) is expected
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("output", "expected"),
     [
         (APPLE_SILICON, False), (INTEL, False), (FEW_CORES, False), ("", False), ("Error: No thermal warning level", False),
         (SLOWED, True), (SCHEDULED_AWAY, True),
@@ -73,11 +73,11 @@ def test_what_feeds_a_mac(told, expected):
         ("Thermal Warning Level = 0\n", False), ("Thermal Warning Level = 255\n", False),
     ],
 )  # fmt: skip
-def test_whether_a_mac_is_hot(told, expected):
-    assert is_hot(told) is expected
+def test_a_mac_with_a_warning_is_hot(output, expected):
+    assert is_hot(output) is expected
 
 
-def test_a_mac_is_asked_both():
+def test_a_mac_is_asked_for_power_and_heat():
     assert read_mac({"batt": ON_BATTERY, "therm": SLOWED}.__getitem__) == Power(True, True)
     assert read_mac({"batt": PLUGGED_IN, "therm": APPLE_SILICON}.__getitem__) == Power(False, False)
 
@@ -85,18 +85,18 @@ def test_a_mac_is_asked_both():
 @pytest.mark.parametrize(
     "command", ["#!/bin/sh\nexit 1\n", "#!/bin/sh\nsleep 30\n", "#!/bin/sh\nprintf '\\377'\n", None]
 )
-def test_a_pmset_that_fails_hangs_or_is_not_there_is_no_objection(tmp_path, monkeypatch, command):
+def test_a_broken_pmset_counts_as_mains_power(tmp_path, monkeypatch, command):
     file = tmp_path / "pmset"
     if command is not None:
         file.write_text(command)
         file.chmod(0o700)
     monkeypatch.setattr(power, "PMSET", str(file))
-    monkeypatch.setattr(power, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(power, "PMSET_TIMEOUT_S", 0.2)
     monkeypatch.setattr(power.sys, "platform", "darwin")
     assert power.read() == Power()
 
 
-def test_pmset_is_called_as_its_manual_says(tmp_path, monkeypatch):
+def test_pmset_gets_the_arguments_of_its_manual(tmp_path, monkeypatch):
     file = tmp_path / "pmset"
     file.write_text("""#!/bin/sh\n[ "$1 $2" = "-g batt" ] && echo "Now drawing from 'Battery Power'"\nexit 0\n""")
     file.chmod(0o700)
@@ -109,11 +109,11 @@ def test_pmset_is_called_as_its_manual_says(tmp_path, monkeypatch):
 def supplies(tmp_path):
     """`supplies(AC={"type": "Mains", ...})`: a folder as in /sys/class/power_supply."""
 
-    def make(**found):
-        for name, facts in found.items():
+    def make(**supplies):
+        for name, files in supplies.items():
             (tmp_path / name).mkdir()
-            for fact, value in facts.items():
-                (tmp_path / name / fact).write_text(f"{value}\n")
+            for file, value in files.items():
+                (tmp_path / name / file).write_text(f"{value}\n")
         return tmp_path
 
     return make
@@ -124,7 +124,7 @@ AC = {"type": "Mains", "online": 0}
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("present", "expected"),
     [
         ({"AC": AC, "BAT0": BATTERY}, True),
         ({"AC": AC, "BAT0": {"type": "Battery", "status": "Discharging"}}, True),  # `scope` is often not there
@@ -139,13 +139,13 @@ AC = {"type": "Mains", "online": 0}
         ({}, False),
     ],
 )
-def test_what_feeds_a_linux_machine(supplies, found, expected):
-    assert drains(supplies(**found)) is expected
+def test_a_discharging_battery_feeds_a_linux_machine(supplies, present, expected):
+    assert is_discharging(supplies(**present)) is expected
 
 
-def test_a_machine_without_the_folder_is_fed(tmp_path):
-    assert drains(tmp_path / "nothing") is False
+def test_no_power_supply_folder_means_mains(tmp_path):
+    assert is_discharging(tmp_path / "nothing") is False
 
 
-def test_this_machine_can_be_looked_at():
+def test_the_power_of_this_machine_is_readable():
     assert isinstance(power.read(), Power)

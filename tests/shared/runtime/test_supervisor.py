@@ -1,9 +1,10 @@
-"""The keeper on each Procfile line: what ends it, and what it waits out."""
+"""The supervisor on each Procfile line: what ends it, and what it waits for."""
 
 import signal
 
 import pytest
 
+from specl.shared.errors import AlreadyRunning
 from specl.shared.runtime import supervisor
 from specl.shared.runtime.locks import Lock
 from specl.shared.runtime.supervisor import EX_CONFIG, EX_TEMPFAIL, supervise
@@ -11,7 +12,7 @@ from specl.shared.runtime.supervisor import EX_CONFIG, EX_TEMPFAIL, supervise
 
 @pytest.fixture
 def children(monkeypatch):
-    """`children(1, 75, 78)`: the exit codes of what the keeper starts, one after the other; what is left of them."""
+    """`children(1, 75, 78)`: the exit codes of the processes that the supervisor starts. Returns those not used yet."""
 
     def arrange(*codes):
         left = list(codes)
@@ -37,27 +38,25 @@ def children(monkeypatch):
 @pytest.mark.parametrize(
     ("command", "codes", "left"),
     [
-        ("", (EX_TEMPFAIL, 0), [0]),  # a second instance ends at once, and honcho all of it
-        ("specl-ctl store import", (EX_TEMPFAIL, EX_TEMPFAIL, EX_CONFIG), []),  # a command ends by itself
-        ("", (1, EX_TEMPFAIL, EX_TEMPFAIL, EX_CONFIG), []),  # it has served: it must not take the others with it
+        ("", (EX_TEMPFAIL, 0), [0]),  # a second instance ends at once, and honcho ends all of it
+        ("specl-ctl store import", (EX_TEMPFAIL, EX_TEMPFAIL, EX_CONFIG), []),  # a command gives the role back soon
+        ("", (1, EX_TEMPFAIL, EX_TEMPFAIL, EX_CONFIG), []),  # it has served: it must not stop the others
         ("", (EX_CONFIG, 0), [0]),
     ],
 )
-def test_a_refused_daemon_ends_its_keeper_only_where_waiting_cannot_help(tmp_path, children, command, codes, left):
-    held = Lock(tmp_path, "collector", command)
+def test_a_supervisor_ends_where_restarting_cannot_help(tmp_path, children, command, codes, left):
+    lock = Lock(tmp_path, "collector", command)
     try:
         remaining = children(*codes)
         assert supervise("collector", tmp_path) == EX_CONFIG
         assert remaining == left
     finally:
-        held.release()
+        lock.release()
 
 
-def test_who_is_refused_hears_who_is_there(tmp_path):
-    from specl.shared.errors import AlreadyRunning
-
+def test_a_refused_lock_names_its_holder(tmp_path):
     for command, words in (("", "another collector daemon"), ("specl-ctl store purge", "`specl-ctl store purge`")):
-        held = Lock(tmp_path, "collector", command)
+        lock = Lock(tmp_path, "collector", command)
         with pytest.raises(AlreadyRunning, match=words):
             Lock(tmp_path, "collector")
-        held.release()
+        lock.release()
