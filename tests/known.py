@@ -21,12 +21,6 @@ KNOWN: dict[str, set[str]] = {
         "shared/learning/build_draft.py build",
     },
     "pure": {
-        "shared/engine/answer_history.py .glob",
-        "shared/engine/answer_history.py .mkdir",
-        "shared/engine/answer_history.py .read_bytes",
-        "shared/engine/answer_history.py .unlink",
-        "shared/engine/costs.py .read_text",
-        "shared/engine/custom_drafter.py .read_bytes",
         "shared/learning/batch_generate.py .unlink",
         "shared/learning/build_draft.py .mkdir",
         "shared/learning/build_draft.py .read_text",
@@ -36,19 +30,12 @@ KNOWN: dict[str, set[str]] = {
         "shared/learning/user_texts.py .glob",
         "shared/learning/user_texts.py .unlink",
     },
-    "rooms": {
-        "chat",
-    },
     "settings": {
-        "specl.shared.engine.core -> specl.shared.settings.schema",
-        "specl.shared.engine.load -> specl.shared.settings.plugins",
-        "specl.shared.engine.load -> specl.shared.settings.schema",
         "specl.shared.learning.losses -> specl.shared.settings.plugins",
         "specl.shared.learning.losses -> specl.shared.settings.schema",
     },
     "upward": {
         "specl.shared.settings.cache -> specl",
-        "specl.shared.store.forgetting -> specl.shared.retention.redaction",
     },
 }
 # how often a rule that counts is broken
