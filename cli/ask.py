@@ -1,4 +1,4 @@
-"""`specl-ctl ask`: text on stdout as it comes, one line of statistics on stderr, or one JSON object."""
+"""`specl-ctl ask`: one question. The text goes to stdout as it is generated, a line of statistics to stderr; or one JSON object."""
 
 import json
 from dataclasses import asdict
@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
-from specl.cli.files import text_file
-from specl.cli.options import sampling
+from specl.cli.files.text import read_text
+from specl.cli.options import sampling_options
 from specl.shared.errors import RequestRejected
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Done
 
 
 def summary_line(done: Done) -> str:
-    """What a person wants to know of an answer, in one line."""
+    """The statistics of an answer in one line, for people."""
     stats = done.stats
     parts = [f"{done.tokens} tokens", f"{stats.tokens_per_second:.1f} tok/s"]
     if plain := stats.plain_tokens_per_second_estimate:
@@ -32,7 +32,7 @@ def summary_line(done: Done) -> str:
 
 
 def as_json(done: Done) -> dict[str, Any]:
-    """The object that `--json` prints."""
+    """The object that `--json` prints for an answer."""
     fields = asdict(done)
     order = ("text", "tokens", "finish_reason", "adapter_id", "recorded")
     return {"id": done.generation_id} | {name: fields[name] for name in order} | {"stats": fields["stats"]}
@@ -40,31 +40,34 @@ def as_json(done: Done) -> dict[str, Any]:
 
 @click.command()
 @click.argument("prompt")
-@sampling()
-@click.option("--mode", type=click.Choice(["detailed", "fast"]), help="fast keeps no token-level detail to learn from.")
+@sampling_options()
+@click.option(
+    "--mode", type=click.Choice(["detailed", "fast"]), help="fast: nothing is recorded that the draft could learn from."
+)
 @click.option("--system", help="A system message.")
 @click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
 @click.option("--num-draft-tokens", type=click.IntRange(0, 16), help="Draft exactly so many each round; 0: none.")
-@click.option("--ngram/--no-ngram", default=None, help="Draft from repeats of the running text too.")
-@click.option("--no-record", is_flag=True, help="Keep nothing of this request.")
+@click.option("--ngram/--no-ngram", default=None, help="Also draft from repeats of the running text.")
+@click.option("--no-record", is_flag=True, help="Record nothing of this request.")
 @click.option("--json", "as_object", is_flag=True, help="One JSON object instead of streaming text.")
-def ask(prompt: str, as_object: bool, no_record: bool, stop: tuple[str, ...], **wish: Any) -> None:
-    """Ask the model. PROMPT is a user's message; `-` reads it from standard input.
+def ask(prompt: str, as_object: bool, no_record: bool, stop: tuple[str, ...], **options: Any) -> None:
+    """Ask the model. PROMPT is the user's message; `-` reads it from standard input.
 
     \b
     specl-ctl ask "Why is the sky blue?"
     specl-ctl ask --temperature 0 --max-tokens 64 --json "List three rivers."
     """
     if prompt == "-":
-        prompt = text_file.text("-")
+        prompt = read_text("-")
     if not prompt.strip():
         raise RequestRejected("the prompt is empty")
     with Client() as client:
-        pieces = client.stream(prompt, on_position=_tell_place, stop=list(stop), record=not no_record, **wish)
+        pieces = client.stream(prompt, on_position=report_position, stop=list(stop), record=not no_record, **options)
         for text in pieces:
             if not as_object:
                 click.echo(text, nl=False)
         done = client.last
+        assert done is not None  # a stream that ends has set it
         if as_object:
             click.echo(json.dumps(as_json(done), ensure_ascii=False))
         else:
@@ -72,5 +75,7 @@ def ask(prompt: str, as_object: bool, no_record: bool, stop: tuple[str, ...], **
             click.echo(click.style(summary_line(done), dim=True), err=True)
 
 
-def _tell_place(place: int) -> None:
-    click.echo(click.style(f"waiting: {place} before you" if place else "waiting: next", dim=True), err=True)
+def report_position(position: int) -> None:
+    """Say on stderr how many requests are served before this one."""
+    text = f"waiting: {position} requests before this one" if position else "waiting: next"
+    click.echo(click.style(text, dim=True), err=True)

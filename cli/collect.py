@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import click
 
-from specl.cli.files.prompt_file import FilePrompt, read
-from specl.cli.options import sampling
+from specl.cli.files.prompts import FilePrompt, read_prompts
+from specl.cli.options import sampling_options
 from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Done
@@ -71,7 +71,7 @@ class Tally:
 @click.option(
     "--column", help="The column (CSV) or key (JSON) that holds the prompt.  [default: prompt, text, question, ...]"
 )
-@sampling("temperature", "max-tokens", "seed")
+@sampling_options("temperature", "max-tokens", "seed")
 @click.option("--system", help="A system message before every prompt.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Also write the answers here, one JSON object a line.")
 @click.option("--resume", is_flag=True, help="Go on with --output: what it holds is not asked again.")
@@ -90,7 +90,7 @@ def collect(
     """
     if resume and not output:
         raise click.UsageError("--resume needs the --output file to go on with")
-    prompts = read(file, column, limit)
+    prompts = read_prompts(file, column, limit)
     with _Output(output, resume) as kept, Client() as client:
         todo = [item for item in prompts if item.key not in kept.done]
         if len(todo) < len(prompts):

@@ -1,4 +1,4 @@
-"""`specl-ctl completion`: the script that makes a shell complete commands and options."""
+"""`specl-ctl completion`: a script with which a shell completes commands and options."""
 
 import click
 
@@ -19,5 +19,6 @@ def completion(shell: str) -> None:
 
     from specl.cli.main import cli
 
-    kind = get_completion_class(shell)
-    click.echo(kind(cli, {}, "specl-ctl", "_SPECL_CTL_COMPLETE").source())
+    completer = get_completion_class(shell)
+    assert completer is not None  # click knows all of SHELLS
+    click.echo(completer(cli, {}, "specl-ctl", "_SPECL_CTL_COMPLETE").source())

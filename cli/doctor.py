@@ -153,14 +153,14 @@ def _is_taken(host: str, port: int) -> bool:
 def _settings() -> Iterator[Finding]:
     settings = load_settings()
     yield OK, "settings", str(settings_file())
-    from specl.cli.models import _where
+    from specl.cli.models import find_model
 
     folder = find_paths().models
     for role, name, is_draft in (
         ("target", settings.models.target.name, False),
         ("draft", settings.models.draft.name, True),
     ):
-        where = _where(name, folder, is_draft)
+        where = find_model(name, folder, is_draft)
         if name is None:
             yield OK, role, "none"
         else:
@@ -169,12 +169,12 @@ def _settings() -> Iterator[Finding]:
 
 def _memory() -> Iterator[Finding]:
     """What the settings' models will take, where they are here."""
-    from specl.cli.memory_check import folders
+    from specl.cli.memory_check import local_pair
     from specl.shared.loading.engine import estimate_pair
     from specl.shared.models import memory
 
     settings = load_settings()
-    target, draft = folders(settings, find_paths().models)
+    target, draft = local_pair(settings, find_paths().models)
     if target is None or (settings.models.draft.name and draft is None):
         yield OK, "memory", "told when the models are here: `specl-ctl models fetch`"
         return

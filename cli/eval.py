@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specl.cli.files.prompt_file import read
+from specl.cli.files.prompts import read_prompts
 from specl.cli.options import TEMPERATURE
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import ConfigError, SpecLoraError
@@ -51,7 +51,7 @@ def evaluate(
     target's next token; at depth 2 and 3, where the guesses before it were right. speed: as served, draft length chosen
     by cost. Nothing is recorded.
     """
-    prompts = read(file, column, limit)
+    prompts = read_prompts(file, column, limit)
     names = _resolve(adapter), _resolve(against)
     if names[0] == names[1]:
         raise ConfigError(f"--adapter and --against both mean {names[0]}", _hint(adapter))
@@ -84,14 +84,14 @@ def _hint(name: str) -> str:
 
 
 def _load() -> "EngineCore":
-    from specl.cli.memory_check import check_memory, folders
+    from specl.cli.memory_check import check_memory, local_pair
     from specl.shared.loading.costs import load_or_calibrate
     from specl.shared.loading.engine import load_engine
     from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
     from specl.shared.models.load import to_stderr
 
     paths, settings = find_paths(), load_settings()
-    target, draft = folders(settings, paths.models)
+    target, draft = local_pair(settings, paths.models)
     check_memory(settings, paths, target, draft, "loading the models a second time")
     engine = load_engine(settings, paths.models, to_stderr)
     if engine.draft is None:

@@ -1,4 +1,4 @@
-"""`specl-ctl keys`: CURVE keys, so that daemons may be reached from other machines, and by nobody else."""
+"""`specl-ctl keys`: CURVE keys, with which daemons accept clients on other machines and refuse everybody else."""
 
 import click
 
@@ -9,13 +9,13 @@ from specl.shared.paths import find_paths
 
 @click.group()
 def keys() -> None:
-    """Keys that let clients on other machines in."""
+    """Keys for clients on other machines."""
 
 
 @keys.command()
-@click.option("--force", is_flag=True, help="Replace the keys that are there; clients with the old ones are shut out.")
+@click.option("--force", is_flag=True, help="Replace existing keys; clients with the old ones are refused.")
 def make(force: bool) -> None:
-    """Make keys for this run directory (0600). Every socket asks for them from the daemons' next start on."""
+    """Make keys for this run directory (0600). Every socket requires them once the daemons are restarted."""
     from specl.shared.messaging.bus import new_keys
 
     paths = find_paths().create()

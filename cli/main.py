@@ -1,8 +1,11 @@
-"""`specl-ctl`: one command, loaded group by group, so that `status` never waits for MLX to import."""
+"""`specl-ctl`: the command line. Each command's module is imported when it is used, so that `status` never waits for MLX.
+
+Knows the commands by name, and how errors are printed; nothing of what a command does.
+"""
 
 import importlib
 import sys
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -12,25 +15,27 @@ from specl.shared.errors import SpecLoraError
 # command -> (module in specl.cli, attribute, one line for the list)
 COMMANDS = {
     "ask": ("ask", "ask", "Ask the model; the answer streams as it is generated."),
-    "chat": ("chat.command", "chat", "ChatSession with the model, turn by turn."),
-    "status": ("status", "status", "Who runs, acceptance, failures, training, problems."),
+    "chat": ("chat.command", "chat", "Chat with the model, turn by turn."),
+    "status": ("status", "status", "Daemons, acceptance, failures, training, problems."),
     "collect": ("collect", "collect", "Answer a file of prompts, so that there is something to learn from."),
     "eval": ("eval", "evaluate", "Compare two adapters on a file of prompts: acceptance, agreement, speed."),
     "train": ("train", "train", "Ask the trainer for a run."),
     "adapters": ("adapters.command", "adapters", "List, show, activate, roll back and unload adapters."),
-    "store": ("store.command", "store", "Look into the failure store; export, import and purge."),
+    "store": ("store.command", "store", "Query the failure store; export, import and purge."),
     "demo": ("bench.demo", "demo", "The whole loop in one unattended command, in a scratch run directory."),
     "bench": ("bench.command", "bench", "Measure speed and equality against mlx-lm, interleaved in one run."),
     "draft": ("draft.command", "draft", "Build a draft model out of the target."),
-    "models": ("models", "models", "Which models are used, where they lie; import GGUF files."),
-    "keys": ("keys", "keys", "Keys that let clients on other machines in."),
+    "models": ("models", "models", "Which models are used and where they are; import GGUF files."),
+    "keys": ("keys", "keys", "Keys for clients on other machines."),
     "service": ("service", "service", "Units for systemd and launchd that keep the daemons running."),
     "completion": ("completion", "completion", "Completion for bash, zsh and fish."),
     "doctor": ("doctor", "doctor", "Check this machine and say what to do."),
 }
 
 
-class _Lazy(click.Group):
+class _LazyGroup(click.Group):
+    """The group of all commands; the table above stands for those that are not imported yet."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -38,29 +43,29 @@ class _Lazy(click.Group):
         if name not in COMMANDS:
             return None
         module, attribute, _ = COMMANDS[name]
-        return getattr(importlib.import_module(f"specl.cli.{module}"), attribute)
+        return cast(click.Command, getattr(importlib.import_module(f"specl.cli.{module}"), attribute))
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
-        """Names and lines from the table: completing must not load every command."""
+        """Names and lines from the table, because completing must not import every command."""
         from click.shell_completion import CompletionItem
 
-        found = [CompletionItem(n, help=line) for n, (_, _, line) in COMMANDS.items() if n.startswith(incomplete)]
-        return found or super().shell_complete(ctx, incomplete)
+        items = [CompletionItem(n, help=line) for n, (_, _, line) in COMMANDS.items() if n.startswith(incomplete)]
+        return items or super().shell_complete(ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
 
 
-def _print_version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
-    if wanted and not ctx.resilient_parsing:
+def _print_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
         from specl.cli.version import lines
 
         click.echo("\n".join(lines()))
         ctx.exit()
 
 
-@click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version",
     is_flag=True,
@@ -79,7 +84,7 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run; a user's mistake is one line on stderr, anything else is a bug and shows its traceback."""
+    """Run a command. An error of the user's is one line on stderr; any other is a bug and shows its traceback."""
     try:
         return cli(args=arguments, prog_name="specl-ctl", standalone_mode=False, color=False if no_colour() else None)
     except click.exceptions.Exit as error:

@@ -1,4 +1,7 @@
-"""Whether this machine has room for models in a command's own process, beside those that the running daemons hold."""
+"""Whether models that a command loads into its own process fit into memory beside those of the running daemons.
+
+Knows settings, folders and estimates; loads nothing.
+"""
 
 from pathlib import Path
 
@@ -13,45 +16,46 @@ from specl.shared.runtime.locks import is_locked
 from specl.shared.settings.schema import Settings
 
 
-def folders(settings: Settings, models: Path) -> tuple[Path | None, Path | None]:
-    """The settings' target and draft, where they are here as folders."""
+def local_pair(settings: Settings, models: Path) -> tuple[Path | None, Path | None]:
+    """The folders of the settings' target and draft; None for one that is not on this machine yet."""
     name = settings.models.draft.name
-    draft = (draft_folder(name, models) or here(name, models)) if name else None
-    return here(settings.models.target.name, models), draft
+    draft = (draft_folder(name, models) or local_path(name, models)) if name else None
+    return local_path(settings.models.target.name, models), draft
 
 
-def here(name: str, models: Path) -> Path | None:
-    """The model's folder, where it needs neither fetching nor converting first."""
+def local_path(name: str, models: Path) -> Path | None:
+    """The folder of a model that needs neither fetching nor converting first, else None."""
     path = located(name, models)
     return path if path is not None and path.is_dir() else None
 
 
-def check_memory(settings: Settings, paths: Paths, target: Path | None, draft: Path | None, what: str) -> None:
-    """Raises ModelError where the models in these folders do not fit beside the daemons'. Says so where nobody can tell; of
-    a model that is not here yet nothing is known.
+def check_memory(settings: Settings, paths: Paths, target: Path | None, draft: Path | None, purpose: str) -> None:
+    """Raise ModelError if the models in these folders do not fit beside those of the daemons. `purpose` begins its sentence.
+
+    Nothing is checked for a target that is not on this machine yet. A model whose size cannot be estimated is reported on stderr.
     """
     if target is None:
         return
     try:
-        own, machine = estimate_pair(settings, target, draft)
-        needed, beside = own.total(training=False), _held(settings, paths)
+        estimate, machine = estimate_pair(settings, target, draft)
+        needed, daemons = estimate.total(training=False), _used_by_daemons(settings, paths)
     except ModelError as error:
         click.echo(f"memory is not checked: {error}", err=True)
         return
     allowed = memory.limit(settings, machine)
-    if needed + beside <= allowed:
+    if needed + daemons <= allowed:
         return
-    daemons = f" beside the {beside / 1e9:.1f} GB of the running daemons" if beside else ""
+    beside = f" beside the {daemons / 1e9:.1f} GB of the running daemons" if daemons else ""
     raise ModelError(
-        f"{what} needs about {needed / 1e9:.1f} GB{daemons}; {allowed / 1e9:.1f} GB may be taken of this machine's "
+        f"{purpose} needs about {needed / 1e9:.1f} GB{beside}; {allowed / 1e9:.1f} GB may be taken of this machine's "
         f"{machine.memory / 1e9:.1f} GB",
         "stop the daemons meanwhile, take a smaller or more quantised model, or set memory.limit_gb",
     )
 
 
-def _held(settings: Settings, paths: Paths) -> float:
-    """Bytes that the inference daemon takes, or may take with its next request; 0 where it does not run."""
-    target, draft = folders(settings, paths.models)
+def _used_by_daemons(settings: Settings, paths: Paths) -> float:
+    """Bytes that the inference daemon uses, or may use with its next request; 0 if it does not run."""
+    target, draft = local_pair(settings, paths.models)
     if target is None or not is_locked(paths.run, "inference"):
         return 0.0
     return estimate_pair(settings, target, draft)[0].total(training=False)

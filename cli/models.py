@@ -19,8 +19,8 @@ def models() -> None:
     """Which models are used, where they lie; import GGUF files."""
 
 
-def _where(name: str | None, folder: Path, is_draft: bool) -> str | None:
-    """The folder a name stands for, without fetching anything."""
+def find_model(name: str | None, folder: Path, is_draft: bool) -> str | None:
+    """The folder that a model name of the settings stands for, or None; fetches nothing."""
     from specl.shared.models import builtin
 
     if name is None:
@@ -61,7 +61,7 @@ def list_(as_object: bool, others: bool) -> None:
         return
     settings, folder = load_settings(), find_paths().models
     rows: dict[str, Any] = {
-        role: {"name": model.name, "path": _where(model.name, folder, role == "draft")}
+        role: {"name": model.name, "path": find_model(model.name, folder, role == "draft")}
         for role, model in (("target", settings.models.target), ("draft", settings.models.draft))
     }
     if as_object:

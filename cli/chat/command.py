@@ -12,8 +12,8 @@ import click
 from specl.cli.ask import as_json, summary_line
 from specl.cli.chat import chat_input
 from specl.cli.chat.conversation import Conversation
-from specl.cli.files import text_file
-from specl.cli.options import sampling
+from specl.cli.files.text import read_lines
+from specl.cli.options import sampling_options
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Delta
@@ -36,7 +36,7 @@ Ctrl-C stops an answer. A message that begins with a slash is typed with two."""
 
 @click.command()
 @click.option("--system", default="", help="A system message.")
-@sampling()
+@sampling_options()
 @click.option(
     "--show-draft", is_flag=True, help="Colour what was drafted: green by the draft model, cyan from repeats."
 )
@@ -62,7 +62,7 @@ def chat(system: str, show_draft: bool, no_record: bool, no_stats: bool, as_obje
             )
             talk.run_terminal(source)
         else:
-            talk.run(chat_input.messages(chat_input.piped(line for _, line in text_file.lines("-"))))
+            talk.run(chat_input.messages(chat_input.piped(line for _, line in read_lines("-"))))
 
 
 class Face:

@@ -120,7 +120,7 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
     A stopped build goes on where it was when the same command is run again. The draft is ready for
     `models.draft.name` in the settings file.
     """
-    from specl.cli.memory_check import check_memory, here
+    from specl.cli.memory_check import check_memory, local_path
     from specl.shared.learning.build_draft import build as distil
     from specl.shared.models.head import load_head
     from specl.shared.models.load import load, to_stderr
@@ -135,7 +135,7 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
     if keep and not keep.parent.is_dir():
         raise ConfigError(f"--keep-answers {keep}: there is no folder {keep.parent}")
     name = target or settings.models.target.name
-    check_memory(settings, paths, here(name, paths.models), None, "building a draft")
+    check_memory(settings, paths, local_path(name, paths.models), None, "building a draft")
     loaded = load(name, paths.models, settings.models.precision, to_stderr)
     short = Path(name).name
     chosen = _settings(wish, loaded, seconds)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specl.cli.files import prompt_file, text_file
+from specl.cli.files.prompts import read_prompts
 from specl.shared.errors import ConfigError, ModelError
 from specl.shared.settings.schema import Settings
 
@@ -20,7 +20,7 @@ SHIPPED = "shipped"
 
 
 def prompts_of(file: str) -> tuple[list[Any], str]:
-    """The prompts in `file` (as `prompt_file` reads them; in plain text a line may be JSON, too), or the shipped ones, and
+    """The prompts in `file` (see cli/files/prompts.py; in plain text a line may be JSON, too), or the shipped ones, and
     their sha256.
 
     Raises ConfigError that names file and line. Left out is what shares eight words with a prompt that drafts are judged by.
@@ -31,7 +31,7 @@ def prompts_of(file: str) -> tuple[list[Any], str]:
         return prompts.load("train"), prompts.sha256("train")
     if file == "-":
         raise ConfigError("--prompts wants a file: a build that was stopped reads it again")
-    found = prompt_file.read(file) if Path(file).suffix.lower() in prompt_file.KINDS else _mixed(file)
+    found = read_prompts(file, json_in_text=True)
     items = [
         prompts.ShippedPrompt(f"line-{item.line}", "own", item.messages)
         for item in found
@@ -59,22 +59,6 @@ def answers_of(files: Sequence[str], fingerprint: str) -> tuple[list["OwnText"],
         except ModelError as error:
             raise ConfigError(str(error), error.hint) from error
     return found, [hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest() for file in files]
-
-
-def _mixed(file: str) -> list[prompt_file.FilePrompt]:
-    """Lines of text, or of JSON where they begin as an object does."""
-    found, problems = [], []
-    for number, line in text_file.lines(file):
-        if line.strip():
-            try:
-                value = text_file.parse_json(line) if line.lstrip().startswith("{") else line.strip()
-                found.append(prompt_file.FilePrompt(number, prompt_file.to_messages(value)))
-            except ValueError as error:
-                problems.append(f"{file}:{number}: {error}")
-    prompt_file.refuse(problems)
-    if not found:
-        raise ConfigError(f"{file} has no prompts")
-    return found
 
 
 def texts_of_store(path: Path, settings: Settings, fingerprint: str, name: str) -> list["OwnText"]:

@@ -1,1 +1,1 @@
-"""Files that people hand in: prompts and plain text."""
+"""Files that users hand to commands: text, and prompts in text, JSON or CSV."""

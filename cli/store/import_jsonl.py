@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from specl.cli.files import text_file
+from specl.cli.files.prompts import raise_problems
+from specl.cli.files.text import parse_json, read_lines
 from specl.shared.conversations import conversation_of
-from specl.shared.errors import ConfigError
 from specl.shared.messaging.messages import Disagreement, Generation, TopK
 from specl.shared.paths import find_paths
 from specl.shared.settings.schema import Settings
 
-MOST_PROBLEMS = 5  # named at once
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")  # ids become file names
 
 
@@ -55,7 +54,7 @@ class Law:
 def read_items(file: str) -> list[Item]:
     """Every line of `file` (`-`: standard input). Raises ConfigError that names the bad lines; then nothing is imported."""
     items, problems = {}, []
-    for number, line in text_file.lines(file):
+    for number, line in read_lines(file):
         if not line.strip():
             continue
         try:
@@ -63,15 +62,13 @@ def read_items(file: str) -> list[Item]:
             items[item.id] = item
         except ValueError as error:
             problems.append(f"{file}:{number}: {error}")
-    if problems:
-        more = f"\nand {len(problems) - MOST_PROBLEMS} more lines" if len(problems) > MOST_PROBLEMS else ""
-        raise ConfigError("\n".join(problems[:MOST_PROBLEMS]) + more, "nothing was imported")
+    raise_problems(problems, "nothing was imported")
     return list(items.values())
 
 
 def parse(line: str) -> Item:
     """One line. Raises ValueError with what is wrong with it."""
-    value = text_file.parse_json(line)
+    value = parse_json(line)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     prompt, output = _text(value, "prompt"), _text(value, "target_output")
@@ -131,7 +128,7 @@ class Annotator:
     """Runs the target over texts that are already written. Loads it on construction; raises ModelError where it has no room."""
 
     def __init__(self, settings: Settings, models: Path) -> None:
-        from specl.cli.memory_check import check_memory, here
+        from specl.cli.memory_check import check_memory, local_path
         from specl.shared.engine.core import EngineCore
         from specl.shared.loading.engine import engine_options
         from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
@@ -139,7 +136,7 @@ class Annotator:
 
         name = settings.models.target.name
         what = "reading texts with the target (--text-only does without)"
-        check_memory(settings, find_paths(), here(name, models), None, what)
+        check_memory(settings, find_paths(), local_path(name, models), None, what)
         target = load(name, models, settings.models.precision, to_stderr)
         self._engine = EngineCore(target, None, engine_options(settings))
         self._k = settings.training.loss.top_k_logits

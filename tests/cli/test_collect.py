@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from specl.cli.files.prompt_file import read, to_messages
+from specl.cli.files.prompts import read_prompts, to_messages
 from specl.shared.errors import ConfigError
 from tests.harness.waiting import wait_until
 
@@ -34,13 +34,13 @@ def contents(prompts):
 )
 def test_every_form_gives_the_same_prompts(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert contents(read(str(tmp_path / name))) == ["one", "two"]
-    assert contents(read(str(tmp_path / name), limit=1)) == ["one"]
+    assert contents(read_prompts(str(tmp_path / name))) == ["one", "two"]
+    assert contents(read_prompts(str(tmp_path / name), limit=1)) == ["one"]
 
 
 def test_a_byte_order_mark_and_quoted_lines_are_read(tmp_path):
     (tmp_path / "a.csv").write_bytes('\ufeffprompt,n\r\n"one\nline",1\r\n'.encode())
-    assert contents(read(str(tmp_path / "a.csv"))) == ["one\nline"]
+    assert contents(read_prompts(str(tmp_path / "a.csv"))) == ["one\nline"]
 
 
 def test_messages_keep_their_history_and_lose_the_last_answer():
@@ -66,15 +66,15 @@ def test_what_is_no_prompt_is_named(tmp_path, name, text, told):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=told):
-        read(str(tmp_path / name))
+        read_prompts(str(tmp_path / name))
 
 
 def test_a_column_that_is_not_there_names_those_that_are(tmp_path):
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError, match="has no column c") as error:
-        read(str(tmp_path / "a.csv"), "c")
+        read_prompts(str(tmp_path / "a.csv"), "c")
     assert "a, b" in error.value.hint
-    assert contents(read(str(tmp_path / "a.csv"), "b")) == ["2"]
+    assert contents(read_prompts(str(tmp_path / "a.csv"), "b")) == ["2"]
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from specl.cli.draft.texts import prompts_of
-from specl.cli.files import text_file
-from specl.cli.files.prompt_file import read
+from specl.cli.files.prompts import read_prompts
+from specl.cli.files.text import read_text
 from specl.cli.store.import_jsonl import read_items
 from specl.shared.errors import ConfigError
 
@@ -27,7 +27,7 @@ def test_only_a_newline_ends_a_line(tmp_path, name):
     line = json.dumps({"prompt": ODD}, ensure_ascii=False) if name == "a.jsonl" else ODD
     head = "prompt\r\n" if name == "a.csv" else ""
     (tmp_path / name).write_bytes(f"\ufeff{head}{line}\r\n{line}\r\n".encode())
-    assert contents(read(str(tmp_path / name))) == [ODD, ODD]
+    assert contents(read_prompts(str(tmp_path / name))) == [ODD, ODD]
     assert contents(prompts_of(str(tmp_path / name))[0]) == [ODD, ODD]
 
 
@@ -44,7 +44,7 @@ def test_a_mark_before_json_hides_no_json(tmp_path):
 
 def test_a_long_document_is_one_field(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,n\n" + "long " * 50_000 + ",1\n")
-    assert len(contents(read(str(tmp_path / "a.csv")))[0]) == 249_999
+    assert len(contents(read_prompts(str(tmp_path / "a.csv")))[0]) == 249_999
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_long_document_is_one_field(tmp_path):
 )
 def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, data, told):
     (tmp_path / name).write_bytes(data)
-    for reader in (read, prompts_of):
+    for reader in (read_prompts, prompts_of):
         with pytest.raises(ConfigError, match=told):
             reader(str(tmp_path / name))
 
@@ -99,7 +99,7 @@ def test_an_argument_that_is_not_utf8_is_refused_before_it_is_sent(instance, spe
 
 def test_text_has_plain_newlines(tmp_path):
     (tmp_path / "a").write_bytes("a\r\nb\rc\u2028d\n".encode())
-    assert text_file.text(str(tmp_path / "a")) == "a\nb\nc\u2028d\n"
+    assert read_text(str(tmp_path / "a")) == "a\nb\nc\u2028d\n"
 
 
 # ------------------------------------------------------------------------------------------------ options and colours
