@@ -17,6 +17,7 @@ SOCKET_PATH_LIMIT = 103
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # may succeed later, unlike a missing permission
 ROLES = ("inference", "collector", "trainer")  # each has two sockets on the bus
 DAEMONS = (*ROLES, "gateway")
+PRODUCERS = ("inference", "trainer")  # each has an outbox that the collector empties
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Paths:
         return self.root / "keys"
 
     def outbox(self, producer: str) -> Path:
-        """The outbox of one producer (`inference`, `trainer`)."""
+        """The outbox of one of PRODUCERS."""
         return self.root / "outbox" / f"{producer}.db"
 
     def socket(self, name: str) -> str:

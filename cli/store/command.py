@@ -11,8 +11,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from specl.cli.store.export_import import export, import_
-from specl.cli.store.purge import moment, purge
+from specl.cli.store.export import export
+from specl.cli.store.import_command import import_
+from specl.cli.store.purge import parse_time, purge
 from specl.cli.store.show import show
 from specl.shared.paths import find_paths
 from specl.shared.store import Store
@@ -137,7 +138,7 @@ def _filter(contains: str | None, adapter: str | None, below: float | None, sinc
         values["below"] = below
     if since:
         parts.append("g.created_at >= :since")
-        values["since"] = moment(since, time.time())
+        values["since"] = parse_time(since, time.time())
     return " AND ".join(parts) or "1", values
 
 

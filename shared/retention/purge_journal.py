@@ -1,8 +1,8 @@
-"""What a purge set out to do and has found so far, kept in `var/purge.pending` until it has proved that all is gone.
+"""What a purge was asked for and which generations it has found so far, in `var/purge.pending` until all are gone.
 
-Rows, outboxes and hidden states go one after the other, and each is known by what the ones before it held. So the wish is
-written here first, then the ids and texts of every portion before it is deleted: a purge that a reader of the store, a dead
-daemon or Ctrl-C has stopped is finished by the next one. JSON lines, private, removed last. Knows files, nothing of daemons.
+Rows, outboxes and hidden states are deleted one after the other, and each is found by what the others held. So the request is
+written first, then the ids of every portion before it is deleted: a purge that was stopped (by a reader of the store, a dead daemon,
+Ctrl-C) is finished by the next one. JSON lines, private, removed last. Knows files, nothing of daemons.
 """
 
 import json
@@ -16,7 +16,7 @@ from specl.shared.errors import SpecLoraError
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class PurgeRequest:
     """A purge as it was asked for at the time `begun`: full ids, everything older than `before`, everything with `pattern`."""
 
     begun: float
@@ -28,37 +28,38 @@ class Wish:
     retrain: bool = False
 
 
-class PendingPurge:
+class PurgeJournal:
     """The file at `path`. Raises SpecLoraError where the disk refuses: nothing is deleted that is not noted."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._checked = False  # whether the last line is known to be whole: a kill may have cut it short
+        self._is_whole = False  # whether the last line is known to be complete: a kill may have cut it short
 
-    def wish(self) -> Wish | None:
+    def request(self) -> PurgeRequest | None:
         """What was asked for, or None where no purge is unfinished (or it was stopped before it began)."""
         for line in self._lines():
             try:
-                return Wish(**line["wish"])
+                return PurgeRequest(**(line.get("request") or line["wish"]))  # "wish": earlier versions
             except (KeyError, TypeError) as error:
-                raise SpecLoraError(
-                    f"{self.path} is no note of a purge", "remove it, and purge again what was to be forgotten"
-                ) from error
+                raise self._unreadable() from error
         return None
 
-    def begin(self, wish: Wish) -> None:
-        """Note a new wish in place of a finished one."""
+    def begin(self, request: PurgeRequest) -> None:
+        """Note a new request in place of a finished one."""
         self.path.unlink(missing_ok=True)
-        self._append({"wish": asdict(wish)})
+        self._append({"request": asdict(request)})
 
-    def note(self, ids: Iterable[str], texts: Iterable[str], typed: Iterable[str]) -> None:
-        """What is deleted next: `texts` must be found nowhere afterwards; of those a user `typed` the chat may remember."""
-        self._append({"ids": sorted(ids), "texts": sorted(texts), "typed": sorted(typed)})
+    def note(self, ids: Iterable[str]) -> None:
+        """The generations that are deleted next."""
+        self._append({"ids": sorted(ids)})
 
-    def noted(self, what: str) -> Iterator[str]:
-        """All `ids`, `texts` or `typed` so far; the same may come more than once."""
+    def noted(self, field: str = "ids") -> Iterator[str]:
+        """All ids so far; the same may come more than once.
+
+        Earlier versions noted texts as well ("texts", and "typed" for a user's), which were then still to be erased from logs.
+        """
         for line in self._lines():
-            yield from line.get(what, ())
+            yield from line.get(field, ())
 
     def end(self) -> None:
         """All is gone; this goes last."""
@@ -67,15 +68,15 @@ class PendingPurge:
     def _append(self, line: dict[str, Any]) -> None:
         try:
             with open(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600), "rb+") as file:
-                if not self._checked:
+                if not self._is_whole:
                     file.truncate(file.read().rfind(b"\n") + 1)
-                    self._checked = True
+                    self._is_whole = True
                 file.seek(0, os.SEEK_END)
                 file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            self._checked = False
+            self._is_whole = False
             raise SpecLoraError(
                 f"what is to be forgotten could not be noted in {self.path}: {error.strerror}",
                 "purge again once there is room",
@@ -90,6 +91,9 @@ class PendingPurge:
         except FileNotFoundError:
             return
         except ValueError as error:
-            raise SpecLoraError(
-                f"{self.path} is no note of a purge", "remove it, and purge again what was to be forgotten"
-            ) from error
+            raise self._unreadable() from error
+
+    def _unreadable(self) -> SpecLoraError:
+        return SpecLoraError(
+            f"{self.path} is no note of a purge", "remove it, and purge again what was to be forgotten"
+        )

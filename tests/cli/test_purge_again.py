@@ -6,11 +6,10 @@ import sqlite3
 import pytest
 
 from specl.cli.chat.chat_input import _history
-from specl.cli.store import purge
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.endpoints import Keys, write_keys
 from specl.shared.paths import find_paths
-from specl.shared.retention import erasure_check
+from specl.shared.retention import purge
 from specl.shared.retention.chat_history import history_file
 from specl.shared.retention.checkpoints import checkpoint_folder
 from specl.shared.runtime.locks import Lock, is_locked
@@ -76,7 +75,7 @@ def test_a_purge_stopped_half_way_is_finished_by_the_next(specl, kept, monkeypat
     undo()
     finished = specl("store", "purge", *again)
     assert finished.exit_code == 0, finished.stderr
-    assert "finishing the purge of" in finished.stdout and "finds nothing" in finished.stdout
+    assert "finishing the purge of" in finished.stdout and "is erased under" in finished.stdout
     assert left(kept) == (False, False) and not kept.pending_purge.exists()
     assert ids_in(kept.store) == ["b"]
     assert not any("purge" in problem for problem in specl("status", "--json").json["problems"])
@@ -114,6 +113,20 @@ def test_a_note_whose_last_line_was_cut_short_is_used_as_far_as_it_goes(specl, k
     assert left(kept) == (False, False) and ids_in(kept.store) == ["b"]
 
 
+def test_a_purge_of_an_earlier_version_is_finished(specl, kept):
+    wish = {"begun": 1.0, "ids": [], "before": None, "pattern": "heron", "everything": False}
+    lines = [{"wish": wish}, {"ids": ["a"], "texts": [SECRET], "typed": [SECRET, "pin 1"]}]
+    kept.pending_purge.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (kept.logs / "old.log").write_text(f'{{"error": "{SECRET}"}}\n{{"event": "kept"}}\n')
+    history = _history(kept, Records(), remember=True)
+    for message in (SECRET, "pin 1", "stays"):
+        history.store_string(message)
+    assert specl("store", "purge", "--resume").exit_code == 0
+    assert ids_in(kept.store) == ["b"] and left(kept) == (False, False)
+    assert (kept.logs / "old.log").read_text() == '{"event": "kept"}\n'
+    assert list(_history(kept, Records(), remember=True).load_history_strings()) == ["stays"]
+
+
 def test_resume_without_anything_to_finish_says_so_and_goes_alone(specl, kept):
     assert "no purge was stopped" in specl("store", "purge", "--resume").stdout
     assert specl("store", "purge", "--resume", "--all", "--yes").exit_code == 2
@@ -133,31 +146,17 @@ def test_a_large_purge_goes_in_portions(specl, kept, monkeypatch):
     store.add_rows([to_row(spoken(f"n{n}", f"many words, number {n}")) for n in range(23)])
     store.close()
     asked = []
-    real = purge.Forgetting._in_its_place
+    real = purge.through_daemon
     monkeypatch.setattr(forgetting, "PURGE_MOST", 5)
     monkeypatch.setattr(purge, "PURGE_MOST", 5)
     monkeypatch.setattr(
-        purge.Forgetting,
-        "_in_its_place",
-        lambda self, role, wish: asked.append(len(wish.ids)) or real(self, role, wish),
+        purge,
+        "through_daemon",
+        lambda client, role, message, *more: asked.append(len(message.ids)) or real(client, role, message, *more),
     )
     outcome = specl("store", "purge", "--pattern", "many words", "--yes", "--json")
     assert outcome.json["stored"] == 23 and ids_in(kept.store) == ["a", "b"]
     assert max(asked) == 5
-
-
-def test_the_search_leaves_nothing_out_however_much_there_is(specl, kept, monkeypatch):
-    monkeypatch.setattr(erasure_check.portions_of, "__defaults__", (3,))
-    texts = [f"{n} is a text of some length, longer than one piece" for n in range(9)]
-    (kept.root / "left").write_text(texts[8])
-    with pytest.raises(SpecLoraError, match="still found in left"):
-        erasure_check.prove(kept, lambda: texts)
-    (kept.root / "left").unlink()
-    searched, shared = erasure_check.prove(kept, lambda: [*texts, "something else, that stays here"])
-    assert searched == 4 * 3 + 2 and shared == 1, "in five portions, the last of nine texts among them"
-    (kept.root / "zeros").write_bytes(bytes(3 << 20) + texts[3].encode() + bytes(3 << 20))
-    with pytest.raises(SpecLoraError, match="still found in zeros"):
-        erasure_check.prove(kept, lambda: texts)
 
 
 def test_short_messages_leave_the_chats_history_too(specl, kept):

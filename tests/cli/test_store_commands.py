@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from specl.cli.store.import_jsonl import law_of, parse, spelled, to_record
+from specl.cli.store.import_jsonl import parse
 from specl.cli.store.show import marked, pieces
+from specl.shared.learning.imported_texts import text_logprobs, to_generation, with_token_texts
 from specl.shared.paths import find_paths
 from specl.shared.runtime.locks import is_locked
 from specl.shared.store import Store, StoredGeneration
@@ -209,15 +210,15 @@ def test_the_targets_law_makes_an_import_learnable(tiny):
 
     for _ in range(6):
         own.append(int(mx.argmax(target.logits(target.states(mx.array([own]), target.new_cache())[0, -1]))))
-    sampling = law_of(target, "text", prompt, own[4:], 8)
-    assert sampling.greedy and sampling.top_k.k == 8
-    ids = np.frombuffer(sampling.top_k.ids, "<u4").reshape(-1, 8)
+    scored = text_logprobs(target, "text", prompt, own[4:], 8)
+    assert scored.greedy and scored.top_k.k == 8
+    ids = np.frombuffer(scored.top_k.ids, "<u4").reshape(-1, 8)
     assert ids[:, 0].tolist() == own[4:]
-    weights = np.exp(np.frombuffer(sampling.top_k.logprobs, "<f2").astype(float)).reshape(-1, 8).sum(1)
-    assert np.allclose(weights + np.frombuffer(sampling.top_k.tail, "<f2"), 1, atol=0.01)
+    weights = np.exp(np.frombuffer(scored.top_k.logprobs, "<f2").astype(float)).reshape(-1, 8).sum(1)
+    assert np.allclose(weights + np.frombuffer(scored.top_k.tail, "<f2"), 1, atol=0.01)
     changed = [(own[4] + 1) % 97, *own[5:]]
-    assert not law_of(target, "text", prompt, changed, 8).greedy
-    record = to_record(parse(json.dumps(LINE)), sampling)
+    assert not text_logprobs(target, "text", prompt, changed, 8).greedy
+    record = to_generation(parse(json.dumps(LINE)), scored)
     store = Store(find_paths().create().store)
     assert store.add_rows([to_row(record)]) == ["from-elsewhere"]
     assert [row.id for row in store.outlines(5)] == ["from-elsewhere"]
@@ -228,14 +229,14 @@ def test_the_targets_law_makes_an_import_learnable(tiny):
 def test_disagreeing_tokens_are_spelled_where_the_ids_are_the_tokenizers(tiny):
     item = parse(json.dumps(LINE))  # at position 1: 5 drafted, 6 right
     decode = tiny().tokenizer.decode
-    same = spelled(item, law_of(tiny(), "text", [5, 6], [9, 6, 9], 8), decode).disagreements[0]
+    same = with_token_texts(item, text_logprobs(tiny(), "text", [5, 6], [9, 6, 9], 8), decode).disagreements[0]
     assert (same.draft_text, same.target_text) == (decode([5]), decode([6]))
-    other = spelled(item, law_of(tiny(), "text", [5, 6], [9, 9, 9], 8), decode).disagreements[0]
+    other = with_token_texts(item, text_logprobs(tiny(), "text", [5, 6], [9, 9, 9], 8), decode).disagreements[0]
     assert (other.draft_text, other.target_text) == ("", "")
 
 
 def test_too_long_for_the_target_stays_text(tiny):
-    assert law_of(tiny(), "text", [5] * 200, [6] * 200, 8) is None
+    assert text_logprobs(tiny(), "text", [5] * 200, [6] * 200, 8) is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from specl.cli.draft.texts import prompts_of
 from specl.cli.files.prompts import read_prompts
 from specl.cli.files.text import read_text
-from specl.cli.store.import_jsonl import read_items
+from specl.cli.store.import_jsonl import read_texts
 from specl.shared.errors import ConfigError
 
 ODD = "one\u2028two\u0085three\x0cfour"
@@ -34,7 +34,7 @@ def test_only_a_newline_ends_a_line(tmp_path, name):
 def test_what_the_export_writes_is_read_again(tmp_path):
     row = {"id": "a", "prompt": ODD, "target_output": "fine"}
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row, ensure_ascii=False).encode() + b"\r\n")
-    assert [item.prompt for item in read_items(str(tmp_path / "a.jsonl"))] == [ODD]
+    assert [item.prompt for item in read_texts(str(tmp_path / "a.jsonl"))] == [ODD]
 
 
 def test_a_mark_before_json_hides_no_json(tmp_path):
@@ -76,7 +76,7 @@ def test_a_disagreement_at_no_place_is_refused(tmp_path):
     row = '{"prompt": "a", "target_output": "b", "disagreements": [{"position": 1e999}]}'
     (tmp_path / "a.jsonl").write_text(row)
     with pytest.raises(ConfigError, match="a.jsonl:1: a disagreement cannot be read"):
-        read_items(str(tmp_path / "a.jsonl"))
+        read_texts(str(tmp_path / "a.jsonl"))
 
 
 # ------------------------------------------------------------------------------------------------ standard input

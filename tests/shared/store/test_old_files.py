@@ -28,7 +28,7 @@ from specl.shared.paths import Paths
 from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.retention.checkpoints import checkpoint_folder, generations_in
 from specl.shared.retention.hidden_states import HiddenSpool
-from specl.shared.retention.purge_journal import PendingPurge, Wish
+from specl.shared.retention.purge_journal import PurgeJournal, PurgeRequest
 from specl.shared.store import SCHEMA_VERSION, Store
 
 V1 = Path(__file__).parents[2] / "fixtures" / "v1"
@@ -412,9 +412,9 @@ def test_adapters_are_verified_and_their_marks_are_known(paths):
 
 
 def test_an_unfinished_purge_can_be_finished(paths):
-    purge = PendingPurge(paths.pending_purge)
+    journal = PurgeJournal(paths.pending_purge)
     first, second = "000000000000000000000000000000a1", "000000000000000000000000000000b2"
-    assert purge.wish() == Wish(
+    assert journal.request() == PurgeRequest(
         begun=1_780_500_000.0,
         ids=[first],
         before=1_780_400_000.0,
@@ -423,9 +423,9 @@ def test_an_unfinished_purge_can_be_finished(paths):
         drop_adapters=True,
         retrain=True,
     )
-    assert list(purge.noted("ids")) == [first, second]
-    assert list(purge.noted("texts")) == ["The word xyzzy", "an answer with xyzzy", "another xyzzy"]
-    assert list(purge.noted("typed")) == ["The word xyzzy"]
+    assert list(journal.noted("ids")) == [first, second]
+    assert list(journal.noted("texts")) == ["The word xyzzy", "an answer with xyzzy", "another xyzzy"]
+    assert list(journal.noted("typed")) == ["The word xyzzy"]
 
 
 def test_past_answers_are_remembered(paths):
