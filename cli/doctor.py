@@ -153,14 +153,14 @@ def _is_taken(host: str, port: int) -> bool:
 def _settings() -> Iterator[Finding]:
     settings = load_settings()
     yield OK, "settings", str(settings_file())
-    from specl.cli.models import find_model
+    from specl.cli.models import model_folder
 
     folder = find_paths().models
     for role, name, is_draft in (
         ("target", settings.models.target.name, False),
         ("draft", settings.models.draft.name, True),
     ):
-        where = find_model(name, folder, is_draft)
+        where = model_folder(name, folder, is_draft)
         if name is None:
             yield OK, role, "none"
         else:

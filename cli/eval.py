@@ -88,7 +88,7 @@ def _load() -> "EngineCore":
     from specl.shared.loading.costs import load_or_calibrate
     from specl.shared.loading.engine import load_engine
     from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
-    from specl.shared.models.load import to_stderr
+    from specl.shared.models.report import to_stderr
 
     paths, settings = find_paths(), load_settings()
     target, draft = local_pair(settings, paths.models)

@@ -10,7 +10,7 @@ import click
 from specl.shared.errors import ModelError
 from specl.shared.loading.engine import draft_folder, estimate_pair
 from specl.shared.models import memory
-from specl.shared.models.load import located
+from specl.shared.models.find import find_model
 from specl.shared.paths import Paths
 from specl.shared.runtime.locks import is_locked
 from specl.shared.settings.schema import Settings
@@ -25,7 +25,7 @@ def local_pair(settings: Settings, models: Path) -> tuple[Path | None, Path | No
 
 def local_path(name: str, models: Path) -> Path | None:
     """The folder of a model that needs neither fetching nor converting first, else None."""
-    path = located(name, models)
+    path = find_model(name, models)
     return path if path is not None and path.is_dir() else None
 
 

@@ -19,7 +19,7 @@ def models() -> None:
     """Which models are used, where they lie; import GGUF files."""
 
 
-def find_model(name: str | None, folder: Path, is_draft: bool) -> str | None:
+def model_folder(name: str | None, folder: Path, is_draft: bool) -> str | None:
     """The folder that a model name of the settings stands for, or None; fetches nothing."""
     from specl.shared.models import builtin
 
@@ -34,10 +34,10 @@ def find_model(name: str | None, folder: Path, is_draft: bool) -> str | None:
     if name == builtin.NAME:
         path = folder / name
         return str(path) if (path / "config.json").is_file() else None
-    from specl.shared.models.load import located
+    from specl.shared.models.find import find_model
 
     try:
-        if (path := located(name, folder)) is not None:
+        if (path := find_model(name, folder)) is not None:
             return str(path)
     except ModelError:
         return None
@@ -61,7 +61,7 @@ def list_(as_object: bool, others: bool) -> None:
         return
     settings, folder = load_settings(), find_paths().models
     rows: dict[str, Any] = {
-        role: {"name": model.name, "path": find_model(model.name, folder, role == "draft")}
+        role: {"name": model.name, "path": model_folder(model.name, folder, role == "draft")}
         for role, model in (("target", settings.models.target), ("draft", settings.models.draft))
     }
     if as_object:
@@ -73,9 +73,9 @@ def list_(as_object: bool, others: bool) -> None:
 
 
 def _list_found(as_object: bool) -> None:
-    from specl.shared.models.local_models import search_here
+    from specl.shared.models.local_models import list_local_models
 
-    items = search_here()
+    items = list_local_models()
     if as_object:
         rows = [{"name": i.name, "path": str(i.path), "format": i.format, "bytes": i.size} for i in items]
         click.echo(json.dumps(rows))
@@ -109,11 +109,11 @@ def import_(file: str, quantize: "Quantize", name: str | None, as_object: bool) 
     """
     from specl.shared.models import local_models
     from specl.shared.models.gguf_import import import_gguf, suggested_name
-    from specl.shared.models.load import to_stderr
+    from specl.shared.models.report import to_stderr
 
     path = Path(file).expanduser()
     if file.startswith(local_models.PREFIXES):
-        item = local_models.find(file, local_models.search_here())
+        item = local_models.model_named(file, local_models.list_local_models())
         if item.format == "mlx":
             raise ModelError(f"{file} needs no import: it is an MLX model", f"set models.target.name to {file}")
         path = item.path
@@ -133,13 +133,14 @@ def import_(file: str, quantize: "Quantize", name: str | None, as_object: bool) 
 def fetch() -> None:
     """Fetch and convert what the settings name and is not here yet."""
     from specl.shared.loading.engine import draft_folder
-    from specl.shared.models.load import resolve, to_stderr
+    from specl.shared.models.find import ensure_model
+    from specl.shared.models.report import to_stderr
 
     settings, paths = load_settings(), find_paths()
-    click.echo(f"target  {resolve(settings.models.target.name, paths.models, to_stderr)}")
+    click.echo(f"target  {ensure_model(settings.models.target.name, paths.models, to_stderr)}")
     draft = settings.models.draft.name
     if draft is not None:
         try:
-            click.echo(f"draft   {draft_folder(draft, paths.models) or resolve(draft, paths.models, to_stderr)}")
+            click.echo(f"draft   {draft_folder(draft, paths.models) or ensure_model(draft, paths.models, to_stderr)}")
         except ModelError as error:
             raise ModelError(f"the draft: {error}", error.hint) from error

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from specl import Engine
 from specl.shared.engine.drafters import NOTHING, Draft, DraftSampler
 from specl.shared.engine.sampling import point_mass
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.language_model import LanguageModel
 
 
 class Bigrams:

@@ -30,38 +30,3 @@ class AnswerStats:
     ttft_ms: float = 0.0
     prompt_tokens: int = 0
     reused_prompt_tokens: int = 0
-
-
-@dataclass(slots=True)
-class AnswerTotals:
-    """Sums over several answers. Drafts are those of the model drafter alone."""
-
-    answers: int = 0
-    tokens: int = 0
-    rounds: int = 0
-    model_drafted: int = 0
-    model_accepted: int = 0
-    decode_s: float = 0.0
-    prompt_tokens: int = 0
-    reused_prompt_tokens: int = 0
-
-    def add(self, tokens: int, stats: AnswerStats) -> None:
-        """Count one answer of so many tokens."""
-        self.answers += 1
-        self.tokens += tokens
-        self.rounds += stats.rounds
-        self.model_drafted += stats.model_drafted
-        self.model_accepted += stats.model_accepted
-        self.decode_s += tokens / stats.tokens_per_second if stats.tokens_per_second else 0.0
-        self.prompt_tokens += stats.prompt_tokens
-        self.reused_prompt_tokens += stats.reused_prompt_tokens
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        """accepted / drafted; None before anything was drafted."""
-        return self.model_accepted / self.model_drafted if self.model_drafted else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens per second of decoding; None before any."""
-        return self.tokens / self.decode_s if self.decode_s else None

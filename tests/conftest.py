@@ -27,7 +27,7 @@ def tiny_model(seed=0, family="llama", vocabulary=97, layers=2, sharp=3.0):
 
     import mlx.core as mx
 
-    from specl.shared.models.load import LanguageModel
+    from specl.shared.models.language_model import LanguageModel
 
     module = importlib.import_module(f"mlx_lm.models.{family}")
     shape = {

@@ -173,7 +173,7 @@ class _Bench:
         from specl.shared.loading.costs import load_or_calibrate
         from specl.shared.loading.engine import load_engine
         from specl.shared.models import blas
-        from specl.shared.models.load import to_stderr
+        from specl.shared.models.report import to_stderr
 
         engine = load_engine(self.settings, self.paths.models, to_stderr)
         load_or_calibrate(engine, self.paths.costs)
@@ -182,7 +182,7 @@ class _Bench:
             f"target {engine.target.name} ({engine.target.fingerprint}), draft {draft} ({engine.draft_fingerprint})"
         )
         self.console.print(
-            f"{engine.target.speed}; BLAS {blas.BOUND.name}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}"
+            f"{engine.target.kernels.description}; BLAS {blas.BOUND.name}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}"
         )
         return engine
 
@@ -199,7 +199,7 @@ class _Bench:
 
     def _arms(self, engine: "EngineCore") -> "list[Arm]":
         from specl.shared.bench.arms import STOCK, EngineArm, MlxSpeculativeArm, PlainArm, stock_copy
-        from specl.shared.models.load import LanguageModel
+        from specl.shared.models.language_model import LanguageModel
 
         sampling, top_k = self.sampling, self.settings.training.loss.top_k_logits
         arms: list[Any] = [PlainArm(engine.target, sampling)]

@@ -16,7 +16,7 @@ from specl.shared.settings.schema import Settings
 
 if TYPE_CHECKING:
     from specl.shared.learning.build_draft import BuildSettings, Built, Texts
-    from specl.shared.models.load import LanguageModel
+    from specl.shared.models.language_model import LanguageModel
     from specl.shared.runtime.progress import Progress
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -123,7 +123,8 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
     from specl.cli.memory_check import check_memory, local_path
     from specl.shared.learning.build_draft import build as distil
     from specl.shared.models.head import load_head
-    from specl.shared.models.load import load, to_stderr
+    from specl.shared.models.load import load
+    from specl.shared.models.report import to_stderr
 
     seconds = seconds_of(limit)
     settings, paths = load_settings(), find_paths()

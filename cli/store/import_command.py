@@ -91,7 +91,8 @@ class _TargetScorer:
         from specl.shared.engine.core import EngineCore
         from specl.shared.loading.engine import engine_options
         from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
-        from specl.shared.models.load import load, to_stderr
+        from specl.shared.models.load import load
+        from specl.shared.models.report import to_stderr
 
         name = settings.models.target.name
         activity = "reading texts with the target (--text-only does without)"

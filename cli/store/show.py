@@ -77,9 +77,9 @@ def _mark(piece: Piece, colour: bool) -> str:
 
 def target_tokenizer(name: str) -> Any | None:
     """The tokenizer of the model `name`, or None where it is not on this machine."""
-    from specl.cli.models import find_model
+    from specl.cli.models import model_folder
 
-    folder = find_model(name, find_paths().models, is_draft=False)
+    folder = model_folder(name, find_paths().models, is_draft=False)
     file = Path(folder) / "tokenizer.json" if folder else None
     return _Tokenizer(file) if file is not None and file.is_file() else None
 

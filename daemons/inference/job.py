@@ -17,7 +17,7 @@ from specl.shared.engine.decode import Session
 from specl.shared.engine.statistics import statistics
 from specl.shared.engine.text import HOLD, TextStream
 from specl.shared.messaging.messages import Ask, Disagreement, Done, Generation, PositionLogprobs, TokenLogprob, TopK
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.language_model import LanguageModel
 
 CONTEXT_TOKENS = 16  # before a disagreement
 

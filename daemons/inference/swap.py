@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from specl.shared.adapters.registry import REINSTATED, REINSTATING, Adapters
-from specl.shared.adapters.tensors import loading
+from specl.shared.adapters.tensors import load_adapter_steps
 from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.errors import AdapterRejected, disk_failed
 from specl.shared.messaging.codes import ActivationEvent, ActivationReason
@@ -202,7 +202,7 @@ class AdapterSwap:
 
     def _load(self, id: str) -> Steps[LoadedAdapter]:
         try:
-            adapter, _ = yield from loading(self.adapters, self.adapters.folder / id, self.engine)
+            adapter, _ = yield from load_adapter_steps(self.adapters, self.adapters.folder / id, self.engine)
             return adapter
         except (AdapterRejected, MemoryError):
             raise

@@ -17,7 +17,8 @@ from specl.shared.errors import AdapterRejected
 from specl.shared.learning.gate import Lineage, Verdict, lineage_problems
 from specl.shared.learning.learner import Learner
 from specl.shared.messaging.codes import RunTrigger
-from specl.shared.models.lora import change_norm
+from specl.shared.models.lora import change_norm_steps
+from specl.shared.runtime.incremental import run_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class AdapterEvaluationJob(TrainingJob):
             rank=shape.rank,
             alpha=shape.alpha,
             modules=list(shape.keys),
-            change_norm=round(change_norm(shape, weights), 6),
+            change_norm=round(run_all(change_norm_steps(shape, weights)), 6),
             metrics=held,
             training={"imported": self.trial.name, "generations": _learned_from(foreign)},
         )

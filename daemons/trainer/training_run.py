@@ -35,7 +35,7 @@ from specl.shared.models.lora import (
     LoraShape,
     Weights,
     attach,
-    change_norm,
+    change_norm_steps,
     choose_layers,
     interpolate,
     lora_weights,
@@ -43,6 +43,7 @@ from specl.shared.models.lora import (
 from specl.shared.paths import Paths
 from specl.shared.retention import checkpoints
 from specl.shared.runtime import log
+from specl.shared.runtime.incremental import run_all
 from specl.shared.settings.schema import Settings
 
 MIN_EXAMPLES = 4
@@ -298,7 +299,7 @@ class TrainingJob:
             rank=shape.rank,
             alpha=shape.alpha,
             modules=list(shape.keys),
-            change_norm=round(change_norm(shape, weights), 6),
+            change_norm=round(run_all(change_norm_steps(shape, weights)), 6),
             metrics={
                 "heldout_before": round(verdict.before, 5),
                 "heldout_after": round(after.value, 5),

@@ -1,6 +1,7 @@
-"""What an adapter's manifest and weights file must look like, parsed strictly: a wrong type is a reason, never a crash.
+"""The format of an adapter's manifest and of its weights file's header, parsed strictly: a wrong type is a problem that is
+reported, never a crash.
 
-Knows bytes and their meaning, no folders, no modules. `adapters.py` decides which files; the engine looks at tensors.
+Knows bytes and their meaning, no folders, no modules. registry.py decides which files; tensors.py checks the tensors.
 """
 
 import math
@@ -13,14 +14,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from specl.shared.errors import AdapterRejected
 
 MAX_HEADER = 16 * 1024 * 1024  # of a safetensors file
-MOST_REASONS = 8  # told of one file; a header may have thousands of wrong entries
+MAX_PROBLEMS = 8  # reported of one file; a header may have thousands of wrong entries
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}  # an adapter holds real numbers only
 
 
-def _no_odd_generations(training: dict[str, Any]) -> dict[str, Any]:
-    """`generations` decides what a purge takes along, so it must be what it seems."""
-    named = training.get("generations", [])
-    if not isinstance(named, list) or not all(isinstance(id, str) for id in named):
+def _check_generations(training: dict[str, Any]) -> dict[str, Any]:
+    """A purge removes adapters by their `generations`, so these must be ids."""
+    ids = training.get("generations", [])
+    if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids):
         raise ValueError("generations is not a list of ids")
     return training
 
@@ -47,35 +48,37 @@ class Manifest:
     modules: list[str]
     change_norm: float
     metrics: dict[str, Any]
-    training: Annotated[dict[str, Any], AfterValidator(_no_odd_generations)]
+    training: Annotated[dict[str, Any], AfterValidator(_check_generations)]
     files: dict[str, str] = field(default_factory=dict)
 
     @property
     def score(self) -> float | None:
         """Held-out agreement, or None where it is not a finite number."""
         value = self.metrics.get("heldout_after")
-        usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if usable else None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        return float(value) if math.isfinite(value) else None
 
     @property
     def generations(self) -> list[str]:
-        """Ids of the generations that it learned from."""
-        return self.training.get("generations", [])
+        """Ids of the generations that the adapter learned from."""
+        ids: list[str] = self.training.get("generations", [])
+        return ids
 
 
 def reasons(error: ValidationError) -> str:
-    """Every problem that pydantic found, in one sentence: `rank: Input should be a valid integer; ...`."""
-    found = []
+    """pydantic's problems in one sentence: `rank: Input should be a valid integer; ...`; the first MAX_PROBLEMS of them."""
+    problems = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         where = ".".join(str(part) for part in item["loc"])
-        found.append(f"{where}: {item['msg']}" if where else item["msg"])
-    found = list(dict.fromkeys(found))
-    more = f"; and {len(found) - MOST_REASONS} more" if len(found) > MOST_REASONS else ""
-    return "; ".join(found[:MOST_REASONS]) + more
+        problems.append(f"{where}: {item['msg']}" if where else item["msg"])
+    problems = list(dict.fromkeys(problems))
+    more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+    return "; ".join(problems[:MAX_PROBLEMS]) + more
 
 
 def parse_manifest(document: bytes) -> Manifest:
-    """A manifest from its JSON. Raises AdapterRejected that names every field of a wrong type."""
+    """A manifest from its JSON. Raises AdapterRejected with every field of a wrong type."""
     try:
         return _MANIFEST.validate_json(document)
     except ValidationError as error:
@@ -105,9 +108,9 @@ _TENSORS = TypeAdapter(dict[str, _Tensor], config=ConfigDict(strict=True))
 
 
 def header_problem(path: Path) -> str:
-    """Why `path` is not a whole safetensors file of real numbers, or empty. Raises OSError.
+    """Why `path` is not a complete safetensors file of real numbers; empty where it is one. Raises OSError.
 
-    The header must be as long as it says and no longer than the limit; the tensors must fill the file from end to end.
+    The header must have the length that it states, at most MAX_HEADER, and the tensors must fill the rest of the file.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -125,13 +128,13 @@ def header_problem(path: Path) -> str:
 
 
 def _layout_problem(name: str, tensors: dict[str, _Tensor], size: int) -> str:
-    """The tensors must lie one after the other, each as long as its shape says, up to the file's end."""
-    place = 0
+    """The tensors must follow one another without gaps, each with the bytes of its shape, up to the end of the file."""
+    position = 0
     for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         start, end = tensor.data_offsets
-        if start != place or end - start != tensor.size:
-            return f"{name}: {key} has data_offsets [{start}, {end}], not [{place}, {place + tensor.size}]"
-        place = end
+        if start != position or end - start != tensor.size:
+            return f"{name}: {key} has data_offsets [{start}, {end}], not [{position}, {position + tensor.size}]"
+        position = end
     if not tensors:
         return f"{name} is truncated: it holds no tensor"
-    return f"{name} is truncated: it has {size} bytes of data, not {place}" if place != size else ""
+    return f"{name} is truncated: it has {size} bytes of data, not {position}" if position != size else ""

@@ -38,7 +38,7 @@ PREVIOUS = "PREVIOUS"
 ROLLED_BACK = "ROLLED_BACK.json"
 SECOND_LOOKS = "SECOND_LOOKS.json"
 REINSTATING, REINSTATED, CONFIRMED = "reinstating", "reinstated", "confirmed"
-FOREIGN = FILES[:2]  # what an adapter made elsewhere must have; mlx-lm writes no more
+EXTERNAL_FILES = FILES[:2]  # what an adapter made elsewhere must have; mlx-lm writes no more
 STAGED = ".new-import-"  # swept with everything else that was left half done
 STAGED_NAME = re.compile(re.escape(STAGED) + "[0-9a-f]{32}")
 ID = re.compile(r"[0-9]{6}")
@@ -118,7 +118,7 @@ class Adapters:
         """
         if not source.is_dir():
             raise AdapterRejected(f"there is no directory {source}")
-        if missing := [name for name in FOREIGN if not (source / name).is_file()]:
+        if missing := [name for name in EXTERNAL_FILES if not (source / name).is_file()]:
             raise AdapterRejected(f"{source} holds no adapter: {' and '.join(missing)} not found")
         if large := [name for name in FILES if (source / name).is_file() and (source / name).stat().st_size > MAX_FILE]:
             raise AdapterRejected(f"{source / large[0]} is larger than {MAX_FILE >> 30} GiB")

@@ -1,7 +1,7 @@
-"""An adapter directory's files to and from tensors: what `adapters.py` verifies as files is here verified as an adapter.
+"""An adapter's tensors: written to its directory, read from it, and checked against the draft that they are for.
 
-Names, shapes and values are checked all at once against the draft it is for; a zero adapter is refused, because it is one
-that was never trained.
+registry.py checks the files; this module checks names, shapes and values and reports every problem at once. An adapter
+that changes nothing is refused, because it was never trained.
 """
 
 import json
@@ -14,12 +14,13 @@ import mlx.core as mx
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from specl.shared.adapters.manifest import reasons
-from specl.shared.adapters.registry import Adapters, Manifest
+from specl.shared.adapters.manifest import Manifest, reasons
+from specl.shared.adapters.registry import Adapters
 from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.errors import AdapterRejected
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.lora import LoraShape, Weights, change_norm_steps, check_steps
+from specl.shared.models.tensors import read_tensors
 from specl.shared.runtime.incremental import Steps, run_all
 
 
@@ -82,51 +83,54 @@ def read_shape(folder: Path) -> LoraShape:
 
 
 def load_adapter(adapters: Adapters, path: str | Path, engine: EngineCore) -> tuple[LoadedAdapter, Manifest]:
-    """Verify everything about an adapter for this engine's draft and read it. Raises AdapterRejected with the reasons."""
-    return run_all(loading(adapters, path, engine))
+    """`load_adapter_steps`, all at once."""
+    return run_all(load_adapter_steps(adapters, path, engine))
 
 
-def loading(adapters: Adapters, path: str | Path, engine: EngineCore) -> Steps[tuple[LoadedAdapter, Manifest]]:
-    """`load_adapter` in pieces."""
-    draft = engine.draft
-    if draft is None:
+def load_adapter_steps(
+    adapters: Adapters, path: str | Path, engine: EngineCore
+) -> Steps[tuple[LoadedAdapter, Manifest]]:
+    """Verify an adapter completely for this engine's draft and read it. Raises AdapterRejected with every reason."""
+    if engine.draft is None:
         raise AdapterRejected("there is no draft model to adapt")
     manifest = adapters.verify(path, engine.draft_fingerprint, engine.target.tokenizer_fingerprint)
     yield
     folder = adapters.folder / manifest.id
     shape = read_shape(folder)
     try:
-        weights: Weights = mx.load(str(folder / "adapters.safetensors"))
-        mx.eval(weights)  # mx.load is lazy: evaluated now, nothing that happens to the file later matters
+        weights = read_tensors(folder / "adapters.safetensors")
+        mx.eval(weights)  # reading is lazy: once evaluated, nothing that happens to the file later matters
     except (OSError, ValueError, RuntimeError) as error:
         raise AdapterRejected(f"adapter {manifest.id}: its weights cannot be read: {error}") from error
-    hot = read_hot(folder / "hot_vocab.npy") if "hot_vocab.npy" in manifest.files else None
+    hot = read_hot_vocabulary(folder / "hot_vocab.npy") if "hot_vocab.npy" in manifest.files else None
     yield
-    if found := (yield from adapter_problems(engine, shape, weights, hot)):
-        raise AdapterRejected(f"adapter {manifest.id}: " + "; ".join(found))
+    if problems := (yield from check_adapter_steps(engine, shape, weights, hot)):
+        raise AdapterRejected(f"adapter {manifest.id}: " + "; ".join(problems))
     return LoadedAdapter(manifest.id, shape, weights, hot.astype(np.int64) if hot is not None else None), manifest
 
 
-def adapter_problems(
+def check_adapter_steps(
     engine: EngineCore, shape: LoraShape, weights: Weights, hot: np.ndarray | None
 ) -> Steps[list[str]]:
-    """Everything that keeps these tensors from being an adapter for `engine`'s draft. Empty means usable."""
-    found = yield from check_steps(engine.draft_module, shape, weights)
-    if not found:
+    """Everything that keeps these tensors from being an adapter for the engine's draft. Empty means usable."""
+    draft, module = engine.draft, engine.draft_module
+    if draft is None or module is None:
+        return ["there is no draft model to adapt"]
+    problems = yield from check_steps(module, shape, weights)
+    if not problems:
         norm = yield from change_norm_steps(shape, weights)
-        found = ["it changes nothing: every weight change is zero"] if norm == 0 else []
-        found += [] if math.isfinite(norm) else ["its weight changes overflow together"]
-    draft = engine.draft
+        problems = ["it changes nothing: every weight change is zero"] if norm == 0 else []
+        problems += [] if math.isfinite(norm) else ["its weight changes overflow together"]
     if hot is not None and isinstance(draft, HeadDraft):
-        found += _hot_problems(hot, draft.shape.hot_size, int(draft.target.config["vocab_size"]))
-    return found
+        problems += hot_vocabulary_problems(hot, draft.shape.hot_size, draft.target.vocabulary_size)
+    return problems
 
 
-def read_hot(path: Path) -> np.ndarray:
+def read_hot_vocabulary(path: Path) -> np.ndarray:
     """The one array of a .npy file. Raises AdapterRejected where it is anything else."""
     where = f"adapter {path.parent.name}: {path.name}"
     try:
-        # mapped: a header that promises more than the file holds is found out before memory is asked for
+        # mapped, so that a header that claims more than the file holds fails before memory is allocated
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, TypeError, EOFError, OverflowError, RecursionError, SyntaxError, TokenError) as error:
         raise AdapterRejected(f"{where} cannot be read: {error}") from error
@@ -135,15 +139,15 @@ def read_hot(path: Path) -> np.ndarray:
     return np.array(mapped)
 
 
-def _hot_problems(hot: np.ndarray, size: int, vocabulary: int) -> list[str]:
-    """Everything that keeps `hot` from naming `size` distinct tokens of a vocabulary. Empty means usable."""
+def hot_vocabulary_problems(hot: np.ndarray, size: int, vocabulary: int) -> list[str]:
+    """Everything that keeps `hot` from being `size` distinct tokens of a vocabulary. Empty means usable."""
     if hot.ndim != 1 or not np.issubdtype(hot.dtype, np.integer):
         return [f"its hot vocabulary is {hot.dtype} of shape {hot.shape}, not a list of token ids"]
-    found = []
+    problems = []
     if len(hot) != size:
-        found.append(f"its hot vocabulary has {len(hot)} tokens; the draft scores {size}")
+        problems.append(f"its hot vocabulary has {len(hot)} tokens; the draft scores {size}")
     if len(np.unique(hot)) != len(hot):
-        found.append("its hot vocabulary names a token twice")
+        problems.append("its hot vocabulary names a token twice")
     if len(hot) and not 0 <= int(hot.min()) <= int(hot.max()) < vocabulary:
-        found.append(f"its hot vocabulary goes from {hot.min()} to {hot.max()}; tokens are 0 to {vocabulary - 1}")
-    return found
+        problems.append(f"its hot vocabulary goes from {hot.min()} to {hot.max()}; tokens are 0 to {vocabulary - 1}")
+    return problems

@@ -21,7 +21,8 @@ from specl.shared.bench.text_equality import TopTwo
 from specl.shared.engine.core import EngineCore, LoadedAdapter, new_request_history
 from specl.shared.engine.decode import Options, Tally
 from specl.shared.engine.sampling import top_indices
-from specl.shared.models.load import LanguageModel, load
+from specl.shared.models.language_model import LanguageModel
+from specl.shared.models.load import load
 from specl.shared.sampling_params import SamplingParams
 
 PLAIN = "mlx-lm plain"
@@ -208,7 +209,7 @@ def stock_copy(target: LanguageModel, models: Path) -> LanguageModel:
 
 def top_two(target: LanguageModel, prompt: Sequence[int], output: Sequence[int]) -> TopTwo:
     """The target's two best tokens after prompt and output, computed afresh in one pass."""
-    states = target.states(mx.array([[*prompt, *output]]), target.new_cache())
+    states = target.hidden_states(mx.array([[*prompt, *output]]), target.new_cache())
     row = target.logits(states[0, -1]).astype(mx.float32)
     mx.eval(row)
     logits = np.array(row)

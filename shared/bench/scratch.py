@@ -21,7 +21,7 @@ from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.errors import DaemonUnreachable, SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Purge
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.language_model import LanguageModel
 from specl.shared.paths import Paths
 from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.schema import Settings

@@ -30,7 +30,7 @@ from specl.shared.engine.text import HOLD
 from specl.shared.errors import ConfigError, RequestRejected
 from specl.shared.models.cpu_kernels import on_cpu, use_cpu_kernels
 from specl.shared.models.head import HeadDraft
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.language_model import LanguageModel
 from specl.shared.models.lora import LoraShape, Pristine, Weights, fuse_steps
 from specl.shared.runtime.incremental import Steps, run_all
 
@@ -236,7 +236,7 @@ class EngineCore:
         if isinstance(self.draft, HeadDraft):
             hot = adapter.hot if adapter is not None and adapter.hot is not None else self._pristine_hot
             if hot is not self.draft.hot:
-                scorer = yield from self.draft.scorer(hot)
+                scorer = yield from self.draft.scorer_steps(hot)
                 yield
         if adapter is not None:
             form, layers = yield from fuse_steps(self._pristine.layers, adapter.shape, adapter.weights)

@@ -16,7 +16,7 @@ from specl.shared.engine.drafters import NOTHING, Draft, Drafter, DraftSampler
 from specl.shared.engine.sampling import Distribution
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.models.head import HeadDraft
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.language_model import LanguageModel
 
 DrafterFactory = Callable[[LanguageModel, HeadDraft | LanguageModel | None], Drafter]
 OnError = Callable[[Exception], None]

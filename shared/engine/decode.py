@@ -22,7 +22,7 @@ from specl.shared.engine.capture import Capture, RejectedDraft, TokenLogprobs, t
 from specl.shared.engine.costs import AcceptanceEstimate, DraftLengthPolicy, DraftStopPolicy
 from specl.shared.engine.drafters import NOTHING, Draft, Drafter, DraftSampler, NgramDrafter
 from specl.shared.engine.sampling import distribution, position_noise
-from specl.shared.models.load import FEW_ROWS, LanguageModel
+from specl.shared.models.language_model import FEW_ROWS, LanguageModel
 from specl.shared.sampling_params import SamplingParams
 
 PREFILL_ROWS = 512
@@ -155,7 +155,7 @@ class Session:
         state = self.state
         end = min(len(state.text) - 1, state.cached + PREFILL_ROWS)
         if end > state.cached:
-            rows = self.target.read(state.text[state.cached : end], state.cache)
+            rows = self.target.prefill(state.text[state.cached : end], state.cache)
             state.cached = end
             self._take_states(rows)
         done = state.cached >= len(state.text) - 1
@@ -254,7 +254,7 @@ class Session:
     def _verify(self, drafts: Sequence[int]) -> tuple[mx.array, np.ndarray]:
         """States [k+1, hidden] and logits [k+1, vocabulary] (float32, host) after the last token and each draft."""
         ids = mx.array([[self.state.text[-1], *drafts]])
-        states = self.target.states(ids, self.state.cache)
+        states = self.target.hidden_states(ids, self.state.cache)
         logits = self.target.logits(states)[0].astype(mx.float32)
         mx.eval(states, logits)
         self._took(1 + len(drafts))
@@ -399,7 +399,7 @@ def _step_of_many(sessions: Sequence[Session]) -> None:
         drafts.append(session._propose(taken + sum(other.rows_at_least for other in sessions[place + 1 :])))
     ids = [[session.state.text[-1], *draft.tokens] for session, draft in zip(sessions, drafts, strict=True)]
     target = sessions[0].target
-    states = target.step_lanes(ids, [session.state.cache for session in sessions])
+    states = target.batch_hidden_states(ids, [session.state.cache for session in sessions])
     logits = target.logits(states).astype(mx.float32)
     mx.eval(states, logits)
     host, at = np.array(logits, copy=False), 0

@@ -18,7 +18,7 @@ from specl.shared.engine.answer_history import ClientAnswers
 from specl.shared.engine.costs import DraftStopPolicy
 from specl.shared.engine.sampling import Distribution, distribution, log_sum_exp, point_mass
 from specl.shared.models.head import HeadDraft
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.language_model import LanguageModel
 from specl.shared.sampling_params import SamplingParams
 
 Noise = Callable[[int], np.ndarray]
@@ -242,7 +242,7 @@ class ModelDrafter:
 
     def _feed(self, tokens: list[int]) -> Scores:
         for start in range(0, len(tokens), CATCH_UP):
-            states = self.model.states(mx.array([tokens[start : start + CATCH_UP]]), self.cache)
+            states = self.model.hidden_states(mx.array([tokens[start : start + CATCH_UP]]), self.cache)
             mx.eval(states)
         self._in_cache.extend(tokens)
         logits = self.model.logits(states[:, -1])[0, : self._vocabulary]

@@ -16,7 +16,8 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from specl.shared.engine.sampling import largest, log_sum_exp, top_indices
 from specl.shared.errors import ModelError
 from specl.shared.learning.examples import Example
-from specl.shared.models.load import FEW_ROWS, LanguageModel, Say, to_stderr
+from specl.shared.models.language_model import FEW_ROWS, LanguageModel
+from specl.shared.models.report import Report, to_stderr
 from specl.shared.runtime.atomic_files import atomic_file
 
 SHRINK_AT = 0.75  # filter the batch once this share of its rows still runs
@@ -101,7 +102,7 @@ def answer(
     rows = [_Row(prompt) for prompt in prompts]
     active = list(rows)
     ids = np.array([[0] * pad + prompt.tokens for pad, prompt in zip(padding, prompts, strict=True)])
-    states = target.states(mx.array(ids), cache)
+    states = target.hidden_states(mx.array(ids), cache)
     kept = np.array(states.astype(mx.float16))
     for row, pad, state in zip(rows, padding, kept, strict=True):
         if with_states:
@@ -120,7 +121,7 @@ def answer(
             for layer in cache:
                 layer.filter(mx.array(running))
             active, tokens = [active[i] for i in running], [tokens[i] for i in running]
-        states = target.states(mx.array(tokens)[:, None], cache)
+        states = target.hidden_states(mx.array(tokens)[:, None], cache)
         last = states[:, -1]
         mx.eval(last)
         if with_states:
@@ -146,7 +147,7 @@ def _answer_lanes(
     while waiting or lanes:
         while waiting and len(lanes) < LANES:
             row, cache = waiting.pop(), target.new_cache()
-            states = target.read(row.prompt.tokens, cache)
+            states = target.prefill(row.prompt.tokens, cache)
             if with_states:
                 row.states.append(np.array(states.astype(mx.float16)))
             lanes.append((row, cache, states[-1:]))
@@ -160,7 +161,7 @@ def _answer_lanes(
         if not running:
             lanes = []
             continue
-        states = target.step_lanes([row.output[-1:] for row, _ in running], [cache for _, cache in running])
+        states = target.batch_hidden_states([row.output[-1:] for row, _ in running], [cache for _, cache in running])
         if with_states:
             for (row, _), state in zip(running, np.array(states.astype(mx.float16)), strict=True):
                 row.states.append(state[None])
@@ -185,7 +186,7 @@ def save_shard(path: Path, examples: Sequence[Example]) -> None:
         np.savez(file, **arrays)
 
 
-def kept_shard(path: Path, say: Say = to_stderr) -> list[Example] | None:
+def kept_shard(path: Path, say: Report = to_stderr) -> list[Example] | None:
     """What `save_shard` kept, or None where there is nothing. A file that is damaged is removed, which `say` hears of: what
     it held can be made again. Raises OSError where the disk does not let it be read.
     """
@@ -234,7 +235,7 @@ def recapture(
 
     One forward over the whole text; the head runs on output rows only, in chunks.
     """
-    states = target.read(tokens[:-1].tolist(), target.new_cache())
+    states = target.prefill(tokens[:-1].tolist(), target.new_cache())
     ids, logprobs = [], []
     rows = FEW_ROWS if target.few_rows_native else CAPTURE_ROWS
     for start in range(prompt_length - 1, len(tokens) - 1 if with_law else 0, rows):

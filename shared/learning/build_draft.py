@@ -29,8 +29,9 @@ from specl.shared.learning.synthetic_prompts import invent
 from specl.shared.learning.target_texts import save_answers, save_replay, set_aside
 from specl.shared.learning.user_texts import OwnText, capture, forget
 from specl.shared.models.head import HeadDraft, load_head, new_head, save_head
+from specl.shared.models.language_model import LanguageModel
 from specl.shared.models.layers import new_layers, save_layers
-from specl.shared.models.load import LanguageModel, load
+from specl.shared.models.load import load
 from specl.shared.prompts import ShippedPrompt
 from specl.shared.runtime.progress import Progress, Tell
 

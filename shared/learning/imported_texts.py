@@ -14,7 +14,7 @@ from specl.shared.conversations import conversation_of
 from specl.shared.messaging.messages import Disagreement, Generation, TopK
 
 if TYPE_CHECKING:
-    from specl.shared.models.load import LanguageModel
+    from specl.shared.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True, slots=True)

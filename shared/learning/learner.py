@@ -14,7 +14,7 @@ from specl.shared.learning.examples import Batch, Example, collate
 from specl.shared.learning.gate import Agreement
 from specl.shared.learning.losses import EPSILON, LossSettings, Teacher, position_losses
 from specl.shared.models.head import HeadDraft
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.language_model import LanguageModel
 
 CHUNK_FLOATS = 16 * 1024 * 1024  # logits a chunk: 512 x 151,936 would be 311 MB a copy, and a step makes several
 CHUNK_ROWS = 128  # of a whole vocabulary at most
@@ -72,7 +72,7 @@ class Learner:
             unrolled = self.module.unroll(states, self.draft.target.embed(tokens[:, 1:]).astype(mx.float32), depths)
             shift = 2
         else:
-            unrolled, shift = [self.draft.states(tokens[:, :-1])], 1
+            unrolled, shift = [self.draft.hidden_states(tokens[:, :-1])], 1
         result = []
         for depth, out in enumerate(unrolled):
             pick = np.flatnonzero(batch.where[:, 1] >= shift + depth)

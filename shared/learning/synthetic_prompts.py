@@ -10,7 +10,7 @@ import numpy as np
 
 from specl.shared.errors import ModelError
 from specl.shared.learning.batch_generate import Prompt, answer
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.language_model import LanguageModel
 
 LONGEST = 64  # tokens of a prompt; what has not ended by then is dropped
 SHORTEST = 12  # characters

@@ -15,7 +15,7 @@ import numpy as np
 
 from specl.shared.learning.batch_generate import kept_shard, recapture, save_shard
 from specl.shared.learning.examples import Example
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.language_model import LanguageModel
 from specl.shared.runtime.progress import Progress, Tell
 
 SHARD_TEXTS = 32

@@ -58,7 +58,12 @@ def write_costs(path: Path, costs: Costs) -> None:
 def costs_key(engine: EngineCore) -> str:
     """A name for the engine's models, the machine and the library versions together."""
     factory = engine.drafter_factory
-    parts = [engine.target.fingerprint, engine.draft_fingerprint, engine.options.precision, engine.target.speed]
+    parts = [
+        engine.target.fingerprint,
+        engine.draft_fingerprint,
+        engine.options.precision,
+        engine.target.kernels.description,
+    ]
     parts += drafter_identity(factory) if factory is not None else []
     parts += [platform.machine(), platform.node(), str(os.cpu_count()), version("mlx"), version("mlx-lm")]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]

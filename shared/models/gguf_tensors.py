@@ -61,15 +61,16 @@ def unpack(blocks: np.ndarray, kind: Kind) -> Codes:
         biases, rest = _half(rest[..., 0:2]), rest[..., 2:]
     else:
         biases = (scales.astype(np.float32) * (-8 if kind == Kind.Q4_0 else -16)).astype(np.float16)
-    fifth: np.ndarray | int = 0
+    high_bits, nibbles = np.zeros((*blocks.shape[:2], 32), np.uint8), rest
     if kind in (Kind.Q5_0, Kind.Q5_1):
-        fifth, rest = np.unpackbits(rest[..., :4], axis=-1, bitorder="little") << 4, rest[..., 4:]
-    codes = np.concatenate([rest & 0x0F, rest >> 4], axis=-1) | fifth  # low nibbles are the block's first half
+        high_bits, nibbles = np.unpackbits(rest[..., :4], axis=-1, bitorder="little") << np.uint8(4), rest[..., 4:]
+    codes = np.concatenate([nibbles & 0x0F, nibbles >> 4], axis=-1) | high_bits  # low nibbles: the block's first half
     return codes.reshape(rows, -1), scales, biases
 
 
 def _half(pairs: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(pairs).view(np.float16)[..., 0]
+    halves: np.ndarray = np.ascontiguousarray(pairs).view(np.float16)[..., 0]
+    return halves
 
 
 def _unpack_q4_k(blocks: np.ndarray) -> Codes:
@@ -89,7 +90,8 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     per_word = 32 // bits
     words = codes.reshape(codes.shape[0], -1, per_word).astype(np.uint32)
     shifts = (np.arange(per_word, dtype=np.uint32) * bits).astype(np.uint32)
-    return np.bitwise_or.reduce(words << shifts, axis=-1).astype(np.uint32)
+    packed: np.ndarray = np.bitwise_or.reduce(words << shifts, axis=-1).astype(np.uint32)
+    return packed
 
 
 def bits_of(tensor: ReaderTensor, quantize: Quantize) -> tuple[int, int]:

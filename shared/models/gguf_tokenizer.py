@@ -89,7 +89,8 @@ def _leading(header: Header) -> int | None:
     assumed = llama or _SPLITS.get(header.key("tokenizer.ggml.pre", "default")) == LLAMA3
     if not header.key("tokenizer.ggml.add_bos_token", assumed):
         return None
-    return header.key("tokenizer.ggml.bos_token_id", None)
+    bos: int | None = header.key("tokenizer.ggml.bos_token_id", None)
+    return bos
 
 
 def write_tokenizer(header: Header, folder: Path) -> None:

@@ -1,11 +1,13 @@
 """LoRA on named linear layers: attach, fuse from the pristine base, detach (Hu et al. 2021, arXiv 2106.09685).
 
 y = W x + scale * (x A) B with scale = alpha / rank, A [in, rank], B [rank, out], as mlx-lm names and stores them. The base is
-never changed: a fused layer is a new layer beside it, and going back is exact. Knows modules, not adapter directories.
+never changed: a fused layer is a new layer, and going back to the base is exact. Knows modules, not adapter directories.
+What takes longer than a decode round is a generator (`..._steps`) that yields between layers; `run_all` runs one at once.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,15 +15,21 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from specl.shared.errors import AdapterRejected
-from specl.shared.runtime.incremental import Steps, run_all
+from specl.shared.runtime.incremental import Steps
 
 Weights = dict[str, mx.array]
-FIDELITY_LIMIT = 0.1  # share of an adapter's effect that fuse_steps may lose (FACTS: fp32 0, fp16 0.02-0.2, 4-bit > 3)
+FIDELITY_LIMIT = (
+    0.1  # share of an adapter's effect that fuse_steps may lose (measured: fp32 0, fp16 0.02-0.2, 4-bit > 3)
+)
+PROBE_ROWS = 64  # of random input that the loss is measured on
+
+# how a draft computes with an adapter: merged into its weights, or as two products added to each layer's
+AdapterForm = Literal["fused", "unfused"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoraShape:
-    """rank and alpha of an adapter, and the layers it stands on."""
+    """Rank and alpha of an adapter, and the dotted names of the layers that it changes."""
 
     rank: int
     alpha: float
@@ -36,42 +44,47 @@ class LoraShape:
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Every dense or quantised linear layer under `module`, by dotted name. Embeddings and heads shared with a target are
-    not among them (a draft owns only what is under its own module).
+    not among them: they are not under a draft's module.
     """
     kinds = (nn.Linear, nn.QuantizedLinear, LoRALinear)
-    found = {name: child for name, child in module.named_modules() if isinstance(child, kinds)}
-    inner = {f"{name}.linear" for name, child in found.items() if isinstance(child, LoRALinear)}
-    return {name: child for name, child in found.items() if name not in inner}
+    layers = {name: child for name, child in module.named_modules() if isinstance(child, kinds)}
+    inner = {f"{name}.linear" for name, child in layers.items() if isinstance(child, LoRALinear)}
+    return {name: child for name, child in layers.items() if name not in inner}
 
 
-def choose_layers(module: nn.Module, wanted: list[str] | str) -> tuple[str, ...]:
-    """The names that `target_modules` selects, by last part or whole name.
+def choose_layers(module: nn.Module, target_modules: list[str] | str) -> tuple[str, ...]:
+    """The layers that `target_modules` selects, by last part or whole name; "all" for every layer.
 
-    Raises AdapterRejected for one that matches nothing.
+    Raises AdapterRejected for a name that matches nothing.
     """
     names = sorted(name for name in linear_layers(module) if not name.endswith(("lm_head", "embed_tokens")))
-    if wanted == "all":
+    if target_modules == "all":
         return tuple(names)
     chosen: set[str] = set()
-    for want in wanted:
-        hits = [name for name in names if name == want or name.rsplit(".", 1)[-1] == want]
-        if not hits:
+    for target in target_modules:
+        matches = [name for name in names if name == target or name.rsplit(".", 1)[-1] == target]
+        if not matches:
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise AdapterRejected(
-                f"training.lora.target_modules: the draft has no linear layer {want!r}; it has {known}"
+                f"training.lora.target_modules: the draft has no linear layer {target!r}; it has {known}"
             )
-        chosen.update(hits)
+        chosen.update(matches)
     return tuple(sorted(chosen))
 
 
 def attach(module: nn.Module, shape: LoraShape, weights: Weights | None = None) -> None:
-    """Wrap the layers of `shape` for training or unfused use; B starts at zero unless `weights` gives A and B. There is no
+    """Wrap the layers of `shape` in LoRALinear for training; B starts at zero unless `weights` gives A and B. There is no
     dropout before `train()`.
     """
     detach(module)
     layers = linear_layers(module)
     wrapped = [
-        (name, LoRALinear.from_base(layers[name], r=shape.rank, dropout=shape.dropout, scale=shape.scale).eval())
+        (
+            name,
+            LoRALinear.from_base(
+                cast(nn.Linear, layers[name]), r=shape.rank, dropout=shape.dropout, scale=shape.scale
+            ).eval(),
+        )
         for name in shape.keys
     ]
     module.update_modules(tree_unflatten(wrapped))
@@ -81,41 +94,38 @@ def attach(module: nn.Module, shape: LoraShape, weights: Weights | None = None) 
 
 
 def detach(module: nn.Module) -> None:
-    """Put the pristine layers back; the very same objects."""
+    """Put the pristine layers back: the same objects that were wrapped."""
     wrapped = [(name, child) for name, child in module.named_modules() if isinstance(child, LoRALinear)]
     module.update_modules(tree_unflatten([(name, child.linear) for name, child in wrapped]))
 
 
 def lora_weights(module: nn.Module) -> Weights:
     """A and B of every wrapped layer, under mlx-lm's names."""
-    found: Weights = {}
+    weights: Weights = {}
     for name, child in module.named_modules():
         if isinstance(child, LoRALinear):
-            found[f"{name}.lora_a"], found[f"{name}.lora_b"] = child.lora_a, child.lora_b
-    return found
+            weights[f"{name}.lora_a"], weights[f"{name}.lora_b"] = child.lora_a, child.lora_b
+    return weights
 
 
-def interpolate(weights: Weights, share: float, start: Weights | None = None) -> Weights:
-    """From `start` towards `weights` (Wortsman et al. 2022, arXiv 2109.01903). Without a `start` the way begins at no change at
-    all: B alone is scaled, which is exact, and A may be any.
+def interpolate(weights: Weights, alpha: float, start: Weights | None = None) -> Weights:
+    """start + alpha * (weights - start) (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903).
+
+    Without `start` the other end is no change at all: B alone is scaled, which is exact, whatever A is.
     """
     if start is not None:
-        return {name: start[name] + share * (value - start[name]) for name, value in weights.items()}
-    return {name: share * value if name.endswith(".lora_b") else value for name, value in weights.items()}
-
-
-def problems(module: nn.Module, shape: LoraShape, weights: Weights) -> list[str]:
-    """Everything that keeps `weights` from being an adapter for `module`: names, kinds, shapes, values. Empty means usable."""
-    return run_all(check_steps(module, shape, weights))
+        return {name: start[name] + alpha * (value - start[name]) for name, value in weights.items()}
+    return {name: alpha * value if name.endswith(".lora_b") else value for name, value in weights.items()}
 
 
 def check_steps(module: nn.Module, shape: LoraShape, weights: Weights) -> Steps[list[str]]:
-    """`problems`, a layer a piece."""
-    layers, found, expected = linear_layers(module), [], set()
+    """Everything that keeps `weights` from being an adapter for `module`: names, types, shapes, values. Empty means usable."""
+    layers, problems = linear_layers(module), []
+    expected: set[str] = set()
     for key in shape.keys:
         expected |= {f"{key}.lora_a", f"{key}.lora_b"}
         if key not in layers:
-            found.append(f"the draft has no linear layer {key}")
+            problems.append(f"the draft has no linear layer {key}")
             continue
         out, inner = _dense_shape(layers[key])
         sizes = {f"{key}.lora_a": (inner, shape.rank), f"{key}.lora_b": (shape.rank, out)}
@@ -123,10 +133,10 @@ def check_steps(module: nn.Module, shape: LoraShape, weights: Weights) -> Steps[
         # finite factors can still have a product that is not
         if not wrong and not _all_finite(_change(key, shape, weights).astype(_compute_dtype(layers[key]))):
             wrong = [f"{key}: its weight change overflows"]
-        found += wrong
+        problems += wrong
         yield
-    found += [f"{name} is not part of this adapter" for name in sorted(weights.keys() - expected)]
-    return found
+    problems += [f"{name} is not part of this adapter" for name in sorted(weights.keys() - expected)]
+    return problems
 
 
 def _tensor_problem(name: str, size: tuple[int, int], weights: Weights) -> str:
@@ -140,7 +150,7 @@ def _tensor_problem(name: str, size: tuple[int, int], weights: Weights) -> str:
 
 
 def _all_finite(values: mx.array) -> bool:
-    return mx.all(mx.isfinite(values)).item()
+    return bool(mx.all(mx.isfinite(values)))
 
 
 def _change(key: str, shape: LoraShape, weights: Weights) -> mx.array:
@@ -149,89 +159,80 @@ def _change(key: str, shape: LoraShape, weights: Weights) -> mx.array:
     return shape.scale * (a @ b)
 
 
-def change_norm(shape: LoraShape, weights: Weights) -> float:
-    """Frobenius norm of all weight changes together: sqrt(sum ||scale * A B||^2)."""
-    return run_all(change_norm_steps(shape, weights))
-
-
 def change_norm_steps(shape: LoraShape, weights: Weights) -> Steps[float]:
-    """`change_norm`, a layer a piece."""
+    """Frobenius norm of all weight changes together: sqrt(sum ||scale * A B||^2)."""
     norms = []
     for key in shape.keys:
-        norms.append(mx.linalg.norm(_change(key, shape, weights)).item())
+        norms.append(float(mx.linalg.norm(_change(key, shape, weights))))
         yield
     return math.hypot(*norms)
 
 
 def _compute_dtype(layer: nn.Module) -> mx.Dtype:
-    """What a layer's products are in: a quantised layer's scales say it."""
+    """The type of a layer's output: that of its weight, or of its scales where it is quantised."""
     layer = layer.linear if isinstance(layer, LoRALinear) else layer
-    return layer.scales.dtype if isinstance(layer, nn.QuantizedLinear) else layer.weight.dtype
+    dtype: mx.Dtype = layer.scales.dtype if isinstance(layer, nn.QuantizedLinear) else layer.weight.dtype
+    return dtype
 
 
 def _dense_shape(layer: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a layer, quantised or not."""
     layer = layer.linear if isinstance(layer, LoRALinear) else layer
     out, inner = layer.weight.shape
     return (out, inner * 32 // layer.bits) if isinstance(layer, nn.QuantizedLinear) else (out, inner)
 
 
-def fuse(module: nn.Module, shape: LoraShape, weights: Weights) -> str:
-    """Make `module` compute with the adapter: fused from the pristine base where that keeps its effect, else beside it.
-
-    Returns `fused` or `unfused`. Evaluates everything, so that the next forward pays nothing. The pristine layers stay
-    reachable through `Pristine`, which the caller made before.
-    """
-    detach(module)
-    form, layers = run_all(fuse_steps(linear_layers(module), shape, weights))
-    module.update_modules(tree_unflatten(list(layers.items())))
-    return form
-
-
 def fuse_steps(
     layers: dict[str, nn.Module], shape: LoraShape, weights: Weights
-) -> Steps[tuple[str, dict[str, nn.Module]]]:
-    """Layers that compute with the adapter, made beside the pristine `layers` one at a time: `fused` or `unfused`, and they."""
-    beside, made, lost = {}, {}, 0.0
+) -> Steps[tuple[AdapterForm, dict[str, nn.Module]]]:
+    """New layers that compute with the adapter, by name; the pristine `layers` stay as they are.
+
+    Layers are fused where all of them are dense and none loses FIDELITY_LIMIT of the adapter's effect, else unfused.
+    Everything is evaluated, so that the next forward pays nothing.
+    """
+    unfused, fused, largest_loss = {}, {}, 0.0
     for key in shape.keys:
-        beside[key] = _beside(layers[key], key, shape, weights)
+        unfused[key] = _unfused(layers[key], key, shape, weights)
         if not isinstance(layers[key], nn.QuantizedLinear):
-            made[key] = _fused(beside[key], shape.scale)
+            fused[key] = _fused(unfused[key], shape.scale)
             yield
-            lost = max(lost, _lost(beside[key], made[key]))
+            largest_loss = max(largest_loss, _fusing_loss(unfused[key], fused[key]))
         yield
-    whole = len(made) == len(beside) and lost < FIDELITY_LIMIT
-    return ("fused", made) if whole else ("unfused", beside)
+    if len(fused) == len(unfused) and largest_loss < FIDELITY_LIMIT:
+        return "fused", dict(fused)
+    return "unfused", dict(unfused)
 
 
-def _beside(base: nn.Module, key: str, shape: LoraShape, weights: Weights) -> LoRALinear:
-    """For use, not for training: without dropout, in whatever mode the module is."""
-    layer = LoRALinear.from_base(base, r=shape.rank, scale=shape.scale).eval()
+def _unfused(base: nn.Module, key: str, shape: LoraShape, weights: Weights) -> LoRALinear:
+    """A LoRALinear for use, not for training: without dropout, in whatever mode the module is."""
+    layer: LoRALinear = LoRALinear.from_base(cast(nn.Linear, base), r=shape.rank, scale=shape.scale).eval()
     layer.lora_a, layer.lora_b = weights[f"{key}.lora_a"], weights[f"{key}.lora_b"]
     return layer
 
 
 def _fused(layer: LoRALinear, scale: float) -> nn.Linear:
     base = layer.linear
-    out, inner = base.weight.shape
-    made = nn.Linear(inner, out, bias="bias" in base)
+    outputs, inputs = base.weight.shape
+    fused = nn.Linear(inputs, outputs, bias="bias" in base)
     delta = (scale * (layer.lora_a @ layer.lora_b)).T
-    made.weight = (base.weight.astype(mx.float32) + delta).astype(base.weight.dtype)
+    fused.weight = (base.weight.astype(mx.float32) + delta).astype(base.weight.dtype)
     if "bias" in base:
-        made.bias = base.bias
-    mx.eval(made.parameters())
-    return made
+        fused.bias = base.bias
+    mx.eval(fused.parameters())
+    return fused
 
 
-def _lost(layer: LoRALinear, made: nn.Linear) -> float:
-    """||fused - unfused|| / ||unfused - base|| on 64 probe rows."""
-    probe = mx.random.normal((64, made.weight.shape[1]), key=mx.random.key(0)).astype(made.weight.dtype)
-    base, unfused, fused = layer.linear(probe), layer(probe), made(probe)
-    effect = mx.linalg.norm((unfused - base).astype(mx.float32)).item()
-    return mx.linalg.norm((fused - unfused).astype(mx.float32)).item() / effect if effect > 0 else 0.0
+def _fusing_loss(layer: LoRALinear, fused: nn.Linear) -> float:
+    """||fused - unfused|| / ||unfused - base|| on random rows: the share of the adapter's effect that rounding loses."""
+    rows = mx.random.normal((PROBE_ROWS, fused.weight.shape[1]), key=mx.random.key(0)).astype(fused.weight.dtype)
+    base_output, unfused_output, fused_output = layer.linear(rows), layer(rows), fused(rows)
+    effect = float(mx.linalg.norm((unfused_output - base_output).astype(mx.float32)))
+    difference = float(mx.linalg.norm((fused_output - unfused_output).astype(mx.float32)))
+    return difference / effect if effect > 0 else 0.0
 
 
 class Pristine:
-    """The draft's own layers, remembered once at load; `restore` puts them back, bit for bit the same objects."""
+    """The draft's layers as they were loaded; `restore` puts the same objects back."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -241,7 +242,7 @@ class Pristine:
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        """They, by dotted name."""
+        """The pristine layers, by dotted name."""
         return dict(self._layers)
 
     def restore(self) -> None:

@@ -1,7 +1,7 @@
-"""The one call that gives a loaded model the native path, and the record of what came of it.
+"""`accelerate` gives a loaded model the native path and returns what the model got.
 
-Knows the order: pack the layers, fuse the stack where the family allows it, compare with the ordinary path, keep or
-undo. Does not know where weights come from. Promises: a model whose comparison fails is left exactly as it was.
+Knows the order: pack the layers, fuse the stack where the family allows it, compare with MLX's path, keep or undo.
+Does not know where weights come from. Promises: a model whose comparison fails is left exactly as it was.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from specl.shared.native import decoder, modules
 from specl.shared.native.extension import available, reason
-from specl.shared.native.packing import Affine, Weights
+from specl.shared.native.packing import Affine, Matrix, Weights
 
 # The largest difference allowed between the native and the ordinary path, as a share of the largest logit. Orders of
 # summation alone give about 1e-6 a layer; a wrong kernel gives about 1.
@@ -25,10 +25,10 @@ EXACT, ROUNDED = 2e-3, 0.5
 
 @dataclass(slots=True, eq=False)
 class Acceleration:
-    """What a model got: how many layers in which format, whether its stack is one call, and why not where not."""
+    """What a model got: how many layers in which format, whether all layers are one call, and why not."""
 
     active: bool
-    reason: str = ""  # why nothing at all, or why no stack
+    reason: str = ""  # why nothing was packed, or why the layers are not one call
     fused: bool = False
     formats: dict[str, int] = field(default_factory=dict)
     packed_bytes: int = 0
@@ -38,13 +38,14 @@ class Acceleration:
     _fuse: bool = True
 
     def refresh(self) -> "Acceleration":
-        """Pack again what changed since (a fused adapter, say); until then those layers run the ordinary way."""
+        """Pack again what changed since (a fused adapter, for example); until then those layers take MLX's path."""
         return accelerate(self._model, self._weights, exact=self._exact, fuse=self._fuse)
 
     def intact(self) -> bool:
         """Whether the fused stack still matches the model's weights."""
         inner = _inner(self._model)
-        return self.fused and inner is not None and inner._stack is not None and inner._stack.intact(inner)
+        stack = decoder.stack_of(inner) if inner is not None else None
+        return self.fused and inner is not None and stack is not None and stack.intact(inner)
 
     def release(self) -> None:
         """Give the model back as it was."""
@@ -60,49 +61,57 @@ def accelerate(
     fuse: bool = True,
     check: bool = True,
 ) -> Acceleration:
-    """Let `model` answer up to sixteen rows natively; everything else stays on its own modules.
+    """Let `model` compute up to sixteen rows natively; everything else stays on MLX's modules.
 
-    `weights`: "auto" loses nothing: a layer named in `exact` (module path -> its tensor in the file's own blocks) is
-    read in that form if it is bit for bit the dense weight, any other as bf16 if that is exact, else as fp32. "bf16",
-    "q8" and "q4" round. `fuse`: all layers as one call where the family allows it. `check`: compare with the ordinary
-    path first.
+    `weights`: "auto" loses nothing: a layer named in `exact` (module path -> its tensor in the file's blocks) is read in
+    that form if it is bit for bit the dense weight, any other as bf16 if that is exact, else as fp32. "bf16", "q8" and
+    "q4" round. `fuse`: all layers as one call where the family allows it. `check`: compare with MLX's path first.
     """
-    if not available():
-        return Acceleration(False, reason(), _model=model, _weights=weights, _exact=exact or {}, _fuse=fuse)
-    mx.eval(model.parameters())
     exact = exact or {}
-    result = Acceleration(True, _model=model, _weights=weights, _exact=exact, _fuse=fuse)
-    before = _probe(model) if check and not _is_fast(model) else None
+    result = Acceleration(available(), reason(), _model=model, _weights=weights, _exact=exact, _fuse=fuse)
+    if not result.active:
+        return result
+    mx.eval(model.parameters())
+    before = _probe(model) if check and not _is_packed(model) else None
+    _pack_layers(model, weights, exact, result)
+    inner = _inner(model)
+    if fuse and inner is not None:
+        result.reason = _fuse_layers(inner)
+        result.fused = not result.reason
+    difference = _difference(before, _probe(model)) if before is not None else 0.0
+    limit = EXACT if weights in ("auto", "f32") else ROUNDED
+    if not difference <= limit:  # a NaN is wrong too
+        _undo(model)
+        text = f"the native path differs from the ordinary one by {difference:.2g} of the largest logit and is off"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return Acceleration(False, text, _model=model, _weights=weights, _exact=exact, _fuse=fuse)
+    return result
+
+
+def _pack_layers(model: nn.Module, weights: Weights, exact: Mapping[str, Affine], result: Acceleration) -> None:
     counts: Counter[str] = Counter()
 
     def visit(path: str, module: nn.Module) -> None:
-        packed = _still_packed(module) or modules.attach(module, weights, exact.get(path))
-        if packed is not None:
-            counts[packed.format] += 1
-            result.packed_bytes += packed.nbytes
+        matrix = _still_packed(module) or modules.attach(module, weights, exact.get(path))
+        if matrix is not None:
+            counts[matrix.format] += 1
+            result.packed_bytes += matrix.nbytes
 
     modules.each_layer(model, _tied(model), visit)
     result.formats = dict(counts)
-    inner = _inner(model)
-    if fuse and inner is not None:
-        result.reason = decoder.unfit(inner)
-        if not result.reason:
-            try:
-                decoder.fuse(inner)
-                result.fused = True
-            except ValueError as error:  # sizes that the stack has no layout for
-                result.reason = str(error)
-        if not result.fused:
-            decoder.unfuse(inner)
-    if before is not None:
-        wrong = _difference(before, _probe(model))
-        limit = EXACT if weights in ("auto", "f32") else ROUNDED
-        if not wrong <= limit:  # a NaN is wrong too
-            _undo(model)
-            text = f"the native path differs from the ordinary one by {wrong:.2g} of the largest logit and is off"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-            return Acceleration(False, text, _model=model, _weights=weights, _exact=exact, _fuse=fuse)
-    return result
+
+
+def _fuse_layers(inner: nn.Module) -> str:
+    """Make all layers one call; why that is not possible, or empty."""
+    problem = decoder.why_not_fusable(inner)
+    if not problem:
+        try:
+            decoder.fuse(inner)
+        except ValueError as error:  # sizes that the stack has no layout for
+            problem = str(error)
+    if problem:
+        decoder.unfuse(inner)
+    return problem
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
@@ -114,12 +123,12 @@ def _tied(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "args", None), "tie_word_embeddings", False))
 
 
-def _is_fast(model: nn.Module) -> bool:
-    return any(type(module) in modules.DENSE for _, module in model.named_modules())
+def _is_packed(model: nn.Module) -> bool:
+    return any(type(module) in modules.PLAIN_CLASSES for _, module in model.named_modules())
 
 
-def _still_packed(module: nn.Module) -> Any:
-    packed = module._packed if type(module) in modules.DENSE else None
+def _still_packed(module: nn.Module) -> Matrix | None:
+    packed = modules.packed_weight(module)
     return packed.matrix if packed is not None and packed.of(module.weight) else None
 
 
@@ -141,7 +150,7 @@ def _probe(model: nn.Module) -> list[mx.array] | None:
 def _difference(before: list[mx.array] | None, after: list[mx.array] | None) -> float:
     if before is None or after is None:
         return 0.0
-    return max((mx.abs(a - b).max() / mx.abs(b).max()).item() for a, b in zip(after, before, strict=True))
+    return max(float(mx.abs(a - b).max() / mx.abs(b).max()) for a, b in zip(after, before, strict=True))
 
 
 def _undo(model: nn.Module) -> None:

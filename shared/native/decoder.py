@@ -1,11 +1,10 @@
-"""All layers of a Llama or Qwen2 as one call: which models and inputs that is for, and how a model comes to use it.
+"""All layers of a Llama or Qwen2 model as one C++ call: for which models and inputs, and how a model is given it.
 
 Knows mlx-lm's module tree for these two families. Does not know how the layers are computed (C++ does) nor how the
-weights are packed. Promises: anything it does not know exactly, in the model, the input or the cache, takes the
-ordinary path.
+weights are packed. Promises: a model, an input or a cache that differs from what it knows takes MLX's own path.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -15,9 +14,12 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.models.rope_utils import Llama3RoPE
 
 from specl.shared.native.extension import MAX_WIDTH, native
-from specl.shared.native.modules import DENSE, Packed
+from specl.shared.native.modules import PLAIN_CLASSES, packed_matrix
 
-FAMILIES = {llama.LlamaModel: llama.TransformerBlock, qwen2.Qwen2Model: qwen2.TransformerBlock}
+FAMILIES: dict[type[nn.Module], type[nn.Module]] = {
+    llama.LlamaModel: llama.TransformerBlock,
+    qwen2.Qwen2Model: qwen2.TransformerBlock,
+}
 PROJECTIONS = (
     ("self_attn", "q_proj"),
     ("self_attn", "k_proj"),
@@ -29,11 +31,11 @@ PROJECTIONS = (
 )
 FIRST_POSITIONS = 1024  # of the table of rotations; it doubles when a text outgrows it
 
-_faces: dict[type, type] = {}
+_fused_classes: dict[type[nn.Module], type[nn.Module]] = {}  # by the plain class
 
 
-def unfit(inner: nn.Module) -> str:
-    """Why this model's layers cannot be one call; empty when they can."""
+def why_not_fusable(inner: nn.Module) -> str:
+    """Why this model's layers cannot be one call; empty where they can."""
     block = FAMILIES.get(plain_class(inner))
     if block is None:
         return f"{type(inner).__name__} is not Llama or Qwen2"
@@ -44,21 +46,21 @@ def unfit(inner: nn.Module) -> str:
         if type(attention.rope) not in (nn.RoPE, Llama3RoPE) or getattr(attention.rope, "traditional", False):
             return f"rotary positions of the kind {type(attention.rope).__name__}"
         for part, name in PROJECTIONS:
-            if type(layer[part][name]) not in DENSE:
+            if type(layer[part][name]) not in PLAIN_CLASSES:
                 return f"{name} is a {type(layer[part][name]).__name__}"
         if any(norm.weight.dtype != mx.float32 for norm in (layer.input_layernorm, layer.post_attention_layernorm)):
             return "norms are not float32"
     if getattr(inner, "pipeline_size", 1) != 1:
         return "the model is split over machines"
-    if type(inner.embed_tokens) not in (nn.Embedding, *DENSE) or inner.embed_tokens.weight.dtype != mx.float32:
+    if type(inner.embed_tokens) not in (nn.Embedding, *PLAIN_CLASSES) or inner.embed_tokens.weight.dtype != mx.float32:
         return "the embedding is not float32"
     return ""
 
 
-def plain_class(inner: nn.Module) -> type:
-    """The model's class without the fast face."""
+def plain_class(inner: nn.Module) -> type[nn.Module]:
+    """mlx-lm's class of a model, fused or not."""
     kind = type(inner)
-    return next((plain for plain, face in _faces.items() if face is kind), kind)
+    return next((plain for plain, fused in _fused_classes.items() if fused is kind), kind)
 
 
 class Stack:
@@ -73,7 +75,7 @@ class Stack:
             heads=first.n_heads,
             kv_heads=first.n_kv_heads,
             head_dim=self._dim,
-            intermediate=inner.layers[0].mlp.gate_proj._packed.matrix.shape[0],
+            intermediate=packed_matrix(inner.layers[0].mlp.gate_proj).shape[0],
             eps=inner.norm.eps,
             norm=inner.norm.weight,
             embedding=inner.embed_tokens.weight,
@@ -85,33 +87,41 @@ class Stack:
         layers = self._guard(-1, "layers", inner["layers"])
         for index, layer in enumerate(inner.layers):
             self._append(layers, index, layer)
-        self._grow(FIRST_POSITIONS)
+        self._extend_rotations(FIRST_POSITIONS)
 
-    def __deepcopy__(self, memo: dict) -> None:
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None  # a copied model has other modules: it takes the ordinary path until accelerated itself
 
     def step(self, inner: nn.Module, ids: mx.array, cache: list[Any]) -> mx.array | None:
-        """Final-normed hidden states of `ids` after the cache's positions, or None: take the ordinary path."""
-        out = self._decoder.step(inner, ids, cache)
-        if isinstance(out, int):
-            self._grow(out)
-            out = self._decoder.step(inner, ids, cache)
-        return out
+        """Hidden states after the final norm of `ids` after the cache's positions; None: take MLX's path."""
+        # a number: the positions that the table of rotations is too short for
+        states: mx.array | int | None = self._decoder.step(inner, ids, cache)
+        if isinstance(states, int):
+            self._extend_rotations(states)
+            states = self._decoder.step(inner, ids, cache)
+        return states if not isinstance(states, int) else None
+
+    def step_lanes(self, inner: nn.Module, ids: list[list[int]], caches: list[list[Any]]) -> mx.array | None:
+        """`step` for several sequences at once, at most sixteen ids together: [rows, hidden], in order."""
+        states: mx.array | int | None = self._decoder.step_lanes(inner, ids, caches)
+        if isinstance(states, int):
+            self._extend_rotations(states)
+            states = self._decoder.step_lanes(inner, ids, caches)
+        return states if not isinstance(states, int) else None
 
     def intact(self, inner: nn.Module) -> bool:
         """Whether the model still has the weights that were packed."""
-        return self._decoder.intact(inner)
+        return bool(self._decoder.intact(inner))
 
     def _append(self, layers: int, index: int, layer: nn.Module) -> None:
-        at = self._guard(layers, index, layer)
+        number = self._guard(layers, index, layer)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            self._guard_leaf(at, layer, norm, ("weight",))
-        parts = {part: self._guard(at, part, layer[part]) for part in ("self_attn", "mlp")}
+            self._guard_leaf(number, layer, norm, ("weight",))
+        parts = {part: self._guard(number, part, layer[part]) for part in ("self_attn", "mlp")}
         weights, biases = [], []
         for part, name in PROJECTIONS:
             linear = layer[part][name]
-            packed: Packed = linear._packed
-            weights.append(packed.matrix)
+            weights.append(packed_matrix(linear))
             biases.append(linear.get("bias"))
             arrays = [key for key in ("weight", "bias", "scales", "biases") if key in linear]
             self._guard_leaf(parts[part], layer[part], name, arrays)
@@ -125,25 +135,17 @@ class Stack:
         self._guards += 1
         return self._guards - 1
 
-    def _guard_leaf(self, parent: int, owner: Mapping[str, Any], key: str, arrays: Any) -> None:
-        at = self._guard(parent, key, owner[key])
+    def _guard_leaf(self, parent: int, parent_module: Mapping[str, Any], key: str, arrays: Iterable[str]) -> None:
+        number = self._guard(parent, key, parent_module[key])
         for name in arrays:
-            self._guard(at, name, owner[key][name])
+            self._guard(number, name, parent_module[key][name])
 
-    def step_lanes(self, inner: nn.Module, ids: list[list[int]], caches: list[list[Any]]) -> mx.array | None:
-        """The same for several sequences at once, at most sixteen ids together: [rows, hidden], in order."""
-        out = self._decoder.step_lanes(inner, ids, caches)
-        if isinstance(out, int):
-            self._grow(out)
-            out = self._decoder.step_lanes(inner, ids, caches)
-        return out
-
-    def _grow(self, positions: int) -> None:
+    def _extend_rotations(self, positions: int) -> None:
         self._decoder.set_positions(*rotations(self._rope, self._dim, positions))
 
 
 def rotations(rope: nn.Module, dim: int, positions: int) -> tuple[mx.array, mx.array]:
-    """Cosines and sines [at least `positions`, dim / 2] by the model's own rope: what it makes of ones and zeros."""
+    """Cosines and sines [at least `positions`, dim / 2] of the model's rotary module: it turns the pair (1, 0)."""
     size = FIRST_POSITIONS
     while size < positions:
         size *= 2
@@ -153,22 +155,29 @@ def rotations(rope: nn.Module, dim: int, positions: int) -> tuple[mx.array, mx.a
     return turned[:, :half], turned[:, half:]
 
 
+def stack_of(inner: nn.Module) -> Stack | None:
+    """The stack of a fused model; None for a plain one, and for a copy of a fused one."""
+    stack = getattr(inner, "native_stack", None)
+    return stack if isinstance(stack, Stack) else None
+
+
 def _fused_call(self: nn.Module, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> Any:
-    """The model's own call, with a few ids after a plain cache answered by the stack."""
-    if cache is not None and input_embeddings is None and self._stack is not None and inputs.size <= MAX_WIDTH:
-        out = self._stack.step(self, inputs, cache)
-        if out is not None:
-            return out
-    return super(type(self), self).__call__(inputs, cache, input_embeddings)
+    """A few ids after a plain cache go to the stack, anything else to the plain class."""
+    if cache is not None and input_embeddings is None and self.native_stack is not None and inputs.size <= MAX_WIDTH:
+        states = self.native_stack.step(self, inputs, cache)
+        if states is not None:
+            return states
+    return plain_class(self).__call__(self, inputs, cache, input_embeddings)
 
 
 def fuse(inner: nn.Module) -> None:
-    """Give the model its stack. Raises ValueError where `unfit` would have had something to say about sizes."""
+    """Give the model its stack. Raises ValueError for sizes that the stack has no layout for."""
     plain = plain_class(inner)
-    if plain not in _faces:
-        _faces[plain] = type(f"Fused{plain.__name__}", (plain,), {"__call__": _fused_call, "__module__": __name__})
-    inner._stack = Stack(inner)
-    inner.__class__ = _faces[plain]
+    if plain not in _fused_classes:
+        members = {"__call__": _fused_call, "__module__": __name__}
+        _fused_classes[plain] = type(f"Fused{plain.__name__}", (plain,), members)
+    inner.native_stack = Stack(inner)
+    inner.__class__ = _fused_classes[plain]
 
 
 def unfuse(inner: nn.Module) -> None:
@@ -176,4 +185,4 @@ def unfuse(inner: nn.Module) -> None:
     plain = plain_class(inner)
     if plain is not type(inner):
         inner.__class__ = plain
-        del inner._stack
+        del inner.native_stack

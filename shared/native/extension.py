@@ -1,6 +1,6 @@
-"""Whether the C++ extension can be used here: built, made for this MLX, on a CPU it has kernels for, and right.
+"""Whether the C++ extension can be used: it is built, for this MLX, this CPU has kernels, and its self-test passes.
 
-Decided once, at the first question. Promises: at most one warning, with the remedy; never an exception.
+Decided once, at the first call. Promises: at most one warning, with the remedy; never an exception.
 `SPECL_NATIVE=0` turns it off, `SPECL_NATIVE_ISA` names an instruction set (avx512, avx2, neon, scalar).
 """
 
@@ -21,7 +21,7 @@ MAX_WIDTH = 16  # rows; wider inputs go to the ordinary product, which is faster
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or nothing and the reason."""
+    """The extension and an empty text, or None and the reason."""
     if os.environ.get("SPECL_NATIVE", "1") == "0":
         return None, "turned off by SPECL_NATIVE=0"
     if sys.platform != "linux":
@@ -32,20 +32,20 @@ def _load() -> tuple[ModuleType | None, str]:
         module = importlib.import_module("specl.shared.native._native")
     except ImportError as error:
         return None, _warn(f"the native CPU kernels are not built ({error}); with a C++ compiler, {REMEDY}")
-    if module.mlx_version != mx.__version__:
-        built, here = module.mlx_version, mx.__version__
-        return None, _warn(f"the native CPU kernels were built for mlx {built}, this is {here}; {REMEDY}")
-    wanted = os.environ.get("SPECL_NATIVE_ISA", "")
-    if wanted and not module.use_isa(wanted):
-        return None, _warn(f"SPECL_NATIVE_ISA={wanted}: this machine has {', '.join(module.isas())}")
-    if not wanted and module.isa() == "scalar":
+    built, present = module.mlx_version, mx.__version__  # type: ignore[attr-defined]  # not in mlx's stubs
+    if built != present:
+        return None, _warn(f"the native CPU kernels were built for mlx {built}, this is {present}; {REMEDY}")
+    isa = os.environ.get("SPECL_NATIVE_ISA", "")
+    if isa and not module.use_isa(isa):
+        return None, _warn(f"SPECL_NATIVE_ISA={isa}: this machine has {', '.join(module.isas())}")
+    if not isa and module.isa() == "scalar":
         return None, "this CPU has none of AVX-512, AVX2 and NEON"
     try:
-        wrong = _self_test(module)
-    except (TypeError, ValueError, RuntimeError) as error:  # a foreign binding ABI refuses every array with a TypeError
-        wrong = str(error).splitlines()[0]
-    if wrong:
-        return None, _warn(f"the native CPU kernels failed their self-test ({wrong}) and are off; {REMEDY}")
+        problem = _self_test(module)
+    except (TypeError, ValueError, RuntimeError) as error:  # another binding ABI refuses every array with a TypeError
+        problem = str(error).splitlines()[0]
+    if problem:
+        return None, _warn(f"the native CPU kernels failed their self-test ({problem}) and are off; {REMEDY}")
     return module, ""
 
 
@@ -55,7 +55,7 @@ def _warn(text: str) -> str:
 
 
 def _self_test(module: ModuleType) -> str:
-    """What is wrong with the extension's products against numpy's in float64; an empty text if nothing is."""
+    """Compare the extension's products with numpy's in float64; the first problem, or empty."""
     noise = np.random.default_rng(0)
     n, k = 37, 192
     dense = noise.standard_normal((n, k)).astype(np.float32)
@@ -71,18 +71,19 @@ def _self_test(module: ModuleType) -> str:
             return f"{weight.format} weights do not come back"
         for width in (1, 5, MAX_WIDTH):
             x = noise.standard_normal((width, k)).astype(np.float32)
-            right = x.astype(np.float64) @ np.array(weight.unpack()).astype(np.float64).T
-            got = np.array(module.linear(mx.array(x), weight))
-            if got.shape != right.shape or not np.allclose(got, right, rtol=1e-4, atol=1e-5 * np.abs(right).max()):
+            expected_y = x.astype(np.float64) @ np.array(weight.unpack()).astype(np.float64).T
+            y = np.array(module.linear(mx.array(x), weight))
+            tolerance = 1e-5 * np.abs(expected_y).max()
+            if y.shape != expected_y.shape or not np.allclose(y, expected_y, rtol=1e-4, atol=tolerance):
                 return f"{weight.format} product of {width} rows"
     return ""
 
 
 def native() -> ModuleType:
-    """The extension; only after `available()` said yes."""
-    module, why_not = _load()
+    """The extension. Raises RuntimeError where `available()` is false."""
+    module, problem = _load()
     if module is None:
-        raise RuntimeError(why_not)
+        raise RuntimeError(problem)
     return module
 
 
@@ -92,28 +93,29 @@ def available() -> bool:
 
 
 def reason() -> str:
-    """Why it cannot; empty when it can."""
+    """Why the native kernels cannot be used; empty where they can."""
     return _load()[1]
 
 
 def instruction_sets() -> list[str]:
-    """What this machine has kernels for, best first; `scalar` is always there."""
-    return native().isas()
+    """The instruction sets of this machine that there are kernels for, best first; `scalar` is always there."""
+    names: list[str] = native().isas()
+    return names
 
 
 def instruction_set() -> str:
-    """The one in use."""
-    return native().isa()
+    """The instruction set in use."""
+    return str(native().isa())
 
 
 def use_instruction_set(name: str) -> None:
     """Switch to another of `instruction_sets()`; the results are the same bits."""
     if not native().use_isa(name):
-        raise ValueError(f"no {name} here: {', '.join(instruction_sets())}")
+        raise ValueError(f"this machine has no {name}, but {', '.join(instruction_sets())}")
 
 
 def set_threads(n: int) -> None:
-    """Threads of the pool, the caller among them; 0 means one a processor that this process may use."""
+    """Set the pool's threads, the caller among them; 0 means one for each processor that this process may use."""
     if n < 0:
         raise ValueError("threads cannot be negative")
     native().set_threads(n)
@@ -121,4 +123,4 @@ def set_threads(n: int) -> None:
 
 def threads() -> int:
     """Threads that the next product will use."""
-    return native().threads()
+    return int(native().threads())

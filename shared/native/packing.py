@@ -1,11 +1,11 @@
-"""Weights in the form that the kernels read: which format a matrix gets, and that it loses nothing.
+"""Weights in the formats that the kernels read, and which format a matrix gets.
 
 Knows the affine form (value * scale + offset by group) that MLX's quantisation and GGUF's block formats share. Does not
-know models. Promises: `pack` with "auto" only takes a format whose weights are bit for bit the dense ones.
+know models. Promises: `pack` with "auto" takes only a format whose weights are bit for bit the dense ones.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +13,18 @@ import numpy as np
 from specl.shared.native.extension import native
 
 Weights = Literal["auto", "exact", "f32", "bf16", "q8", "q4"]
-Matrix = object  # specl.shared.native._native.Matrix, unknown to the type checker
+
+
+class Matrix(Protocol):
+    """A packed weight of the extension (`_native.Matrix`). `shape` is (rows, inputs)."""
+
+    format: str
+    nbytes: int
+    shape: tuple[int, int]
+
+    def unpack(self) -> mx.array:
+        """The dense weight, fp32 [rows, inputs]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +38,7 @@ class Affine:
     offsets: np.ndarray
 
     def rows(self, order: np.ndarray) -> "Affine":
-        """The same matrix with its rows in another order (llama.cpp permutes those of q and k)."""
+        """This matrix with its rows reordered or selected (llama.cpp permutes the rows of q and k)."""
         return Affine(self.bits, self.group, self.values[order], self.scales[order], self.offsets[order])
 
 
@@ -52,7 +63,7 @@ def affine_from_gguf(data: np.ndarray, kind: str) -> Affine | None:
     if kind == "Q8_0":
         values = (raw[..., at:].view(np.int8).astype(np.int16) + 128).astype(np.uint8)
         return Affine(8, 32, values.reshape(n, -1), scale, offset.astype(np.float32))
-    high = np.zeros((*raw.shape[:2], 32), np.uint8)
+    high: np.ndarray = np.zeros((*raw.shape[:2], 32), np.uint8)
     if kind in ("Q5_0", "Q5_1"):
         high = np.unpackbits(raw[..., at : at + 4], axis=-1, bitorder="little") << 4
         at += 4
@@ -88,38 +99,44 @@ def affine_from_mlx(weight: mx.array, scales: mx.array, biases: mx.array, *, bit
 
 
 def pack(dense: mx.array, weights: Weights = "auto", exact: Affine | None = None) -> Matrix:
-    """A matrix for the kernels. "auto": `exact` if it is just `dense`, else bf16 if that loses nothing, else fp32. "exact":
-    `exact`, which the caller knows to be `dense`: rows of a matrix that was compared whole.
+    """A matrix for the kernels.
+
+    "auto": `exact` where it equals `dense` bit for bit, else bf16 where that loses nothing, else fp32. "exact": `exact`
+    without a comparison, for rows of a matrix that was compared as a whole.
     """
     if weights == "exact" and exact is not None:
         return pack_affine(exact)
-    if weights == "exact":
-        weights = "auto"
-    if weights == "auto":
-        if exact is not None and exact.values.shape == dense.shape:
-            packed = pack_affine(exact)
-            if _same(packed, dense):
-                return packed
-        rounded = dense.astype(mx.bfloat16).astype(mx.float32)
-        return native().pack_float(dense, "bf16" if mx.array_equal(rounded, dense).item() else "f32")
+    if weights in ("exact", "auto"):
+        return _pack_lossless(dense, exact)
     if weights in ("f32", "bf16"):
-        return native().pack_float(dense, weights)
-    bits = {"q8": 8, "q4": 4}[weights]
+        return _pack_float(dense, weights)
     if dense.shape[1] % 32:
-        return native().pack_float(dense, "bf16")
+        return _pack_float(dense, "bf16")
+    bits = 8 if weights == "q8" else 4
     return pack_affine(affine_from_mlx(*mx.quantize(dense, 32, bits), bits=bits, group_size=32))
+
+
+def _pack_lossless(dense: mx.array, exact: Affine | None) -> Matrix:
+    if exact is not None and exact.values.shape == dense.shape:
+        packed = pack_affine(exact)
+        if mx.array_equal(packed.unpack(), dense).item():
+            return packed
+    rounded = dense.astype(mx.bfloat16).astype(mx.float32)
+    return _pack_float(dense, "bf16" if mx.array_equal(rounded, dense).item() else "f32")
+
+
+def _pack_float(dense: mx.array, format: str) -> Matrix:
+    matrix: Matrix = native().pack_float(dense, format)
+    return matrix
 
 
 def pack_affine(affine: Affine) -> Matrix:
     """Affine weights as they are."""
     parts = (mx.array(part) for part in (affine.values, affine.scales, affine.offsets))
-    return native().pack_affine(*parts, affine.bits, affine.group)
+    matrix: Matrix = native().pack_affine(*parts, affine.bits, affine.group)
+    return matrix
 
 
 def can_pack(bits: int, group: int) -> bool:
     """Whether the kernels have a layout for these affine weights."""
     return (bits, group) in {(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128), (8, 16)}
-
-
-def _same(packed: Matrix, dense: mx.array) -> bool:
-    return bool(mx.array_equal(packed.unpack(), dense).item())

@@ -1,4 +1,4 @@
-"""What an engine asks of a few rows of logits, in one pass in C++: largest entry, log-sum-exp, the k largest.
+"""Summaries of a few rows of logits in one pass in C++: largest entry, log-sum-exp, the k largest.
 
 Does not know tokens or sampling. Ties go to the lowest index, as in `mx.argmax`.
 """

@@ -11,7 +11,7 @@ import time
 from specl.shared.bench import prompt_sets
 from specl.shared.bench.scratch import ScratchDaemons
 from specl.shared.loading.engine import draft_folder
-from specl.shared.models.load import resolve
+from specl.shared.models.find import ensure_model
 from specl.shared.paths import find_paths
 from specl.shared.settings.load import load_settings
 
@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--draft")
     wish = parser.parse_args()
     settings, paths = load_settings(), find_paths()
-    target = resolve(settings.models.target.name, paths.models)
+    target = ensure_model(settings.models.target.name, paths.models)
     name = wish.draft or settings.models.draft.name
     draft = str(draft_folder(name, paths.models) or name) if name else None
     items = prompt_sets.pick("general", wish.requests)

@@ -26,7 +26,7 @@ from specl.shared.engine.decode import Options
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.sampling import distribution
 from specl.shared.sampling_params import SamplingParams
-from specl.shared.models.load import LanguageModel
+from specl.shared.models.language_model import LanguageModel
 
 VOCABULARY, LENGTH, END = 8, 3, 7
 PROMPT = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2]

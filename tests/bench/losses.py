@@ -22,7 +22,8 @@ from specl.shared.learning.learner import Learner, agreement, by_depth
 from specl.shared.learning.losses import KINDS, LossSettings
 from specl.shared.learning.steps import Batches, StepLoop, StepSettings
 from specl.shared.models.head import new_head
-from specl.shared.models.load import load, to_stderr
+from specl.shared.models.load import load
+from specl.shared.models.report import to_stderr
 from specl.shared.paths import find_paths
 
 

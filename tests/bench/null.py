@@ -31,8 +31,8 @@ from specl.shared.learning.steps import Batches, StepLoop, StepSettings
 from specl.shared.loading.engine import load_engine
 from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
 from specl.shared.models.head import HeadDraft, new_head
-from specl.shared.models.load import to_stderr
 from specl.shared.models.lora import LoraShape, attach, choose_layers, detach
+from specl.shared.models.report import to_stderr
 from specl.shared.paths import find_paths
 from specl.shared.prompts import reserved
 from specl.shared.settings.load import load_settings

@@ -32,9 +32,11 @@ from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import StepLoop, StepSettings
+from specl.shared.models.language_model import LanguageModel
 from specl.shared.models.layers import new_layers, pick_layers
-from specl.shared.models.load import LanguageModel, load, to_stderr
+from specl.shared.models.load import load
 from specl.shared.models.lora import LoraShape, attach, choose_layers
+from specl.shared.models.report import to_stderr
 from specl.shared.paths import find_paths
 from specl.shared.settings.load import load_settings
 

@@ -73,7 +73,7 @@ def trees(engine: EngineCore, draft: HeadDraft, ids: list[int], tokens: int) -> 
     while session.finish_reason is None:
         session.round()
     text = [*ids, *session.output]
-    states = engine.target.read(text[:-1], engine.target.new_cache())
+    states = engine.target.prefill(text[:-1], engine.target.new_cache())
     cache, found = KVCache(), []
     for place in range(1, len(text) - 1):
         state, scores, _, _ = draft.step(states[place - 1 : place], [text[place]], cache)

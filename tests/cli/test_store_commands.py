@@ -209,7 +209,7 @@ def test_the_targets_law_makes_an_import_learnable(tiny):
     import mlx.core as mx
 
     for _ in range(6):
-        own.append(int(mx.argmax(target.logits(target.states(mx.array([own]), target.new_cache())[0, -1]))))
+        own.append(int(mx.argmax(target.logits(target.hidden_states(mx.array([own]), target.new_cache())[0, -1]))))
     scored = text_logprobs(target, "text", prompt, own[4:], 8)
     assert scored.greedy and scored.top_k.k == 8
     ids = np.frombuffer(scored.top_k.ids, "<u4").reshape(-1, 8)

@@ -18,8 +18,9 @@ from specl.shared.adapters.registry import Adapters, Manifest
 from specl.shared.adapters.tensors import write_tensors
 from specl.shared.bench.stream import conversation
 from specl.shared.messaging.client import Client
-from specl.shared.models.lora import LoraShape, change_norm, choose_layers, linear_layers, lora_weights
+from specl.shared.models.lora import LoraShape, change_norm_steps, choose_layers, linear_layers, lora_weights
 from specl.shared.paths import Paths
+from specl.shared.runtime.incremental import run_all
 from specl.shared.settings.load import parse_settings
 from tests.bench.null import Builtin, permuted
 from tests.harness.cli_instance import make_cli_instance, stop
@@ -95,7 +96,7 @@ def make_bad(folder):
 
 def write_bad(folder, shape, engine, name, weights, base, hot):
     prints = (base, engine.target.fingerprint, engine.target.tokenizer_fingerprint)
-    norm = change_norm(shape, weights)
+    norm = run_all(change_norm_steps(shape, weights))
     manifest = Manifest(
         "000001", "lora", time.time(), engine.draft.name, *prints, "", "", shape.rank, shape.alpha, list(shape.keys),
         norm if norm == norm else 1.0, {}, {},

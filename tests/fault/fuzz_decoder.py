@@ -73,7 +73,7 @@ def _hot(data: bytes) -> None:
     path = SCRATCH / "hot_vocab.npy"
     path.write_bytes(data)
     with suppress(AdapterRejected):
-        tensors._hot_problems(tensors.read_hot(path), 8, 128)
+        tensors.hot_vocabulary_problems(tensors.read_hot_vocabulary(path), 8, 128)
 
 
 def _config(data: bytes) -> None:

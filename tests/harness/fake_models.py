@@ -41,16 +41,16 @@ def fake_model(name: str, seed: int, near: Any = None) -> Any:
     from mlx.utils import tree_map
     from mlx_lm.models.llama import Model, ModelArgs
 
-    from specl.shared.models.load import LanguageModel
+    from specl.shared.models.language_model import LanguageModel
 
     @dataclass(slots=True)
     class Slowed(LanguageModel):
         delay_s: float = 0.0
 
-        def states(self, ids: Any, cache: Any = None) -> Any:
+        def hidden_states(self, ids: Any, cache: Any = None) -> Any:
             if self.delay_s:
                 time.sleep(self.delay_s)
-            return LanguageModel.states(self, ids, cache)
+            return LanguageModel.hidden_states(self, ids, cache)
 
     mx.random.seed(seed)
     config = {

@@ -31,14 +31,16 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def language_model():
     """A factory of tiny random targets as the loader gives them."""
-    from specl.shared.models.cpu_kernels import ONE_CALL
-    from specl.shared.models.load import LanguageModel
+    from specl.shared.models.cpu_kernels import Kernels
+    from specl.shared.models.language_model import LanguageModel
     from tests.native.test_model import SIZES, tiny
 
     def make(**changes):
         model = tiny(**changes)
         assert native.accelerate(model).fused
         shape = SIZES | changes
-        return LanguageModel("tiny", None, model, None, shape, "tiny", "tiny-tokens", {}, f"native, {ONE_CALL}")
+        return LanguageModel(
+            "tiny", None, model, None, shape, "tiny", "tiny-tokens", {}, Kernels("native", one_call=True)
+        )
 
     return make

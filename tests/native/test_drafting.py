@@ -21,17 +21,17 @@ def head(request, language_model):
     draft.head.apply(lambda x: x.astype(mx.bfloat16).astype(mx.float32))
     draft.set_hot(draft.hot)
     draft.use_cpu_kernels()
-    assert draft._stack is not None
+    assert draft.native_step is not None
     return draft
 
 
 def ordinary(draft, states, ids, cache):
     """The same step without the native call."""
-    stack, draft._stack = draft._stack, None
+    stack, draft.native_step = draft.native_step, None
     try:
         return draft.step(states, ids, cache)
     finally:
-        draft._stack = stack
+        draft.native_step = stack
 
 
 def test_a_draft_step_is_the_ordinary_one(head, isa):
@@ -66,7 +66,7 @@ def test_an_adapter_beside_its_base_takes_the_ordinary_path(head):
     adapter = head.head.self_attn.q_proj
     adapter.lora_b = mx.random.normal(adapter.lora_b.shape)
     after = head.step(states, [1, 2], KVCache())
-    assert head._stack.step(states, [1, 2], KVCache(), head.output) is None
+    assert head.native_step.step(states, [1, 2], KVCache(), head.output) is None
     assert mx.abs(after[0] - before[0]).max().item() > 1e-3
 
 
@@ -95,7 +95,7 @@ def test_sequences_side_by_side_are_bit_for_bit_what_they_are_alone(family, isa)
     together, alone = filled(), filled()
     ids = [rng.integers(0, 300, width).tolist() for width in widths]
     for _ in range(2):
-        got = inner._stack.step_lanes(inner, ids, together)
+        got = inner.native_stack.step_lanes(inner, ids, together)
         wanted = [inner(mx.array([part]), cache)[0] for part, cache in zip(ids, alone, strict=True)]
         assert mx.array_equal(got, mx.concatenate(wanted)).item()
     for ours, theirs in zip(together, alone, strict=True):
@@ -111,7 +111,7 @@ def test_what_cannot_be_one_step_of_lanes_takes_the_ordinary_path():
     model = tiny()
     native.accelerate(model)
     inner, cache = model.model, _caches(model)
-    lanes = inner._stack.step_lanes
+    lanes = inner.native_stack.step_lanes
     assert lanes(inner, [], []) is None
     assert lanes(inner, [[1]], []) is None
     assert lanes(inner, [[1], []], [cache, _caches(model)]) is None

@@ -66,7 +66,7 @@ def close(a, b):
 
 
 def is_fused_step(model, ids, cache):
-    return model.model._stack.step(model.model, ids, cache) is not None
+    return model.model.native_stack.step(model.model, ids, cache) is not None
 
 
 def ids_of(n, seed=0):
@@ -165,7 +165,7 @@ def test_steps_are_fused_and_write_in_place():
 def test_what_the_stack_does_not_know_takes_the_ordinary_path():
     model = MODELS["llama"]()
     assert native.accelerate(model).fused
-    step = model.model._stack.step
+    step = model.model.native_stack.step
     cache = make_prompt_cache(model)
     assert step(model.model, ids_of(17), cache) is None
     assert step(model.model, mx.concatenate([ids_of(2), ids_of(2)]), cache) is None

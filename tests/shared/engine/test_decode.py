@@ -152,7 +152,7 @@ def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
         assert (session.tally.reused_tokens > 30) == (turn > 0)
         if kind == "head":
             states = session.all_states()
-            whole = target.states(mx.array([session.state.text[:-1]]))[0]
+            whole = target.hidden_states(mx.array([session.state.text[:-1]]))[0]
             assert np.abs(states - np.array(whole)).max() < 5e-3, "spooled states are those of the whole text"
         engine.save_to_prefix_cache(session, "")
         prompt = [*session.state.text, 9, 10, 11]

@@ -32,7 +32,7 @@ def say(engine, prompt, ids, output):
         pass
     state = session.state
     state.text.extend(output)
-    rows = engine.target.states(mx.array([state.text[state.cached : -1]]), state.cache)[0]
+    rows = engine.target.hidden_states(mx.array([state.text[state.cached : -1]]), state.cache)[0]
     state.cached = len(state.text) - 1
     session._take_states(rows)
     session.output.extend(output)
@@ -90,7 +90,7 @@ def test_a_common_beginning_is_copied_and_the_long_text_keeps_its_caches(engine)
     assert state.cached == 29 and state.text == text[:29]
     assert engine.prefixes.tokens == 100, "the long one is still there"
     fresh = engine.target.new_cache()
-    mx.eval(engine.target.states(mx.array([text[:29]]), fresh))
+    mx.eval(engine.target.hidden_states(mx.array([text[:29]]), fresh))
     for copy, layer in zip(state.cache, fresh, strict=True):
         assert mx.allclose(copy.keys[..., :29, :], layer.keys[..., :29, :], atol=1e-5).item()
     engine.prefixes.put(Entry(state, ""))

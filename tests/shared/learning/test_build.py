@@ -159,7 +159,7 @@ def test_a_head_learns_from_the_shards_of_a_layers_build(stored, tmp_path):
     bare, full = load_shard(shard), read_examples(stored(), [shard], "head")
     assert bare[0].states is None
     for example in full:
-        direct = stored().states(mx.array(example.tokens[None, :-1].astype(np.int64)))[0]
+        direct = stored().hidden_states(mx.array(example.tokens[None, :-1].astype(np.int64)))[0]
         assert np.allclose(example.states, np.array(direct), atol=2e-2)
 
 
@@ -270,7 +270,7 @@ def test_acceptance_by_depth_is_what_drafting_at_every_place_counts(stored, tmp_
     greedy = DraftSampler(SamplingParams(temperature=0.0), lambda: 0.5, None)
     for example in examples:
         text = [int(token) for token in example.tokens]
-        states = target.states(mx.array([text[:-1]]))[0]
+        states = target.hidden_states(mx.array([text[:-1]]))[0]
         for place in range(example.prompt_length, len(text) - 2):
             head = settings.kind == "head"
             drafter = HeadDrafter(built.draft) if head else ModelDrafter(built.draft, int(target.config["vocab_size"]))

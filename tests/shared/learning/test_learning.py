@@ -16,18 +16,16 @@ from specl.shared.models.lora import (
     LoraShape,
     Pristine,
     attach,
-    change_norm,
     choose_layers,
-    fuse,
     lora_weights,
-    problems,
 )
+from tests.lora import change_norm, fuse, problems
 
 
 def example(target, seed=0, prompt=5, rows=9, k=97, id="a"):
     """A text with the target's own law at every output position."""
     tokens = np.random.default_rng(seed).integers(4, 97, prompt + rows).astype(np.uint32)
-    states = target.states(mx.array(tokens[None, :-1].astype(np.int64)))[0]
+    states = target.hidden_states(mx.array(tokens[None, :-1].astype(np.int64)))[0]
     logits = np.array(target.logits(states))[prompt - 1 :].astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     ids = np.argsort(-logprobs, axis=1)[:, :k]

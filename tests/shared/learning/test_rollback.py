@@ -21,7 +21,7 @@ class FakeEngine:
         self.adapter_id = adapter or ""
 
 
-def loading(adapters, path, engine):
+def load_adapter_steps(adapters, path, engine):
     yield
     return path.name, None
 
@@ -29,7 +29,7 @@ def loading(adapters, path, engine):
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     paths = Paths(tmp_path, tmp_path).create()
-    monkeypatch.setattr(swapping, "loading", loading)
+    monkeypatch.setattr(swapping, "load_adapter_steps", load_adapter_steps)
     adapters = Adapters(paths.adapters)
     return paths, adapters, publish(adapters, 0.5), publish(adapters, 0.6)
 

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from specl.shared.engine.core import EngineCore
 from specl.shared.errors import ModelError
 from specl.shared.models import gguf_import
+from specl.shared.models.find import ensure_model
 from specl.shared.models.gguf_file import convert, size_needed
-from specl.shared.models.gguf_import import import_gguf, in_place, is_gguf, suggested_name
-from specl.shared.models.load import load, resolve
+from specl.shared.models.gguf_import import ensure_converted, import_gguf, is_gguf, suggested_name
+from specl.shared.models.load import load
 from tests.shared.models import tiny_gguf
 from tests.shared.models.tiny_gguf import TEXTS
 
@@ -374,7 +375,7 @@ def test_the_size_that_is_asked_for_is_the_size_that_it_takes(tmp_path):
 def test_an_imported_model_is_known_by_its_name(tmp_path):
     tiny_gguf.write(tmp_path / "m.gguf", "qwen2", Kind.Q4_0)
     made = import_gguf(tmp_path / "m.gguf", tmp_path / "models", "my-qwen", "keep", quiet)
-    assert resolve("my-qwen", tmp_path / "models") == made == tmp_path / "models" / "my-qwen"
+    assert ensure_model("my-qwen", tmp_path / "models") == made == tmp_path / "models" / "my-qwen"
     assert load("my-qwen", tmp_path / "models").name == "my-qwen"
     with pytest.raises(ModelError, match="there is already a model my-qwen"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "models", "my-qwen", "keep", quiet)
@@ -392,11 +393,11 @@ def test_a_bad_name_is_refused(tmp_path, name):
 def test_a_file_used_in_place_is_converted_once_and_again_when_it_changed(tmp_path):
     gguf, said = tmp_path / "Some Model.Q8_0.gguf", []
     tiny_gguf.write(gguf, kind=Kind.Q8_0)
-    first = resolve(str(gguf), tmp_path / "models", said.append)
-    assert resolve(str(gguf), tmp_path / "models", said.append) == first and len(said) == 1
+    first = ensure_model(str(gguf), tmp_path / "models", said.append)
+    assert ensure_model(str(gguf), tmp_path / "models", said.append) == first and len(said) == 1
     assert first.parent == tmp_path / "models" / "converted" and first.name.startswith("some-model.q8_0-")
     tiny_gguf.write(gguf, kind=Kind.Q4_0)
-    assert in_place(gguf, tmp_path / "models", said.append) != first and len(said) == 2
+    assert ensure_converted(gguf, tmp_path / "models", said.append) != first and len(said) == 2
 
 
 @pytest.mark.parametrize(

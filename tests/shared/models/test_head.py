@@ -31,7 +31,7 @@ def draft(target):
 
 def states_of(target, text):
     """The state from which each token but the first was predicted, [n - 1, hidden]."""
-    return target.states(mx.array([text[:-1]]))[0]
+    return target.hidden_states(mx.array([text[:-1]]))[0]
 
 
 def naive_draft(draft, text, k):

@@ -11,7 +11,8 @@ from specl.shared.errors import ConfigError
 from specl.shared.loading.engine import load_draft, resolve_draft
 from specl.shared.models.layers import layers_config, new_layers, pick_layers, save_layers
 from specl.shared.models.load import check_pair, load
-from specl.shared.models.lora import LoraShape, choose_layers, fuse, linear_layers
+from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
+from tests.lora import fuse
 from tests.stored import write_target
 
 

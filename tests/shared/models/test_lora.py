@@ -15,15 +15,13 @@ from specl.shared.models.lora import (
     LoraShape,
     Pristine,
     attach,
-    change_norm,
     choose_layers,
     detach,
-    fuse,
     interpolate,
     linear_layers,
     lora_weights,
-    problems,
 )
+from tests.lora import change_norm, fuse, problems
 
 BASES = ["fp32", "fp16", "bf16", "4-bit", "8-bit"]
 

@@ -175,12 +175,12 @@ def test_the_estimate_of_the_builtin_model_is_near_what_a_process_takes():
     import sys
 
     code = """
-from specl.shared import config
+from specl.shared.settings.load import load_settings
 from specl.shared.loading.engine import estimate_pair, load_engine, resolve_draft
-from specl.shared.models.load import resolve
+from specl.shared.models.find import ensure_model
 from specl.shared.paths import find_paths
-models, settings = find_paths().models, config.load()
-found, _ = estimate_pair(settings, resolve("smollm2-135m", models), resolve_draft("smollm2-135m-head", models, print))
+models, settings = find_paths().models, load_settings()
+found, _ = estimate_pair(settings, ensure_model("smollm2-135m", models), resolve_draft("smollm2-135m-head", models, print))
 engine = load_engine(settings, models)
 pages = int(open("/proc/self/statm").read().split()[1])
 print(pages * 4096, sum(found.serving.values()) - found.serving["caches"] - 120e6)

@@ -10,13 +10,15 @@ import pytest
 
 from specl.daemons.inference.swap import AdapterSwap
 from specl.shared.adapters import tensors as adapter_tensors
-from specl.shared.adapters.registry import Adapters, Manifest
+from specl.shared.adapters.manifest import Manifest
+from specl.shared.adapters.registry import Adapters
 from specl.shared.adapters.tensors import load_adapter, read_shape, write_tensors
 from specl.shared.engine.core import EngineCore
 from specl.shared.errors import AdapterRejected
 from specl.shared.models.head import HeadDraft, new_head
 from specl.shared.models.lora import LoraShape, choose_layers, linear_layers
 from specl.shared.paths import Paths
+from tests.lora import problems
 
 HOT = np.arange(0, 60, 2)
 KEYS = ("self_attn.q_proj", "mlp.down_proj")
@@ -216,7 +218,6 @@ def test_everything_wrong_is_said_at_once(adapters, engine):
 
 
 def test_an_adapter_for_half_precision_must_not_overflow_there(adapters, tiny):
-    from specl.shared.models.lora import problems
 
     engine = engine_with(tiny, "model")
     module, shape = engine.draft_module, LoraShape(4, 8.0, 0.0, ("model.layers.0.self_attn.q_proj",))

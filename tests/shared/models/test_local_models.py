@@ -7,8 +7,9 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from specl.shared.errors import ModelError
-from specl.shared.models.load import load, located, resolve
-from specl.shared.models.local_models import find, search, search_here
+from specl.shared.models.find import ensure_model, find_model
+from specl.shared.models.load import load
+from specl.shared.models.local_models import list_local_models, list_models_under, model_named
 from tests.shared.models import tiny_gguf
 
 
@@ -45,15 +46,15 @@ def test_ollamas_models_are_found_under_the_names_that_ollama_says(home):
     ollama_pull(folder, "registry.ollama.ai/library/qwen2.5/latest", b"GGUFbb")
     ollama_pull(folder, "registry.ollama.ai/someone/fine/v2", b"GGUFc")
     ollama_pull(folder, "hf.co/owner/repo/Q4_K_M", b"GGUFd")
-    found = search(home)
+    found = list_models_under(home)
     assert names(found) == [
         "ollama:hf.co/owner/repo:Q4_K_M",
         "ollama:llama3.2:1b",
         "ollama:qwen2.5:latest",
         "ollama:someone/fine:v2",
     ]
-    assert find("ollama:llama3.2:1b", found).path == blob and find("ollama:llama3.2:1b", found).size == 5
-    assert find("ollama:qwen2.5", found).name == "ollama:qwen2.5:latest"
+    assert model_named("ollama:llama3.2:1b", found).path == blob and model_named("ollama:llama3.2:1b", found).size == 5
+    assert model_named("ollama:qwen2.5", found).name == "ollama:qwen2.5:latest"
 
 
 def test_what_is_half_pulled_or_odd_is_left_out(home, tmp_path):
@@ -72,14 +73,14 @@ def test_what_is_half_pulled_or_odd_is_left_out(home, tmp_path):
         manifest = folder / "manifests" / "registry.ollama.ai" / "library" / "odd" / str(number)
         manifest.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_text(text)
-    assert search(home) == []
+    assert list_models_under(home) == []
 
 
 def test_another_models_folder_of_ollamas_is_taken_from_its_own_variable(home, tmp_path, monkeypatch):
     ollama_pull(tmp_path / "big-disk", "registry.ollama.ai/library/llama3.2/1b", b"GGUFa")
-    assert search_here() == []
+    assert list_local_models() == []
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "big-disk"))
-    assert names(search_here()) == ["ollama:llama3.2:1b"]
+    assert names(list_local_models()) == ["ollama:llama3.2:1b"]
 
 
 def test_lm_studios_models_are_found_in_both_of_its_places(home):
@@ -97,15 +98,15 @@ def test_lm_studios_models_are_found_in_both_of_its_places(home):
     (mlx / "config.json").write_text("{}")
     (mlx / "model.safetensors").write_bytes(bytes(100))
     (new / "pub" / "empty").mkdir()
-    found = search(home)
+    found = list_models_under(home)
     assert names(found) == [
         "lmstudio:mlx-community/Qwen2.5-0.5B-Instruct-4bit",
         "lmstudio:pub/older/b.gguf",
         "lmstudio:pub/repo/a.gguf",
     ]
     assert [item.format for item in found] == ["mlx", "gguf", "gguf"]
-    assert find("lmstudio:pub/repo/a.gguf", found).path == new / "pub" / "repo" / "a.gguf"
-    assert resolve("lmstudio:mlx-community/Qwen2.5-0.5B-Instruct-4bit", home / "m") == mlx
+    assert model_named("lmstudio:pub/repo/a.gguf", found).path == new / "pub" / "repo" / "a.gguf"
+    assert ensure_model("lmstudio:mlx-community/Qwen2.5-0.5B-Instruct-4bit", home / "m") == mlx
 
 
 def test_a_model_of_ollamas_is_served_by_its_name(home, tmp_path):
@@ -113,15 +114,15 @@ def test_a_model_of_ollamas_is_served_by_its_name(home, tmp_path):
     blob = ollama_pull(
         home / ".ollama" / "models", "registry.ollama.ai/library/tiny/latest", (tmp_path / "m.gguf").read_bytes()
     )
-    assert located("ollama:tiny", tmp_path / "models") == blob
+    assert find_model("ollama:tiny", tmp_path / "models") == blob
     model = load("ollama:tiny", tmp_path / "models")
     assert model.config["model_type"] == "qwen2" and model.path.parent == tmp_path / "models" / "converted"
-    assert load(str(blob), tmp_path / "models").path == model.path == located("ollama:tiny", tmp_path / "models")
+    assert load(str(blob), tmp_path / "models").path == model.path == find_model("ollama:tiny", tmp_path / "models")
 
 
 def test_a_name_that_is_not_there_is_one_sentence(home):
     with pytest.raises(ModelError, match="there is no model 'ollama:nothing:1b' here") as caught:
-        resolve("ollama:nothing:1b", home)
+        ensure_model("ollama:nothing:1b", home)
     assert "models list --found" in caught.value.hint
 
 
@@ -133,7 +134,7 @@ def test_lm_studio_says_itself_where_its_models_are(home, tmp_path):
     (disk / "two" / "b" / "b.gguf").write_bytes(b"GGUF")
     (home / ".lmstudio-home-pointer").write_text(f"{elsewhere}\n")
     (elsewhere / "settings.json").write_text(json.dumps({"downloadsFolder": str(disk)}))
-    assert names(search(home)) == ["lmstudio:one/a/a.gguf", "lmstudio:two/b/b.gguf"]
+    assert names(list_models_under(home)) == ["lmstudio:one/a/a.gguf", "lmstudio:two/b/b.gguf"]
 
 
 @pytest.mark.parametrize("said", ["", "models", "\0", "/nowhere"])
@@ -142,14 +143,14 @@ def test_a_pointer_that_points_nowhere_is_passed_over(home, monkeypatch, said):
     (home / "models" / "one" / "a").mkdir(parents=True)
     (home / "models" / "one" / "a" / "a.gguf").write_bytes(b"GGUF")
     (home / ".lmstudio-home-pointer").write_text(said)
-    assert search(home) == []
+    assert list_models_under(home) == []
 
 
 def test_the_ollama_of_the_whole_system(home, tmp_path):
     ollama_pull(tmp_path / "service", "registry.ollama.ai/library/llama3.2/1b", b"GGUFa")
     blob = ollama_pull(home / ".ollama" / "models", "registry.ollama.ai/library/llama3.2/1b", b"GGUFmine")
     ollama_pull(tmp_path / "service", "registry.ollama.ai/library/qwen2.5/latest", b"GGUFbb")
-    found = search(home, service=tmp_path / "service")
+    found = list_models_under(home, service=tmp_path / "service")
     assert names(found) == ["ollama:llama3.2:1b", "ollama:qwen2.5:latest"] and found[0].path == blob
     (tmp_path / "service" / "manifests").chmod(0)
-    assert "ollama:llama3.2:1b" in names(search(home, service=tmp_path / "service"))
+    assert "ollama:llama3.2:1b" in names(list_models_under(home, service=tmp_path / "service"))

@@ -14,7 +14,7 @@ from specl.shared.adapters.manifest import MAX_HEADER
 from specl.shared.adapters.registry import Adapters, Manifest
 from specl.shared.errors import AdapterRejected
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BASE, TOKENIZER = "base-0", "tokenizer-0"
 
 
@@ -99,7 +99,7 @@ def test_an_adapter_is_never_changed_after_it_was_published(adapters):
 CRASH = """
 from pathlib import Path
 from specl.shared.adapters.registry import Adapters
-from tests.shared.test_adapters import publish
+from tests.shared.adapters.test_registry import publish
 adapters = Adapters(Path({folder!r}))
 publish(adapters)
 publish(adapters)

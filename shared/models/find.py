@@ -1,0 +1,64 @@
+"""From a model's name to its folder: a local folder, the built-in model, a GGUF file, Ollama's, LM Studio's or the hub's.
+
+Knows names and folders; loads no weights. `find_model` does no work, `ensure_model` downloads and converts.
+"""
+
+from pathlib import Path
+
+from specl.shared.errors import ModelError
+from specl.shared.models import builtin, local_models
+from specl.shared.models.gguf_import import conversion_folder, ensure_converted, is_gguf
+from specl.shared.models.report import Report, no_report
+
+HUB_FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+
+
+def find_model(name: str, models: Path) -> Path | None:
+    """The folder of a model that is on this machine, or a GGUF file that is not converted yet; None where there is neither.
+
+    Raises ModelError for a name of Ollama's or LM Studio's that is not there.
+    """
+    path = Path(name).expanduser()
+    if "/" not in name and (models / name / "config.json").is_file():
+        return models / name
+    if name.startswith(local_models.PREFIXES):
+        path = local_models.model_named(name, local_models.list_local_models()).path
+    if is_gguf(path):
+        converted = conversion_folder(path, models)
+        return converted if (converted / "config.json").is_file() else path
+    return path if path.is_dir() else None
+
+
+def ensure_model(name: str, models: Path, report: Report = no_report) -> Path:
+    """The folder of the model `name`; downloads the built-in model or a hub model, and converts a GGUF file, on first use.
+
+    Raises ModelError with one sentence that says what is wrong.
+    """
+    if name == builtin.NAME:
+        return builtin.ensure(models, report)
+    path = find_model(name, models)
+    if path is not None and not path.is_dir():
+        return ensure_converted(path, models, report)
+    if path is not None:
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is not a model folder: it has no config.json")
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"there is no model {name!r}", f"name a folder, a GGUF file, a hub model (owner/name) or `{builtin.NAME}`"
+        )
+    return _from_hub(name, report)
+
+
+def _from_hub(name: str, report: Report) -> Path:
+    report(f"looking for {name} on the hub")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises its own, requests' and httpx's errors
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"the hub model {name} cannot be fetched: {reason[0]}",
+            "check the name and the network, or use a local folder",
+        ) from error
