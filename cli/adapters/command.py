@@ -13,8 +13,19 @@ from specl.cli.adapters.import_command import import_
 from specl.shared.adapters.registry import Adapters, Manifest
 from specl.shared.errors import AdapterRejected, DaemonUnreachable, SpecLoraError, StoreError
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.codes import ActivationReason
 from specl.shared.paths import find_paths
 from specl.shared.store import Store
+
+# their `who` in the view `adapter_activations` says it all
+SELF_EXPLAINING = {
+    ActivationReason.ANNOUNCED,
+    ActivationReason.RESTART,
+    ActivationReason.BY_HAND,
+    ActivationReason.BY_HAND_AGAIN,
+    ActivationReason.ROLLED_BACK_BY_HAND,
+    ActivationReason.REINSTATED,
+}
 
 
 @click.group()
@@ -183,7 +194,7 @@ def _story(manifest: Manifest, run: dict[str, Any] | None, used: list[dict[str, 
     if run is not None:
         lines.append(("verdict", f"{run['verdict']} ({run['caused_by']})"))
     for number, line in enumerate(used):
-        why = "" if line["who"] in line["reason"] or line["reason"] == "announced" else f": {line['reason']}"
+        why = "" if line["reason"] in SELF_EXPLAINING else f": {line['note']}"
         lines.append(("used" if number == 0 else "", f"{line['created']}  {line['event']}, {line['who']}{why}"))
     return lines
 

@@ -36,7 +36,9 @@ LAST = """SELECT id, created, substr(json_extract(messages, '$[#-1].content'), 1
           round(ttft_ms, 1) AS ttft_ms, round(acceptance_rate, 4) AS acceptance, rounds, drafted, accepted,
           adapter_id AS adapter, finish_reason FROM generations ORDER BY n DESC LIMIT :n"""
 COSTLY = "SELECT draft_text, target_text, times, draft_confidence, target_confidence FROM costliest_tokens LIMIT :n"
-MARKS = "SELECT created_at AS at, event, adapter_id AS adapter, reason FROM activations ORDER BY n DESC LIMIT :n"
+MARKS = (
+    "SELECT created_at AS at, event, adapter_id AS adapter, note AS reason FROM activations ORDER BY n DESC LIMIT :n"
+)
 PAST = """SELECT created, verdict, adapter_id AS adapter, examples, steps, heldout_before, heldout_after, reason
           FROM adapter_history LIMIT :n"""
 

@@ -39,6 +39,7 @@ class ActivationReason(StrEnum):
     REINSTATED = "reinstated"  # a re-evaluation found its rollback wrong
     VERIFICATION = "verification"  # event `rejected`: its files cannot be used
     LIVE_ACCEPTANCE = "live_acceptance"  # event `rolled_back`: too few of its drafts were accepted on live traffic
+    OTHER = "other"  # a sentence of an earlier version that no code stands for
 
 
 class RunTrigger(StrEnum):
@@ -49,6 +50,7 @@ class RunTrigger(StrEnum):
     BY_HAND_NOW = "by_hand_now"  # without waiting for idleness or for the machine's leave
     IMPORT = "import"  # an adapter made elsewhere, evaluated by the gate; trains nothing
     REEVALUATION = "reevaluation"  # an adapter that was rolled back; trains nothing
+    OTHER = "other"  # a sentence of an earlier version that no code stands for
 
 
 class RunVerdict(StrEnum):

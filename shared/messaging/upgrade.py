@@ -12,6 +12,7 @@ from specl.shared.messaging.codes import ActivationEvent, ActivationReason, RunT
 
 _STATS = asdict(AnswerStats())
 _REASONS = {
+    "announced": ActivationReason.ANNOUNCED,
     "restart": ActivationReason.RESTART,
     "by hand": ActivationReason.BY_HAND,
     "by hand, once more": ActivationReason.BY_HAND_AGAIN,
@@ -43,7 +44,7 @@ def activation_reason_v1(event: str, note: str) -> ActivationReason:
         return ActivationReason.LIVE_ACCEPTANCE
     if note.startswith("adapter ") and note.endswith(" was rolled back"):
         return ActivationReason.ROLLBACK
-    return _REASONS.get(note, ActivationReason.ANNOUNCED)
+    return _REASONS.get(note, ActivationReason.OTHER)
 
 
 def run_trigger_v1(cause: str) -> RunTrigger:
@@ -52,4 +53,6 @@ def run_trigger_v1(cause: str) -> RunTrigger:
         return RunTrigger.IMPORT
     if cause.startswith("second look at "):
         return RunTrigger.REEVALUATION
-    return _TRIGGERS.get(cause, RunTrigger.FAILURES)
+    if cause[:1].isdecimal() and cause.endswith(" failures"):
+        return RunTrigger.FAILURES
+    return _TRIGGERS.get(cause, RunTrigger.OTHER)

@@ -6,6 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from specl.shared.messaging.codes import RunTrigger
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import Outline, StoredGeneration, exported
 from specl.shared.store.schema import disagreements, generations, training_runs
@@ -51,9 +52,9 @@ class Questions(StoreFile):
                 g.adapter_id, sa.func.sum(g.model_drafted).label("d"), sa.func.sum(g.model_accepted).label("a")
             ).group_by(g.adapter_id)
         )
-        t = training_runs.c  # second looks are told of by the watch's own figures
-        asked_for = sa.select(training_runs).where(t.trigger.not_like("second look at %"))
-        runs = self._all(asked_for.order_by(t.n.desc()).limit(1))
+        t = training_runs.c  # the adapter monitor has figures of its own for re-evaluations
+        judged = sa.select(training_runs).where(t.trigger != RunTrigger.REEVALUATION)
+        runs = self._all(judged.order_by(t.n.desc()).limit(1))
         drafted = sum(row["model_drafted"] for row in recent)
         speeds = [row["tokens_per_second"] for row in recent if row["tokens_per_second"] > 0]  # imported ones have none
         return Summary(

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from specl.shared.answer_stats import AnswerStats
 from specl.shared.errors import WireError
 from specl.shared.messaging.codec import decode, kind_of
-from specl.shared.messaging.messages import Activation, Envelope, Generation, Record, TrainingRun
+from specl.shared.messaging.messages import Envelope, Generation, Record
 from specl.shared.store.schema import TABLES, quarantine
 
 MOST = 2**40  # of anything that a record counts or measures; a million such still have a sum
@@ -52,10 +52,6 @@ def _row_of(record: Record) -> dict[str, Any]:
     for name, value in row.items():
         if isinstance(value, (dict, list)):
             row[name] = json.dumps(value, ensure_ascii=False)
-    if isinstance(record, Activation):  # schema 4 has a column for the words alone, none for the code
-        row["reason"] = row.pop("note")
-    if isinstance(record, TrainingRun):
-        row["trigger"] = row.pop("cause")
     if isinstance(record, Generation):
         row["agreement"] = None
         row["temperature"] = float(record.sampling.get("temperature", 0.0))

@@ -103,7 +103,7 @@ training_runs = sa.Table(
     _column("created_at", _Real),
     _column("created", _Text),
     _column("finished_at", _Real),
-    _column("trigger", _Text),
+    _column("cause", _Text),
     _column("verdict", _Text),
     _column("reason", _Text),
     _column("parent_id", _Text),
@@ -115,6 +115,7 @@ training_runs = sa.Table(
     _column("loss_last", _Real, nullable=True),
     _column("last_generation", _Text),
     _column("settings", _Text),
+    _column("trigger", _Text, server_default="other"),
 )
 evaluations = sa.Table(
     "evaluations",
@@ -143,8 +144,9 @@ activations = sa.Table(
     _column("event", _Text),
     _column("adapter_id", _Text),
     _column("previous_id", _Text),
-    _column("reason", _Text),
+    _column("note", _Text),
     _column("details", _Text),
+    _column("reason", _Text, server_default="other"),
 )
 quarantine = sa.Table(
     "quarantine",

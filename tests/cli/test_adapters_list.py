@@ -91,7 +91,7 @@ def test_show_and_json_tell_the_whole_story(capsys):
     main(["adapters", "show", "latest"])
     out = capsys.readouterr().out
     assert "30 failures, 8 successes, 96 replay" in out and "+0.12 to +0.38" in out
-    assert "activated, promoted" in out and "rolled_back, watch: live acceptance fell" in out
+    assert "activated, promoted" in out and "rolled_back, monitor: live acceptance fell" in out
     main(["adapters", "show", "--json", "1"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["run"]["gain_low"] == 0.125 and [line["who"] for line in shown["activations"]] == ["promoted", "watch"]

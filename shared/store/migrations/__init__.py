@@ -4,12 +4,13 @@ A step is the literal SQL of its day. A released step never changes and computes
 version needs is a new step. `schema` describes the tables that all steps together make.
 """
 
-from specl.shared.store.migrations import step_1, step_2, step_3, step_4
+from specl.shared.store.migrations import step_1, step_2, step_3, step_4, step_5
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     step_1.STATEMENTS,
     step_2.STATEMENTS,
     step_3.STATEMENTS,
     step_4.STATEMENTS,
+    step_5.STATEMENTS,
 )
 SCHEMA_VERSION = len(MIGRATIONS)

@@ -61,6 +61,7 @@ def test_old_reasons_become_codes_with_their_sentence(records):
         ("activated", "reinstated by a second look", "reinstated"),
         ("rejected", "adapter 000009: a file is missing", "verification"),
         ("rolled_back", "live acceptance 0.1 of 41 tokens", "live_acceptance"),
+        ("activated", "for no reason", "other"),
     ],
 )
 def test_every_old_reason_has_its_code(event, note, reason):
@@ -75,6 +76,7 @@ def test_every_old_reason_has_its_code(event, note, reason):
         ("by hand, now", "by_hand_now"),
         ("import their-adapter", "import"),
         ("second look at 000002", "reevaluation"),
+        ("a full moon", "other"),
     ],
 )
 def test_every_old_trigger_has_its_code(cause, trigger):

@@ -74,3 +74,19 @@ def test_a_failing_upgrade_leaves_one_copy(tmp_path, monkeypatch):
     with sqlite3.connect(copy) as connection:
         assert connection.execute("SELECT id FROM generations").fetchall() == [("g",)]
         assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+
+
+@pytest.mark.parametrize(
+    ("event", "sentence"), [("activated", "for no reason"), ("unloaded", ""), ("activated", "by hand?")]
+)
+def test_unknown_sentences_are_kept_under_another_code(event, sentence, tmp_path):
+    path = tmp_path / "store.db"
+    Store(path, migrations=MIGRATIONS[:4]).close()
+    with sqlite3.connect(path) as connection:
+        values = ("a", 1.0, "1970-01-01T00:00:01Z", event, "000001", "", sentence, "{}")
+        columns = "id, created_at, created, event, adapter_id, previous_id, reason, details"
+        connection.execute(f"INSERT INTO activations ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+    Store(path).close()
+    with sqlite3.connect(path) as connection:
+        query = "SELECT who, reason, note FROM adapter_activations"
+        assert connection.execute(query).fetchall() == [("other", "other", sentence)]

@@ -24,6 +24,7 @@ from specl.shared.loading.costs import read_costs
 from specl.shared.messaging.codec import decode
 from specl.shared.messaging.endpoints import read_keys
 from specl.shared.messaging.outbox import Outbox
+from specl.shared.messaging.upgrade import activation_reason_v1, run_trigger_v1
 from specl.shared.paths import Paths
 from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.retention.checkpoints import checkpoint_folder, generations_in
@@ -34,7 +35,11 @@ from specl.shared.store import SCHEMA_VERSION, Store
 V1 = Path(__file__).parents[2] / "fixtures" / "v1"
 EXPECTED = json.loads((V1 / "EXPECTED.json").read_text(encoding="utf-8"))
 SCHEMAS = (1, 2, 3, 4)
-NOW: dict[str, str] = {}  # what has another name now: by `table` or `table.column` as of then; views count as tables
+NOW = {
+    "activations.reason": "note",
+    "training_runs.trigger": "cause",
+    "adapter_activations.reason": "note",
+}  # what has another name now: by `table` or `table.column` as of then; views count as tables
 TABLES = {
     "Generation": "generations",
     "Activation": "activations",
@@ -172,11 +177,24 @@ def test_the_rows_that_are_no_records_are_kept(schema, path, store):
     "view", ["failures", "acceptance_by_day", "costliest_tokens", "adapter_history", "adapter_activations"]
 )
 def test_views_of_an_old_store_say_what_they_said(schema, path, store, view):
-    wanted = [
+    expected = [
         {now(view, name): value for name, value in row.items()} for row in EXPECTED[f"schema{schema}"]["views"][view]
     ]
-    assert wanted
-    assert rows_of(path, f"SELECT * FROM {now(view)}") == wanted
+    assert expected
+    for row in expected:
+        if row.get("who") == "watch":
+            row["who"] = "monitor"
+        elif row.get("note") == "reinstated by a second look":
+            row["who"] = "reinstated"
+    rows = rows_of(path, f"SELECT * FROM {now(view)}")
+    assert [{name: row[name] for name in expected[0]} for row in rows] == expected
+
+
+def test_sentences_get_the_codes_that_old_records_get(schema, path, store):
+    for row in rows_of(path, "SELECT event, reason, note FROM activations"):
+        assert row["reason"] == activation_reason_v1(row["event"], row["note"])
+    for row in rows_of(path, 'SELECT "trigger", cause FROM training_runs'):
+        assert row["trigger"] == run_trigger_v1(row["cause"])
 
 
 def test_who_used_an_adapter_is_told_from_what_was_written_then(schema, path, store):
@@ -190,8 +208,8 @@ def test_who_used_an_adapter_is_told_from_what_was_written_then(schema, path, st
         ("rejected", "000009", "verification"),
         ("rejected", "CURRENT", "verification"),
         ("activated", "000002", "promoted"),
-        ("activated", "000001", "watch"),
-        ("rolled_back", "000002", "watch"),
+        ("activated", "000001", "monitor"),
+        ("rolled_back", "000002", "monitor"),
         ("unloaded", "", "by hand"),
         ("activated", "000001", "by hand"),
     ]
@@ -202,9 +220,9 @@ def test_who_used_an_adapter_is_told_from_what_was_written_then(schema, path, st
             ("activated", "000003", "promoted"),
         ]
     if schema > 3:
-        wanted += [("activated", "000002", "promoted")]  # reinstated by a second look
+        wanted += [("activated", "000002", "reinstated")]
     last = {1: "000001", 2: "000003", 3: "000003", 4: "000002"}[schema]
-    assert told == [*wanted, ("unloaded", "", "watch"), ("rolled_back", last, "watch")]
+    assert told == [*wanted, ("unloaded", "", "monitor"), ("rolled_back", last, "monitor")]
 
 
 def test_every_verdict_and_trigger_of_its_day_is_in_the_history(schema, path, store):

@@ -6,6 +6,7 @@ import stat
 import pytest
 
 from specl.shared.errors import StoreError
+from specl.shared.messaging.codes import ActivationReason
 from specl.shared.messaging.messages import Envelope
 from specl.shared.store import Store
 from tests.fakes import (
@@ -122,6 +123,7 @@ def test_a_batch_is_stored_whole_or_not_at_all(path):
 from pathlib import Path
 from specl.shared.store import Store
 from tests.fakes import make_generation, to_row
+from specl.shared.messaging.codes import ActivationReason
 from specl.shared.messaging.messages import Envelope
 store = Store(Path({str(path)!r}))
 store.add_rows([to_row(make_generation("old"))])
@@ -190,6 +192,23 @@ def test_imported_rows_have_no_speed_and_do_not_pull_the_mean_down(store, path):
     assert ask(path, "SELECT * FROM acceptance_by_day")[-1]["tokens_per_second"] is None
 
 
+def test_every_reason_of_an_activation_says_who(store, path):
+    add(store, *(make_activation(reason, reason=reason) for reason in ActivationReason))
+    rows = ask(path, "SELECT reason, who FROM adapter_activations")
+    assert {row["reason"]: row["who"] for row in rows} == {
+        "announced": "promoted",
+        "restart": "restart",
+        "by_hand": "by hand",
+        "by_hand_again": "by hand",
+        "rolled_back_by_hand": "by hand",
+        "rollback": "monitor",
+        "live_acceptance": "monitor",
+        "reinstated": "reinstated",
+        "verification": "verification",
+        "other": "other",
+    }
+
+
 def test_costliest_tokens_are_counted_by_pair(store, path):
     add(
         store,
@@ -243,7 +262,7 @@ def test_adapter_history_has_data_interval_regression_and_activations(store, pat
         "promoted",
         "restart",
         "by hand",
-        "watch",
+        "monitor",
     ]
 
 
