@@ -4,9 +4,10 @@ import time
 
 import click
 
-from specl.cli.status import collect
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.codes import DaemonState, RunVerdict
+from specl.shared.status import system_status
 
 
 @click.command()
@@ -23,36 +24,32 @@ def train(now: bool, wait: bool) -> None:
     conversations that were held out.
     """
     with Client() as client:
-        before = (collect(client)["training"]["last_verdict"] or {}).get("created"), time.time()
+        last = system_status(client).training.last_verdict
         reply = client.train(now)
         if not reply.ok:
             raise SpecLoraError(reply.message)
         click.echo(reply.message)
         if wait:
-            _follow(client, before[0])
+            _follow(client, last.created if last else None)
 
 
 def _follow(client: Client, before: str | None) -> None:
     """Print where the run is until a new verdict is stored."""
     said = ""
     while True:
-        found = collect(client)
-        training = found["training"]
-        verdict = training["last_verdict"]
-        if verdict and verdict["created"] != before:
-            click.echo(
-                f"{verdict['verdict']}: {verdict['reason']}"
-                + (f" (adapter {verdict['adapter_id']})" if verdict["adapter_id"] else "")
-            )
-            if verdict["verdict"] in ("failed", "no_data", "no_verdict"):
+        status = system_status(client)
+        training, last = status.training, status.training.last_verdict
+        if last and last.created != before:
+            click.echo(f"{last.verdict}: {last.reason}" + (f" (adapter {last.adapter_id})" if last.adapter_id else ""))
+            if last.verdict in (RunVerdict.FAILED, RunVerdict.NO_DATA, RunVerdict.NO_VERDICT):
                 raise SpecLoraError("the run published nothing")
             return
-        if found["trainer"]["state"] == "stopped":
+        if status.trainer.state == DaemonState.STOPPED:
             raise SpecLoraError("the trainer stopped", "look into var/logs/trainer.log")
-        loss = f", loss {training['loss']:.3f}" if training.get("loss") is not None else ""
-        line = f"{training['state']} {training['step']}/{training.get('total', 0)}{loss}"
-        if waits := training.get("waits"):
-            line += f"; training waits: {waits}"
+        loss = f", loss {training.loss:.3f}" if training.loss is not None else ""
+        line = f"{training.state} {training.step}/{training.total}{loss}"
+        if training.waits:
+            line += f"; training waits: {training.waits}"
         if line != said:
             click.echo(line, err=True)
             said = line

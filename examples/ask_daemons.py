@@ -6,4 +6,5 @@ with Client() as client:
     for piece in client.stream("Name three rivers.", max_tokens=32, temperature=0):
         print(piece, end="", flush=True)
     print(f"\n{client.last.tokens} tokens, recorded: {client.last.recorded}")
-    print({role: body["state"] for role, body in client.status().items()})
+    daemons = client.status()
+    print({role: str(daemons.get(role).state) for role in daemons.answering()})

@@ -8,14 +8,16 @@ import json
 import shutil
 import time
 import uuid
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected, ConfigError, DaemonUnreachable, SpecLoraError
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.codes import RunVerdict
+from specl.shared.messaging.daemon_status import EvaluationStatus
 from specl.shared.paths import find_paths
 
 SILENCE_S = 10.0  # a trainer that loads models may be slow to answer
@@ -51,37 +53,37 @@ def import_(directory: Path, as_object: bool) -> None:
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
-        verdict = _follow(client, reply.details["run"])
-    _tell(verdict, as_object)
+        outcome = _follow(client, reply.run_id)
+    _tell(outcome, reply.run_id, as_object)
 
 
-def _follow(client: Client, run: str) -> dict[str, Any]:
+def _follow(client: Client, run_id: str) -> EvaluationStatus:
     """Wait for the verdict, saying on stderr where it is."""
     said, heard = "", time.monotonic()
     while True:
-        trainer = client.status().get("trainer")
+        trainer = client.status().trainer
         if trainer is None:
             if time.monotonic() - heard < SILENCE_S:
                 continue
             raise SpecLoraError("the trainer stopped before a verdict", "look into var/logs/trainer.log")
         heard = time.monotonic()
-        told = trainer["trials"].get(run)
-        if told is None:
+        outcome = trainer.evaluations.get(run_id)
+        if outcome is None:
             raise SpecLoraError("the trainer was restarted before a verdict", "import the directory again")
-        if told["verdict"]:
-            return told | {"run": run}
-        state = trainer["training"]["state"]
+        if outcome.verdict is not None:
+            return outcome
+        state = trainer.training.state
         if state not in (said, "idle"):
             click.echo(state, err=True)
             said = state
         time.sleep(0.5)
 
 
-def _tell(verdict: dict[str, Any], as_object: bool) -> None:
+def _tell(outcome: EvaluationStatus, run_id: str, as_object: bool) -> None:
     if as_object:
-        click.echo(json.dumps(verdict))
+        click.echo(json.dumps(asdict(outcome) | {"run": run_id}))
     else:
-        named = f" (adapter {verdict['adapter_id']})" if verdict["adapter_id"] else ""
-        click.echo(f"{verdict['verdict']}: {verdict['reason']}{named}")
-    if verdict["verdict"] != "promoted":
+        named = f" (adapter {outcome.adapter_id})" if outcome.adapter_id else ""
+        click.echo(f"{outcome.verdict}: {outcome.reason}{named}")
+    if outcome.verdict != RunVerdict.PROMOTED:
         raise SpecLoraError("the adapter was not promoted; what drafts is unchanged")

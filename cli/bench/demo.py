@@ -12,7 +12,6 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from specl.cli.status import collect
 from specl.shared.bench.scratch_daemons import scratch_daemons
 from specl.shared.bench.stream import (
     FIXED_K,
@@ -27,10 +26,12 @@ from specl.shared.bench.stream import (
 )
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.codes import RunVerdict
 from specl.shared.paths import find_paths
 from specl.shared.prompts import reserved
 from specl.shared.settings.load import load_settings
 from specl.shared.settings.schema import Settings
+from specl.shared.status import system_status
 
 TRAIN_MINUTES = 2.5
 TRAIN_TIMEOUT_S = 900
@@ -121,8 +122,8 @@ def demo(kind: str, live: int, unseen: int, tokens: int, keep: bool) -> None:
     console.print("[bold]1[/] starting inference, collector and trainer in a scratch run directory")
     settings = _demo_settings()
     with scratch_daemons(settings, find_paths().models, keep, console.print) as client:
-        found = collect(client)["models"]
-        console.print(f"  {found['target']} drafted by {found['draft']}, ready after {time.monotonic() - start:.0f} s")
+        models = system_status(client).models
+        console.print(f"  {models.target} drafted by {models.draft}, ready after {time.monotonic() - start:.0f} s")
         test_prompts = items([kind], unseen, split="unseen")
         console.print(f"[bold]2[/] {unseen} unseen prompts of the kind {kind}, before learning")
         before, _ = _measure(client, test_prompts, tokens, plain=True)
@@ -135,15 +136,15 @@ def demo(kind: str, live: int, unseen: int, tokens: int, keep: bool) -> None:
             f"  stored; {failures} are failures: acceptance (agreement, where drafting was parked) below the threshold"
         )
         console.print("[bold]4[/] training")
-        verdict = train(client, console.print, TRAIN_TIMEOUT_S)
-        console.print(f"  {verdict['verdict']}: {verdict['reason']}")
-        if verdict["verdict"] != "promoted":
+        last = train(client, console.print, TRAIN_TIMEOUT_S)
+        console.print(f"  {last.verdict}: {last.reason}")
+        if last.verdict != RunVerdict.PROMOTED:
             raise SpecLoraError("no adapter was published, so there is nothing to compare")
-        wait_adapter(client, verdict["adapter_id"])
-        console.print(f"[bold]5[/] the same unseen prompts with adapter {verdict['adapter_id']}, without a restart")
+        wait_adapter(client, last.adapter_id)
+        console.print(f"[bold]5[/] the same unseen prompts with adapter {last.adapter_id}, without a restart")
         after, adapters = _measure(client, test_prompts, tokens, plain=False)
-        if adapters != {verdict["adapter_id"]}:
-            raise SpecLoraError(f"the answers came from {adapters}, not from {verdict['adapter_id']}")
+        if adapters != {last.adapter_id}:
+            raise SpecLoraError(f"the answers came from {adapters}, not from {last.adapter_id}")
         console.print(_table(before, after))
     console.print(
         f"{time.monotonic() - start:.0f} s in all; greedy answers, n-gram drafting off, so the words are the same before and after"

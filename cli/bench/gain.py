@@ -11,6 +11,7 @@ from specl.cli.progress import Teller
 from specl.shared.bench.progress import Progress
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.codes import RunVerdict
 
 if TYPE_CHECKING:
     from specl.shared.bench.stream import Item, StreamRow
@@ -46,14 +47,14 @@ class Gain(Learning):
             failures = stream.count_failures(client)
             say(f"training on {failures} failures, at most {wish['train_minutes']} min of steps")
             start = time.monotonic()
-            verdict = stream.train(client, say, WAIT_FACTOR * 60 * wish["train_minutes"] + WAIT_S)
+            last = stream.train(client, say, WAIT_FACTOR * 60 * wish["train_minutes"] + WAIT_S)
             took = round(time.monotonic() - start, 1)
-            self.run_of_training = verdict | {"failures": failures, "seconds_with_all_waits": took}
-            say(f"{verdict['verdict']} after {took:.0f} s: {verdict['reason']}")
-            if verdict["verdict"] != "promoted":
+            self.run_of_training = asdict(last) | {"failures": failures, "seconds_with_all_waits": took}
+            say(f"{last.verdict} after {took:.0f} s: {last.reason}")
+            if last.verdict != RunVerdict.PROMOTED:
                 return
-            stream.wait_adapter(client, verdict["adapter_id"])
-            say(f"the same unseen prompts with adapter {verdict['adapter_id']}")
+            stream.wait_adapter(client, last.adapter_id)
+            say(f"the same unseen prompts with adapter {last.adapter_id}")
             self._pass(client, "after", unseen)
 
     def _collect(self, client: Client, wanted: "Sequence[Item]") -> None:

@@ -122,12 +122,11 @@ class ChatSession:
     # ------------------------------------------------------------------------------------------------ loops
     def greet(self) -> None:
         """Which models answer, and how to find out more. Raises DaemonUnreachable."""
-        found = self.client.status(1.0).get("inference")
-        if found is None:
+        inference = self.client.status(1.0).inference
+        if inference is None:
             raise DaemonUnreachable("the inference daemon does not answer", "start it with `honcho start`")
-        models = found.get("models") or {}
-        adapter = (found.get("adapter") or {}).get("active") or "none"
-        target, draft = models.get("target", "loading"), models.get("draft") or "nothing"
+        target, draft = inference.models.target, inference.models.draft or "nothing"
+        adapter = inference.adapter.active or "none"
         self.face.note(f"{target} drafted by {draft}, adapter {adapter}. /help lists commands, Ctrl-D leaves.")
         if self.face.show_draft:
             self.face.note(f"{click.style('drafted', fg='green')}, {click.style('repeated', fg='cyan')}, target's own")
@@ -224,22 +223,22 @@ class ChatSession:
 
     # ------------------------------------------------------------------------------------------------ commands
     def _stats(self, rest: str) -> None:
-        from specl.cli.status import collect
+        from specl.shared.status import system_status
 
-        found = collect(self.client)
+        status = system_status(self.client)
         click.echo(f"last answer   {self._last or 'none yet'}")
         click.echo(f"conversation  {self.conversation.totals.line()}")
-        rolling, speed = found["acceptance"]["rolling"], found["tokens_per_second"]["rolling"]
-        failures = found["failures"]
+        rolling, speed = status.acceptance.rolling, status.tokens_per_second.rolling
+        failures = status.failures
         click.echo(
-            f"all           {found['store']['generations']} generations; of the last 50: acceptance "
+            f"all           {status.store.generations} generations; of the last 50: acceptance "
             f"{'-' if rolling is None else f'{rolling:.2f}'}, {f'{speed:.1f} tok/s' if speed else '-'}; "
-            f"{failures['pending']} of {failures['trigger']} failures until training"
+            f"{failures.pending} of {failures.trigger} failures until training"
         )
-        training = found["training"]
-        waits = f" (waits: {training['waits']})" if training.get("waits") else ""
-        click.echo(f"training      {training['state']}{waits}; adapter {found['adapter']['active'] or 'none'}")
-        for problem in found["problems"]:
+        training = status.training
+        waits = f" (waits: {training.waits})" if training.waits else ""
+        click.echo(f"training      {training.state}{waits}; adapter {status.adapter.active or 'none'}")
+        for problem in status.problems:
             click.echo(f"problem       {problem}")
 
     def _train(self, rest: str) -> None:
@@ -250,15 +249,15 @@ class ChatSession:
         click.echo(reply.message + ("; /stats shows how it goes, /eval what it brought" if reply.ok else ""))
 
     def _eval(self, rest: str) -> None:
-        from specl.cli.status import collect
+        from specl.shared.status import system_status
 
-        found = collect(self.client)
-        verdict = found["training"]["last_verdict"]
-        if verdict is None:
+        status = system_status(self.client)
+        last = status.training.last_verdict
+        if last is None:
             click.echo("nothing was trained yet; /train asks for a run")
         else:
-            click.echo(f"last run      {verdict['verdict']}: {verdict['reason']} ({verdict['created']})")
-        for adapter, value in found["acceptance"]["by_adapter"].items():
+            click.echo(f"last run      {last.verdict}: {last.reason} ({last.created})")
+        for adapter, value in status.acceptance.by_adapter.items():
             click.echo(f"acceptance    adapter {adapter}: {'-' if value is None else f'{value:.3f}'} (live)")
         click.echo("`specl-ctl eval FILE` measures two adapters on the same prompts")
 
@@ -272,7 +271,8 @@ class ChatSession:
             click.echo(reply.message)
             return
         known = Adapters(self.client.paths.adapters)
-        active = ((self.client.status().get("inference") or {}).get("adapter") or {}).get("active", "")
+        inference = self.client.status().inference
+        active = inference.adapter.active if inference else ""
         for id in known.ids():
             try:
                 metrics = known.manifest(id).metrics

@@ -5,11 +5,13 @@ Knows producers as endpoints and records as rows; what is inside a record is the
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from specl.shared.errors import StoreError, StoreTooNew
 from specl.shared.messaging.bus import Server
+from specl.shared.messaging.codes import DaemonState
+from specl.shared.messaging.daemon_status import CollectorStatus, ProducerStatus, StoreSummary
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
     FETCH_LIMIT,
@@ -20,7 +22,6 @@ from specl.shared.messaging.messages import (
     RecordBatch,
     RecordReady,
     Reply,
-    Status,
 )
 from specl.shared.paths import Paths
 from specl.shared.retention.hidden_states import HiddenSpool
@@ -67,7 +68,7 @@ class Collector:
         self.stored = 0
         self.trouble = self._unreadable = ""
         self._failures = 0
-        self._summary: dict[str, Any] = {}
+        self._summary: StoreSummary | None = None
         self._summary_at = self._summary_due = 0.0  # made when, and made anew not before
         self._summary_took = 0.0
         self._summary_stale = True
@@ -112,7 +113,7 @@ class Collector:
         """Make the figures for `status` anew. Raises StoreError."""
         start = time.monotonic()
         self._summary_due = start + SUMMARY_S
-        self._summary = asdict(self.store.summary())
+        self._summary = self.store.summary()
         self._summary_at = time.monotonic()
         self._summary_took = self._summary_at - start
         self._summary_due = self._summary_at + SUMMARY_SHARE * self._summary_took
@@ -210,7 +211,7 @@ class Collector:
 
     def _request(self, peer: bytes, message: Any) -> None:
         if isinstance(message, GetStatus):
-            self.server.send(peer, Status("collector", self._status()))
+            self.server.send(peer, self._status())
         elif isinstance(message, Purge):
             self.server.send(peer, self._purge(message))
         elif isinstance(message, Import):
@@ -230,23 +231,24 @@ class Collector:
             return Reply(False, str(error))
         self._summary_stale = True
         _log.info("store.purged", generations=removed)
-        return Reply(True, f"{removed} generations removed from the store", {"ids": ids})
+        return Reply(True, f"{removed} generations removed from the store", ids=ids)
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self) -> CollectorStatus:
         """How it is, at once, however long figures take to make."""
         now = time.monotonic()
         if self._summary_took < CHEAP_S and (self._summary_stale or now - self._summary_at > SUMMARY_S):
             self._refresh()
         trouble = self.trouble or self._unreadable
-        return {
-            "state": "ready" if not trouble else "failed",
-            "uptime_s": round(now - self.started, 1),
-            "stored": self.stored,
-            "trouble": trouble,
-            "malformed": self.server.malformed,
-            "producers": {
-                line.name: {"heard_s_ago": round(now - line.heard_at, 1) if line.heard_at else None, "left": line.left}
-                for line in self.lines
-            },
-            "summary": self._summary,
-        }
+        return CollectorStatus(
+            state=DaemonState.FAILED if trouble else DaemonState.READY,
+            uptime_s=round(now - self.started, 1),
+            stored=self.stored,
+            trouble=trouble,
+            malformed=self.server.malformed,
+            producers={line.name: ProducerStatus(_seconds_since(line.heard_at, now), line.left) for line in self.lines},
+            summary=self._summary,
+        )
+
+
+def _seconds_since(moment: float, now: float) -> float | None:
+    return round(now - moment, 1) if moment else None

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
@@ -20,7 +21,7 @@ from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Reply
 from specl.shared.paths import Paths
 from specl.shared.settings.schema import Settings
-from specl.shared.status import collect, state_of
+from specl.shared.status import state_of, system_status
 from specl.shared.store import Store
 
 LOOK_S = 2.0
@@ -69,7 +70,7 @@ class Dashboard:
 
     def _read(self) -> dict[str, Any]:
         with Client(self._paths, self._settings) as client:
-            found: dict[str, Any] = {"status": collect(client)}
+            found: dict[str, Any] = {"status": asdict(system_status(client))}
         names = ("points", "answers", "costly", "marks", "history")
         try:
             store = Store(self._paths.store, read_only=True)

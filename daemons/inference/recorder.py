@@ -147,4 +147,4 @@ class Recorder(threading.Thread):
             self._spool.purge(ids)
         except (OutboxFull, OSError) as error:
             return Reply(False, str(error))
-        return Reply(True, "outbox, hidden states, past answers and prefix cache forgot them", {"ids": ids})
+        return Reply(True, "outbox, hidden states, past answers and prefix cache forgot them", ids=ids)

@@ -12,7 +12,16 @@ from specl.daemons.inference.job import Job
 from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.worker import Worker
 from specl.shared.messaging.bus import Server
-from specl.shared.messaging.codes import FailureCode
+from specl.shared.messaging.codes import DaemonState, FailureCode
+from specl.shared.messaging.daemon_status import (
+    AdapterStatus,
+    BlasStatus,
+    InferenceStatus,
+    ModelsStatus,
+    OutboxStatus,
+    QueueStatus,
+    WatchStatus,
+)
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
     Activity,
@@ -29,7 +38,6 @@ from specl.shared.messaging.messages import (
     RecordReady,
     Reply,
     SetAdapter,
-    Status,
 )
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.models import blas
@@ -158,7 +166,7 @@ class Inference:
             case Fetch():
                 self.recorder.fetch(peer, message)
             case GetStatus():
-                self.server.send(peer, Status("inference", self._status()))
+                self.server.send(peer, self._status())
             case SetAdapter():
                 if self.worker.engine is None and not self.worker.unloaded:
                     self.server.send(peer, Reply(False, "the models are still loading"))
@@ -226,40 +234,45 @@ class Inference:
         else:
             self.worker.call(forget)
 
-    def _status(self) -> dict[str, Any]:
-        worker, engine = self.worker, self.worker.engine
-        loaded = engine is not None
-        state = ("busy" if worker.busy else "ready") if loaded or worker.unloaded else "starting"
+    def _status(self) -> InferenceStatus:
+        worker = self.worker
         recent = list(worker.recent)
         drafted = sum(item[0] for item in recent)
-        swap = worker.swap
-        return {
-            "state": state,
-            "uptime_s": round(time.monotonic() - self.started, 1),
-            "queue": {"depth": len(worker.waiting), "in_flight": len(worker.active)},
-            "outbox": {
-                "pending": self.outbox.pending,
-                "refused": self.recorder.refused,
-                "trouble": self.recorder.trouble,
-            },
-            "served": worker.served,
-            "rolling_acceptance": round(sum(item[1] for item in recent) / drafted, 4) if drafted else None,
-            "rolling_tokens_per_second": round(sum(item[2] for item in recent) / len(recent), 2) if recent else None,
-            "adapter": {
-                "active": swap.active if swap else "",
-                "previous": swap.previous if swap else "",
-                "form": engine.adapter_form if engine else "",
-                "rejected": dict(swap.rejected) if swap else {},
-                "watch": worker.monitor.status(),
-            },
-            "models": {
-                "target": engine.target.name if engine else self.settings.models.target.name,
-                "draft": (engine.draft.name if engine.draft else None) if engine else self.settings.models.draft.name,
-                "loaded": loaded,
-            },
-            "blas": {"bound": blas.BOUND.name, "fast": blas.BOUND.fast},
-            "malformed": self.server.malformed,
-        }
+        return InferenceStatus(
+            state=self._state(),
+            uptime_s=round(time.monotonic() - self.started, 1),
+            queue=QueueStatus(len(worker.waiting), len(worker.active)),
+            outbox=OutboxStatus(self.outbox.pending, 0, self.recorder.refused, self.recorder.trouble),
+            served=worker.served,
+            rolling_acceptance=round(sum(item[1] for item in recent) / drafted, 4) if drafted else None,
+            rolling_tokens_per_second=round(sum(item[2] for item in recent) / len(recent), 2) if recent else None,
+            adapter=self._adapter_status(),
+            models=self._models_status(),
+            blas=BlasStatus(blas.BOUND.name, blas.BOUND.fast),
+            malformed=self.server.malformed,
+        )
+
+    def _state(self) -> DaemonState:
+        worker = self.worker
+        if worker.engine is None and not worker.unloaded:
+            return DaemonState.STARTING
+        return DaemonState.BUSY if worker.busy else DaemonState.READY
+
+    def _adapter_status(self) -> AdapterStatus:
+        swap, engine, watch = self.worker.swap, self.worker.engine, self.worker.monitor.status()
+        return AdapterStatus(
+            active=swap.active if swap else "",
+            previous=swap.previous if swap else "",
+            form=engine.adapter_form if engine else "",
+            rejected=dict(swap.rejected) if swap else {},
+            watch=WatchStatus(**watch) if watch else None,
+        )
+
+    def _models_status(self) -> ModelsStatus:
+        engine = self.worker.engine
+        if engine is None:
+            return ModelsStatus(self.settings.models.target.name, self.settings.models.draft.name, loaded=False)
+        return ModelsStatus(engine.target.name, engine.draft.name if engine.draft else None, loaded=True)
 
 
 def text_size(ask: Ask) -> int:

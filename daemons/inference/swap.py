@@ -308,7 +308,7 @@ class AdapterSwap:
             self.adapters.set_current(id)
         except OSError as error:
             return Reply(False, f"active until the next restart only, CURRENT could not be written: {error}")
-        return Reply(True, f"drafting with adapter {id}" if id else "drafting without an adapter", {"adapter": id})
+        return Reply(True, f"drafting with adapter {id}" if id else "drafting without an adapter", adapter_id=id)
 
     def _parent(self) -> str:
         """The active adapter's parent, where it is still there."""

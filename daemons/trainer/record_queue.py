@@ -7,10 +7,10 @@ make. They wait in memory, oldest first, and are lost only with the process. Saf
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from specl.shared.errors import OutboxFull, WireError
 from specl.shared.messaging.codec import encode, kind_of
+from specl.shared.messaging.daemon_status import OutboxStatus
 from specl.shared.messaging.messages import Envelope, Record
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.runtime import log
@@ -83,11 +83,7 @@ class RecordQueue:
             self._waiting = deque(item for item in self._waiting if item[0] not in gone)
         return gone
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> OutboxStatus:
         """The outbox's part of the daemon's status."""
-        return {
-            "pending": self._outbox.pending,
-            "waiting": self.waiting,
-            "refused": self.refused,
-            "trouble": self.trouble or self._outbox.trouble,
-        }
+        trouble = self.trouble or self._outbox.trouble
+        return OutboxStatus(self._outbox.pending, self.waiting, self.refused, trouble)

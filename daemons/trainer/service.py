@@ -21,6 +21,8 @@ from specl.daemons.trainer.worker import Worker
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected, OutboxFull, StoreError
 from specl.shared.messaging.bus import Server
+from specl.shared.messaging.codes import DaemonState, RunVerdict
+from specl.shared.messaging.daemon_status import EvaluationStatus, TrainerStatus, TrainingProgress
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
     Activity,
@@ -31,7 +33,6 @@ from specl.shared.messaging.messages import (
     RecordBatch,
     RecordReady,
     Reply,
-    Status,
     Train,
 )
 from specl.shared.messaging.outbox import Outbox
@@ -144,7 +145,7 @@ class Trainer:
     def _request(self, peer: bytes, message: Any) -> None:
         match message:
             case GetStatus():
-                self.server.send(peer, Status("trainer", self._status()))
+                self.server.send(peer, self._status())
             case Fetch():
                 self.server.send(peer, self._fetch(message))
             case Train():
@@ -202,7 +203,7 @@ class Trainer:
             self.worker.trials.pop(next(iter(self.worker.trials)))
         self.worker.trials[trial.run_id] = {"verdict": "", "reason": "", "adapter_id": ""}
         self.worker.put(trial)
-        return Reply(True, "it is judged as soon as inference is idle", {"run": trial.run_id})
+        return Reply(True, "it is judged as soon as inference is idle", run_id=trial.run_id)
 
     def _fetch(self, fetch: Fetch) -> RecordBatch:
         try:
@@ -227,7 +228,7 @@ class Trainer:
                 abandoned = "; the run under way is abandoned"
             else:
                 checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
-        return Reply(True, f"the trainer's outbox and checkpoint forgot them{abandoned}", {"ids": ids})
+        return Reply(True, f"the trainer's outbox and checkpoint forgot them{abandoned}", ids=ids)
 
     def _waits_for(self) -> str:
         """Why no run goes on; empty where one does, or none is wanted."""
@@ -235,23 +236,28 @@ class Trainer:
             return self.power_policy.objection
         return f"for answers to look at adapter {self._put_off_for} again" if self._put_off_for else ""
 
-    def _status(self) -> dict[str, Any]:
-        return {
-            "state": "busy" if self.worker.running.is_set() else "ready",
-            "uptime_s": round(time.monotonic() - self.started, 1),
-            "training": {
-                "state": self.worker.live.state,
-                "waits": self._waits_for(),
-                "step": self.worker.live.step,
-                "total": self.worker.live.total,
-                "loss": self.worker.live.loss,
-                "abandoning": self.throttle.abandoning,
-            },
-            "trials": {id: dict(verdict) for id, verdict in list(self.worker.trials.items())},
-            "pending": self.pending,
-            "trigger": self.settings.training.min_failure_cases,
-            "enabled": self.settings.training.enabled,
-            "outbox": self.facts.status(),
-            "trouble": "; ".join(filter(None, [self._store_trouble, *self.worker.troubles.values()])),
-            "malformed": self.server.malformed,
-        }
+    def _status(self) -> TrainerStatus:
+        return TrainerStatus(
+            state=DaemonState.BUSY if self.worker.running.is_set() else DaemonState.READY,
+            uptime_s=round(time.monotonic() - self.started, 1),
+            training=TrainingProgress(
+                state=self.worker.live.state,
+                waits=self._waits_for(),
+                step=self.worker.live.step,
+                total=self.worker.live.total,
+                loss=self.worker.live.loss,
+                abandoning=self.throttle.abandoning,
+            ),
+            evaluations={id: _evaluation(outcome) for id, outcome in list(self.worker.trials.items())},
+            pending=self.pending,
+            trigger=self.settings.training.min_failure_cases,
+            enabled=self.settings.training.enabled,
+            outbox=self.facts.status(),
+            trouble="; ".join(filter(None, [self._store_trouble, *self.worker.troubles.values()])),
+            malformed=self.server.malformed,
+        )
+
+
+def _evaluation(outcome: dict[str, str]) -> EvaluationStatus:
+    verdict = RunVerdict(outcome["verdict"]) if outcome["verdict"] else None
+    return EvaluationStatus(verdict, outcome["reason"], outcome["adapter_id"])

@@ -20,11 +20,13 @@ from specl.shared.bench.arms import Answer, timed
 from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.errors import DaemonUnreachable, SpecLoraError
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.codes import DaemonState
 from specl.shared.messaging.messages import Purge
 from specl.shared.models.language_model import LanguageModel
 from specl.shared.paths import Paths
 from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.schema import Settings
+from specl.shared.status import state_of
 
 READY_S = 120.0
 STOP_S = 5.0
@@ -96,7 +98,7 @@ class ScratchDaemons:
     def _ready(self) -> bool:
         try:
             with self.client() as client:
-                return client.status().get("inference", {}).get("state") == "ready"
+                return state_of(client, "inference") == DaemonState.READY
         except DaemonUnreachable:
             return False
 

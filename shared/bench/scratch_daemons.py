@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.codes import DaemonState
 from specl.shared.paths import ROLES, Paths
 from specl.shared.settings.schema import Settings
 
@@ -82,8 +83,13 @@ def _wait_ready(
 ) -> None:
     end = time.monotonic() + START_S
     while time.monotonic() < end:
-        found = client.status()
-        if len(found) == len(ROLES) and found["inference"]["state"] in ("ready", "busy"):
+        daemons = client.status()
+        inference = daemons.inference
+        if (
+            daemons.answering() == list(ROLES)
+            and inference
+            and inference.state in (DaemonState.READY, DaemonState.BUSY)
+        ):
             return
         if any(child.poll() is not None for child in children):
             break

@@ -14,9 +14,10 @@ from specl.shared.bench.progress import Progress
 from specl.shared.errors import SpecLoraError
 from specl.shared.learning.examples import is_held_out
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.daemon_status import LastRun
 from specl.shared.prompts import reserved
 from specl.shared.settings.schema import Settings
-from specl.shared.status import collect
+from specl.shared.status import system_status
 
 FIXED_K = 4  # acceptance as a result is reported at this length
 STORED_S = 30.0
@@ -183,14 +184,14 @@ def stream(client: Client, wanted: Sequence[Item], pace: Pace, found: Pass, tell
         now = time.monotonic() - start
         verdict = _verdict(client)
         if verdict is not None and verdict != before:
-            fields = (verdict["verdict"], verdict["reason"], verdict["adapter_id"])
+            fields = (verdict.verdict, verdict.reason, verdict.adapter_id)
             found.events.append(Event(item.n, round(now, 2), *fields))
             before = verdict  # a collector that is late for once says nothing, which is no new verdict
         tell(Progress(len(found.rows), len(wanted), _left(now, len(found.rows), len(wanted), pace), _note(row)))
 
 
-def _verdict(client: Client) -> dict[str, Any] | None:
-    return collect(client)["training"]["last_verdict"]
+def _verdict(client: Client) -> LastRun | None:
+    return system_status(client).training.last_verdict
 
 
 def _left(now: float, done: int, total: int, pace: Pace) -> float:
@@ -206,7 +207,7 @@ def _note(row: StreamRow) -> str:
 def wait_stored(client: Client, least: int) -> None:
     """Until so many generations are in the store. Raises SpecLoraError after half a minute."""
     end = time.monotonic() + STORED_S
-    while collect(client)["store"]["generations"] < least:
+    while system_status(client).store.generations < least:
         if time.monotonic() > end:
             raise SpecLoraError(f"the records did not reach the store within {STORED_S:.0f} s")
         time.sleep(0.3)
@@ -216,34 +217,34 @@ def count_failures(client: Client) -> int:
     """Failures, once the trainer has scored what inference did not draft; whatever there is after a while."""
     end, seen, since = time.monotonic() + 45, -1, time.monotonic()
     while time.monotonic() < end:
-        found = collect(client)
-        failures = found["failures"]["total"]
+        status = system_status(client)
+        failures = status.failures.total
         if failures != seen:
             seen, since = failures, time.monotonic()
-        if failures and time.monotonic() - since > 8 and found["training"]["state"] == "idle":
+        if failures and time.monotonic() - since > 8 and status.training.state == "idle":
             break
         time.sleep(0.5)
     return max(seen, 0)
 
 
-def train(client: Client, say: Callable[[str], None], timeout_s: float) -> dict[str, Any]:
+def train(client: Client, say: Callable[[str], None], timeout_s: float) -> LastRun:
     """Have the trainer do its first run, and wait; its verdict. Raises SpecLoraError where none comes."""
     reply = client.train(now=True)
     if not reply.ok:
         raise SpecLoraError(reply.message)
     began, said = time.monotonic(), 0.0
     while time.monotonic() < began + timeout_s:
-        found = collect(client)
-        training = found["training"]
-        if training["last_verdict"]:
-            return training["last_verdict"]
-        trouble = [text for text in found["problems"] if text.startswith("training:")]
-        if trouble and training["state"] == "idle" and time.monotonic() > began + SETTLE_S:
-            raise SpecLoraError(trouble[0])
+        status = system_status(client)
+        training = status.training
+        if training.last_verdict:
+            return training.last_verdict
+        trainer = client.status().trainer
+        if trainer and trainer.trouble and training.state == "idle" and time.monotonic() > began + SETTLE_S:
+            raise SpecLoraError(f"training: {trainer.trouble}")
         if time.monotonic() - said > 15:
             said = time.monotonic()
-            loss = f", loss {training['loss']:.3f}" if training.get("loss") is not None else ""
-            say(f"  {training['state']} {training['step']}/{training.get('total', 0)}{loss}")
+            loss = f", loss {training.loss:.3f}" if training.loss is not None else ""
+            say(f"  {training.state} {training.step}/{training.total}{loss}")
         time.sleep(0.5)
     raise SpecLoraError("the training run did not end in time")
 
@@ -251,7 +252,7 @@ def train(client: Client, say: Callable[[str], None], timeout_s: float) -> dict[
 def wait_adapter(client: Client, adapter_id: str) -> None:
     """Until inference drafts with it. Raises SpecLoraError where it does not."""
     end = time.monotonic() + ADAPTER_S
-    while collect(client)["adapter"]["active"] != adapter_id:
+    while system_status(client).adapter.active != adapter_id:
         if time.monotonic() > end:
             raise SpecLoraError(
                 "inference did not take the adapter", "look for `adapter.rejected` in the logs (--keep)"

@@ -14,12 +14,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from specl.shared.conversations import Messages, to_messages
 from specl.shared.errors import DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError, WireError
 from specl.shared.messaging.bus import Connection, gather
 from specl.shared.messaging.codes import FailureCode
+from specl.shared.messaging.daemon_status import CollectorStatus, DaemonStatus, InferenceStatus, TrainerStatus
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
     Ask,
@@ -33,11 +35,10 @@ from specl.shared.messaging.messages import (
     Queued,
     Reply,
     SetAdapter,
-    Status,
     Train,
 )
 from specl.shared.paths import ROLES, Paths, find_paths
-from specl.shared.runtime.locks import holder_of, is_locked
+from specl.shared.runtime.locks import is_locked
 from specl.shared.sampling_params import SamplingParams
 from specl.shared.settings.load import load_settings
 
@@ -50,6 +51,23 @@ FIRST_ANSWER_S = 1.5  # a living daemon answers at once, whatever it is doing
 HEARTBEAT_S = 1.0
 SILENCE_S = 20.0  # a daemon that is there answers a heartbeat at once; one that died is back well before
 COMMAND_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonStatuses:
+    """What the daemons said of themselves; None for those that did not answer."""
+
+    inference: InferenceStatus | None
+    collector: CollectorStatus | None
+    trainer: TrainerStatus | None
+
+    def answering(self) -> list[str]:
+        """The roles that answered."""
+        return [role for role in ROLES if self.get(role) is not None]
+
+    def get(self, role: str) -> DaemonStatus | None:
+        """The status of one role."""
+        return {"inference": self.inference, "collector": self.collector, "trainer": self.trainer}[role]
 
 
 class Client:
@@ -186,23 +204,23 @@ class Client:
                     return
 
     # ------------------------------------------------------------------------------------------------ commands
-    def status(self, timeout_s: float = 0.4, roles: tuple[str, ...] = ROLES) -> dict[str, Any]:
-        """Each daemon's own view by role; roles that do not answer are left out."""
+    def status(self, timeout_s: float = 0.4, roles: tuple[str, ...] = ROLES) -> DaemonStatuses:
+        """Each daemon's own view; None for a daemon that does not answer."""
         # nobody waits for those whose lock says that they are gone
         asked = [role for role in roles if self._may_live(role)]
         answers = gather({role: (self.addresses.answer(role), GetStatus()) for role in asked}, timeout_s)
-        found = {}
-        for role, answer in answers.items():
-            if isinstance(answer, Status):
-                found[role] = answer.body | {"pid": holder_of(self.paths.run, role)}
-        return found
+        return DaemonStatuses(
+            inference=_of_type(InferenceStatus, answers.get("inference")),
+            collector=_of_type(CollectorStatus, answers.get("collector")),
+            trainer=_of_type(TrainerStatus, answers.get("trainer")),
+        )
 
     def train(self, now: bool = True) -> Reply:
         """Ask the trainer for a run."""
         return self.command("trainer", Train(now))
 
     def evaluate_adapter(self, folder: str, name: str) -> Reply:
-        """Ask the trainer to judge a staged adapter; `details["run"]` of the reply names the run."""
+        """Ask the trainer to judge a staged adapter; `run_id` of the reply names the run."""
         return self.command("trainer", EvaluateAdapter(folder, name))
 
     def set_adapter(self, adapter: str) -> Reply:
@@ -218,6 +236,13 @@ class Client:
         if not isinstance(reply, Reply):
             raise SpecLoraError(f"the {role} daemon answered something else")
         return reply
+
+
+S = TypeVar("S")
+
+
+def _of_type(cls: type[S], answer: Any) -> S | None:
+    return answer if isinstance(answer, cls) else None
 
 
 def send_request(connection: "Connection | AsyncConnection", message: Any) -> None:

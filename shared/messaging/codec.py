@@ -101,6 +101,8 @@ def _plain(value: Any) -> Any:
         return {name: _plain(getattr(value, name)) for name in _hints(type(value))}
     if isinstance(value, (list, tuple)):
         return [item if type(item) in _SCALARS else _plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     return value
 
 

@@ -6,6 +6,16 @@ The values are on the wire and in the store: a value is never renamed or given a
 from enum import StrEnum
 
 
+class DaemonState(StrEnum):
+    """How a daemon is. A daemon itself says starting, ready, busy or failed; stopped is said of one that is not there."""
+
+    STARTING = "starting"
+    READY = "ready"
+    BUSY = "busy"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
 class FailureCode(StrEnum):
     """Why a request has no answer."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from specl.shared.answer_stats import AnswerStats
 from specl.shared.messaging.codes import ActivationEvent, ActivationReason, FailureCode, RunTrigger, RunVerdict
+from specl.shared.messaging.daemon_status import CollectorStatus, InferenceStatus, TrainerStatus
 from specl.shared.sampling_params import SamplingParams
 
 FETCH_LIMIT = 256
@@ -287,15 +288,7 @@ class RecordBatch:
 
 @dataclass(frozen=True, slots=True)
 class GetStatus:
-    """Ask any daemon how it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """How a daemon is, as its part of `specl-ctl status`."""
-
-    role: str
-    body: Json
+    """Ask any daemon how it is: it answers with its InferenceStatus, CollectorStatus or TrainerStatus at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,11 +333,15 @@ class Import:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The outcome of a command."""
+    """The outcome of a command. `ids`: generations that a purge found; `run_id`: of an evaluation that was queued;
+    `adapter_id`: the adapter that drafts after SetAdapter.
+    """
 
     ok: bool
     message: str
-    details: Json = field(default_factory=dict)
+    ids: list[str] = field(default_factory=list)
+    run_id: str = ""
+    adapter_id: str = ""
 
 
 # Published hints. Losing one costs a second of delay and nothing else.
@@ -370,19 +367,11 @@ class Activity:
     busy: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingProgress:
-    """Where a training run is."""
-
-    state: str
-    step: int
-    loss: float | None
-
-
 RECORDS: tuple[type, ...] = (Generation, Activation, TrainingRun, Evaluation, Adapter)
 MESSAGES: tuple[type, ...] = (
-    Ask, Heartbeat, Cancel, Queued, Delta, Done, Failed, Fetch, RecordBatch, GetStatus, Status, Train,
+    Ask, Heartbeat, Cancel, Queued, Delta, Done, Failed, Fetch, RecordBatch, GetStatus,
+    InferenceStatus, CollectorStatus, TrainerStatus, Train,
     EvaluateAdapter, SetAdapter, Purge, Import,
-    Reply, RecordReady, AdapterReady, Activity, TrainingProgress,
+    Reply, RecordReady, AdapterReady, Activity,
 )  # fmt: skip
 Record = Generation | Activation | TrainingRun | Evaluation | Adapter

@@ -46,4 +46,4 @@ def _reached_through_tunnel(client: Client) -> bool:
     """Whether a daemon answers over TCP that holds no lock on this machine."""
     if client.settings.bus.transport != "tcp":
         return False
-    return any(not is_locked(client.paths.run, role) for role in client.status())
+    return any(not is_locked(client.paths.run, role) for role in client.status().answering())

@@ -135,7 +135,7 @@ class Purger:
             portion = self._next_portion(request)
             for role in PRODUCERS:  # outboxes first: what they hold may be on its way to the store
                 reply = self._purge(role, Purge(request.ids, request.before, request.pattern))
-                undelivered = set(reply.details.get("ids", []))
+                undelivered = set(reply.ids)
                 self._ids |= undelivered
                 portion |= undelivered - set(request.ids)
             stored += self._remove_ids(sorted(portion))
@@ -186,7 +186,7 @@ class Purger:
         stored = 0
         for start in range(0, max(1, len(ids)), PURGE_MOST):
             portion = Purge(ids[start : start + PURGE_MOST], None, "")
-            stored += len(self._purge("collector", portion).details.get("ids", []))
+            stored += len(self._purge("collector", portion).ids)
             for role in PRODUCERS if portion.ids else ():
                 self._purge(role, portion)
         return stored
@@ -208,7 +208,7 @@ class Purger:
             store.purge(ids)
         finally:
             store.close()
-        return Reply(True, "", {"ids": ids})
+        return Reply(True, "", ids=ids)
 
     def _purge_producer(self, role: str, purge: Purge) -> Reply:
         ids: list[str] = []
@@ -225,7 +225,7 @@ class Purger:
             AnswerFiles(self.paths.answers).purge()
         elif forgotten:
             checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
-        return Reply(True, "", {"ids": ids})
+        return Reply(True, "", ids=ids)
 
     # ------------------------------------------------------------------------------------- what derives from them
     def _wait_for_trainer(self) -> None:
@@ -238,8 +238,8 @@ class Purger:
             time.sleep(0.1)
 
     def _is_run_ending(self) -> bool:
-        trainer = self.client.status().get("trainer", {})
-        return bool(trainer.get("training", {}).get("abandoning"))
+        trainer = self.client.status().trainer
+        return trainer is not None and trainer.training.abandoning
 
     def _remove_backups(self) -> None:
         """Remove the copies of the store from before an upgrade, one that was cut short included: any may hold the text."""

@@ -9,11 +9,11 @@ removes them, `questions` reads.
 
 from specl.shared.store.forgetting import EARLIEST, LATEST, PURGE_MOST, Forgetting
 from specl.shared.store.migrations import SCHEMA_VERSION
-from specl.shared.store.questions import Questions, Summary
+from specl.shared.store.questions import Questions
 from specl.shared.store.rows import Outline, StoredGeneration
 from specl.shared.store.writing import Writing
 
-__all__ = ["EARLIEST", "LATEST", "PURGE_MOST", "SCHEMA_VERSION", "Outline", "Store", "StoredGeneration", "Summary"]
+__all__ = ["EARLIEST", "LATEST", "PURGE_MOST", "SCHEMA_VERSION", "Outline", "Store", "StoredGeneration"]
 
 
 class Store(Writing, Forgetting, Questions):

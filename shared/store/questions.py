@@ -1,12 +1,12 @@
 """What is asked of the store: figures for `status`, rows for the trainer, stories of adapters, everything for an export."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
-from specl.shared.messaging.codes import RunTrigger
+from specl.shared.messaging.codes import RunTrigger, RunVerdict
+from specl.shared.messaging.daemon_status import LastRun, StoreSummary
 from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import Outline, StoredGeneration, exported
 from specl.shared.store.schema import disagreements, generations, training_runs
@@ -15,26 +15,10 @@ from specl.shared.store.schema import disagreements, generations, training_runs
 _IS_FAILURE = "coalesce(acceptance_rate, agreement) < (SELECT CAST(value AS REAL) FROM settings WHERE name = 'acceptance_threshold')"
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Counts and rates that `status` shows."""
-
-    generations: int
-    disagreements: int
-    failures: int
-    pending_failures: int
-    quarantined: int
-    lifetime_acceptance: float | None
-    rolling_acceptance: float | None
-    rolling_tokens_per_second: float | None
-    by_adapter: dict[str, float | None]
-    last_verdict: dict[str, Any] | None
-
-
 class Questions(StoreFile):
     """The readers' part of the store."""
 
-    def summary(self, rolling: int = 50) -> Summary:
+    def summary(self, rolling: int = 50) -> StoreSummary:
         """Everything `status` shows of the store."""
         g = generations.c
         (totals,) = self._all(
@@ -57,7 +41,7 @@ class Questions(StoreFile):
         runs = self._all(judged.order_by(t.n.desc()).limit(1))
         drafted = sum(row["model_drafted"] for row in recent)
         speeds = [row["tokens_per_second"] for row in recent if row["tokens_per_second"] > 0]  # imported ones have none
-        return Summary(
+        return StoreSummary(
             generations=totals["n"],
             disagreements=self._count("disagreements"),
             failures=self.sql(f"SELECT count(*) AS n FROM generations WHERE {_IS_FAILURE}")[0]["n"],
@@ -177,11 +161,17 @@ class Questions(StoreFile):
             yield exported(row.values, row.disagreements)
 
 
-def _verdict(run: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: run[name]
-        for name in ("created", "verdict", "reason", "adapter_id", "parent_id", "examples", "steps", "loss_last")
-    }
+def _verdict(run: dict[str, Any]) -> LastRun:
+    return LastRun(
+        created=run["created"],
+        verdict=RunVerdict(run["verdict"]),
+        reason=run["reason"],
+        adapter_id=run["adapter_id"],
+        parent_id=run["parent_id"],
+        examples=run["examples"],
+        steps=run["steps"],
+        loss_last=run["loss_last"],
+    )
 
 
 def _rate(part: float | None, whole: float | None) -> float | None:

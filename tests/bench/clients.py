@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 import httpx2 as httpx
 
 from specl.shared.messaging.client import Client
-from specl.shared.status import collect
+from specl.shared.status import system_status
 
 PROMPT = "Write a few sentences about the number {n} and what it is used for."
 
@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--gap", type=float, default=10.0, help="seconds without text that count as starving")
     wish = parser.parse_args()
     with Client() as client:
-        url = collect(client)["gateway"]["address"]
+        url = system_status(client).gateway.address
     clients, start = [Seen() for _ in range(wish.streams)], time.monotonic()
     threads = [
         threading.Thread(target=work, args=(url, n, wish.streams, start + 60 * wish.minutes, wish.tokens, seen))

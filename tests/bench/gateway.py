@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx2 as httpx
 
 from specl.shared.messaging.client import Client
-from specl.shared.status import collect
+from specl.shared.status import system_status
 
 PROCESSES = Path("/proc")
 PROMPT = "Explain in a few sentences why the sky is blue, and number {n} in words."
@@ -118,10 +118,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     wish = parser.parse_args()
     with Client() as client:
-        gateway = collect(client)["gateway"]
-        url = gateway["address"]
+        gateway = system_status(client).gateway
+        url = gateway.address
         with httpx.Client(base_url=url, timeout=120) as http:
-            found = {"alone": compare(client, http, wish.rounds, wish.tokens, gateway["pid"])}
+            found = {"alone": compare(client, http, wish.rounds, wish.tokens, gateway.pid)}
     if wish.minutes:
         found["crowd"] = crowd(url, wish.streams, wish.minutes, wish.tokens)
     print(json.dumps(found, indent=1))

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from specl.shared.bench.stream import conversation
 from specl.shared.loading.engine import SHIPPED
 from specl.shared.messaging.client import Client
 from specl.shared.paths import find_paths
+from specl.shared.runtime.locks import holder_of
 from specl.shared.settings.load import load_settings
 from specl.shared.settings.schema import Settings
 
@@ -63,7 +64,8 @@ def settings_with(draft: Path) -> Settings:
 
 def training(client: Client) -> dict:
     """What the trainer says of its run."""
-    return client.status(2.0).get("trainer", {}).get("training", {})
+    trainer = client.status(2.0).trainer
+    return asdict(trainer.training) if trainer else {}
 
 
 def begin(client: Client, wish: argparse.Namespace) -> None:
@@ -90,7 +92,7 @@ def ask(client: Client, item: prompt_sets.BenchPrompt, tokens: int, into: Figure
 
 def compare(client: Client, wish: argparse.Namespace) -> dict:
     """Every prompt twice, each way first in turn."""
-    pid = client.status(2.0)["trainer"]["pid"]
+    pid = holder_of(client.paths.run, "trainer")
     alone, beside = Figures(), Figures()
     steps, first = 0, training(client)["step"]
     for number, item in enumerate(prompt_sets.pick("general", wish.requests)):

@@ -22,8 +22,21 @@ from pathlib import Path
 
 from specl.shared.answer_stats import AnswerStats
 from specl.shared.messaging.bus import Server
+from specl.shared.messaging.codes import DaemonState
+from specl.shared.messaging.daemon_status import (
+    AdapterStatus,
+    BlasStatus,
+    CollectorStatus,
+    InferenceStatus,
+    ModelsStatus,
+    OutboxStatus,
+    QueueStatus,
+    StoreSummary,
+    TrainerStatus,
+    TrainingProgress,
+)
 from specl.shared.messaging.endpoints import Addresses
-from specl.shared.messaging.messages import Ask, Done, GetStatus, Status
+from specl.shared.messaging.messages import Ask, Done, GetStatus
 from specl.shared.paths import ROLES, Paths
 from specl.shared.runtime.locks import Lock
 from specl.shared.settings.schema import Settings
@@ -31,11 +44,16 @@ from specl.shared.settings.schema import Settings
 BAR_S = 0.4
 COMMAND = str(Path(sys.executable).parent / "specl-ctl")
 STATS = AnswerStats(tokens_per_second=50.0, plain_tokens_per_second_estimate=40.0, accepted=1, drafted=2, ttft_ms=10.0)
-BODY = {
-    "state": "ready", "pid": os.getpid(), "uptime_s": 1.0, "queue": {"depth": 0, "in_flight": 0},
-    "outbox": {"pending": 0, "refused": 0}, "adapter": {"active": "", "previous": "", "form": ""},
-    "models": {"target": "t", "draft": "d", "loaded": True}, "training": {"state": "idle", "step": 0, "loss": None},
-    "summary": {"generations": 1, "disagreements": 1},
+OUTBOX = OutboxStatus(0, 0, 0, "")
+STATUS = {
+    "inference": InferenceStatus(
+        DaemonState.READY, 1.0, QueueStatus(), OUTBOX, 0, None, None, AdapterStatus(), ModelsStatus("t", "d", True),
+        BlasStatus("b", True), 0,
+    ),
+    "collector": CollectorStatus(DaemonState.READY, 1.0, 1, "", 0, {}, StoreSummary(1, 1)),
+    "trainer": TrainerStatus(
+        DaemonState.READY, 1.0, TrainingProgress("idle", "", 0, 0, None, False), {}, 0, 50, True, OUTBOX, "", 0
+    ),
 }  # fmt: skip
 
 
@@ -62,7 +80,7 @@ class Played:
             done = Done(message.request_id, "0" * 32, "Yes.", 1, "stop", "", True, "", STATS)
             self._server.send(peer, done)
         elif isinstance(message, GetStatus):
-            self._server.send(peer, Status(self.role, BODY))
+            self._server.send(peer, STATUS[self.role])
 
     def close(self) -> None:
         """End the thread, and give the lock up."""

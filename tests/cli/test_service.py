@@ -83,15 +83,17 @@ def test_status_misses_a_gateway_only_where_one_is_wanted(specl, monkeypatch, tm
 def test_a_gateway_beside_daemons_elsewhere_is_not_missed(monkeypatch):
     from specl.shared import status
     from specl.shared.messaging import client
+    from specl.shared.messaging.codes import DaemonState
+    from specl.shared.messaging.daemon_status import CollectorStatus, StoreSummary
     from specl.shared.runtime.locks import Lock
 
     paths = find_paths().create()
-    body = {"state": "ready", "uptime_s": 1.0, "summary": {"generations": 0}}
-    monkeypatch.setattr(client.Client, "status", lambda self: {"collector": body | {"pid": None}})
+    collector = CollectorStatus(DaemonState.READY, 1.0, 0, "", 0, {}, StoreSummary())
+    monkeypatch.setattr(client.Client, "status", lambda self: client.DaemonStatuses(None, collector, None))
 
     def missed():
         with client.Client(paths) as asked:
-            return any("gateway" in problem for problem in status.collect(asked)["problems"])
+            return any("gateway" in problem for problem in status.system_status(asked).problems)
 
     assert not missed() and not (paths.run / "collector.lock").exists()
     lock = Lock(paths.run, "collector")

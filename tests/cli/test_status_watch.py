@@ -1,6 +1,7 @@
 """What `status` says of an adapter that live traffic is judging."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -8,9 +9,9 @@ from specl.cli.status import render
 from specl.daemons.inference.adapter_monitor import AdapterMonitor
 from specl.shared.learning.live_check import Depths
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.daemon_status import WatchStatus
 from specl.shared.paths import find_paths
-from specl.shared.settings.load import load_settings
-from specl.shared.status import collect
+from specl.shared.status import system_status
 
 
 def test_a_watch_is_told_of_while_it_is_on_and_how_it_ended(tmp_path, monkeypatch):
@@ -20,14 +21,13 @@ def test_a_watch_is_told_of_while_it_is_on_and_how_it_ended(tmp_path, monkeypatc
     lookout.changed("000002", "000002", "000001", Depths.promised([0.7], 300))
     lookout.saw([20], [5])
     with Client() as client:
-        found = collect(client)
-    assert found["adapter"]["watch"] == {}
-    settings = load_settings()
+        status = system_status(client)
+    assert status.adapter.watch is None
 
     def told():
-        found["adapter"]["watch"] = lookout.status()
+        adapter = replace(status.adapter, watch=WatchStatus(**lookout.status()))
         console = Console(width=200, file=io.StringIO())
-        console.print(render(found, settings))
+        console.print(render(replace(status, adapter=adapter)))
         return console.file.getvalue()
 
     assert "000002 watching: acceptance 0.250 of 20 tokens in 1 requests, before it 0.700" in told()

@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(instance, bad, name, how):
     adapters = Adapters(instance.var / "adapters")
     id, said = force(instance, adapters, next(one for one in bad if one.name == name), how)
     if how == "placed as CURRENT":
-        rejected = lambda: instance.client.status()["inference"]["adapter"]["rejected"].get(id)  # noqa: E731
+        rejected = lambda: instance.client.status().inference.adapter.rejected.get(id)  # noqa: E731
         said = wait_until(rejected, 20, "the refusal")
         adapters.set_current("")
     else:
@@ -175,7 +175,7 @@ def test_what_drafts_badly_is_rolled_back(instance, bad, name, how):
     wait_until(lambda: active(instance) == id or id in adapters.rolled_back(), 20, "it drafts")
     requests = changed = 0
     while id not in adapters.rolled_back():
-        assert requests < MOST, instance.client.status()["inference"]["adapter"]
+        assert requests < MOST, instance.client.status().inference.adapter
         answer = instance.client.ask(instance.asked[requests], record=False)
         changed += answer.text != instance.texts[requests]
         requests += 1

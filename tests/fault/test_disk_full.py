@@ -199,7 +199,7 @@ def problems(instance):
     """What `specl-ctl status` says is wrong, less what this machine and an empty run directory add."""
     with instance.client() as client:
         return [
-            text for text in status.collect(client)["problems"] if "does not run" not in text and "BLAS" not in text
+            text for text in status.system_status(client).problems if "does not run" not in text and "BLAS" not in text
         ]
 
 

@@ -13,6 +13,7 @@ import zmq
 
 from specl.shared.errors import DaemonUnreachable, RequestRejected
 from specl.shared.messaging.codec import VERSION, decode, encode
+from specl.shared.messaging.daemon_status import CollectorStatus
 from specl.shared.messaging.messages import (
     Ask,
     Envelope,
@@ -22,7 +23,6 @@ from specl.shared.messaging.messages import (
     RecordBatch,
     RecordReady,
     Reply,
-    Status,
 )
 from specl.shared.paths import ROLES
 from specl.shared.sampling_params import SamplingParams
@@ -38,7 +38,7 @@ GOOD = [
     encode(Purge([], None, "")),
     encode(RecordBatch([Envelope("a", "Generation", b"x")], 0)),
     encode(RecordReady("a")),
-    encode(Status("x", {"state": "y"})),
+    encode(CollectorStatus("ready", 1.0, 1, "", 0, {}, None)),
     encode(Reply(True, "yes")),
 ]
 
@@ -73,7 +73,11 @@ def hostile(rng: random.Random) -> bytes:
             lambda: msgpack.packb([VERSION, "Fetch", {"done": ["x", 1], "limit": 1}]),
             lambda: msgpack.packb(msgpack.ExtType(5, b"x")),
             lambda: msgpack.packb(
-                [VERSION, "Reply", {"ok": True, "message": "", "details": {"a": msgpack.ExtType(1, b"")}}]
+                [
+                    VERSION,
+                    "Reply",
+                    {"ok": True, "message": msgpack.ExtType(1, b""), "ids": [], "run_id": "", "adapter_id": ""},
+                ]
             ),
         ]
     )()

@@ -6,18 +6,19 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import httpx2 as httpx
 
 from specl.shared.runtime.locks import is_locked
-from specl.shared.status import collect
+from specl.shared.status import system_status
 from tests.harness.gateway import Gateway
 from tests.harness.waiting import wait_until
 
 
 def status(instance):
     with instance.client() as client:
-        return collect(client)
+        return asdict(system_status(client))
 
 
 def test_status_says_where_it_listens_and_that_it_stopped(lone):
@@ -107,13 +108,13 @@ def test_health_asks_inference_alone_and_not_every_time(tmp_path, monkeypatch):
     import asyncio
 
     from specl.daemons.gateway import dashboard
-    from specl.shared.messaging.client import Client
+    from specl.shared.messaging.client import Client, DaemonStatuses
     from specl.shared.paths import Paths
     from specl.shared.settings.schema import Settings
 
     asked = []
-    monkeypatch.setattr(Client, "status", lambda self, timeout_s, roles: asked.append(roles) or {})
-    monkeypatch.setattr(dashboard, "collect", None)  # what the page costs
+    monkeypatch.setattr(Client, "status", lambda self, timeout_s, roles: asked.append(roles) or DaemonStatuses(None, None, None))
+    monkeypatch.setattr(dashboard, "system_status", None)  # what the page costs
     looker = dashboard.Dashboard(Paths(tmp_path, tmp_path).create(), Settings(), lambda: False)
 
     async def monitors():

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.bus import gather
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.endpoints import Addresses
-from specl.shared.messaging.messages import Done, GetStatus, Status
+from specl.shared.messaging.messages import Done, GetStatus
 from specl.shared.paths import Paths
 from specl.shared.runtime.locks import holder_of
 from specl.shared.settings.load import parse_settings
@@ -127,7 +128,7 @@ class Instance:
         """One daemon's own view; empty while it does not answer."""
         endpoint = Addresses(self.paths, self.settings.bus).answer(role)
         answer = gather({role: (endpoint, GetStatus())}, 0.5).get(role)
-        return answer.body | {"pid": holder_of(self.paths.run, role)} if isinstance(answer, Status) else {}
+        return asdict(answer) | {"pid": holder_of(self.paths.run, role)} if answer is not None else {}
 
     def ready(self, role: str, timeout_s: float = 20) -> dict[str, Any]:
         """Wait until `role` answers (and inference has its models)."""

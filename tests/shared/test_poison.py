@@ -2,7 +2,7 @@
 
 import random
 import sqlite3
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 
 import pytest
 import sqlalchemy as sa
@@ -10,7 +10,8 @@ import sqlalchemy as sa
 from specl.shared.answer_stats import AnswerStats
 from specl.shared.errors import StoreError, WireError
 from specl.shared.messaging.codec import encode, kind_of
-from specl.shared.messaging.messages import Envelope, Status
+from specl.shared.messaging.daemon_status import CollectorStatus
+from specl.shared.messaging.messages import Envelope
 from specl.shared.store import Store, rows, schema
 from tests.fakes import (
     make_activation,
@@ -141,7 +142,7 @@ def test_a_thousand_senseless_records_end_nothing_and_every_reader_still_reads(s
     assert sorted(found) == sorted(row.id for row in sent)
     bad = store.summary().quarantined
     assert 0 < bad < len(sent)
-    encode(Status("collector", {"summary": asdict(store.summary())}))
+    encode(CollectorStatus("ready", 1.0, 1, "", 0, {}, store.summary()))
     ids = [row["id"] for row in store.sql("SELECT id FROM generations")]
     store.texts(ids), list(store.written()), list(store.export())
     assert store.purge(store.matching([], 9e18, "")) >= len(ids)

@@ -70,7 +70,7 @@ def test_status_is_answered_from_the_last_figures_while_new_ones_take_long(colle
     one._summarise()
     arrive(one, "a")
     for _ in range(5):
-        assert one._status()["summary"]["generations"] == 0
+        assert one._status().summary.generations == 0
     assert len(looks) == 1, "nobody waits for figures"
     one._tidy_at = time.monotonic() + 99
     for _ in range(20):
@@ -78,7 +78,7 @@ def test_status_is_answered_from_the_last_figures_while_new_ones_take_long(colle
     assert len(looks) == 1, "they take at most one part in SUMMARY_SHARE of the time"
     one._summary_due = 0.0
     one._turn()
-    assert len(looks) == 2 and one._status()["summary"]["generations"] == 1
+    assert len(looks) == 2 and one._status().summary.generations == 1
     assert one.server.waited <= service.TICK_S
 
 
@@ -87,7 +87,7 @@ def test_quick_figures_are_those_of_now(collector, monkeypatch):
     one = collector()
     one._look()
     arrive(one, "a")
-    assert one._status()["summary"]["generations"] == 1
+    assert one._status().summary.generations == 1
 
 
 def test_figures_read_no_row_as_a_whole(collector):

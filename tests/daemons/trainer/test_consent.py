@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -100,7 +101,7 @@ class Instance:
         return self.machine
 
     def status(self):
-        return self.wire.ask(GetStatus()).body["training"]
+        return asdict(self.wire.ask(GetStatus()).training)
 
     def close(self):
         self.stopping = True

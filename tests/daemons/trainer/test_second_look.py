@@ -235,5 +235,5 @@ def test_a_second_look_is_no_verdict_that_somebody_waits_for(tmp_path):
         make_training_run("b", trigger="reevaluation", cause="second look at 000002", verdict="reinstated"),
     ]
     store.add_rows([Envelope(run.id, "TrainingRun", encode(run)) for run in runs])
-    assert store.summary().last_verdict["verdict"] == "promoted"
+    assert store.summary().last_verdict.verdict == "promoted"
     store.close()

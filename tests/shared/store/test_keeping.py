@@ -122,7 +122,7 @@ def test_every_kind_of_record_is_stored(store):
     store.add_rows([row(record) for record in records])
     (line,) = store.sql("SELECT * FROM adapter_history")
     assert (line["verdict"], line["heldout_before"], line["heldout_after"]) == ("promoted", 0.2, 0.4)
-    assert store.summary().last_verdict["adapter_id"] == "000001"
+    assert store.summary().last_verdict.adapter_id == "000001"
 
 
 def test_pending_failures_count_from_the_last_run_that_used_any(store):

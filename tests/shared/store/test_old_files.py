@@ -270,7 +270,7 @@ def test_questions_are_answered_from_an_old_store(schema, store):
     assert summary.lifetime_acceptance == round(82 / 145, 4)
     assert summary.by_adapter == {"none": round(43 / 98, 4), "000001": round(19 / 23, 4), "000002": round(20 / 24, 4)}
     verdict = summary.last_verdict
-    assert (verdict["verdict"], verdict["examples"]) == (("promoted", 64) if schema == 1 else ("rejected", 0))
+    assert (verdict.verdict, verdict.examples) == (("promoted", 64) if schema == 1 else ("rejected", 0))
     # after g5, the last that a run has learned from: the record without its text, and the imported one
     assert summary.pending_failures == store.pending_failures() == 2
     records = EXPECTED[f"schema{schema}"]["records"]["Generation"]

@@ -448,7 +448,7 @@ def test_a_summary_counts_and_rates(store):
     found = store.summary(rolling=1)
     assert (found.lifetime_acceptance, found.rolling_acceptance) == (0.25, 0.0)
     assert found.by_adapter == {"none": 1.0, "000001": 0.0}
-    assert found.last_verdict["verdict"] == "rejected"
+    assert found.last_verdict.verdict == "rejected"
     assert (found.generations, found.disagreements, found.failures) == (2, 2, 2)
 
 
