@@ -113,7 +113,9 @@ def test_health_asks_inference_alone_and_not_every_time(tmp_path, monkeypatch):
     from specl.shared.settings.schema import Settings
 
     asked = []
-    monkeypatch.setattr(Client, "status", lambda self, timeout_s, roles: asked.append(roles) or DaemonStatuses(None, None, None))
+    monkeypatch.setattr(
+        Client, "status", lambda self, timeout_s, roles: asked.append(roles) or DaemonStatuses(None, None, None)
+    )
     monkeypatch.setattr(dashboard, "system_status", None)  # what the page costs
     looker = dashboard.Dashboard(Paths(tmp_path, tmp_path).create(), Settings(), lambda: False)
 
