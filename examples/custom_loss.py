@@ -6,10 +6,10 @@ For the trainer: `training: {loss: {type: "custom_loss:reverse_kl"}}` in the set
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from specl.shared.learning.losses import LossSettings, Teacher
+from specl.shared.learning.losses import LossSettings, TargetTopK
 
 
-def reverse_kl(logits: mx.array, teacher: Teacher, settings: LossSettings) -> tuple[mx.array, mx.array]:
+def reverse_kl(logits: mx.array, teacher: TargetTopK, settings: LossSettings) -> tuple[mx.array, mx.array]:
     """KL(draft || target) over the target's top-k, a loss and a validity (0 or 1) for each row of `logits` [m, columns].
 
     `teacher.columns` [m, k] says which columns the top-k are (-1: not in the draft's vocabulary), `teacher.logprobs` their
@@ -28,7 +28,7 @@ def reverse_kl(logits: mx.array, teacher: Teacher, settings: LossSettings) -> tu
 
 if __name__ == "__main__":
     sampling = mx.log(mx.array([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]))
-    teacher = Teacher(mx.array([[4, 1, 7], [0, 2, 3]]), sampling, mx.array([4, 0]), mx.ones(2))
+    teacher = TargetTopK(mx.array([[4, 1, 7], [0, 2, 3]]), sampling, mx.array([4, 0]), mx.ones(2))
     logits, optimizer = {"logits": mx.zeros((2, 10))}, optim.Adam(learning_rate=0.1)
     step = mx.value_and_grad(lambda p: reverse_kl(p["logits"], teacher, LossSettings())[0].mean())
     for number in range(101):

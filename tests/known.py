@@ -17,23 +17,6 @@ KNOWN: dict[str, set[str]] = {
         "shared/prompts/build_prompts.py",
         "shared/prompts/reserved.py",
     },
-    "long functions": {
-        "shared/learning/build_draft.py build",
-    },
-    "pure": {
-        "shared/learning/batch_generate.py .unlink",
-        "shared/learning/build_draft.py .mkdir",
-        "shared/learning/build_draft.py .read_text",
-        "shared/learning/build_draft.py .write_text",
-        "shared/learning/steps.py .read_text",
-        "shared/learning/steps.py .write_text",
-        "shared/learning/user_texts.py .glob",
-        "shared/learning/user_texts.py .unlink",
-    },
-    "settings": {
-        "specl.shared.learning.losses -> specl.shared.settings.plugins",
-        "specl.shared.learning.losses -> specl.shared.settings.schema",
-    },
     "upward": {
         "specl.shared.settings.cache -> specl",
     },

@@ -19,7 +19,7 @@ LAYERS = (
     ("retention",),
     ("prompts",),
     ("learning",),
-    ("loading",),
+    ("loading", "training_files"),
     ("in_process", "status"),
     ("specl",),
     ("bench",),

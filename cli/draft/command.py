@@ -15,9 +15,10 @@ from specl.shared.settings.load import load_settings
 from specl.shared.settings.schema import Settings
 
 if TYPE_CHECKING:
-    from specl.shared.learning.build_draft import BuildSettings, Built, Texts
+    from specl.shared.learning.build_draft import BuildSettings
     from specl.shared.models.language_model import LanguageModel
     from specl.shared.runtime.progress import Progress
+    from specl.shared.training_files.draft_build import BuildTexts, BuiltDraft
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 MEASURED_PROMPTS = 8
@@ -121,10 +122,10 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
     `models.draft.name` in the settings file.
     """
     from specl.cli.memory_check import check_memory, local_path
-    from specl.shared.learning.build_draft import build as distil
     from specl.shared.models.head import load_head
     from specl.shared.models.load import load
     from specl.shared.models.report import to_stderr
+    from specl.shared.training_files.draft_build import build as build_draft
 
     seconds = seconds_of(limit)
     settings, paths = load_settings(), find_paths()
@@ -147,7 +148,7 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
     begin = load_head(Path(wish["begin"]), wish["begin"], loaded) if wish["begin"] else None
     about |= {"ancestors": _ancestors(Path(wish["begin"]))} if begin else {}
     workshop = Path(work) if work else folder.with_name(f".{folder.name}.work")
-    built = distil(loaded, texts, workshop, folder, chosen, about, _Teller(), begin, keep)
+    built = build_draft(loaded, texts, workshop, folder, chosen, about, _Teller(), begin, keep)
     click.echo("", err=True)
     _table(loaded, built, settings, paths.costs)
     click.echo(f"models:\n  draft: {{name: {folder}}}")
@@ -186,11 +187,11 @@ def _settings(wish: dict[str, Any], target: "LanguageModel", seconds: float) -> 
 
 def _texts(
     wish: dict[str, Any], target: "LanguageModel", settings: Settings, store: Path
-) -> tuple["Texts", dict[str, Any]]:
+) -> tuple["BuildTexts", dict[str, Any]]:
     """What is learned from, and what a manifest says of it."""
     from specl.cli.draft.texts import SHIPPED, answers_of, prompts_of, texts_of_store
     from specl.shared import prompts
-    from specl.shared.learning.build_draft import Texts
+    from specl.shared.training_files.draft_build import BuildTexts
 
     own = texts_of_store(store, settings, target.fingerprint, target.name) if wish["from_store"] else []
     written, digests = answers_of(wish["answers"], target.fingerprint)
@@ -206,7 +207,7 @@ def _texts(
         click.echo(f"{len(written)} answers of earlier builds to learn from", err=True)
     if own:
         click.echo(f"{len(own)} answers of your own traffic to learn from", err=True)
-    return Texts(items, prompts.load("heldout"), own, written, prompts.may_train), about
+    return BuildTexts(items, prompts.load("heldout"), own, written, prompts.may_train), about
 
 
 def _command(target: str, limit: str, wish: dict[str, Any]) -> str:
@@ -226,7 +227,7 @@ def _command(target: str, limit: str, wish: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _table(target: "LanguageModel", built: "Built", settings: Settings, costs: Path) -> None:
+def _table(target: "LanguageModel", built: "BuiltDraft", settings: Settings, costs: Path) -> None:
     """What was made, and what it does here: measured on held-out prompts, plain and drafted in turn."""
     from specl.shared import prompts
     from specl.shared.engine.core import EngineCore

@@ -13,7 +13,7 @@ from specl.shared.errors import ConfigError, ModelError
 from specl.shared.settings.schema import Settings
 
 if TYPE_CHECKING:
-    from specl.shared.learning.user_texts import OwnText
+    from specl.shared.learning.recapture import WrittenText
     from specl.shared.store import StoredGeneration
 
 SHIPPED = "shipped"
@@ -45,23 +45,23 @@ def prompts_of(file: str) -> tuple[list[Any], str]:
     return items, hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
 
 
-def answers_of(files: Sequence[str], fingerprint: str) -> tuple[list["OwnText"], list[str]]:
+def answers_of(files: Sequence[str], fingerprint: str) -> tuple[list["WrittenText"], list[str]]:
     """What this target wrote for earlier builds, and the sha256 of each file. Raises ConfigError for what is no such file."""
-    from specl.shared.learning.target_texts import load_answers
+    from specl.shared.training_files.target_texts import load_target_texts
 
-    found: list[OwnText] = []
+    found: list[WrittenText] = []
     names = [Path(file).stem for file in files]
     if len(set(names)) < len(names):
         raise ConfigError("--answers wants files of different names")
     for file in files:
         try:
-            found += load_answers(Path(file).expanduser(), fingerprint)
+            found += load_target_texts(Path(file).expanduser(), fingerprint)
         except ModelError as error:
             raise ConfigError(str(error), error.hint) from error
     return found, [hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest() for file in files]
 
 
-def texts_of_store(path: Path, settings: Settings, fingerprint: str, name: str) -> list["OwnText"]:
+def texts_of_store(path: Path, settings: Settings, fingerprint: str, name: str) -> list["WrittenText"]:
     """The answers of this target in the store that a draft may learn from: not from conversations that are held out for
     judging adapters, nor a text that stands in one of those too, not older than retention allows, and whole (statistics and
     redacted records have no tokens).
@@ -69,14 +69,14 @@ def texts_of_store(path: Path, settings: Settings, fingerprint: str, name: str) 
     Raises ConfigError that says why where there is none.
     """
     from specl.shared.learning.examples import is_held_out
-    from specl.shared.learning.user_texts import LONGEST
+    from specl.shared.learning.recapture import LONGEST
     from specl.shared.store import Store
 
     if not path.is_file():
         raise ConfigError(f"there is nothing to learn from: no store at {path} yet", "use the server first")
     since = time.time() - 86400 * settings.records.retention_days if settings.records.retention_days else 0.0
     counts = dict.fromkeys(("bare", "other", "old", "held"), 0)
-    found: dict[bytes, OwnText] = {}
+    found: dict[bytes, WrittenText] = {}
     held: set[bytes] = set()
     store = Store(path, read_only=True)
     try:
@@ -109,14 +109,14 @@ def _unusable(values: dict[str, Any], fingerprint: str, since: float) -> str:
     return "old" if values["created_at"] < since else ""
 
 
-def _text(row: "StoredGeneration") -> "OwnText":
+def _text(row: "StoredGeneration") -> "WrittenText":
     import numpy as np
 
-    from specl.shared.learning.user_texts import OwnText
+    from specl.shared.learning.recapture import WrittenText
 
     values = row.values
     prompt, output = (np.frombuffer(values[name], "<u4") for name in ("prompt_tokens", "output_tokens"))
-    return OwnText(values["id"], np.concatenate([prompt, output]), len(prompt), values["temperature"] == 0)
+    return WrittenText(values["id"], np.concatenate([prompt, output]), len(prompt), values["temperature"] == 0)
 
 
 def _nothing(counts: dict[str, int], settings: Settings, name: str) -> ConfigError:

@@ -14,12 +14,13 @@ import numpy as np
 
 from specl.daemons.trainer.stratified_sample import stratified_sample
 from specl.shared.engine.core import EngineCore
-from specl.shared.learning.batch_generate import kept_shard, recapture, save_shard
 from specl.shared.learning.examples import Example, is_held_out
+from specl.shared.learning.recapture import recapture
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.runtime import log
 from specl.shared.settings.schema import Settings
 from specl.shared.store import Outline, Store, StoredGeneration
+from specl.shared.training_files.shards import load_or_discard, save_shard
 
 LONGEST = 512  # tokens of an example: the last of a long text
 READ = 1024  # tokens that are read again, at most, for the states of those
@@ -162,7 +163,7 @@ class DataLoader:
         total = sum(len(texts) for _, texts in parts)
         found: list[Example] = []
         for path, texts in parts:
-            found += kept_shard(path, _damaged) or self._capture(path, texts, len(found), total, tell)
+            found += load_or_discard(path, _damaged) or self._capture(path, texts, len(found), total, tell)
         return found
 
     def capture_replay(self, folder: Path, tell: Tell = lambda done, total: None) -> bool:

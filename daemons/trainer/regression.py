@@ -10,9 +10,10 @@ import numpy as np
 
 from specl.shared import prompts
 from specl.shared.engine.core import EngineCore
-from specl.shared.learning.batch_generate import Prompt, answer, kept_shard, save_shard
+from specl.shared.learning.batch_generate import Prompt, batch_generate
 from specl.shared.learning.examples import Example
 from specl.shared.runtime import log
+from specl.shared.training_files.shards import load_or_discard, save_shard
 
 CHUNK = 8  # prompts answered side by side: what a kill can cost
 MAX_TOKENS = 48
@@ -33,14 +34,14 @@ class RegressionSlice:
         for start in range(0, len(self._prompts), CHUNK):
             wanted = self._prompts[start : start + CHUNK]
             path = self.folder / f"{wanted[0].id}-{len(wanted)}.npz"
-            found += kept_shard(path, _damaged) or self._make(path, wanted)
+            found += load_or_discard(path, _damaged) or self._make(path, wanted)
         return found
 
     def _make(self, path: Path, wanted: list[prompts.ShippedPrompt]) -> list[Example]:
         self.folder.mkdir(parents=True, exist_ok=True)
         asked = [Prompt(item.id, self.engine.encode_chat(item.messages)[1]) for item in wanted]
         rng = np.random.default_rng(0)
-        made = answer(
+        made = batch_generate(
             self.engine.target, asked, MAX_TOKENS, 1, self.engine.reads_states, rng, lambda tokens: self._pause()
         )
         save_shard(path, made)

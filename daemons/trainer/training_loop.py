@@ -15,14 +15,16 @@ import numpy as np
 from specl.daemons.trainer.data_loader import DataLoader, TrainingData, pieces
 from specl.daemons.trainer.throttle import Abandoned
 from specl.shared.errors import Interrupted
-from specl.shared.learning.early_stopping import EarlyStopping, set_aside
+from specl.shared.learning.early_stopping import EarlyStopping, split_validation
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
-from specl.shared.learning.steps import Batches, Deadline, StepLoop, StepSettings, about_checkpoint
+from specl.shared.learning.steps import BatchSampler, Deadline, StepLoop, StepSettings
 from specl.shared.retention import checkpoints
 from specl.shared.runtime import log
+from specl.shared.settings.plugins import is_plugin, load_plugin
 from specl.shared.settings.schema import Settings
+from specl.shared.training_files.checkpoint import load_checkpoint, read_notes, save_checkpoint
 
 PIECE_TOKENS = 256  # of one forward and backward: what a request may have to wait for
 CHECKPOINT_S = 20.0
@@ -76,19 +78,21 @@ class TrainingLoop:
     def run(self, learner: Learner) -> None:
         """All steps, or as many as there is time for. Raises Interrupted when told to stop: the checkpoint stays."""
         training, material = self.settings.training, self.material
-        taught, aside = set_aside([*material.failures, *material.successes])
+        taught, aside = split_validation([*material.failures, *material.successes])
         kept = {example.id for example in taught}
         self.learned = sorted({*self.learned, *kept})
         fresh, again = self._pools(kept)
-        batches = Batches(fresh, again, training.batch_size, training.replay_ratio, seed=0)
+        batches = BatchSampler(fresh, again, training.batch_size, training.replay_ratio, seed=0)
         fresh_a_step = training.batch_size * training.gradient_accumulation_steps * max(batches.fresh_share, 0.1)
         total = max(1, math.ceil(len(fresh) * training.num_epochs / fresh_a_step))
-        loss = LossSettings(training.loss.type, training.loss.temperature, training.loss.alpha)
+        kind = training.loss.type
+        custom = load_plugin(kind, "training.loss.type") if is_plugin(kind) else None
+        loss = LossSettings(kind, training.loss.temperature, training.loss.alpha, custom)
         checkpointing = self.settings.memory.gradient_checkpointing
         steps = StepSettings(training.learning_rate, total, depths=TRAINED_DEPTHS, checkpointing=checkpointing)
         loop = StepLoop(learner, loss, steps)
         deadline = Deadline(training.max_minutes * 60, self._resume(loop, batches))
-        stop = EarlyStopping(learner, aside, loss, TRAINED_DEPTHS, known=self.watched)
+        stop = EarlyStopping(learner, aside, loss, TRAINED_DEPTHS, losses=self.watched)
         self.watched = stop.losses
         self.live.state, self.live.step, self.live.total = "training", loop.step_number, total
         try:
@@ -114,7 +118,7 @@ class TrainingLoop:
             return new, [*old, *successes, *self.replay]
         return (failures, [*successes, *self.replay]) if failures else (successes, self.replay)
 
-    def _steps(self, loop: StepLoop, batches: Batches, deadline: Deadline, stop: EarlyStopping) -> None:
+    def _steps(self, loop: StepLoop, batches: BatchSampler, deadline: Deadline, stop: EarlyStopping) -> None:
         """Until all are done, the time is over, or what was set aside no longer gets better."""
         saved = time.monotonic()
 
@@ -122,7 +126,7 @@ class TrainingLoop:
             deadline.pause(self.pause())
 
         while loop.step_number < self.live.total and not deadline.over:
-            if stop.look(deadline.used, wait):
+            if stop.should_stop(deadline.used, wait):
                 _log.info("training.early_stop", step=loop.step_number, losses=[round(loss, 4) for loss in stop.losses])
                 return
             groups = [
@@ -156,7 +160,7 @@ class TrainingLoop:
             "watched": self.watched,
         }
         try:
-            loop.save(self._checkpoint, self._plan() | done)
+            save_checkpoint(self._checkpoint, loop.state, self._plan() | done)
         except OSError as error:
             _log.warning("checkpoint.not_saved", reason=str(error))
 
@@ -174,14 +178,14 @@ class TrainingLoop:
         mostly = len(ids & fresh) >= SAME_WORK * len(ids | fresh)
         return same and mostly and not ids & judges and not self.data_loader.store.missing(sorted(ids))
 
-    def _resume(self, loop: StepLoop, batches: Batches) -> float:
+    def _resume(self, loop: StepLoop, batches: BatchSampler) -> float:
         """Go on with a killed run's checkpoint if it was about the same work, otherwise drop it; seconds that it had worked."""
-        about = about_checkpoint(self._checkpoint)
+        about = read_notes(self._checkpoint)
         if about is None:
             return 0.0
         if self._same_work(about):
             try:
-                loop.resume(self._checkpoint)
+                loop.restore(load_checkpoint(self._checkpoint))
                 for _ in range(loop.step_number * self.settings.training.gradient_accumulation_steps):
                     batches.next()
                 self.learned = sorted({*about["ids"], *self.learned})

@@ -14,9 +14,9 @@ import numpy as np
 from specl.shared.bench.arms import Answer, EngineArm
 from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.engine.core import EngineCore, LoadedAdapter
-from specl.shared.learning.batch_generate import recapture
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner, agreement
+from specl.shared.learning.recapture import recapture
 from specl.shared.sampling_params import SamplingParams
 
 FIXED_K = 4  # acceptance as a result is reported at this length

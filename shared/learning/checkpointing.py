@@ -1,7 +1,7 @@
-"""Gradient checkpointing of chosen modules, for as long as a block runs: activations are recomputed in the backward pass.
+"""Gradient checkpointing of chosen modules within a block: their activations are recomputed in the backward pass.
 
-A module changes its class and gets it back: nothing is patched for other instances, and nothing stacks up in a process
-that trains many times (mlx-lm's `grad_checkpoint` patches the class for good).
+A module gets another class for the time of the block. Other instances are not patched, and nothing accumulates in a process that
+trains many times (mlx-lm's `grad_checkpoint` patches the class for good).
 """
 
 import itertools
@@ -16,18 +16,17 @@ import mlx.nn as nn
 _seeds = itertools.count()
 
 
-def _drops(module: nn.Module) -> bool:
-    """Whether it computes with dropout now."""
+def _has_dropout(module: nn.Module) -> bool:
     return any(isinstance(m, nn.Dropout) and m.training for m in module.modules())
 
 
 @cache
 def _checkpointed(kind: type) -> type:
     def call(self: nn.Module, *inputs: Any, **named: Any) -> Any:
-        seed = next(_seeds) if _drops(self) else None
+        seed = next(_seeds) if _has_dropout(self) else None
 
         def run(*a: Any, **k: Any) -> Any:
-            if seed is not None:  # the backward pass calls this again, and must drop the same: mlx would draw anew
+            if seed is not None:  # the backward pass runs this again and must drop the same activations
                 mx.random.seed(seed)
             return kind.__call__(self, *a, **k)
 
@@ -38,7 +37,7 @@ def _checkpointed(kind: type) -> type:
 
 @contextmanager
 def checkpointed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block these modules keep no activations for the backward pass."""
+    """Within the block, these modules keep no activations for the backward pass."""
     chosen = [(module, type(module)) for module in modules]
     for module, kind in chosen:
         module.__class__ = _checkpointed(kind)

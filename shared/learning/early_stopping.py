@@ -1,7 +1,8 @@
-"""When to stop training before its time: the loss on a few of its own texts that were set aside no longer falls.
+"""Early stopping: training ends when the loss on a few validation texts no longer falls.
 
-They are training texts: what judges an adapter afterwards (held-out conversations, the regression slice) is never looked at
-here, or the gate would be shown what was chosen to please it. Knows losses and seconds worked, not who trains.
+Validation texts are training texts that are set aside. What an adapter is judged on afterwards (held-out conversations, the
+regression slice) is never used here, or the gate would see what was selected on its own data. Knows losses and seconds worked,
+not who trains.
 """
 
 import hashlib
@@ -14,16 +15,16 @@ from specl.shared.learning.examples import Example, collate
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
 
-SHARE = 16  # one text in so many is set aside
-LEAST = 4  # fewer say nothing, and none is set aside
-MOST = 16  # more would take too much of the time
-EVERY_S = 30.0  # of work between two looks
-PATIENCE = 3  # looks without a new lowest loss that end the training
+SHARE = 16  # one text in this many is used for validation
+LEAST = 4  # fewer texts say nothing: then there is no validation
+MOST = 16  # more texts would take too much of the time
+EVERY_S = 30.0  # of work between two validations
+PATIENCE = 3  # validations without a new lowest loss that end the training
 
 
-def set_aside(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """What to train on, and what to look at: one in SHARE, chosen by id, so that a run that goes on elsewhere keeps nearly all
-    of the choice. Nothing is set aside where that is fewer than LEAST.
+def split_validation(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Training and validation texts: one in SHARE, chosen by id, so that a resumed run keeps nearly all of the choice. There is
+    no validation text where that is fewer than LEAST.
     """
     count = min(len(examples) // SHARE, MOST)
     if count < LEAST:
@@ -37,8 +38,8 @@ def set_aside(examples: Sequence[Example]) -> tuple[list[Example], list[Example]
 
 
 class EarlyStopping:
-    """Looks at `texts` (what `set_aside` gave; none: never stops) as training goes on. Made before the first step, whose loss
-    is the one to fall below.
+    """Validates on `texts` (of `split_validation`; without any it never stops). `losses` has one loss for each validation, those
+    of earlier runs first; the very first is taken before any training and is the loss to fall below.
     """
 
     def __init__(
@@ -49,35 +50,35 @@ class EarlyStopping:
         depths: int,
         every_s: float = EVERY_S,
         patience: int = PATIENCE,
-        known: Sequence[float] = (),
+        losses: Sequence[float] = (),
     ) -> None:
         self._learner, self._texts, self._settings, self._depths = learner, list(texts), loss, depths
         self._every, self._patience, self._next = every_s, patience, 0.0
-        self.losses = list(known)  # one a look, the first before any training; of a run that goes on, `known` before
+        self.losses = list(losses)
 
-    def look(self, worked_s: float, pause: Callable[[], object] = lambda: None) -> bool:
-        """Whether to stop. Call it before the first step and after every step; it scores when `every_s` more seconds were
+    def should_stop(self, worked_s: float, pause: Callable[[], object] = lambda: None) -> bool:
+        """Whether to stop. Call it before the first step and after every step; it validates once `every_s` more seconds were
         worked. `pause` is called between texts, and may wait or raise.
         """
         if not self._texts or worked_s < self._next:
             return False
-        self.losses.append(self._score(pause))
+        self.losses.append(self._validation_loss(pause))
         self._next = worked_s + self._every
-        return self.over
+        return self.is_over
 
     @property
-    def over(self) -> bool:
-        """Whether the last `patience` looks had no lower loss than some look before them."""
+    def is_over(self) -> bool:
+        """Whether none of the last `patience` validations had a new lowest loss."""
         lowest = int(np.argmin(self.losses)) if self.losses else 0
         return len(self.losses) - 1 - lowest >= self._patience
 
-    def _score(self, pause: Callable[[], object]) -> float:
-        """Mean loss, weighted as in training. A text at a time: no piece is long, and nothing is padded."""
+    def _validation_loss(self, pause: Callable[[], object]) -> float:
+        """Mean loss, weighted as in training. One text at a time: no forward pass is long, and nothing is padded."""
         self._learner.module.eval()
         total = weights = 0.0
         for text in self._texts:
             pause()
-            loss, weight = self._learner.weighed_loss(collate([text]), self._settings, self._depths)
-            weights += weight.item()
-            total += loss.item() * weight.item()
+            loss, weight = self._learner.weighted_loss(collate([text]), self._settings, self._depths)
+            weights += float(weight.item())
+            total += float(loss.item()) * float(weight.item())
         return total / weights if weights and math.isfinite(total) else math.inf

@@ -1,4 +1,4 @@
-"""What a draft learns from: one answered request with the target's law at each output position. Arrays only.
+"""What a draft learns from: one answered request with the target's distribution at each output position. Arrays only.
 
 Knows the shape of an example, how examples become a padded batch, and how they are split by conversation; nothing of where
 they are stored.
@@ -15,8 +15,8 @@ PAD_TO = 32  # lengths are rounded up, so that few distinct shapes are computed
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """tokens [t] (prompt, then output); row j of the others belongs to output token j = tokens[prompt_length + j]:
-    top-k ids [n, k], natural log-probabilities [n, k] at temperature 1, weights [n] of the loss.
+    """One text. tokens [t] are the prompt, then the output; row j of the others belongs to output token j, which is
+    tokens[prompt_length + j]: top-k ids [n, k], natural log-probabilities [n, k] at temperature 1, weights [n] of the loss.
     states [t-1, hidden] are the target's normed hidden states (fp16), where the draft reads them.
     """
 
@@ -35,13 +35,13 @@ class Example:
         return len(self.tokens) - self.prompt_length
 
     def with_states(self, states: np.ndarray | None) -> "Example":
-        """The same with these states."""
+        """A copy with these states."""
         return replace(self, states=states)
 
     def clipped(self, limit: int) -> "Example":
-        """The last `limit` tokens of it: less of the prompt, and of the answer only what is longer than `limit` by itself.
+        """A copy with the last `limit` tokens. The prompt is cut first, the answer only where it alone is longer than `limit`.
 
-        One token of the prompt stays at least, for the first of the answer to follow.
+        At least one token of the prompt stays, for the answer's first token to follow.
         """
         drop = len(self.tokens) - limit
         if drop <= 0:
@@ -62,56 +62,57 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded examples. `first[b]` is the place of the first supervised token of row b, `length[b]` its tokens.
-
-    tokens [b, t]; states [b, t-1, hidden] or None; supervised tokens flat: `where` [m, 2] (row, place of the token to
-    predict), ids [m, k], logprobs [m, k], weights [m].
+    """Padded examples: tokens [b, t]; states [b, t-1, hidden] or None. The m tokens to predict are flat: `supervised` [m, 2] is
+    their row and position, beside ids [m, k], logprobs [m, k] and weights [m].
     """
 
     tokens: np.ndarray
     states: np.ndarray | None
-    where: np.ndarray
+    supervised: np.ndarray
     ids: np.ndarray
     logprobs: np.ndarray
     weights: np.ndarray
-    owner: np.ndarray
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad on the right. Laws of fewer tokens than the longest are filled up with token 0 at log-probability -inf."""
+    """Pad on the right. A distribution of fewer tokens than the widest is filled up with token 0 at log-probability -inf."""
     longest = max(len(example.tokens) for example in examples)
     width = -(-longest // PAD_TO) * PAD_TO
     tokens = np.zeros((len(examples), width), np.int64)
-    with_states = all(example.states is not None for example in examples)
-    hidden = examples[0].states.shape[1] if with_states else 0
-    states = np.zeros((len(examples), width - 1, hidden), np.float16) if with_states else None
-    where, owner = [], []
-    for b, example in enumerate(examples):
-        tokens[b, : len(example.tokens)] = example.tokens
-        if with_states:
-            states[b, : len(example.tokens) - 1] = example.states
-        places = np.arange(example.prompt_length, len(example.tokens))
-        where.append(np.stack([np.full_like(places, b), places], axis=1))
-        owner.append(np.full(len(places), b))
+    supervised = []
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.tokens)] = example.tokens
+        positions = np.arange(example.prompt_length, len(example.tokens))
+        supervised.append(np.stack([np.full_like(positions, row), positions], axis=1))
     return Batch(
         tokens,
-        states,
-        np.concatenate(where),
-        _filled([example.ids for example in examples], 0).astype(np.int64),
-        _filled([example.logprobs for example in examples], -np.inf).astype(np.float32),
+        _padded_states(examples, width - 1),
+        np.concatenate(supervised),
+        _same_width([example.ids for example in examples], 0).astype(np.int64),
+        _same_width([example.logprobs for example in examples], -np.inf).astype(np.float32),
         np.concatenate([example.weights for example in examples]).astype(np.float32),
-        np.concatenate(owner),
     )
 
 
-def _filled(rows: Sequence[np.ndarray], value: float) -> np.ndarray:
-    """Arrays [n, k] below each other, as wide as the widest: rows keep the k of the setting that they were stored under."""
+def _padded_states(examples: Sequence[Example], width: int) -> np.ndarray | None:
+    """States [b, width, hidden], None where an example has none."""
+    states = [example.states for example in examples if example.states is not None]
+    if len(states) < len(examples):
+        return None
+    padded = np.zeros((len(examples), width, states[0].shape[1]), np.float16)
+    for row, part in enumerate(states):
+        padded[row, : len(part)] = part
+    return padded
+
+
+def _same_width(rows: Sequence[np.ndarray], value: float) -> np.ndarray:
+    """Arrays [n, k] below each other, as wide as the widest: rows have the k of the setting that they were stored under."""
     k = max(part.shape[1] for part in rows)
     return np.concatenate([np.pad(part, ((0, 0), (0, k - part.shape[1])), constant_values=value) for part in rows])
 
 
 def is_held_out(conversation_id: str, share: float) -> bool:
-    """A stable choice by conversation, not by turn: turns share their prefix."""
+    """Whether a conversation is held out: a stable choice by conversation, not by turn, because turns share their prefix."""
     digest = hashlib.sha256(conversation_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -119,15 +120,14 @@ def is_held_out(conversation_id: str, share: float) -> bool:
 def hot_vocabulary(
     examples: Sequence[Example], size: int, vocabulary: int, keep: np.ndarray | None = None
 ) -> np.ndarray:
-    """The `size` tokens that the target most expects, by probability mass over all rows; `keep` fills what is left.
+    """The `size` tokens with the most probability mass over all rows, sorted; tokens of `keep` come before those hardly expected.
 
-    After FR-Spec (arXiv 2502.14856), with the target's own law in place of corpus counts.
+    After FR-Spec (arXiv 2502.14856), with the target's distributions in place of corpus counts.
     """
     mass = np.zeros(vocabulary)
     for example in examples:
         np.add.at(mass, example.ids.ravel().astype(np.int64), np.exp(example.logprobs.astype(np.float64)).ravel())
         np.add.at(mass, example.tokens[example.prompt_length :].astype(np.int64), 1.0)
     if keep is not None:
-        # the old vocabulary keeps its place against anything that was hardly ever expected
         mass[keep] += 1e-3 * mass.max()
     return np.sort(np.argsort(-mass, kind="stable")[:size])

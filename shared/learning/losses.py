@@ -1,39 +1,28 @@
-"""What a step minimises: cross-entropy, KL on the target's top-k with its tail, both mixed, total variation, or acceptance.
+"""The training losses: cross-entropy, KL on the target's top-k with its tail, both mixed, total variation, or acceptance.
 
-All vectorised over positions (a loss that calls `.item()` a position has no gradient). A draft with a hot vocabulary scores
-a subset of tokens: the teacher is renormalised over it, its remaining mass being one tail outcome, else KL is infinite.
+All are vectorised over positions (a loss that calls `.item()` for a position has no gradient). A draft with a hot vocabulary
+scores a subset of tokens: the target's distribution is renormalised over it and its remaining mass is one tail outcome,
+otherwise KL would be infinite.
 
 Sources: KL on top-k with tail, DistillSpec (arXiv 2310.08461); acceptance-shaped, LK losses (2602.23881).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from specl.shared.errors import SpecLoraError
-from specl.shared.settings.plugins import is_plugin, load_plugin
-from specl.shared.settings.schema import LOSSES
 
-KINDS = LOSSES
 EPSILON = 1e-9
-ROUNDING = 1e-6  # what may be left of 1 by float32 alone
+ROUNDING = 1e-6  # a probability mass below this may be rounding of float32 alone
 
 
 @dataclass(frozen=True, slots=True)
-class LossSettings:
-    """`temperature` softens both sides of KL; `alpha` is KL's share of `mixed`. `kind` may be `module:name` of one's own loss:
-    called with float32 logits [m, columns], the Teacher and these settings, it returns loss and validity (0 or 1) of each row.
-    """
-
-    kind: str = "mixed"
-    temperature: float = 1.0
-    alpha: float = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Teacher:
-    """The target at m positions, in the draft's columns: columns [m, k] (-1: not in the draft's vocabulary),
-    logprobs [m, k], label [m] (the emitted token's column or -1), weights [m].
+class TargetTopK:
+    """The target's distributions at m positions, in the draft's columns: columns [m, k] (-1: not in the draft's vocabulary),
+    natural logprobs [m, k], label [m] (column of the text's token, or -1), weights [m] of the loss.
     """
 
     columns: mx.array
@@ -42,30 +31,37 @@ class Teacher:
     weights: mx.array
 
 
-def position_losses(logits: mx.array, teacher: Teacher, settings: LossSettings) -> tuple[mx.array, mx.array]:
-    """Loss and validity (0 or 1) of each row of `logits` [m, columns]."""
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """`temperature` softens both sides of KL; `alpha` is the share of KL in `mixed`. `custom` is a loss of the user's, whose name
+    is then `kind`: called with float32 logits [m, columns], the TargetTopK and these settings, it returns the loss and the
+    validity (0 or 1) of each row.
+    """
+
+    kind: str = "mixed"
+    temperature: float = 1.0
+    alpha: float = 0.5
+    custom: "Callable[[mx.array, TargetTopK, LossSettings], tuple[mx.array, mx.array]] | None" = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What is kept with a draft or a checkpoint."""
+        return {"kind": self.kind, "temperature": self.temperature, "alpha": self.alpha}
+
+
+def position_losses(logits: mx.array, target: TargetTopK, settings: LossSettings) -> tuple[mx.array, mx.array]:
+    """Loss and validity (0 or 1) of each row of `logits` [m, columns]. Raises ValueError for an unknown kind."""
     logits = logits.astype(mx.float32)
-    if settings.kind == "ce":
-        return _cross_entropy(logits, teacher)
-    kl, overlap, valid = _kl_and_overlap(logits, teacher, settings.temperature)
-    if settings.kind == "kl":
-        return kl, valid
-    if settings.kind == "tv":
-        return 1 - overlap, valid
-    if settings.kind == "mixed":
-        ce, labelled = _cross_entropy(logits, teacher)
-        return settings.alpha * kl + (1 - settings.alpha) * ce * labelled, valid
-    if settings.kind == "acceptance":
-        # total variation alone has no gradient to start from: KL carries it until acceptance is up
-        weight = mx.exp(-3.0 * mx.stop_gradient((overlap * valid).sum() / mx.maximum(valid.sum(), 1)))
-        return weight * kl + (1 - weight) * (1 - overlap), valid
-    if is_plugin(settings.kind):
-        return _own(settings, logits, teacher)
-    raise ValueError(f"loss must be one of {', '.join(KINDS)}, not {settings.kind!r}")
+    if settings.custom is not None:
+        return _custom(settings.custom, logits, target, settings)
+    if settings.kind not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {settings.kind!r}")
+    return LOSSES[settings.kind](logits, target, settings)
 
 
-def _own(settings: LossSettings, logits: mx.array, teacher: Teacher) -> tuple[mx.array, mx.array]:
-    losses, valid = load_plugin(settings.kind, "training.loss.type")(logits, teacher, settings)
+def _custom(
+    loss: Callable[..., tuple[mx.array, mx.array]], logits: mx.array, target: TargetTopK, settings: LossSettings
+) -> tuple[mx.array, mx.array]:
+    losses, valid = loss(logits, target, settings)
     rows = (logits.shape[0],)
     if losses.shape != rows or valid.shape != rows:
         shapes = f"{tuple(losses.shape)} and {tuple(valid.shape)}"
@@ -73,40 +69,78 @@ def _own(settings: LossSettings, logits: mx.array, teacher: Teacher) -> tuple[mx
     return losses, valid
 
 
+# ---------------------------------------------------------------------------------------------------- kinds
+def cross_entropy(logits: mx.array, target: TargetTopK, settings: LossSettings) -> tuple[mx.array, mx.array]:
+    """Against the text's token; valid where the draft's vocabulary has it."""
+    valid = (target.label >= 0).astype(mx.float32)
+    label = mx.maximum(target.label, 0)
+    chosen = mx.take_along_axis(logits, label[:, None], axis=1)[:, 0]
+    return (_log_sum_exp(logits) - chosen) * valid, valid
+
+
+def kl_divergence(logits: mx.array, target: TargetTopK, settings: LossSettings) -> tuple[mx.array, mx.array]:
+    """KL(target || draft)."""
+    kl, _, valid = _kl_and_overlap(logits, target, settings.temperature)
+    return kl, valid
+
+
+def total_variation(logits: mx.array, target: TargetTopK, settings: LossSettings) -> tuple[mx.array, mx.array]:
+    """One minus the sum of min(p, q), which is the rate of rejection."""
+    _, overlap, valid = _kl_and_overlap(logits, target, settings.temperature)
+    return 1 - overlap, valid
+
+
+def mixed(logits: mx.array, target: TargetTopK, settings: LossSettings) -> tuple[mx.array, mx.array]:
+    """KL and cross-entropy; where the draft's vocabulary lacks the text's token, KL alone."""
+    kl, _, valid = _kl_and_overlap(logits, target, settings.temperature)
+    ce, labelled = cross_entropy(logits, target, settings)
+    return settings.alpha * kl + (1 - settings.alpha) * ce * labelled, valid
+
+
+def acceptance(logits: mx.array, target: TargetTopK, settings: LossSettings) -> tuple[mx.array, mx.array]:
+    """Total variation, led by KL until acceptance is up: total variation alone has no gradient to start from."""
+    kl, overlap, valid = _kl_and_overlap(logits, target, settings.temperature)
+    weight = mx.exp(-3.0 * mx.stop_gradient((overlap * valid).sum() / mx.maximum(valid.sum(), 1)))
+    return weight * kl + (1 - weight) * (1 - overlap), valid
+
+
+LOSSES: dict[str, Callable[[mx.array, TargetTopK, LossSettings], tuple[mx.array, mx.array]]] = {
+    "ce": cross_entropy,
+    "kl": kl_divergence,
+    "tv": total_variation,
+    "mixed": mixed,
+    "acceptance": acceptance,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- sums
 @mx.custom_function
-def _totals(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """Log-sum-exp of each row, and its gradient in the logits, which is the softmax: exp is computed once for both. On a
+def _log_sum_exp_and_softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """Log-sum-exp of each row, and its gradient in the logits, which is the softmax: exp is computed once for both. For a
     CPU's 49,152 columns exp costs nearly as much as the product that made the logits (30 of 40 ms for 64 rows).
     """
     q = mx.softmax(logits, axis=1)
     return logits.max(axis=1) - mx.log(q.max(axis=1)), q
 
 
-@_totals.vjp
-def _(logits: mx.array, given: tuple[mx.array, mx.array], made: tuple[mx.array, mx.array]) -> mx.array:
-    return given[0][:, None] * made[1]
+@_log_sum_exp_and_softmax.vjp
+def _(logits: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]) -> mx.array:
+    return cotangents[0][:, None] * outputs[1]
 
 
 def _log_sum_exp(logits: mx.array) -> mx.array:
-    return _totals(logits)[0]
+    return _log_sum_exp_and_softmax(logits)[0]
 
 
-def _cross_entropy(logits: mx.array, teacher: Teacher) -> tuple[mx.array, mx.array]:
-    valid = (teacher.label >= 0).astype(mx.float32)
-    label = mx.maximum(teacher.label, 0)
-    chosen = mx.take_along_axis(logits, label[:, None], axis=1)[:, 0]
-    return (_log_sum_exp(logits) - chosen) * valid, valid
-
-
-def _kl_and_overlap(logits: mx.array, teacher: Teacher, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
-    """KL(teacher || draft) over (top-k inside the draft's vocabulary, tail), sum of min(p, q) at temperature 1 over the
-    same, and validity: rows where the draft's vocabulary holds something of the target's law.
+def _kl_and_overlap(logits: mx.array, target: TargetTopK, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
+    """KL(target || draft) over (top-k inside the draft's vocabulary, tail); the sum of min(p, q) over the same top-k at
+    temperature 1; validity: rows where the draft's vocabulary has some of the target's probability.
     """
-    inside = (teacher.columns >= 0).astype(mx.float32)
-    columns = mx.maximum(teacher.columns, 0)
-    p = mx.exp(teacher.logprobs) * inside
-    # the tail is what lies beyond the top k; top-k tokens that the draft cannot say are left out and the rest renormalised
-    tail = mx.maximum(1.0 - mx.exp(teacher.logprobs).sum(axis=1), 0.0)
+    inside = (target.columns >= 0).astype(mx.float32)
+    columns = mx.maximum(target.columns, 0)
+    p = mx.exp(target.logprobs) * inside
+    # the tail lies beyond the top k; top-k tokens outside the draft's vocabulary are left out and the rest renormalised
+    tail = mx.maximum(1.0 - mx.exp(target.logprobs).sum(axis=1), 0.0)
     log_q = mx.take_along_axis(logits, columns, axis=1) - _log_sum_exp(logits)[:, None]
     q = mx.exp(log_q) * inside
     overlap = mx.minimum(p, q).sum(axis=1)
@@ -125,7 +159,7 @@ def _kl_and_overlap(logits: mx.array, teacher: Teacher, temperature: float) -> t
 
 
 def _soften(p: mx.array, tail: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
-    """The teacher at another temperature; the tail is tempered as one outcome, which is exact only at 1."""
+    """The distribution at another temperature; the tail is tempered as one outcome, which is exact only at 1."""
     power = 1.0 / temperature
     tempered = [mx.power(mx.maximum(part, EPSILON), power) for part in (p, tail)]
     return mx.where(p > 0, tempered[0], 0.0), mx.where(tail > ROUNDING, tempered[1], 0.0)

@@ -60,7 +60,7 @@ TAILS = {
         "Feel free to joke.",
         "I'm on my phone.", "Give reasons.",
     ),
-    "bench": ("Ta!", "Crisp, please.", "Medium length.", "RecordQueue only."),
+    "bench": ("Ta!", "Crisp, please.", "Medium length.", "Facts only."),
 }  # fmt: skip
 FORM = re.compile(
     r"words|sentence|paragraph|lines?\b|list|bullet|brief|short|rhyme|haiku|limerick|table", re.IGNORECASE

@@ -72,15 +72,24 @@ def test_the_settings_loss_is_what_a_step_minimises(monkeypatch):
     import numpy as np
 
     from specl.shared.errors import SpecLoraError
-    from specl.shared.learning.losses import LossSettings, Teacher, position_losses
+    from specl.shared.learning.losses import LossSettings, TargetTopK, position_losses
+    from specl.shared.settings.plugins import load_plugin
 
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from custom_loss import reverse_kl
 
-    teacher = Teacher(mx.array([[0, 1]]), mx.log(mx.array([[0.6, 0.3]])), mx.array([0]), mx.ones(1))
+    teacher = TargetTopK(mx.array([[0, 1]]), mx.log(mx.array([[0.6, 0.3]])), mx.array([0]), mx.ones(1))
     logits = mx.array([[0.5, 0.1, -1.0]])
-    losses, _ = position_losses(logits, teacher, LossSettings("custom_loss:reverse_kl"))
+    losses, _ = position_losses(
+        logits,
+        teacher,
+        LossSettings("custom_loss:reverse_kl", custom=load_plugin("custom_loss:reverse_kl", "training.loss.type")),
+    )
     assert np.allclose(losses, reverse_kl(logits, teacher, None)[0]) and losses.item() > 0
     monkeypatch.setattr("custom_loss.reverse_kl", lambda *a: (mx.zeros(()), mx.zeros(())))
     with pytest.raises(SpecLoraError, match="two arrays"):
-        position_losses(logits, teacher, LossSettings("custom_loss:reverse_kl"))
+        position_losses(
+            logits,
+            teacher,
+            LossSettings("custom_loss:reverse_kl", custom=load_plugin("custom_loss:reverse_kl", "training.loss.type")),
+        )

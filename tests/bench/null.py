@@ -22,12 +22,12 @@ import mlx.core as mx
 import numpy as np
 
 from specl.shared import prompts
-from specl.shared.learning.batch_generate import Prompt, answer
+from specl.shared.learning.batch_generate import Prompt
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.gate import Verdict, judge
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.learning.losses import LossSettings
-from specl.shared.learning.steps import Batches, StepLoop, StepSettings
+from specl.shared.learning.steps import BatchSampler, StepLoop, StepSettings
 from specl.shared.loading.engine import load_engine
 from specl.shared.models import blas  # noqa: F401 - binds the BLAS before mlx loads
 from specl.shared.models.head import HeadDraft, new_head
@@ -88,7 +88,7 @@ class World:
 
     def _answers(self, prompts: np.ndarray, rng: np.random.Generator) -> list[Example]:
         asked = [Prompt(str(i), tokens.tolist(), 0.8) for i, tokens in enumerate(prompts)]
-        return answer(self.target, asked, OUTPUT, TOP_K, True, rng)
+        return batch_generate(self.target, asked, OUTPUT, TOP_K, True, rng)
 
 
 class Builtin:
@@ -109,7 +109,7 @@ class Builtin:
 
     def _answers(self, conversations: list[list[dict]], rng: np.random.Generator) -> list[Example]:
         asked = [Prompt(str(n), self.engine.encode_chat(one)[1]) for n, one in enumerate(conversations)]
-        return answer(self.engine.target, asked, TOKENS, TOP_K, True, rng)
+        return batch_generate(self.engine.target, asked, TOKENS, TOP_K, True, rng)
 
     def new_kind(self, count: int, rng: np.random.Generator) -> list[Example]:
         """Drawn from the pool."""
@@ -144,7 +144,7 @@ def train(
     batch: int = 8,
 ) -> None:
     """What a training run does, without its daemon."""
-    batches = Batches(examples, [], batch, 0.0, seed)
+    batches = BatchSampler(examples, [], batch, 0.0, seed)
     loop = StepLoop(learner, loss, StepSettings(rate, steps, depths=DEPTHS))
     for _ in range(steps):
         loop.step([batches.next()])

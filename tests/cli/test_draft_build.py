@@ -10,11 +10,11 @@ from specl.cli.draft.texts import prompts_of, texts_of_store
 from specl.shared import prompts
 from specl.shared.errors import ConfigError, ModelError
 from specl.shared.learning.examples import is_held_out
-from specl.shared.learning.target_texts import load_answers, save_answers
-from specl.shared.learning.user_texts import OwnText
+from specl.shared.learning.recapture import WrittenText
 from specl.shared.paths import find_paths
 from specl.shared.settings.load import load_settings
 from specl.shared.store import Store
+from specl.shared.training_files.target_texts import load_target_texts, save_target_texts
 from tests.fakes import make_generation, to_row, tokens_blob
 
 NOW = time.time()
@@ -141,12 +141,12 @@ def test_a_users_mistake_is_one_sentence(specl, stored, monkeypatch, arguments, 
 
 
 def test_the_whole_command_makes_a_draft_that_the_settings_accept(specl, stored, monkeypatch, tmp_path):
-    from specl.shared.learning import build_draft
     from specl.shared.models import load
+    from specl.shared.training_files import draft_build
 
     target = stored()
     real = load.load
-    monkeypatch.setattr(build_draft, "HELDOUT_PROMPTS", 4)
+    monkeypatch.setattr(draft_build, "HELDOUT_PROMPTS", 4)
     monkeypatch.setattr("specl.cli.draft.command.MEASURED_PROMPTS", 1)
     monkeypatch.setattr(
         load, "load", lambda name, *given, **more: target if name == "it" else real(name, *given, **more)
@@ -181,11 +181,11 @@ def test_the_whole_command_makes_a_draft_that_the_settings_accept(specl, stored,
     (tmp_path / ".again.work").mkdir()
     for shard in (tmp_path / ".made.work").glob("held-out-*.npz"):
         (tmp_path / ".again.work" / shard.name).write_bytes(shard.read_bytes())
-    monkeypatch.setattr(build_draft, "answer", no_text)
+    monkeypatch.setattr(draft_build, "batch_generate", no_text)
     outcome = specl(*common, "--answers", answers, "--time", "5m", "--out", again)
     assert outcome.exit_code == 0, outcome.stderr
     made, remade = (json.loads((folder / "manifest.json").read_text()) for folder in (out, again))
-    assert remade["training_tokens"] == made["training_tokens"] and remade["own_texts"] == 0
+    assert remade["training_tokens"] == made["training_tokens"] and remade["user_texts"] == 0
     assert remade["texts_of_earlier_builds"] >= remade["training_prompts"] == made["training_prompts"]
     assert len(remade["answers_sha256"]) == 1 and "--answers answers.npz" in remade["command"]
     with np.load(out / "replay.npz") as first, np.load(again / "replay.npz") as second:
@@ -193,18 +193,18 @@ def test_the_whole_command_makes_a_draft_that_the_settings_accept(specl, stored,
 
 
 def test_answers_are_read_as_they_were_written_and_only_by_their_target(tmp_path):
-    written = [OwnText(f"w{n}", np.arange(n, n + 9, dtype=np.uint32) * 6000, 3 + n, n == 1) for n in range(3)]
+    written = [WrittenText(f"w{n}", np.arange(n, n + 9, dtype=np.uint32) * 6000, 3 + n, n == 1) for n in range(3)]
     path = tmp_path / "kept.npz"
-    save_answers(path, written, "t0")
-    for one, other in zip(load_answers(path, "t0"), written, strict=True):
+    save_target_texts(path, written, "t0")
+    for one, other in zip(load_target_texts(path, "t0"), written, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
         assert (one.prompt_length, one.greedy) == (other.prompt_length, other.greedy)
-    save_answers(path, written[:1] + [OwnText("w", np.array([70_000, 5], np.uint32), 1, True)], "t0")
-    assert load_answers(path, "t0")[1].tokens.tolist() == [70_000, 5]
+    save_target_texts(path, written[:1] + [WrittenText("w", np.array([70_000, 5], np.uint32), 1, True)], "t0")
+    assert load_target_texts(path, "t0")[1].tokens.tolist() == [70_000, 5]
     with pytest.raises(ModelError, match="written by target t0"):
-        load_answers(path, "t1")
+        load_target_texts(path, "t1")
     whole = path.read_bytes()
     for size in (0, 50, len(whole) - 3):
         path.write_bytes(whole[:size])
         with pytest.raises(ModelError, match="does not hold answers"):
-            load_answers(path, "t0")
+            load_target_texts(path, "t0")

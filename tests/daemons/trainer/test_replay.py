@@ -9,7 +9,7 @@ import pytest
 
 from specl.daemons.trainer import data_loader
 from specl.daemons.trainer.data_loader import DataLoader
-from specl.shared.learning.batch_generate import recapture
+from specl.shared.learning.recapture import recapture
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.settings.load import load_settings
 from specl.shared.settings.schema import Settings

@@ -15,7 +15,7 @@ from specl.daemons.trainer.training_loop import Live
 from specl.daemons.trainer.training_run import TrainingJob
 from specl.shared.adapters.registry import CONFIRMED, REINSTATED, Adapters
 from specl.shared.errors import AdapterRejected
-from specl.shared.learning.batch_generate import recapture
+from specl.shared.learning.recapture import recapture
 from specl.shared.messaging.codec import encode
 from specl.shared.messaging.codes import RunTrigger
 from specl.shared.messaging.messages import Envelope, TopK

@@ -8,13 +8,15 @@ import pytest
 
 from specl.shared.errors import ModelError
 from specl.shared.learning import build_draft
-from specl.shared.learning.batch_generate import load_shard
-from specl.shared.learning.build_draft import BuildSettings, Texts, embedding_digest, read_examples
-from specl.shared.learning.depths import ByDepth
-from specl.shared.learning.steps import Batches
-from specl.shared.learning.user_texts import OwnText
+from specl.shared.learning.build_draft import BuildSettings, embedding_digest
+from specl.shared.learning.depths import DepthRates
+from specl.shared.learning.recapture import WrittenText
+from specl.shared.learning.steps import BatchSampler
 from specl.shared.models.head import HeadDraft
 from specl.shared.prompts import ShippedPrompt
+from specl.shared.training_files import draft_build
+from specl.shared.training_files.draft_build import BuildTexts, read_examples
+from specl.shared.training_files.shards import load_shard
 
 WORDS = ["the", "rain", "in", "the", "street", "and", "one", "more", "thing", "to", "tell"]
 HEAD = BuildSettings(
@@ -30,12 +32,12 @@ def asked(count, start=0):
     ]
 
 
-TEXTS = Texts(asked(40), asked(6, 100))
+TEXTS = BuildTexts(asked(40), asked(6, 100))
 ABOUT = {"prompts_sha256": "0"}
 
 
 def run(target, folder, settings, texts=TEXTS, tell=lambda progress: None):
-    return build_draft.build(target, texts, folder / "work", folder / "draft", settings, ABOUT, tell)
+    return draft_build.build(target, texts, folder / "work", folder / "draft", settings, ABOUT, tell)
 
 
 def weights_of(folder):
@@ -69,9 +71,9 @@ def test_an_embedding_that_changed_is_noticed(stored, tmp_path, monkeypatch):
 
     def meddle(*arguments, **more):
         inner.weight = kept + 1e-3
-        return ByDepth((), ())
+        return DepthRates((), ())
 
-    monkeypatch.setattr(build_draft, "by_depth", meddle)
+    monkeypatch.setattr(draft_build, "acceptance_by_depth", meddle)
     try:
         with pytest.raises(ModelError, match="embedding"):
             run(target, tmp_path, LAYERS)
@@ -93,7 +95,7 @@ def test_a_build_killed_at_every_stage_ends_as_the_uninterrupted_one(
     stored, tmp_path, settings, uninterrupted, monkeypatch
 ):
     target, moments = stored(), []
-    monkeypatch.setattr(build_draft, "CHECKPOINT_S", 0.0)  # after every step
+    monkeypatch.setattr(draft_build, "CHECKPOINT_S", 0.0)  # after every step
 
     def dies_at(stage, count):
         passed = 0
@@ -118,7 +120,7 @@ def test_a_build_killed_at_every_stage_ends_as_the_uninterrupted_one(
             run(target, tmp_path, settings, tell=dies_at(stage, count))
         assert not (tmp_path / "draft").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(build_draft, "save_replay", lambda *arguments: (_ for _ in ()).throw(Killed))
+        patch.setattr(draft_build, "save_replay", lambda *arguments: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):  # the weights are written, the folder has no name yet
             run(target, tmp_path, settings)
     assert not (tmp_path / "draft").exists()
@@ -171,7 +173,7 @@ def texts_in(folder):
 
 def test_what_is_replayed_later_is_never_trained_on(stored, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(build_draft, "Batches", lambda *given: trained.extend(given[0]) or Batches(*given))
+    monkeypatch.setattr(build_draft, "BatchSampler", lambda *given: trained.extend(given[0]) or BatchSampler(*given))
     run(stored(), tmp_path, LAYERS)
     kept = texts_in(tmp_path)
     assert len(kept) == len(trained) // 9  # a tenth of all
@@ -181,15 +183,15 @@ def test_what_is_replayed_later_is_never_trained_on(stored, tmp_path, monkeypatc
 def test_more_text_than_the_prompts_give_comes_from_invented_prompts_and_is_made_once(stored, tmp_path, monkeypatch):
     asked_for = []
 
-    def invent(target, count, temperature, rng, wanted):
+    def synthesize(target, count, temperature, rng, accepts):
         asked_for.append(rng.bit_generator.state["state"]["state"])
         return [f"tell me more about the rain, please {n} {len(asked_for)}" for n in range(count)]
 
-    monkeypatch.setattr(build_draft, "invent", invent)
+    monkeypatch.setattr(build_draft, "synthetic_prompts", synthesize)
     more = replace(LAYERS, tokens=40 * 12 + 300)
-    assert run(stored(), tmp_path, more).manifest["answers_to_invented_prompts"] > 10
+    assert run(stored(), tmp_path, more).manifest["answers_to_synthetic_prompts"] > 10
     ids = [e.id for path in sorted((tmp_path / "work").glob("training-*.npz")) for e in load_shard(path)]
-    assert {id.split("-")[0] for id in ids[40:]} == {"invented"} and len(ids) > 60
+    assert {id.split("-")[0] for id in ids[40:]} == {"synthetic"} and len(ids) > 60
     made = len(asked_for)
     assert len(set(asked_for)) == made >= 1
     run(stored(), tmp_path, more)
@@ -200,9 +202,9 @@ def refuses(*given):
     raise ModelError("the chat template does not show a user's words")
 
 
-@pytest.mark.parametrize("invent", [lambda *given: [], refuses], ids=["nothing", "refuses"])
-def test_a_target_that_cannot_invent_answers_the_prompts_again_sampled(stored, tmp_path, monkeypatch, invent):
-    monkeypatch.setattr(build_draft, "invent", invent)
+@pytest.mark.parametrize("synthesize", [lambda *given: [], refuses], ids=["nothing", "refuses"])
+def test_a_target_that_cannot_invent_answers_the_prompts_again_sampled(stored, tmp_path, monkeypatch, synthesize):
+    monkeypatch.setattr(build_draft, "synthetic_prompts", synthesize)
     run(stored(), tmp_path, replace(LAYERS, tokens=40 * 12 + 300))
     found = [e for path in sorted((tmp_path / "work").glob("training-*.npz")) for e in load_shard(path)]
     again = [example for example in found if example.id.endswith("#again")]
@@ -212,22 +214,24 @@ def test_a_target_that_cannot_invent_answers_the_prompts_again_sampled(stored, t
 # ---------------------------------------------------------------------------------------------------- own traffic
 def own(count):
     rng = np.random.default_rng(7)
-    return [OwnText(f"own/{n}", rng.integers(4, 290, 20 + n).astype(np.uint32), 9, n % 2 == 0) for n in range(count)]
+    return [
+        WrittenText(f"own/{n}", rng.integers(4, 290, 20 + n).astype(np.uint32), 9, n % 2 == 0) for n in range(count)
+    ]
 
 
 @pytest.mark.parametrize("settings", [HEAD, LAYERS], ids=["head", "layers"])
 def test_own_traffic_alone_makes_a_draft_and_is_kept_nowhere(stored, tmp_path, settings):
     texts = own(40)
-    built = run(stored(), tmp_path, settings, Texts([], asked(6, 100), texts))
-    assert built.manifest["own_texts"] == 40
+    built = run(stored(), tmp_path, settings, BuildTexts([], asked(6, 100), texts))
+    assert built.manifest["user_texts"] == 40
     assert built.manifest["training_tokens"] == sum(len(text.tokens) - 9 for text in texts)
     assert not list((tmp_path / "work").glob("own-*"))
     assert not (tmp_path / "draft" / "replay.npz").exists()
 
 
 def test_own_traffic_is_added_to_prompts_and_not_replayed(stored, tmp_path):
-    built = run(stored(), tmp_path, LAYERS, Texts(asked(40), asked(6, 100), own(5)))
-    assert built.manifest["own_texts"] == 5 and built.manifest["training_prompts"] > 40
+    built = run(stored(), tmp_path, LAYERS, BuildTexts(asked(40), asked(6, 100), own(5)))
+    assert built.manifest["user_texts"] == 5 and built.manifest["training_prompts"] > 40
     tokens = np.load(tmp_path / "draft" / "replay.npz")["tokens"]
     for text in own(5):
         windows = np.lib.stride_tricks.sliding_window_view(tokens, len(text.tokens))
@@ -240,7 +244,7 @@ def test_what_is_purged_between_two_runs_is_not_learned_from(stored, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        run(stored(), tmp_path, LAYERS, Texts([], asked(6, 100), own(40)), stop)
+        run(stored(), tmp_path, LAYERS, BuildTexts([], asked(6, 100), own(40)), stop)
     (tmp_path / "work" / "own-half.partial.npz").write_bytes(b"PK")
     assert len(list((tmp_path / "work").glob("own-*"))) == 3
     left = [text for text in own(40) if text.id != "own/3"]
@@ -249,10 +253,10 @@ def test_what_is_purged_between_two_runs_is_not_learned_from(stored, tmp_path):
         stored(),
         tmp_path,
         LAYERS,
-        Texts([], asked(6, 100), left),
-        lambda p: read.append(p) if "own" in p.stage else None,
+        BuildTexts([], asked(6, 100), left),
+        lambda p: read.append(p) if p.stage == "reading written text" else None,
     )
-    assert built.manifest["own_texts"] == 39
+    assert built.manifest["user_texts"] == 39
     assert read[-1].total == 31  # the shard that held it is gone; the other one is used again
 
 
@@ -260,7 +264,7 @@ def test_what_is_purged_between_two_runs_is_not_learned_from(stored, tmp_path):
 @pytest.mark.parametrize("settings", [HEAD, LAYERS], ids=["head", "layers"])
 def test_acceptance_by_depth_is_what_drafting_at_every_place_counts(stored, tmp_path, settings):
     from specl.shared.engine.drafters import DraftSampler, HeadDrafter, ModelDrafter
-    from specl.shared.learning.learner import Learner, by_depth
+    from specl.shared.learning.learner import Learner, acceptance_by_depth
     from specl.shared.sampling_params import SamplingParams
 
     target = stored()
@@ -280,7 +284,7 @@ def test_acceptance_by_depth_is_what_drafting_at_every_place_counts(stored, tmp_
                 stood[depth] += token == text[place + depth]
                 if token != text[place + depth]:
                     break
-    rates = by_depth(Learner(built.draft), examples).acceptance
+    rates = acceptance_by_depth(Learner(built.draft), examples).acceptance
     assert tried[1] > 0
     # places at the very end of a text have no second or third token to judge
     assert rates[1:] == pytest.approx((stood / np.maximum(tried, 1))[1:], abs=0.06)

@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specl.shared.learning.depths import DepthCounts, Places
+from specl.shared.learning.depths import DepthCounts, DepthScores
 from specl.shared.learning.examples import Example, collate
-from specl.shared.learning.learner import Learner, agreement, by_depth, score_rows
+from specl.shared.learning.learner import Learner, acceptance_by_depth, agreement, score_rows
 from tests.conftest import tiny_model
 
 
@@ -30,7 +30,7 @@ def test_a_deeper_token_counts_only_where_all_before_it_stood():
                     break
     counts = DepthCounts(3)
     for rows in (slice(0, 2), slice(2, 6)):  # in two batches
-        counts.add([Places(matrix[rows], matrix[rows]) for matrix in hits])
+        counts.add([DepthScores(matrix[rows], matrix[rows]) for matrix in hits])
     found = counts.rates()
     assert found.acceptance == pytest.approx([s / t for s, t in zip(stood, tried, strict=True)])
     assert found.agreement == pytest.approx([np.nanmean(matrix) for matrix in hits])
@@ -38,7 +38,7 @@ def test_a_deeper_token_counts_only_where_all_before_it_stood():
 
 def test_a_depth_that_nothing_got_to_has_no_rate():
     counts = DepthCounts(3)
-    counts.add([Places(np.zeros((1, 5)), np.zeros((1, 5)))] * 3)
+    counts.add([DepthScores(np.zeros((1, 5)), np.zeros((1, 5)))] * 3)
     assert counts.rates().acceptance == (0.0,) and counts.rates().agreement == (0.0, 0.0, 0.0)
     assert DepthCounts(2).rates().acceptance == ()
 
@@ -97,7 +97,7 @@ def test_agreements_rates_are_those_of_drafting_from_every_place(pair):
                 text = np.append(text, np.uint32(token))
     score = agreement(Learner(draft), examples, 3)
     assert score.by_depth == pytest.approx(stood / tried) and 0.2 < score.by_depth[0] < 0.9
-    assert score.by_depth == by_depth(Learner(draft), examples).acceptance
+    assert score.by_depth == acceptance_by_depth(Learner(draft), examples).acceptance
     alone = agreement(Learner(draft), examples)
     assert np.array_equal(alone.hits, score.hits) and np.array_equal(alone.positions, score.positions)
     assert alone.by_depth == score.by_depth[:1] and alone.value == pytest.approx(score.by_depth[0])
@@ -115,7 +115,7 @@ def test_texts_that_were_drawn_tell_how_deep_drafts_would_have_stood():
     overlap = np.column_stack([np.full(40_000, kept.sum()), second[drawn]])
     stands = np.column_stack([np.minimum(1, q / p)[drawn], np.ones(40_000)])
     counts = DepthCounts(2)
-    counts.add([Places(overlap, stands)] * 2)
+    counts.add([DepthScores(overlap, stands)] * 2)
     first, then = counts.rates().acceptance
     assert then == pytest.approx(exact, abs=0.01) and abs(exact - second @ p) > 0.1  # every text alike would be far off
     assert first == pytest.approx(np.mean([*overlap[:, 0], *overlap[:, 1]]))

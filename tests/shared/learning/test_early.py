@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specl.shared.learning.early_stopping import EarlyStopping, set_aside
+from specl.shared.learning.early_stopping import EarlyStopping, split_validation
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
@@ -19,7 +19,7 @@ def text(n, rows=9):
     return Example(f"g{n}", tokens, 6, tokens[6:, None], sampling, np.ones(rows, np.float32), None)
 
 
-class TokenLogprobs:
+class FakeLearner:
     """A learner whose losses are given."""
 
     def __init__(self, losses):
@@ -28,14 +28,14 @@ class TokenLogprobs:
     def eval(self):
         pass
 
-    def weighed_loss(self, batch, settings, depths):
+    def weighted_loss(self, batch, settings, depths):
         self.asked += 1
         return mx.array(next(self._losses)), mx.array(2.0)
 
 
-def stops_at(losses, **wish):
-    stop = EarlyStopping(TokenLogprobs(losses), [text(0)], LossSettings(), 1, **wish)
-    return next((n for n in range(len(losses)) if stop.look(30.0 * n)), None)
+def stops_at(next_losses, **options):
+    stop = EarlyStopping(FakeLearner(next_losses), [text(0)], LossSettings(), 1, **options)
+    return next((n for n in range(len(next_losses)) if stop.should_stop(30.0 * n)), None)
 
 
 def test_three_looks_without_a_lower_loss_end_it():
@@ -48,31 +48,31 @@ def test_three_looks_without_a_lower_loss_end_it():
 
 
 def test_a_run_that_goes_on_remembers_how_it_stood():
-    assert stops_at([3.0, 3.0], known=[2.0, 2.5]) == 1  # the third look without a lower one than 2
-    assert stops_at([1.0, 3.0, 3.0], known=[2.0, 2.5]) is None
+    assert stops_at([3.0, 3.0], losses=[2.0, 2.5]) == 1  # the third look without a lower one than 2
+    assert stops_at([1.0, 3.0, 3.0], losses=[2.0, 2.5]) is None
 
 
 def test_it_looks_once_in_thirty_seconds_of_work_and_never_without_texts():
-    learner = TokenLogprobs([5.0] * 9)
+    learner = FakeLearner([5.0] * 9)
     stop = EarlyStopping(learner, [text(0), text(1)], LossSettings(), 1)
     paused, looked = [], []
     for second in range(70):
         before = len(stop.losses)
-        stop.look(float(second), lambda: paused.append(1))
+        stop.should_stop(float(second), lambda: paused.append(1))
         looked += [second] * (len(stop.losses) - before)
     assert looked == [0, 30, 60] and learner.asked == len(paused) == 6  # two texts each
-    none = EarlyStopping(TokenLogprobs([]), [], LossSettings(), 1)
-    assert not any(none.look(100.0 * n) for n in range(10)) and not none.over
+    none = EarlyStopping(FakeLearner([]), [], LossSettings(), 1)
+    assert not any(none.should_stop(100.0 * n) for n in range(10)) and not none.is_over
 
 
 def test_one_in_sixteen_is_set_aside_by_id_and_none_of_few():
     texts = [text(n) for n in range(160)]
-    train, aside = set_aside(texts)
+    train, aside = split_validation(texts)
     assert len(aside) == 10 and len(train) == 150 and not {e.id for e in train} & {e.id for e in aside}
-    again = set_aside(list(reversed(texts)) + [text(n) for n in range(160, 170)])[1]
+    again = split_validation(list(reversed(texts)) + [text(n) for n in range(160, 170)])[1]
     assert len({e.id for e in again} & {e.id for e in aside}) >= 8  # a run that goes on with a few more
-    assert set_aside(texts[:63]) == (texts[:63], [])
-    assert len(set_aside([text(n) for n in range(1000)])[1]) == 16
+    assert split_validation(texts[:63]) == (texts[:63], [])
+    assert len(split_validation([text(n) for n in range(1000)])[1]) == 16
 
 
 def test_a_draft_that_learns_its_texts_by_heart_is_stopped_while_one_that_learns_goes_on():
@@ -86,10 +86,10 @@ def test_a_draft_that_learns_its_texts_by_heart_is_stopped_while_one_that_learns
         train, aside = [text(n) for n in range(8)], [text(n) for n in (range(4) if shared else range(50, 54))]
         loop = StepLoop(learner, LossSettings("ce"), StepSettings(4e-3, 24, depths=1))
         stop = EarlyStopping(learner, aside, LossSettings("ce"), 1, every_s=1.0)
-        stopped = stop.look(0.0)
+        stopped = stop.should_stop(0.0)
         while loop.step_number < 24 and not stopped:
             loop.step([train])
-            stopped = stop.look(float(loop.step_number))
+            stopped = stop.should_stop(float(loop.step_number))
         outcomes.append((stopped, stop.losses))
     (by_heart, rising), (learned, falling) = outcomes
     assert by_heart and rising[-1] >= min(rising)
@@ -105,5 +105,5 @@ def test_dropout_is_off_while_it_looks():
             child.lora_b = mx.ones_like(child.lora_b) * 0.1
     draft.model.train()
     stop = EarlyStopping(learner, [text(0)], LossSettings("ce"), 1, every_s=0.0)
-    stop.look(0.0), stop.look(1.0)
+    stop.should_stop(0.0), stop.should_stop(1.0)
     assert stop.losses[0] == pytest.approx(stop.losses[1], rel=1e-6)

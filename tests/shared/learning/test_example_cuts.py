@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from specl.shared.learning.examples import Example, collate
 from specl.shared.learning.learner import Learner, agreement
-from specl.shared.learning.losses import KINDS, LossSettings, Teacher, position_losses
+from specl.shared.learning.losses import LOSSES, LossSettings, TargetTopK, position_losses
 from specl.shared.models.head import new_head
 from tests.conftest import tiny_model
 
@@ -41,7 +41,7 @@ def test_of_a_long_text_the_end_is_kept_and_every_row_stays_with_its_token(promp
 def test_a_prompt_longer_than_the_limit_leaves_the_answer_to_learn_from():
     assert numbered(600, 40).clipped(512).rows == 40
     batch = collate([numbered(600, 40).clipped(512), numbered(20, 3)])
-    assert len(batch.where) == 43
+    assert len(batch.supervised) == 43
 
 
 # ---------------------------------------------------------------------------------------------------- laws of unlike length
@@ -56,7 +56,7 @@ def text(n, k, rows=9):
     return Example(f"{n}", tokens, 5, ids, logprobs, np.ones(rows, np.float32), states, n % 2 == 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("draft", ["head", "model"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_rows_of_another_k_weigh_in_a_batch_what_they_weigh_alone(kind, draft, temperature):
@@ -66,7 +66,7 @@ def test_rows_of_another_k_weigh_in_a_batch_what_they_weigh_alone(kind, draft, t
 
     def losses(batch):
         rows, pick = learner.outputs(batch, 1)[0]
-        return position_losses(learner.logits(rows), learner.teacher(batch, pick), settings)
+        return position_losses(learner.logits(rows), learner.target_top_k(batch, pick), settings)
 
     (mixed, valid), alone = losses(collate(texts)), [losses(collate([one])) for one in texts]
     if kind != "acceptance":  # which weighs its parts by the whole batch's overlap
@@ -75,7 +75,7 @@ def test_rows_of_another_k_weigh_in_a_batch_what_they_weigh_alone(kind, draft, t
     assert np.array_equal(valid, np.concatenate([is_valid for _, is_valid in alone]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_what_fills_a_law_up_has_no_part_in_loss_or_gradient(kind, temperature):
     rng = np.random.default_rng(3)
@@ -88,7 +88,7 @@ def test_what_fills_a_law_up_has_no_part_in_loss_or_gradient(kind, temperature):
     for extra in (0, 7):
         filled = np.pad(columns, ((0, 0), (0, extra)), constant_values=-1)
         sampling = np.pad(logprobs, ((0, 0), (0, extra)), constant_values=-np.inf).astype(np.float32)
-        teacher = Teacher(mx.array(filled), mx.array(sampling), mx.array(columns[:, 0]), mx.ones(4))
+        teacher = TargetTopK(mx.array(filled), mx.array(sampling), mx.array(columns[:, 0]), mx.ones(4))
         loss = lambda rows, given=teacher: position_losses(rows, given, LossSettings(kind, temperature))[0].sum()  # noqa: E731
         found.append(mx.value_and_grad(loss)(logits))
     (value, slope), (filled_value, filled_slope) = found

@@ -7,8 +7,8 @@ import pytest
 
 from specl.shared import prompts
 from specl.shared.errors import ModelError
-from specl.shared.learning import synthetic_prompts as inventing
-from specl.shared.learning.synthetic_prompts import LONGEST, invent
+from specl.shared.learning import synthetic_prompts as module
+from specl.shared.learning.synthetic_prompts import LONGEST, synthetic_prompts
 from specl.shared.prompts import reserved
 
 HOT = 50.0  # a random model says one token only at 1
@@ -31,28 +31,32 @@ def rng(seed=0):
 
 def test_invented_prompts_are_whole_distinct_and_the_same_for_a_seed(stored):
     target = Ends(stored())
-    made = invent(target, 40, HOT, rng(), lambda text: True)
+    made = synthetic_prompts(target, 40, HOT, rng(), lambda text: True)
     assert 5 < len(made) <= 40 and len(set(made)) == len(made)
     assert (
-        made == invent(target, 40, HOT, rng(), lambda text: True) != invent(target, 40, HOT, rng(1), lambda text: True)
+        made
+        == synthetic_prompts(target, 40, HOT, rng(), lambda text: True)
+        != synthetic_prompts(target, 40, HOT, rng(1), lambda text: True)
     )
-    assert all(text == text.strip() and len(text) >= inventing.SHORTEST for text in made)
+    assert all(text == text.strip() and len(text) >= module.SHORTEST for text in made)
 
 
 def test_what_has_not_ended_is_dropped_and_what_is_not_wanted(stored):
     target = Ends(stored())
     target.stop_tokens = frozenset()
-    assert invent(target, 6, HOT, rng(), lambda text: True) == []
+    assert synthetic_prompts(target, 6, HOT, rng(), lambda text: True) == []
     target = Ends(stored())
-    first, *rest = invent(target, 40, HOT, rng(), lambda text: True)
-    assert invent(target, 40, HOT, rng(), lambda text: text != first) == rest
+    first, *rest = synthetic_prompts(target, 40, HOT, rng(), lambda text: True)
+    assert synthetic_prompts(target, 40, HOT, rng(), lambda text: text != first) == rest
 
 
 def test_the_model_is_asked_with_its_templates_own_beginning(stored, monkeypatch):
     seen = []
-    monkeypatch.setattr(inventing, "answer", lambda target, tries, longest, *more: seen.append((tries, longest)) or [])
+    monkeypatch.setattr(
+        module, "batch_generate", lambda target, tries, longest, *more: seen.append((tries, longest)) or []
+    )
     target = stored()
-    invent(target, 3, 0.9, rng(), lambda text: True)
+    synthetic_prompts(target, 3, 0.9, rng(), lambda text: True)
     ((tries, longest),) = seen
     rendered = target.tokenizer.apply_chat_template([{"role": "user", "content": "rain"}], tokenize=False)
     assert len(tries) == 3 and longest == LONGEST and {t.temperature for t in tries} == {0.9}
@@ -62,7 +66,7 @@ def test_the_model_is_asked_with_its_templates_own_beginning(stored, monkeypatch
 def test_a_template_that_hides_the_users_words_is_refused():
     tokenizer = SimpleNamespace(apply_chat_template=lambda *given, **more: "fixed")
     with pytest.raises(ModelError, match="chat template"):
-        invent(SimpleNamespace(tokenizer=tokenizer, name="odd"), 1, 1.0, rng(), lambda text: True)
+        synthetic_prompts(SimpleNamespace(tokenizer=tokenizer, name="odd"), 1, 1.0, rng(), lambda text: True)
 
 
 def test_nothing_of_a_judging_set_or_a_reserved_kind_may_be_trained_on():

@@ -9,8 +9,8 @@ from mlx_lm.models.cache import KVCache
 
 from specl.shared.learning.examples import Example, collate, hot_vocabulary, is_held_out
 from specl.shared.learning.learner import Learner, agreement
-from specl.shared.learning.losses import KINDS, LossSettings, Teacher, position_losses
-from specl.shared.learning.steps import Batches, StepLoop, StepSettings
+from specl.shared.learning.losses import LOSSES, LossSettings, TargetTopK, position_losses
+from specl.shared.learning.steps import BatchSampler, StepLoop, StepSettings
 from specl.shared.models.head import new_head
 from specl.shared.models.lora import (
     LoraShape,
@@ -19,6 +19,7 @@ from specl.shared.models.lora import (
     choose_layers,
     lora_weights,
 )
+from specl.shared.training_files.checkpoint import load_checkpoint, save_checkpoint
 from tests.lora import change_norm, fuse, problems
 
 
@@ -43,7 +44,7 @@ def example(target, seed=0, prompt=5, rows=9, k=97, id="a"):
 
 def teacher_of(p, k):
     ids = np.argsort(-p, axis=1)[:, :k]
-    return Teacher(
+    return TargetTopK(
         mx.array(ids),
         mx.array(np.log(np.take_along_axis(p, ids, 1)).astype(np.float32)),
         mx.array(p.argmax(1)),
@@ -78,13 +79,13 @@ def test_tokens_outside_the_drafts_vocabulary_are_left_out_and_the_loss_is_finit
     columns[:, 0], columns[2] = -1, -1
     losses, valid = position_losses(
         mx.zeros((3, 10)),
-        Teacher(mx.array(columns), teacher.logprobs, mx.array([-1, 2, 3]), teacher.weights),
+        TargetTopK(mx.array(columns), teacher.logprobs, mx.array([-1, 2, 3]), teacher.weights),
         LossSettings("mixed"),
     )
     assert np.isfinite(np.array(losses)).all() and np.array(valid)[:2].all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("draft", ["head", "model"])
 def test_every_loss_has_a_gradient_for_lora(tiny, kind, draft):
     target = tiny()
@@ -152,9 +153,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path):
     first = loop(target)
     for _ in range(2):
         first.step([examples[:2], examples[2:]])
-    first.save(tmp_path / "checkpoint", {"parent": ""})
+    save_checkpoint(tmp_path / "checkpoint", first.state, {"parent": ""})
     second = loop(target, seed=9)
-    second.resume(tmp_path / "checkpoint")
+    second.restore(load_checkpoint(tmp_path / "checkpoint"))
     assert second.step_number == 2
     assert [second.step([examples[:2], examples[2:]]) for _ in range(2)] == pytest.approx(losses[2:], rel=1e-5)
     assert losses[-1] < losses[0]
@@ -165,10 +166,10 @@ def test_batches_keep_the_replay_share_and_the_hot_vocabulary_its_size(tiny):
         [example(tiny(), i, id=f"f{i}") for i in range(3)],
         [example(tiny(), i, id=f"r{i}") for i in range(5)],
     )
-    batches = Batches(fresh, replay, 6, 0.67, seed=0)
+    batches = BatchSampler(fresh, replay, 6, 0.67, seed=0)
     for _ in range(5):
         assert sum(item.id.startswith("r") for item in batches.next()) == 4
-    small = Batches(fresh, replay, 2, 0.2, seed=0)
+    small = BatchSampler(fresh, replay, 2, 0.2, seed=0)
     assert sum(item.id.startswith("r") for _ in range(50) for item in small.next()) == 20
     hot = hot_vocabulary(fresh, 20, 97, keep=np.arange(50))
     assert len(np.unique(hot)) == 20 and (np.diff(hot) > 0).all()
@@ -241,8 +242,8 @@ def test_the_schedule_ends_with_the_steps_or_with_the_time(tiny):
     made = loop(tiny())
     full = made.settings.learning_rate
     made.step_number = made.settings.total_steps // 2
-    half = made._rate()
+    half = made.learning_rate
     made.step_number = made.settings.total_steps
-    assert made._rate() == pytest.approx(0.1 * full) and 0.1 * full < half < full
+    assert made.learning_rate == pytest.approx(0.1 * full) and 0.1 * full < half < full
     made.step_number, made.time_share = made.settings.total_steps // 2, 1.0
-    assert made._rate() == pytest.approx(0.1 * full)
+    assert made.learning_rate == pytest.approx(0.1 * full)

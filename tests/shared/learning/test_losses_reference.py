@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specl.shared.learning.losses import LossSettings, Teacher, position_losses
+from specl.shared.learning.losses import LossSettings, TargetTopK, position_losses
 
 ROWS, VOCABULARY, STEP = 5, 24, 1e-6
 SETTINGS = [
@@ -52,7 +52,7 @@ def reference(logits, p, k, settings, weight=None):
 def teacher_of(p, k):
     top = np.argsort(-p, axis=1)[:, :k]
     logprobs = np.log(np.take_along_axis(p, top, 1)).astype(np.float32)
-    return Teacher(mx.array(top), mx.array(logprobs), mx.array(p.argmax(1)), mx.ones(ROWS))
+    return TargetTopK(mx.array(top), mx.array(logprobs), mx.array(p.argmax(1)), mx.ones(ROWS))
 
 
 def ours(logits, p, k, settings):

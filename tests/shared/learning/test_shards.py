@@ -6,11 +6,13 @@ import os
 import numpy as np
 import pytest
 
-from specl.shared.learning import batch_generate, build_draft, user_texts
-from specl.shared.learning.batch_generate import Prompt, kept_shard, save_shard
+from specl.shared.learning.batch_generate import Prompt
 from specl.shared.learning.build_draft import BuildSettings
 from specl.shared.learning.examples import Example
-from specl.shared.learning.user_texts import OwnText, capture
+from specl.shared.learning.recapture import WrittenText, recapture
+from specl.shared.training_files import captured_texts, draft_build, shards
+from specl.shared.training_files.captured_texts import capture_texts
+from specl.shared.training_files.shards import load_or_discard, save_shard
 
 
 def text(n, rows=3):
@@ -34,19 +36,19 @@ def same(found, wanted):
 def test_what_was_kept_is_read_and_what_is_damaged_is_removed_and_told_once(tmp_path, capfd):
     path, texts = tmp_path / "a.npz", [text(0), text(1, 5)]
     save_shard(path, texts)
-    assert same(kept_shard(path), texts) and os.listdir(tmp_path) == ["a.npz"]
+    assert same(load_or_discard(path), texts) and os.listdir(tmp_path) == ["a.npz"]
     whole = path.read_bytes()
     for place in range(0, len(whole), 97):
         torn = (whole[:place], whole[:place] + bytes(len(whole) - place), whole[: place // 2] + whole[place // 2 + 1 :])
         for data in torn:
             path.write_bytes(data)
             said = []
-            assert kept_shard(path, said.append) is None and not path.exists()
+            assert load_or_discard(path, said.append) is None and not path.exists()
             assert len(said) == 1 and "a.npz was damaged" in said[0] and "made again" in said[0]
     np.save(tmp_path / "a", np.zeros(3))
     os.rename(tmp_path / "a.npy", path)
-    assert kept_shard(path) is None and "a.npz was damaged" in capfd.readouterr().err
-    assert kept_shard(path) is None and capfd.readouterr().err == ""  # there is none: nothing to tell
+    assert load_or_discard(path) is None and "a.npz was damaged" in capfd.readouterr().err
+    assert load_or_discard(path) is None and capfd.readouterr().err == ""  # there is none: nothing to tell
 
 
 def test_a_shard_that_may_not_be_read_is_not_thrown_away(tmp_path, monkeypatch):
@@ -57,9 +59,9 @@ def test_a_shard_that_may_not_be_read_is_not_thrown_away(tmp_path, monkeypatch):
         def refuse(*_, number=number):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(batch_generate, "load_shard", refuse)
+        monkeypatch.setattr(shards, "load_shard", refuse)
         with pytest.raises(OSError):
-            kept_shard(path)
+            load_or_discard(path)
     assert path.exists()
 
 
@@ -72,32 +74,32 @@ def test_a_build_makes_its_torn_shards_again(stored, tmp_path, capfd):
     target, settings = stored(), BuildSettings(kind="layers", tokens=30, answer_tokens=5, top_k=4)
     prompts = [Prompt(f"p{n}", [5, 9, 40 + n]) for n in range(3)]
     groups = [lambda: prompts[:2], lambda: prompts[2:]]
-    make = lambda: build_draft.generate(target, groups, tmp_path, "training", settings, np.inf, lambda progress: None)  # noqa: E731
-    first = [batch_generate.load_shard(path) for path in make()]
-    shards = sorted(tmp_path.glob("training-*.npz"))
-    empty(shards[0])
-    made_at = shards[1].stat().st_mtime_ns
-    assert all(same(batch_generate.load_shard(path), texts) for path, texts in zip(make(), first, strict=True))
-    assert "training-00000.npz was damaged" in capfd.readouterr().err and shards[1].stat().st_mtime_ns == made_at
+    make = lambda: draft_build.generate(target, groups, tmp_path, "training", settings, np.inf, lambda progress: None)  # noqa: E731
+    first = [shards.load_shard(path) for path in make()]
+    paths = sorted(tmp_path.glob("training-*.npz"))
+    empty(paths[0])
+    made_at = paths[1].stat().st_mtime_ns
+    assert all(same(shards.load_shard(path), texts) for path, texts in zip(make(), first, strict=True))
+    assert "training-00000.npz was damaged" in capfd.readouterr().err and paths[1].stat().st_mtime_ns == made_at
 
 
 def test_own_text_that_was_torn_is_captured_again(stored, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(user_texts, "SHARD_TEXTS", 2)
-    texts = [OwnText(f"o{n}", np.arange(5, 20 + n).astype(np.uint32), 6, True) for n in range(4)]
-    read = lambda: capture(stored(), texts, tmp_path, 4, True, np.inf, lambda progress: None)  # noqa: E731
+    monkeypatch.setattr(captured_texts, "SHARD_TEXTS", 2)
+    texts = [WrittenText(f"o{n}", np.arange(5, 20 + n).astype(np.uint32), 6, True) for n in range(4)]
+    read = lambda: capture_texts(stored(), texts, tmp_path, 4, True, np.inf, lambda progress: None)  # noqa: E731
     first = read()
-    shards = sorted(tmp_path.glob("own-*.npz"))
-    empty(shards[0])
+    paths = sorted(tmp_path.glob("own-*.npz"))
+    empty(paths[0])
     assert same(read(), first) and "was damaged" in capfd.readouterr().err
-    assert sorted(tmp_path.glob("own-*.npz")) == shards
+    assert sorted(tmp_path.glob("own-*.npz")) == paths
 
 
 @pytest.mark.parametrize("prompt, rows, left", [(600, 20, 20), (9, 700, 511), (2000, 30, 30), (4, 1300, 511)])
 def test_of_a_long_text_of_ones_own_the_end_of_the_answer_is_captured(stored, tmp_path, prompt, rows, left):
     tokens = np.random.default_rng(1).integers(4, 290, prompt + rows).astype(np.uint32)
-    texts = [OwnText("o", tokens, prompt, True), OwnText("bare", tokens[:6], 5, True)]
-    (found,) = capture(stored(), texts, tmp_path, 4, True, np.inf, lambda progress: None)
+    texts = [WrittenText("o", tokens, prompt, True), WrittenText("bare", tokens[:6], 5, True)]
+    (found,) = capture_texts(stored(), texts, tmp_path, 4, True, np.inf, lambda progress: None)
     assert found.tokens.tolist() == tokens[-512:].tolist()
     assert found.rows == len(found.ids) == len(found.logprobs) == len(found.weights) == left
-    states, ids, _ = batch_generate.recapture(stored(), tokens[-1024:], max(1, len(tokens[-1024:]) - left), 4)
+    states, ids, _ = recapture(stored(), tokens[-1024:], max(1, len(tokens[-1024:]) - left), 4)
     assert np.array_equal(found.states, states[-511:]) and np.array_equal(found.ids, ids)

@@ -11,11 +11,12 @@ from mlx.utils import tree_flatten
 
 from specl.shared.learning.checkpointing import checkpointed
 from specl.shared.learning.examples import Example
-from specl.shared.learning.learner import Learner, agreement, by_depth
+from specl.shared.learning.learner import Learner, acceptance_by_depth, agreement
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import StepLoop, StepSettings
 from specl.shared.models.head import new_head
 from specl.shared.models.lora import LoraShape, attach, choose_layers
+from specl.shared.training_files.checkpoint import save_checkpoint
 from tests.conftest import tiny_model
 
 
@@ -52,7 +53,7 @@ def lora_loop(draft, kind="mixed", dropout=0.0, depths=2):
 @pytest.mark.parametrize("kind", ["ce", "kl", "mixed", "tv"])
 @pytest.mark.parametrize("draft", ["head", "model"])
 def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_batch(kind, draft, monkeypatch):
-    monkeypatch.setattr("specl.shared.learning.steps.CLIP", 1e9)
+    monkeypatch.setattr("specl.shared.learning.steps.MAX_GRADIENT_NORM", 1e9)
     target = tiny_model()
     # a head that cannot say all tokens: what counts in a piece is not just its tokens
     loop = lora_loop(new_head(target, np.arange(4, 70)) if draft == "head" else target, kind)
@@ -81,7 +82,7 @@ def test_dropout_is_on_in_a_step_and_off_while_a_draft_is_judged():
         scores = {agreement(learner, sampled).value for _ in range(3)}
         assert len(scores) == 1
     learner.module.train()
-    by_depth(learner, texts)
+    acceptance_by_depth(learner, texts)
     assert not any(child.training for _, child in learner.module.named_modules())
 
 
@@ -116,6 +117,6 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     loop.optimizer = optim.AdamW(1e-3)
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_ino, folder.exists())))
     folder = tmp_path / "checkpoint"
-    loop.save(folder, {})
+    save_checkpoint(folder, loop.state, {})
     assert {inode for inode, _ in synced} == {path.stat().st_ino for path in folder.iterdir()} and len(synced) == 3
     assert not any(named for _, named in synced)

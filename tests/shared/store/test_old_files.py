@@ -17,9 +17,7 @@ from specl.daemons.inference.adapter_monitor import AdapterMonitor
 from specl.shared.adapters.registry import CONFIRMED, REINSTATED, Adapters
 from specl.shared.adapters.tensors import read_shape
 from specl.shared.engine.costs import Costs
-from specl.shared.learning.batch_generate import kept_shard
 from specl.shared.learning.live_check import Depths, Watch
-from specl.shared.learning.steps import about_checkpoint
 from specl.shared.loading.costs import read_costs
 from specl.shared.messaging.codec import decode
 from specl.shared.messaging.endpoints import read_keys
@@ -31,6 +29,8 @@ from specl.shared.retention.checkpoints import checkpoint_folder, generations_in
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.purge_journal import PurgeJournal, PurgeRequest
 from specl.shared.store import SCHEMA_VERSION, Store
+from specl.shared.training_files.checkpoint import load_checkpoint, read_notes
+from specl.shared.training_files.shards import load_or_discard
 
 V1 = Path(__file__).parents[2] / "fixtures" / "v1"
 EXPECTED = json.loads((V1 / "EXPECTED.json").read_text(encoding="utf-8"))
@@ -471,14 +471,16 @@ def test_keys_still_let_clients_in(paths):
 def test_what_training_keeps_is_read(paths):
     states = HiddenSpool(paths.hidden, 1 << 20).read("0000000000000000000000000000000a")
     assert np.array_equal(states, np.arange(24).reshape(6, 4) / 16)
-    (example,) = kept_shard(paths.regression / f"{TARGET}-48" / "regression-0001-1.npz")
+    (example,) = load_or_discard(paths.regression / f"{TARGET}-48" / "regression-0001-1.npz")
     assert (example.id, example.prompt_length, example.rows, example.greedy) == ("regression-0001", 5, 4, True)
     assert example.tokens.tolist() == list(range(9))
     assert example.ids.tolist() == np.arange(8).reshape(4, 2).tolist()
     assert (example.logprobs == -1.5).all() and example.states.shape == (8, 4)
     checkpoint = checkpoint_folder(paths.training)
     assert generations_in(checkpoint) == {"000000000000000000000000000000c3"}
-    about = about_checkpoint(checkpoint)
+    about = read_notes(checkpoint)
+    state = load_checkpoint(checkpoint)
+    assert state.step == 12 and state.weights and state.optimizer
     assert (about["step"], about["parent"], about["draft"], about["used_s"]) == (12, "000002", DRAFT, 12.5)
     assert (about["losses"], about["tokens"], about["watched"]) == ([2.5, 2.25], 1800, [2.375])
     assert about["shown"] == ["000000000000000000000000000000c3"]

@@ -1,7 +1,5 @@
-"""Answers that a target has written, as token ids alone: small enough to keep and to hand on, so that a draft can be made again of
-just the same text.
-
-What the target expects at each token, and the hidden states of a head, are read again.
+"""Answers that a target has written, as token ids alone: small enough to keep and to hand on, so that a draft can be made again
+of the same text. What the target expects at each token, and the hidden states of a head, are read again.
 """
 
 from collections.abc import Sequence
@@ -11,26 +9,35 @@ from typing import Protocol
 import numpy as np
 
 from specl.shared.errors import ModelError
-from specl.shared.learning.batch_generate import DAMAGED
 from specl.shared.learning.examples import Example
-from specl.shared.learning.user_texts import OwnText
+from specl.shared.learning.recapture import WrittenText
 from specl.shared.runtime.atomic_files import atomic_file
+from specl.shared.training_files.shards import DAMAGED
 
-REPLAY_TEXTS = 600  # 96 were not enough: four minutes of training had each ten times, and general text fell by 0.02
-REPLAY_SHARE = 0.1  # of the answers at most: they are kept out of training
-SMALL = 1 << 16  # vocabularies up to here take two bytes a token
+SMALL = 1 << 16  # token ids of vocabularies up to this size are stored in two bytes
 
 
-class Written(Protocol):
+class TokenizedAnswer(Protocol):
     """Prompt and answer: tokens [t], how many of them are the prompt, whether the answer is greedy."""
 
-    tokens: np.ndarray
-    prompt_length: int
-    greedy: bool
+    @property
+    def tokens(self) -> np.ndarray:
+        """Prompt, then answer."""
+        ...
+
+    @property
+    def prompt_length(self) -> int:
+        """How many tokens are the prompt."""
+        ...
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the answer was not sampled."""
+        ...
 
 
-def save_answers(path: Path, answers: Sequence[Written], target: str) -> None:
-    """Keep them in one file, whole, by rename. `target` is the fingerprint of the model that wrote them."""
+def save_target_texts(path: Path, answers: Sequence[TokenizedAnswer], target: str) -> None:
+    """Write answers to one file, which appears whole. `target` is the fingerprint of the model that wrote them."""
     tokens = np.concatenate([answer.tokens for answer in answers]).astype(np.uint32)
     with atomic_file(path, sync=True, mode=0o666) as file:  # as other files of the user's: by the umask
         np.savez_compressed(
@@ -43,11 +50,11 @@ def save_answers(path: Path, answers: Sequence[Written], target: str) -> None:
         )
 
 
-def load_answers(path: Path, target: str) -> list[OwnText]:
-    """What `save_answers` kept. Raises ModelError for another target's answers and for what is no such file."""
+def load_target_texts(path: Path, target: str) -> list[WrittenText]:
+    """The answers of a file. Raises ModelError for the answers of another target and for a file of another kind."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            wrote = str(file["target"])
+            writer = str(file["target"])
             tokens = file["tokens"].astype(np.uint32)
             columns = (file["lengths"].tolist(), file["prompt_lengths"].tolist(), file["greedy"].tolist())
         ends = np.cumsum(columns[0])
@@ -58,31 +65,18 @@ def load_answers(path: Path, target: str) -> list[OwnText]:
         raise ModelError(
             f"{path} does not hold answers: {reason}", "`draft build --keep-answers FILE` writes such a file"
         ) from error
-    if wrote != target:
-        raise ModelError(f"{path} was written by target {wrote}, this one is {target}")
+    if writer != target:
+        raise ModelError(f"{path} was written by target {writer}, this one is {target}")
     return [
-        OwnText(f"{path.stem}-{n}", tokens[end - length : end], prompt, bool(greedy))
+        WrittenText(f"{path.stem}-{n}", tokens[end - length : end], prompt, bool(greedy))
         for n, (end, length, prompt, greedy) in enumerate(zip(ends.tolist(), *columns, strict=True))
     ]
-
-
-def set_aside(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """What to train on, and greedy answers to replay later, which this draft shall not know by heart: the last, which a draft
-    that it began from has not seen either.
-    """
-    most = min(REPLAY_TEXTS, int(REPLAY_SHARE * len(examples)))
-    greedy = [i for i, example in enumerate(examples) if example.greedy]
-    kept = set(greedy[len(greedy) - most :] if most < len(greedy) else greedy)
-    return (
-        [example for i, example in enumerate(examples) if i not in kept],
-        [example for i, example in enumerate(examples) if i in kept],
-    )
 
 
 def save_replay(examples: Sequence[Example], path: Path) -> None:
     """Token ids of texts kept out of training: what the trainer replays so that general text is not forgotten.
 
-    Never a user's own: a purge does not reach what comes with a draft.
+    Never a user's text: a purge does not reach the files that come with a draft.
     """
     if not examples:
         return
