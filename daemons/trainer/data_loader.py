@@ -154,7 +154,7 @@ class DataLoader:
             self._pause()
             example = example.clipped(READ)
             needed = len(example.tokens) - 1
-            states, _, _ = recapture(self.engine.target, example.tokens, example.prompt_length, 1, with_law=False)
+            states, _, _ = recapture(self.engine.target, example.tokens, example.prompt_length, 1, with_top_k=False)
         return example.with_states(states[:needed])
 
     def replay(self, folder: Path, tell: Tell = lambda done, total: None) -> list[Example]:

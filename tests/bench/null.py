@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from specl.shared import prompts
-from specl.shared.learning.batch_generate import Prompt
+from specl.shared.learning.batch_generate import Prompt, batch_generate
 from specl.shared.learning.examples import Example, hot_vocabulary
 from specl.shared.learning.gate import Verdict, judge
 from specl.shared.learning.learner import Learner, agreement

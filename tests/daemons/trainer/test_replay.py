@@ -99,7 +99,7 @@ def test_a_long_prompt_is_cut_and_the_answer_kept_with_the_states_of_its_own_pla
     loader = gatherer_of(tmp_path, reads_states=True)
     loader.spool = spool
     tokens = np.random.default_rng(0).integers(4, 290, 640).astype(np.uint32)
-    states, _, _ = recapture(loader.engine.target, tokens, 600, 1, with_law=False)
+    states, _, _ = recapture(loader.engine.target, tokens, 600, 1, with_top_k=False)
     if spooled:
         spool.write("g1", states)
     found = loader.example(stored_row(tokens, 600))

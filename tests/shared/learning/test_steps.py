@@ -1,10 +1,8 @@
 """A step is one step however its texts are cut into pieces, and dropout is on while it lasts and never else."""
 
-import os
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -16,7 +14,6 @@ from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import StepLoop, StepSettings
 from specl.shared.models.head import new_head
 from specl.shared.models.lora import LoraShape, attach, choose_layers
-from specl.shared.training_files.checkpoint import save_checkpoint
 from tests.conftest import tiny_model
 
 
@@ -110,13 +107,3 @@ def test_checkpointing_drops_the_same_inputs_when_it_computes_again():
         assert value.item() == pytest.approx(again.item(), rel=1e-4)
         sums.add(value.item())
     assert len(sums) == 4  # another mask every time
-
-
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    loop, synced = lora_loop(tiny_model()), []
-    loop.optimizer = optim.AdamW(1e-3)
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_ino, folder.exists())))
-    folder = tmp_path / "checkpoint"
-    save_checkpoint(folder, loop.state, {})
-    assert {inode for inode, _ in synced} == {path.stat().st_ino for path in folder.iterdir()} and len(synced) == 3
-    assert not any(named for _, named in synced)
