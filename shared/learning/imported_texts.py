@@ -46,7 +46,7 @@ def text_logprobs(
     target: "LanguageModel", prompt: str, prompt_tokens: list[int], output: list[int], k: int
 ) -> TextLogprobs | None:
     """What the target says at each token of `output` after the prompt; None where they do not fit into its context."""
-    from specl.shared.learning.batch_generate import recapture  # mlx: only where texts are scored
+    from specl.shared.learning.recapture import recapture  # mlx: only where texts are scored
 
     if not output or len(prompt_tokens) + len(output) > target.context_length:
         return None

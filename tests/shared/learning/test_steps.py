@@ -1,6 +1,5 @@
 """A step is one step however its texts are cut into pieces, and dropout is on while it lasts and never else."""
 
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
