@@ -4,8 +4,6 @@ KNOWN: dict[str, set[str]] = {
     "circles": {
         "specl.cli.bench.gain -> specl.cli.bench.learning",
         "specl.cli.bench.learning -> specl.cli.bench.gain",
-        "specl.shared.settings.cache -> specl.shared.settings.load",
-        "specl.shared.settings.load -> specl.shared.settings.cache",
     },
     "libraries": {
         "specl.daemons.inference.adapter_monitor -> pydantic",
@@ -16,9 +14,6 @@ KNOWN: dict[str, set[str]] = {
         "shared/messaging/bus.py",
         "shared/prompts/build_prompts.py",
         "shared/prompts/reserved.py",
-    },
-    "upward": {
-        "specl.shared.settings.cache -> specl",
     },
 }
 # how often a rule that counts is broken
