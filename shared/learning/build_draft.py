@@ -23,8 +23,8 @@ from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import BatchSampler, StepLoop, StepSettings, TrainingState
 from specl.shared.learning.synthetic_prompts import synthetic_prompts
 from specl.shared.models.head import HeadDraft, new_head
-from specl.shared.models.layers import new_layers
 from specl.shared.models.language_model import LanguageModel
+from specl.shared.models.layers import new_layers
 from specl.shared.prompts import ShippedPrompt
 from specl.shared.runtime.progress import OnProgress, ProgressMeter
 

@@ -35,8 +35,8 @@ from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner, acceptance_by_depth
 from specl.shared.learning.recapture import WrittenText, recapture
 from specl.shared.models.head import HeadDraft, load_head, save_head
-from specl.shared.models.layers import save_layers
 from specl.shared.models.language_model import LanguageModel
+from specl.shared.models.layers import save_layers
 from specl.shared.models.load import load
 from specl.shared.runtime.progress import OnProgress, ProgressMeter, ignore_progress
 from specl.shared.training_files.captured_texts import capture_texts, remove_captured
