@@ -1,54 +1,71 @@
-"""A request before it runs: its tokens, every reason to refuse it, and what the engine is told of it. Holds no state."""
+"""Turns a client's request into a job: its tokens, the cache tokens that it reserves, and the engine's options.
+
+Holds no state. Settings fill in what a request leaves open, here and nowhere else. The engine checks the options' values
+when the job starts.
+"""
+
+from typing import Any
 
 from specl.daemons.inference.job import Job
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.decode import Options
 from specl.shared.errors import RequestRejected
-from specl.shared.sampling_params import SamplingParams
+from specl.shared.messaging.messages import Ask
 from specl.shared.settings.schema import Settings
 
+MODES = ("detailed", "fast")
+MAX_NUM_DRAFT_TOKENS = 16
 
-def prepare(job: Job, engine: EngineCore, budget: int) -> None:
-    """Tokens of the prompt, and how many of the `budget` of cache tokens its answer may come to need.
 
-    Raises RequestRejected with every reason to refuse it before it waits.
-    """
-    ask = job.ask
-    if ask.messages:
-        if not any(
-            str(message.get("content", "")).strip() for message in ask.messages if message.get("role") == "user"
-        ):
-            raise RequestRejected("the prompt is empty")
-        job.prompt_text, job.prompt = engine.encode_chat(ask.messages, splice=ask.sampling.seed is None)
-    else:
-        job.prompt_text, job.prompt = ask.prompt, engine.encode(ask.prompt, special=True)
-    if not job.prompt:
+def admit(peer: bytes, ask: Ask, arrived: float, engine: EngineCore, settings: Settings) -> Job:
+    """The job of a request. Raises RequestRejected for a prompt that is empty or too long, and for an unknown mode."""
+    _check_options(ask)
+    text, prompt = _encode(ask, engine)
+    if not prompt:
         raise RequestRejected("the prompt is empty")
-    context = engine.target.context_length
-    most = min(context, budget)
-    if len(job.prompt) >= most:
+    context, budget = engine.target.context_length, settings.memory.max_kv_cache_tokens
+    limit = min(context, budget)
+    if len(prompt) >= limit:
         what = "memory.max_kv_cache_tokens is" if budget < context else "the model's context holds"
-        raise RequestRejected(f"the prompt has {len(job.prompt)} tokens; {what} {most}")
-    job.reserved = min(
-        len(job.prompt) + ask.max_tokens, most
-    )  # an answer ends where its cache would outgrow the budget
+        raise RequestRejected(f"the prompt has {len(prompt)} tokens; {what} {limit}")
+    reserved = min(len(prompt) + ask.max_tokens, limit)  # an answer ends where its cache would outgrow the budget
+    return Job(peer, ask, arrived, text, prompt, _options(ask, reserved - len(prompt), settings), reserved)
 
 
-def to_options(job: Job, settings: Settings) -> Options:
-    """What the engine is to do; where the request says nothing, what the settings say."""
-    ask = job.ask
-    fixed = ask.num_draft_tokens
-    if fixed is None and settings.speculative.num_draft_tokens != "auto":
-        fixed = settings.speculative.num_draft_tokens
-    sampling = ask.sampling
-    # whether the laws and states of this answer are for keeping
-    detailed = ask.mode == "detailed" and ask.record and settings.records.keep == "content"
+def _check_options(ask: Ask) -> None:
+    """What the engine does not know, or allows a wider range of."""
+    if ask.max_tokens < 1:  # the budget may lower it, so the engine does not see the client's number
+        raise RequestRejected(f"max_tokens must be at least 1, not {ask.max_tokens}")
+    if ask.mode not in MODES:
+        raise RequestRejected(f"mode must be detailed or fast, not {ask.mode!r}")
+    drafts = ask.num_draft_tokens
+    if drafts is not None and not 0 <= drafts <= MAX_NUM_DRAFT_TOKENS:
+        raise RequestRejected(f"num_draft_tokens must lie between 0 and {MAX_NUM_DRAFT_TOKENS}, not {drafts}")
+
+
+def _encode(ask: Ask, engine: EngineCore) -> tuple[str, list[int]]:
+    if not ask.messages:
+        return ask.prompt, engine.encode(ask.prompt, special=True)
+    if not any(_has_user_text(message) for message in ask.messages):
+        raise RequestRejected("the prompt is empty")
+    return engine.encode_chat(ask.messages, splice=ask.sampling.seed is None)
+
+
+def _has_user_text(message: dict[str, Any]) -> bool:
+    return message.get("role") == "user" and bool(str(message.get("content", "")).strip())
+
+
+def _options(ask: Ask, max_tokens: int, settings: Settings) -> Options:
+    num_draft_tokens = ask.num_draft_tokens
+    if num_draft_tokens is None and settings.speculative.num_draft_tokens != "auto":
+        num_draft_tokens = settings.speculative.num_draft_tokens
+    keeps_details = ask.mode == "detailed" and ask.record and settings.records.keep == "content"
     return Options(
-        sampling=SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.seed),
-        max_tokens=job.reserved - len(job.prompt),
-        num_draft_tokens=fixed,
+        sampling=ask.sampling,
+        max_tokens=max_tokens,
+        num_draft_tokens=num_draft_tokens,
         ngram=settings.speculative.ngram if ask.ngram is None else ask.ngram,
         client_id=ask.client_id if ask.record else "",
         logprobs=ask.logprobs,
-        capture_k=settings.training.loss.top_k_logits if detailed else 0,
+        capture_k=settings.training.loss.top_k_logits if keeps_details else 0,
     )

@@ -1,20 +1,31 @@
-"""Owns the outbox and the spool, on a thread of its own: neither a token nor another request ever waits for a disk.
+"""Owns the outbox and the hidden-state spool, on a thread of its own: no token and no other request waits for a disk.
 
-`recorded: true` is said only after the outbox has committed. Where it cannot, the answer stands all the same and says why.
+Redaction happens here and nowhere else. `recorded: true` is sent only after the outbox has committed; where it cannot, the
+answer is sent all the same and says why it was not recorded.
 """
 
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
+from specl.daemons.inference.outgoing import Emit
 from specl.shared.engine.answer_history import PastAnswer
 from specl.shared.errors import OutboxFull, WireError
 from specl.shared.messaging.codec import encode, kind_of
-from specl.shared.messaging.messages import Done, Fetch, Generation, Purge, Record, RecordBatch, Reply
+from specl.shared.messaging.messages import (
+    Done,
+    Envelope,
+    Fetch,
+    Generation,
+    Purge,
+    Record,
+    RecordBatch,
+    RecordReady,
+    Reply,
+)
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.retention.hidden_states import HiddenSpool
@@ -22,37 +33,46 @@ from specl.shared.retention.redaction import Redactor
 from specl.shared.runtime import log
 from specl.shared.runtime.failpoints import failpoint
 
+STOP_TIMEOUT_S = 1.5
 _log = log.get("recorder")
-_STOP = object()
-Emit = Callable[[bytes | None, Any], None]
 
 
 class Recorder(threading.Thread):
-    """`announce(id)` is called after each commit, `answer(peer, message)` when a message may go out."""
+    """`refused` counts records that the outbox did not take, `trouble` is the last refusal's reason while it lasts.
 
-    def __init__(
-        self, outbox: Outbox, spool: HiddenSpool, discretion: Redactor, announce: Callable[[str], None], answer: Emit
-    ) -> None:
+    `failure` is set when the thread cannot go on.
+    """
+
+    def __init__(self, outbox: Outbox, spool: HiddenSpool, redactor: Redactor, emit: Emit) -> None:
         super().__init__(name="recorder", daemon=True)
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._outbox, self._spool, self._discretion = outbox, spool, discretion
-        self._announce, self._answer = announce, answer
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the thread
+        self._outbox, self._spool, self._redactor, self._emit = outbox, spool, redactor, emit
         self.refused = 0
         self.trouble = outbox.trouble
-        self.failure: BaseException | None = None  # set when the thread cannot go on
+        self.failure: BaseException | None = None
 
     # ------------------------------------------------------------------------------------- called from other threads
-    def finish(self, peer: bytes, done: Done, record: Record | None, states: np.ndarray | None) -> None:
-        """Record, then answer. Without a record the answer goes out as it is."""
-        self._queue.put(lambda: self._finish(peer, done, record, states))
+    def finish(
+        self,
+        peer: bytes,
+        done: Done,
+        generation: Generation | None,
+        states: np.ndarray | None,
+        kept_whole: Callable[[], None],
+    ) -> None:
+        """Record an answer, then send `done`; without a `generation` it is sent as it is.
 
-    def fact(self, record: Record) -> None:
-        """Record something that nobody waits for."""
-        self._queue.put(lambda: self._record(record, None))
+        `kept_whole` is called, on the recorder's thread and before `done` goes out, if redaction takes nothing away.
+        """
+        self._queue.put(lambda: self._finish(peer, done, generation, states, kept_whole))
 
-    def keeps_whole(self, record: Generation) -> bool:
-        """Whether all of it may be kept: its text, and with it its tokens."""
-        return self._discretion.apply(record).whole
+    def record(self, record: Record) -> None:
+        """Record something that no client waits for."""
+
+        def append() -> None:
+            self._append(record)
+
+        self._queue.put(append)
 
     def write_answers(self, files: AnswerFiles, client_id: str, answers: Sequence[PastAnswer]) -> None:
         """Write a client's past answers, which draft its next ones."""
@@ -61,7 +81,7 @@ class Recorder(threading.Thread):
             try:
                 files.write(client_id, answers)
             except OSError as error:
-                _log.warning("answers.not_kept", reason=str(error))
+                _log.warning("answers.not_written", reason=str(error))
 
         self._queue.put(write)
 
@@ -77,39 +97,48 @@ class Recorder(threading.Thread):
         self._queue.put(remove)
 
     def fetch(self, peer: bytes, fetch: Fetch) -> None:
-        """Let go of what is done and answer with the oldest records."""
-        self._queue.put(lambda: self._answer(peer, self._batch(fetch)))
+        """Discard the records that the collector has stored and send it the oldest others."""
+        self._queue.put(lambda: self._emit(peer, self._batch(fetch)))
 
-    def purge(self, peer: bytes, wish: Purge, matching: Callable[[Any], bool], files: AnswerFiles) -> None:
-        """Forget records, states and past answers, then answer with the ids that were here."""
-        self._queue.put(lambda: self._answer(peer, self._purge(wish, matching, files)))
+    def purge(self, peer: bytes, purge: Purge, matches: Callable[[Envelope], bool], files: AnswerFiles) -> None:
+        """Remove records, hidden states and past answers, then reply with the ids that were removed."""
+        self._queue.put(lambda: self._emit(peer, self._purge(purge, matches, files)))
 
     def stop(self) -> None:
         """Commit what is queued, then end."""
-        self._queue.put(_STOP)
-        self.join(timeout=1.5)
+        self._queue.put(None)
+        self.join(timeout=STOP_TIMEOUT_S)
 
     # ------------------------------------------------------------------------------------------------ the thread
     def run(self) -> None:
         """The thread's body."""
         try:
-            while (action := self._queue.get()) is not _STOP:
+            while (action := self._queue.get()) is not None:
                 action()
         except BaseException as error:
             self.failure = error
 
-    def _finish(self, peer: bytes, done: Done, record: Record | None, states: np.ndarray | None) -> None:
-        if record is not None:
-            note = self._record(record, states)
+    def _finish(
+        self,
+        peer: bytes,
+        done: Done,
+        generation: Generation | None,
+        states: np.ndarray | None,
+        kept_whole: Callable[[], None],
+    ) -> None:
+        if generation is not None:
+            redaction = self._redactor.apply(generation)
+            if redaction.whole:
+                kept_whole()
+            note = self._append(redaction.record)
+            if states is not None and redaction.whole and not note:
+                self._spool_states(generation.id, states)
             done = replace(done, recorded=not note, record_note=note)
         failpoint("record.before_done")
-        self._answer(peer, done)
+        self._emit(peer, done)
 
-    def _record(self, record: Record, states: np.ndarray | None) -> str:
-        """Why it was not recorded; empty where it was."""
-        if isinstance(record, Generation):
-            redaction = self._discretion.apply(record)
-            record, states = redaction.record, states if redaction.whole else None
+    def _append(self, record: Record) -> str:
+        """Commit a record to the outbox; why that failed, or empty."""
         try:
             self._outbox.append(record.id, kind_of(record), encode(record))
         except (OutboxFull, WireError) as error:
@@ -119,30 +148,31 @@ class Recorder(threading.Thread):
                 _log.error("record.refused", reason=str(error), refused=self.refused)
             return str(error)
         self.trouble = ""
-        self._announce(record.id)
-        if states is not None:
-            try:
-                self._spool.write(record.id, states)
-            except OSError as error:
-                _log.warning("hidden.not_spooled", reason=str(error))
+        self._emit(None, RecordReady(record.id))
         return ""
+
+    def _spool_states(self, id: str, states: np.ndarray) -> None:
+        try:
+            self._spool.write(id, states)
+        except OSError as error:
+            _log.warning("hidden_states.not_spooled", reason=str(error))
 
     def _batch(self, fetch: Fetch) -> RecordBatch:
         try:
             self._outbox.discard(fetch.done)
             rows = self._outbox.oldest(fetch.limit)
         except OutboxFull as error:
-            # nothing is lost: they stay, and are offered again once the disk lets go of them. Not at once, or the same
-            # rows would go round and round
+            # nothing is lost: the rows stay and are offered again once the disk allows it. Not at once, or the same rows
+            # would be sent over and over
             self.trouble = str(error)
-            _log.error("outbox.trouble", reason=str(error))
+            _log.error("outbox.failed", reason=str(error))
             return RecordBatch([], self._outbox.pending)
         return RecordBatch(rows, self._outbox.pending - len(rows))
 
-    def _purge(self, wish: Purge, matching: Callable[[Any], bool], files: AnswerFiles) -> Reply:
+    def _purge(self, purge: Purge, matches: Callable[[Envelope], bool], files: AnswerFiles) -> Reply:
         try:
-            files.purge()  # behind what was queued to be written
-            ids = list({*wish.ids, *self._outbox.matching(matching)})
+            files.purge()  # after every write that was queued before
+            ids = list({*purge.ids, *self._outbox.matching(matches)})
             self._outbox.purge(ids)
             self._spool.purge(ids)
         except (OutboxFull, OSError) as error:

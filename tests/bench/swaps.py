@@ -23,7 +23,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-import specl.daemons.inference.worker as working
+import specl.daemons.inference.decode_thread as decode_thread
+import specl.daemons.inference.scheduler as scheduling
 from specl.daemons.inference.service import Inference
 from specl.shared.adapters.registry import Adapters, Manifest
 from specl.shared.adapters.tensors import write_tensors
@@ -47,10 +48,10 @@ class Daemon:
         models = Path(os.environ.get("SPECL_MODELS") or Path(__file__).resolve().parents[2] / "var" / "models")
         self.paths, self.settings = Paths(folder, models).create(), parse_settings(SETTINGS, folder / "settings.yaml")
         if tiny:
-            working.load_engine = fake_engine
+            decode_thread.load_engine = fake_engine
         self.rounds: list[float] = []
         self.pauses: list[float] = []
-        working.decode_rounds = self._timed(working.decode_rounds, self.rounds)
+        scheduling.decode_rounds = self._timed(scheduling.decode_rounds, self.rounds)
         addresses = Addresses(self.paths, self.settings.bus)
         self.server = Server(addresses.answer("inference"), addresses.publish("inference"))
         self.inference = Inference(self.paths, self.settings, self.server)
@@ -64,8 +65,8 @@ class Daemon:
         self.worker.swap.advance = self._timed(self.worker.swap.advance, self.pauses)
 
     @property
-    def worker(self) -> "working.Worker":
-        return self.inference.worker
+    def worker(self) -> "decode_thread.DecodeThread":
+        return self.inference.decoding
 
     @staticmethod
     def _timed(action, times: list[float]):

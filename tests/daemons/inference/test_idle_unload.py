@@ -1,45 +1,44 @@
-"""`memory.idle_unload_minutes`: the models go when nobody asks and come back with the next request, the adapter too."""
+"""`memory.idle_unload_minutes`: idle models are unloaded and loaded again for the next request, with their adapter."""
 
 import gc
 import sqlite3
-import time
 import weakref
 
 import pytest
 
-from specl.daemons.inference.worker import Worker
+from specl.daemons.inference import decode_thread
 from specl.shared.errors import ModelError
-from specl.shared.settings.load import parse_settings
 from specl.shared.settings.schema import Settings
-from tests.harness.fake_models import fake_engine, publish_adapter
+from tests.harness.decoding import CLIENT, request
+from tests.harness.fake_models import publish_adapter
 from tests.harness.instance import SETTINGS
 from tests.harness.waiting import wait_until
 
 IDLE = SETTINGS + "memory: {idle_unload_minutes: 0.01}\n"  # 0.6 s
 
 
-def let_go(instance):
+def unloaded(instance):
     return lambda: instance.status("inference").get("models", {}).get("loaded") is False
 
 
-def test_they_go_come_back_and_answer_the_same_with_the_same_adapter(instance):
+def test_reloaded_models_answer_alike_with_their_adapter(instance):
     instance.set(IDLE)
     publish_adapter(instance.paths.adapters, "000001")
     instance.start("inference")
     instance.start("collector")
     instance.ready("inference")
     before = instance.ask("hello")
-    wait_until(let_go(instance), 10, "the models are let go")
+    wait_until(unloaded(instance), 10, "the models are unloaded")
     seen = instance.status("inference")
     assert seen["state"] == "ready" and seen["adapter"]["active"] == "000001"
-    places = []
+    positions = []
     with instance.client() as client:
-        text = "".join(client.stream("hello", on_position=places.append))
+        text = "".join(client.stream("hello", on_position=positions.append))
         after = client.last
     assert text == before.text and before.adapter_id == after.adapter_id == "000001"
-    assert places[0] == 0, "who asks is told to wait"
+    assert positions[0] == 0, "the client hears that it waits"
     instance.acked.append(after.generation_id)
-    wait_until(let_go(instance), 10, "the models are let go again")
+    wait_until(unloaded(instance), 10, "the models are unloaded again")
     publish_adapter(instance.paths.adapters, "000002")  # announced to nobody who could load it
     changed = instance.ask("hello")
     assert changed.adapter_id == "000002"
@@ -51,69 +50,51 @@ def test_they_go_come_back_and_answer_the_same_with_the_same_adapter(instance):
     assert rows == [("activated", "000001", ""), ("activated", "000002", "000001")]
 
 
-def test_a_command_for_the_adapter_brings_them_back(instance):
+def test_setting_an_adapter_reloads_the_models(instance):
     instance.set(IDLE)
     publish_adapter(instance.paths.adapters, "000001")
     instance.start("inference")
     instance.ready("inference")
-    wait_until(let_go(instance), 10, "the models are let go")
+    wait_until(unloaded(instance), 10, "the models are unloaded")
     with instance.client() as client:
         reply = client.set_adapter("")
     assert reply.ok and instance.status("inference")["adapter"]["active"] == ""
 
 
 @pytest.fixture
-def worker(instance, monkeypatch):
-    """A worker in this thread, with an idle time that is up at once."""
-    import specl.daemons.inference.worker as module
-
-    monkeypatch.setattr(module, "load_engine", fake_engine)
-    said = []
-    made = Worker(
-        instance.paths,
-        parse_settings(IDLE, instance.file),
-        None,
-        lambda peer, message: said.append(message),
-        lambda: None,
-    )
-    made.said = said
-    made._load()
-    return made
+def idle(new_decoding):
+    """A decode thread that may unload after 0.6 s."""
+    return new_decoding(IDLE)
 
 
-def test_nothing_holds_the_weights_once_they_are_let_go(worker):
-    weights = weakref.ref(worker.engine.target.model)
-    worker._unload_if_idle()
-    assert worker.engine is not None, "not before its time"
-    worker._idle_since = time.monotonic() - 1
-    worker._unload_if_idle()
+def make_idle(decoding):
+    wait_until(lambda: decoding.thread.unload_if_idle() or decoding.thread.unloaded, what="the models are unloaded")
+
+
+def test_unloading_leaves_nothing_that_holds_weights(idle):
+    weights = weakref.ref(idle.engine.target.model)
+    idle.thread.unload_if_idle()
+    assert idle.thread.engine is not None, "not before its time"
+    del idle.engine, idle.scheduler
+    make_idle(idle)
     gc.collect()
-    assert worker.unloaded and weights() is None
+    assert idle.thread.unloaded and weights() is None
 
 
-def test_models_that_cannot_come_back_are_a_refusal_and_the_next_request_tries_again(worker, monkeypatch):
-    import specl.daemons.inference.worker as module
-    from specl.daemons.inference.job import Job
-    from specl.shared.messaging.messages import Ask
-    from specl.shared.sampling_params import SamplingParams
-
-    def job(id):
-        ask = Ask(request_id=id, messages=[{"role": "user", "content": "hi"}], prompt="", max_tokens=4, sampling=SamplingParams(),
-                  mode="detailed", client_id="me")  # fmt: skip
-        return Job(b"peer", ask, time.monotonic())
-
-    def no_room(*arguments, **more):
+def test_failed_reload_refuses_and_the_next_retries(idle, monkeypatch):
+    def no_memory(*arguments, **more):
         raise ModelError("the models need 9 GB; 2 GB are free")
 
-    worker._idle_since = time.monotonic() - 1
-    worker._unload_if_idle()
-    monkeypatch.setattr(module, "load_engine", no_room)
-    worker._enqueue(job("a"))
-    assert worker.said[-1].request_id == "a" and "9 GB" in worker.said[-1].message and worker.unloaded
-    monkeypatch.setattr(module, "load_engine", fake_engine)
-    worker._enqueue(job("b"))
-    assert not worker.unloaded and [waiting.ask.request_id for waiting in worker.waiting] == ["b"]
+    make_idle(idle)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_thread, "load_engine", no_memory)
+        idle.thread.submit(CLIENT, request("a", "hi"))
+        idle.turn()
+    assert idle.sent[-1].request_id == "a" and "9 GB" in idle.sent[-1].message and idle.thread.unloaded
+    idle.thread.submit(CLIENT, request("b", "hi"))
+    idle.turn()
+    assert not idle.thread.unloaded and idle.thread.busy
 
 
-def test_by_default_they_stay():
+def test_by_default_models_stay_loaded():
     assert Settings().memory.idle_unload_minutes == 0

@@ -6,8 +6,8 @@ import pytest
 
 from specl.daemons.inference import swap as swapping
 from specl.daemons.inference.adapter_monitor import AdapterMonitor, held_out_before
+from specl.daemons.inference.decode_thread import WATCHED
 from specl.daemons.inference.swap import AdapterSwap
-from specl.daemons.inference.worker import WATCHED
 from specl.shared.adapters.registry import Adapters
 from specl.shared.paths import Paths
 from tests.shared.learning.test_adapter_marks import publish
