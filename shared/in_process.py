@@ -16,6 +16,7 @@ from specl.shared.answer_stats import AnswerStats
 from specl.shared.conversations import Messages, to_messages
 from specl.shared.errors import AdapterRejected, RequestRejected, SpecLoraError
 from specl.shared.paths import Paths, find_paths
+from specl.shared.sampling_params import SAMPLING_FIELDS, merge_sampling
 from specl.shared.settings.load import load_settings
 from specl.shared.settings.schema import Settings
 
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from specl.shared.engine.custom_drafter import DrafterFactory
     from specl.shared.engine.decode import Session
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-WISHES = (*SAMPLING, "seed", "max_tokens", "stop", "system", "num_draft_tokens", "ngram")
+WISHES = (*SAMPLING_FIELDS, "max_tokens", "stop", "system", "num_draft_tokens", "ngram")
 AUTO = "auto"
 
 
@@ -105,13 +105,10 @@ class Engine:
 
     def _options(self, wish: dict[str, Any]) -> Any:
         from specl.shared.engine.decode import Options
-        from specl.shared.sampling_params import SamplingParams
 
         defaults = self._settings.speculative
         given = {name: value for name, value in wish.items() if value is not None}
-        sampling = SamplingParams(
-            **{name: given.get(name, getattr(defaults, name)) for name in SAMPLING}, seed=given.get("seed")
-        )
+        sampling = merge_sampling(defaults, {name: given[name] for name in SAMPLING_FIELDS if name in given})
         fixed = defaults.num_draft_tokens if defaults.num_draft_tokens != "auto" else None
         return Options(
             sampling=sampling.validate(),

@@ -1,6 +1,8 @@
 """How the tokens of one answer are drawn: one type for the wire, the engine and the Python API. Imports no model."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 from specl.shared.errors import RequestRejected
 
@@ -39,3 +41,36 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the argmax is taken."""
         return self.temperature == 0
+
+
+class SamplingDefaults(Protocol):
+    """Where a request's missing values come from: the settings."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+
+
+SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
+
+
+def merge_sampling(defaults: SamplingDefaults, requested: Mapping[str, Any]) -> SamplingParams:
+    """What a request names, and the defaults for what it leaves out or gives as None; a seed has no default.
+
+    The one place where settings' sampling defaults reach a request. Raises RequestRejected for a name that is none of
+    SAMPLING_FIELDS.
+    """
+    if unknown := sorted(set(requested) - set(SAMPLING_FIELDS)):
+        raise RequestRejected(f"unknown: {', '.join(unknown)}", f"known are {', '.join(SAMPLING_FIELDS)}")
+
+    def value(name: str) -> Any:
+        return getattr(defaults, name) if requested.get(name) is None else requested[name]
+
+    return SamplingParams(
+        temperature=float(value("temperature")),
+        top_p=float(value("top_p")),
+        top_k=value("top_k"),
+        min_p=float(value("min_p")),
+        seed=requested.get("seed"),
+    )

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specl.shared.messaging.client import START, Client, DaemonStatuses
+from specl.shared.messaging.answer_stream import START
+from specl.shared.messaging.client import Client, DaemonStatuses
 from specl.shared.messaging.codes import DaemonState
 from specl.shared.messaging.daemon_status import (
     AdapterStatus,

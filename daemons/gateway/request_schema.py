@@ -7,7 +7,7 @@ from typing import Any
 
 from specl.daemons.gateway.errors import ApiError
 from specl.shared.messaging.messages import Ask
-from specl.shared.sampling_params import SamplingParams
+from specl.shared.sampling_params import merge_sampling
 from specl.shared.settings.schema import Settings
 
 MOST_STOPS = 16
@@ -47,10 +47,10 @@ def _bad(name: str, text: str) -> ApiError:
     return ApiError(400, f"`{name}` {text}", name, "invalid_value")
 
 
-def _number(body: dict[str, Any], name: str, low: float, high: float, default: float, above: bool = False) -> float:
+def _number(body: dict[str, Any], name: str, low: float, high: float, above: bool = False) -> float | None:
     value = body.get(name)
     if value is None:
-        return float(default)
+        return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise _bad(name, "must be a number")
     if not low <= value <= high or (above and value == low):
@@ -209,13 +209,13 @@ def parse_request(body: Any, settings: Settings, chat: bool) -> Wish:
     _refuse_unsupported(body, CHAT if chat else TEXT)
     _check_model(body, settings)
     defaults, stream = settings.speculative, _flag(body, "stream")
-    sampling = SamplingParams(
-        temperature=_number(body, "temperature", 0, 2, defaults.temperature),
-        top_p=_number(body, "top_p", 0, 1, defaults.top_p, above=True),
-        top_k=_whole(body, "top_k", 0, 1_000_000, defaults.top_k),
-        min_p=_number(body, "min_p", 0, 1, defaults.min_p),
-        seed=_whole(body, "seed", -SEED_LIMIT, SEED_LIMIT - 1, None),
-    )
+    requested = {
+        "temperature": _number(body, "temperature", 0, 2),
+        "top_p": _number(body, "top_p", 0, 1, above=True),
+        "top_k": _whole(body, "top_k", 0, 1_000_000, None),
+        "min_p": _number(body, "min_p", 0, 1),
+        "seed": _whole(body, "seed", -SEED_LIMIT, SEED_LIMIT - 1, None),
+    }
     limit = _whole(body, "max_tokens", 1, 1_000_000, None)
     if chat:
         limit = _whole(body, "max_completion_tokens", 1, 1_000_000, limit)
@@ -225,7 +225,7 @@ def parse_request(body: Any, settings: Settings, chat: bool) -> Wish:
         messages=_messages(body) if chat else [],
         prompt="" if chat else _prompt(body),
         max_tokens=limit or defaults.max_tokens,
-        sampling=sampling,
+        sampling=merge_sampling(defaults, requested),
         stop=_stops(body),
         client_id=_client(body),
         logprobs=_logprobs(body, chat),

@@ -22,7 +22,6 @@ from specl.shared.messaging.messages import (
     Generation,
     Purge,
     Record,
-    RecordBatch,
     RecordReady,
     Reply,
 )
@@ -98,7 +97,7 @@ class Recorder(threading.Thread):
 
     def fetch(self, peer: bytes, fetch: Fetch) -> None:
         """Discard the records that the collector has stored and send it the oldest others."""
-        self._queue.put(lambda: self._emit(peer, self._batch(fetch)))
+        self._queue.put(lambda: self._emit(peer, self._outbox.answer(fetch)))
 
     def purge(self, peer: bytes, purge: Purge, matches: Callable[[Envelope], bool], files: AnswerFiles) -> None:
         """Remove records, hidden states and past answers, then reply with the ids that were removed."""
@@ -156,18 +155,6 @@ class Recorder(threading.Thread):
             self._spool.write(id, states)
         except OSError as error:
             _log.warning("hidden_states.not_spooled", reason=str(error))
-
-    def _batch(self, fetch: Fetch) -> RecordBatch:
-        try:
-            self._outbox.discard(fetch.done)
-            rows = self._outbox.oldest(fetch.limit)
-        except OutboxFull as error:
-            # nothing is lost: the rows stay and are offered again once the disk allows it. Not at once, or the same rows
-            # would be sent over and over
-            self.trouble = str(error)
-            _log.error("outbox.failed", reason=str(error))
-            return RecordBatch([], self._outbox.pending)
-        return RecordBatch(rows, self._outbox.pending - len(rows))
 
     def _purge(self, purge: Purge, matches: Callable[[Envelope], bool], files: AnswerFiles) -> Reply:
         try:

@@ -30,7 +30,6 @@ from specl.shared.messaging.messages import (
     Fetch,
     GetStatus,
     Purge,
-    RecordBatch,
     RecordReady,
     Reply,
     Train,
@@ -147,7 +146,7 @@ class Trainer:
             case GetStatus():
                 self.server.send(peer, self._status())
             case Fetch():
-                self.server.send(peer, self._fetch(message))
+                self.server.send(peer, self.outbox.answer(message))
             case Train():
                 self.server.send(peer, self._train(message))
             case EvaluateAdapter():
@@ -204,14 +203,6 @@ class Trainer:
         self.worker.trials[trial.run_id] = {"verdict": "", "reason": "", "adapter_id": ""}
         self.worker.put(trial)
         return Reply(True, "it is judged as soon as inference is idle", run_id=trial.run_id)
-
-    def _fetch(self, fetch: Fetch) -> RecordBatch:
-        try:
-            self.outbox.discard(fetch.done)
-            rows = self.outbox.oldest(fetch.limit)
-        except OutboxFull:  # `status` says it; they are offered again once the disk lets go of them
-            return RecordBatch([], self.outbox.pending)
-        return RecordBatch(rows, self.outbox.pending - len(rows))
 
     def _purge(self, wish: Purge) -> Reply:
         """Forget generations: what was found out about them, the run that learns from them and its checkpoint."""

@@ -286,8 +286,17 @@ class Connection:
         with suppress(zmq.ZMQError):
             self._socket.send(encode(message), zmq.NOBLOCK)
 
+    def receive_all(self, timeout_s: float) -> list[Any]:
+        """The messages that are there, at least one; none after `timeout_s`. Raises SpecLoraError once it is closed."""
+        if self._socket.closed:
+            raise SpecLoraError(f"the connection to the {self._what} daemon was closed here")
+        messages: list[Any] = []
+        while self._socket.poll(0 if messages else int(timeout_s * 1000)):
+            messages.append(_decoded(self._socket.recv(), self._what))
+        return messages
+
     def receive(self, timeout_s: float) -> Any:
-        """The next message, or DaemonUnreachable after `timeout_s`; SpecLoraError once it is closed."""
+        """The next message. Raises DaemonUnreachable after `timeout_s`, SpecLoraError once it is closed."""
         if self._socket.closed:
             raise SpecLoraError(f"the connection to the {self._what} daemon was closed here")
         if not self._socket.poll(int(timeout_s * 1000)):

@@ -18,20 +18,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from specl.shared.conversations import Messages, to_messages
-from specl.shared.errors import DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError, WireError
+from specl.shared.errors import RequestRejected, SpecLoraError, WireError
+from specl.shared.messaging.answer_stream import FIRST_ANSWER_S, AnswerStream
 from specl.shared.messaging.bus import Connection, gather
-from specl.shared.messaging.codes import FailureCode
 from specl.shared.messaging.daemon_status import CollectorStatus, DaemonStatus, InferenceStatus, TrainerStatus
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
     Ask,
-    Cancel,
     Delta,
     Done,
     EvaluateAdapter,
-    Failed,
     GetStatus,
-    Heartbeat,
     Queued,
     Reply,
     SetAdapter,
@@ -39,18 +36,19 @@ from specl.shared.messaging.messages import (
 )
 from specl.shared.paths import ROLES, Paths, find_paths
 from specl.shared.runtime.locks import is_locked
-from specl.shared.sampling_params import SamplingParams
+from specl.shared.sampling_params import merge_sampling
 from specl.shared.settings.load import load_settings
 
 if TYPE_CHECKING:
     from specl.shared.messaging.bus import AsyncConnection
     from specl.shared.settings.schema import Settings
 
-START = "start it with `honcho start`"
-FIRST_ANSWER_S = 1.5  # a living daemon answers at once, whatever it is doing
-HEARTBEAT_S = 1.0
-SILENCE_S = 20.0  # a daemon that is there answers a heartbeat at once; one that died is back well before
 COMMAND_S = 60.0
+OnPosition = Callable[[int], None]
+
+
+def _ignore(position: int) -> None:
+    """What a caller without `on_position` does with a position in the queue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,99 +107,86 @@ class Client:
         return not (self.paths.run / f"{role}.lock").exists() or is_locked(self.paths.run, role)
 
     # ------------------------------------------------------------------------------------------------ asking
-    def request(self, prompt: str | Messages, **wish: Any) -> Ask:
-        """The request that `stream` and `ask` send: settings' defaults, changed by `wish` (system, max_tokens,
-        temperature, top_p, top_k, min_p, seed, mode, stop, conversation_id, record, num_draft_tokens, ngram, deadline_s, client_id).
+    def request(
+        self,
+        prompt: str | Messages,
+        *,
+        system: str | None = None,
+        max_tokens: int | None = None,
+        mode: str | None = None,
+        stop: str | list[str] | None = None,
+        client_id: str | None = None,
+        record: bool | None = None,
+        conversation_id: str | None = None,
+        num_draft_tokens: int | None = None,
+        ngram: bool | None = None,
+        deadline_s: float | None = None,
+        logprobs: int | None = None,
+        **sampling: Any,
+    ) -> Ask:
+        """The request that `stream` and `ask` send. What is None, or not named, has the settings' value.
+
+        `sampling`: temperature, top_p, top_k, min_p, seed. Raises RequestRejected for another name.
         """
         defaults = self.settings.speculative
-        sampling = {
-            name: wish.pop(name) if wish.get(name) is not None else getattr(defaults, name)
-            for name in ("temperature", "top_p", "top_k", "min_p")
-        }
-        for name in sampling:
-            wish.pop(name, None)
-        sampling["temperature"], sampling["top_p"] = float(sampling["temperature"]), float(sampling["top_p"])
-        sampling["min_p"] = float(sampling["min_p"])
-        seed = wish.pop("seed", None)
-        messages = to_messages(prompt, wish.pop("system", None))
-        wish = {name: value for name, value in wish.items() if value is not None}
-        if isinstance(wish.get("stop"), str):
-            wish["stop"] = [wish["stop"]]
         return Ask(
             request_id=uuid.uuid4().hex,
-            messages=messages,
+            messages=to_messages(prompt, system),
             prompt="",
-            max_tokens=int(wish.pop("max_tokens", defaults.max_tokens)),
-            sampling=SamplingParams(**sampling, seed=seed),
-            mode=wish.pop("mode", defaults.mode),
-            client_id=wish.pop("client_id", f"user {os.getuid()}"),
-            **wish,
+            max_tokens=defaults.max_tokens if max_tokens is None else int(max_tokens),
+            sampling=merge_sampling(defaults, sampling),
+            mode=mode or defaults.mode,
+            stop=[stop] if isinstance(stop, str) else stop or [],
+            conversation_id=conversation_id or "",
+            record=record is not False,
+            num_draft_tokens=num_draft_tokens,
+            ngram=ngram,
+            deadline_s=deadline_s,
+            client_id=f"user {os.getuid()}" if client_id is None else client_id,
+            logprobs=logprobs,
         )
 
-    def stream(
-        self, prompt: str | Messages, on_position: Callable[[int], None] = lambda place: None, **wish: Any
-    ) -> Iterator[str]:
+    def stream(self, prompt: str | Messages, on_position: OnPosition = _ignore, **options: Any) -> Iterator[str]:
         """Text as it is generated; afterwards `last` holds the statistics. Leaving early cancels on the server."""
-        for delta in self.deltas(self.request(prompt, **wish), on_position):
+        for delta in self.deltas(self.request(prompt, **options), on_position):
             if delta.text:
                 yield delta.text
 
-    def ask(self, prompt: str | Messages, **wish: Any) -> Done:
+    def ask(self, prompt: str | Messages, **options: Any) -> Done:
         """The whole answer at once."""
-        *_, done = self._messages(self.request(prompt, **wish))
-        self.last = done
-        return done
+        for piece in self._pieces(self.request(prompt, **options), _ignore):
+            if isinstance(piece, Done):
+                self.last = piece
+                return piece
+        raise SpecLoraError("the inference daemon ended the request without an answer")
 
-    def deltas(self, ask: Ask, on_position: Callable[[int], None] = lambda place: None) -> Iterator[Delta]:
-        """Pieces of one answer, until it is done. `on_position` hears the place in the queue whenever it changes."""
+    def deltas(self, ask: Ask, on_position: OnPosition = _ignore) -> Iterator[Delta]:
+        """Pieces of one answer, until it is done. `on_position` hears the position in the queue whenever it changes."""
         self.last = None
-        for message in self._messages(ask, on_position):
-            if isinstance(message, Done):
-                self.last = message
+        for piece in self._pieces(ask, on_position):
+            if isinstance(piece, Done):
+                self.last = piece
             else:
-                yield message
+                yield piece
 
-    def _messages(self, ask: Ask, on_position: Callable[[int], None] = lambda place: None) -> Iterator[Delta | Done]:
-        """Pieces, then the end. Closed early it cancels."""
+    def _pieces(self, ask: Ask, on_position: OnPosition) -> Iterator[Delta | Done]:
+        """Deltas, then Done. Closed early it cancels."""
         with self._connected("inference") as connection:
-            finished = False
+            stream = AnswerStream(ask, time.monotonic(), lambda: self._may_live("inference"))
             try:
-                for message in self._heard(connection, ask):
-                    if isinstance(message, Queued):
-                        on_position(message.position)
-                    elif isinstance(message, Failed):
-                        finished = True
-                        raise error_of(message)
-                    else:
-                        finished = isinstance(message, Done)
-                        yield message
+                while not stream.ended:
+                    for message in stream.outgoing():
+                        send_request(connection, message)
+                    for piece in stream.feed(connection.receive_all(stream.wait_s), time.monotonic()):
+                        if isinstance(piece, Queued):
+                            on_position(piece.position)
+                        else:
+                            yield piece
             finally:
-                if not finished:
-                    connection.send(Cancel(ask.request_id))
-
-    def _heard(self, connection: Connection, ask: Ask) -> Iterator[Queued | Delta | Done | Failed]:
-        """What is said about one request, until its end, with a heartbeat from our side."""
-        send_request(connection, ask)
-        # a daemon that lives answers a status request at once, even while the models load: one deadline for "is it there"
-        connection.send(GetStatus())
-        waiting_since, alive_at, first = time.monotonic(), time.monotonic(), True
-        while True:
-            try:
-                message = connection.receive(FIRST_ANSWER_S if first else HEARTBEAT_S)
-                waiting_since = time.monotonic()
-            except DaemonUnreachable:
-                if first or time.monotonic() - waiting_since > SILENCE_S or not self._may_live("inference"):
-                    raise
-                connection.send(GetStatus())
-                message = None
-            first = False
-            if time.monotonic() - alive_at >= HEARTBEAT_S:
-                connection.send(Heartbeat(ask.request_id))
-                alive_at = time.monotonic()
-            if isinstance(message, (Queued, Delta, Done, Failed)) and message.request_id == ask.request_id:
-                yield message
-                if isinstance(message, (Done, Failed)):
-                    return
+                for message in stream.leave():
+                    connection.send(message)
+            if stream.error is not None:
+                raise stream.error
 
     # ------------------------------------------------------------------------------------------------ commands
     def status(self, timeout_s: float = 0.4, roles: tuple[str, ...] = ROLES) -> DaemonStatuses:
@@ -255,16 +240,3 @@ def send_request(connection: "Connection | AsyncConnection", message: Any) -> No
                 "the text is not Unicode: it holds bytes or characters that UTF-8 does not have"
             ) from error
         raise RequestRejected(str(error)) from error
-
-
-def error_of(failed: Failed) -> SpecLoraError:
-    """What a failed answer means to whoever asked: the daemon is (for the moment) gone, it says no, or something broke."""
-    match failed.code:
-        case FailureCode.LOST | FailureCode.STOPPED:
-            return DaemonUnreachable(failed.message, failed.hint or START)
-        case FailureCode.BUSY:
-            return ServerBusy(failed.message, failed.hint)
-        case FailureCode.REJECTED:
-            return RequestRejected(failed.message, failed.hint)
-        case _:
-            return SpecLoraError(failed.message, failed.hint)

@@ -12,9 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from specl.shared.errors import OutboxFull
-from specl.shared.messaging.messages import FETCH_BYTES, FETCH_LIMIT, Envelope
+from specl.shared.messaging.messages import FETCH_BYTES, FETCH_LIMIT, Envelope, Fetch, RecordBatch
+from specl.shared.runtime import log
 from specl.shared.runtime.failpoints import failpoint
 
+_log = log.get("outbox")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS outbox (
   n INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, kind TEXT NOT NULL, body BLOB NOT NULL
@@ -117,6 +119,20 @@ class Outbox:
                     break
                 rows.append(Envelope(id, kind, body))
         return rows
+
+    def answer(self, fetch: Fetch) -> RecordBatch:
+        """Let go of what the fetch acknowledges; the oldest others.
+
+        Where the disk refuses, `trouble` says so and the batch is empty: nothing is lost, but the same rows, sent again at once,
+        would go round and round.
+        """
+        try:
+            self.discard(fetch.done)
+            rows = self.oldest(fetch.limit)
+        except OutboxFull as error:
+            _log.error("fetch.refused", reason=str(error))
+            return RecordBatch([], self.pending)
+        return RecordBatch(rows, self.pending - len(rows))
 
     @property
     def pending(self) -> int:

@@ -7,6 +7,7 @@ from itertools import zip_longest
 import pytest
 
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
+from specl.shared.messaging import answer_stream
 from specl.shared.messaging import client as client_module
 from specl.shared.messaging.messages import SetAdapter
 from tests.harness.instance import Instance
@@ -29,7 +30,7 @@ def client(instance):
 
 def test_a_command_after_an_answer_hears_its_own_reply(client, monkeypatch):
     # heartbeats without a pause: each ask leaves answers to them on the way when it ends
-    monkeypatch.setattr(client_module, "HEARTBEAT_S", 0.001)
+    monkeypatch.setattr(answer_stream, "HEARTBEAT_S", 0.001)
     for _ in range(5):
         client.ask("hello", max_tokens=6)
         assert client.set_adapter("").ok
@@ -86,7 +87,7 @@ def test_nobody_there_is_told_in_time(instance, tmp_path):
             client.ask("hello")
         with pytest.raises(DaemonUnreachable, match="trainer daemon does not answer"):
             client.train()
-        assert time.monotonic() - start < 2 * client_module.FIRST_ANSWER_S + 1
+        assert time.monotonic() - start < 2 * answer_stream.FIRST_ANSWER_S + 1
 
 
 def test_one_stop_text_needs_no_list(client):
