@@ -1,4 +1,4 @@
-"""How every daemon starts and ends: settings, folders, logs, lock, signals, then its own loop; and which exit code that is."""
+"""How every daemon starts and ends: settings, folders, logs, lock, signals, then its loop; and with which exit code."""
 
 import os
 import sys
@@ -20,9 +20,9 @@ Main = Callable[[Paths, Settings, Server, StopFlag], None]
 Serve = Callable[[Paths, Settings], None]
 
 
-def leave(code: int) -> None:
-    """End the process at once. A model that is still loading on a thread of its own would hold up an ordinary exit, and
-    Ctrl-C promises four seconds; what must last is on disk by now.
+def exit_at_once(code: int) -> None:
+    """End the process without waiting for threads: a model that is still loading would delay an ordinary exit, and Ctrl-C
+    promises four seconds. Everything that must last is on disk by now.
     """
     with suppress(OSError):
         sys.stdout.flush()
@@ -31,7 +31,7 @@ def leave(code: int) -> None:
 
 
 def run_daemon(role: str, main: Main) -> int:
-    """Run `main` as the only `role` on this run directory, with its sockets on the bus; the exit code of `run_alone`."""
+    """Run `main` as the only `role` on this run directory, with its sockets on the bus; the exit code of `run_exclusively`."""
 
     def serve(paths: Paths, settings: Settings) -> None:
         addresses = Addresses(paths, settings.bus)
@@ -41,20 +41,21 @@ def run_daemon(role: str, main: Main) -> int:
         finally:
             server.close()
 
-    return run_alone(role, serve)
+    return run_exclusively(role, serve)
 
 
-def run_alone(role: str, serve: Serve) -> int:
-    """Run `serve` as the only `role` on this run directory. A user's mistake is one line on stderr and exit code 78;
-    75 where another process has the role.
+def run_exclusively(role: str, serve: Serve) -> int:
+    """Run `serve` as the only `role` on this run directory; the exit code.
+
+    An error is one line on stderr and code 1, or 78 where the settings are wrong and 75 where another process has the role.
     """
-    os.umask(0o077)  # whatever is made from here on, by whichever library, is this user's alone
+    os.umask(0o077)  # only this user may read files from now on, whichever library writes them
     lock: Lock | None = None
     try:
         settings = load_settings()
         paths = find_paths().create()
         log.set_up(role, paths.logs, settings.logging.level)
-        lock = Lock(paths.run, role)  # before the bind: an ipc path can be stolen by a second one
+        lock = Lock(paths.run, role)  # before the bind: a second process would take over an ipc path
         log.get(role).info("daemon.started", var=str(paths.root), settings=str(settings_file()))
         serve(paths, settings)
         log.get(role).info("daemon.stopped")

@@ -1,4 +1,4 @@
-"""`python -m specl.daemons.supervise ROLE`: the respawner on each Procfile line (honcho ends all when one ends)."""
+"""`python -m specl.daemons.supervise ROLE`: the supervisor on each Procfile line and in each service unit."""
 
 import sys
 
@@ -9,14 +9,15 @@ from specl.shared.runtime.supervisor import EX_CONFIG, supervise
 
 
 def main() -> int:
-    """Keep one daemon running."""
+    """Supervise one daemon; the exit code is for honcho."""
     if len(sys.argv) != 2 or sys.argv[1] not in DAEMONS:
         print(f"usage: python -m specl.daemons.supervise {'|'.join(DAEMONS)}", file=sys.stderr)
         return EX_CONFIG
-    log.set_up(f"keep-{sys.argv[1]}", None)
-    if sys.argv[1] == "trainer":
+    role = sys.argv[1]
+    log.set_up(f"supervisor-{role}", None)
+    if role == "trainer":
         lower_priority()
-    return supervise(sys.argv[1], find_paths().run)
+    return supervise(role, find_paths().run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory back to the system, once nothing holds a model any more."""
+"""Returns memory to the system once nothing holds a model any more."""
 
 import ctypes
 import gc
@@ -8,7 +8,7 @@ import mlx.core as mx
 
 
 def free_memory() -> None:
-    """Collect cycles, empty MLX's cache, and let the C library return what it only keeps (glibc; others do so themselves)."""
+    """Collect cycles, empty MLX's cache, and have glibc return its free memory (other C libraries do so by themselves)."""
     gc.collect()
     mx.clear_cache()
     with suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""A GGUF file's header as an mlx-lm config: opened safely, keys asked for by name, rotary scaling recognised.
+"""A GGUF file's header as an mlx-lm config. A file that is none, cut or split is one sentence, never a crash.
 
 Knows the `llama` and `qwen2` architectures. Sources: the GGUF specification, llama.cpp's convert_hf_to_gguf.py.
 """
@@ -20,7 +20,7 @@ _ENDS = {"<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_
 
 
 class Header:
-    """An open GGUF file: its keys and tensors. Raises ModelError in one sentence where it is none, cut or split."""
+    """An open GGUF file: its keys and tensors. Raises ModelError where the file is none, cut or split."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,35 +48,35 @@ class Header:
             raise ModelError(f"{self.path.name}: the GGUF file has no {name}")
         return default
 
-    def own(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A value under the architecture's name."""
+    def architecture_key(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A value whose full name begins with the architecture, for example `llama.block_count`."""
         return self.key(f"{self.architecture}.{name}", default)
 
 
 def model_config(header: Header) -> dict[str, Any]:
-    """config.json as mlx-lm reads it, but for `quantization` and `tie_word_embeddings`, which the tensors decide."""
-    heads, width = header.own("attention.head_count"), header.own("embedding_length")
+    """config.json as mlx-lm reads it, without `quantization` and `tie_word_embeddings`, which the tensors decide."""
+    heads, width = header.architecture_key("attention.head_count"), header.architecture_key("embedding_length")
     config = {
         "model_type": header.architecture,
         "architectures": [ARCHITECTURES[header.architecture]],
         "hidden_size": width,
-        "num_hidden_layers": header.own("block_count"),
-        "intermediate_size": header.own("feed_forward_length"),
+        "num_hidden_layers": header.architecture_key("block_count"),
+        "intermediate_size": header.architecture_key("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": header.own("attention.head_count_kv", heads),
-        "rms_norm_eps": round(header.own("attention.layer_norm_rms_epsilon"), 12),
-        "rope_theta": header.own("rope.freq_base", 10000.0),
-        "max_position_embeddings": header.own("context_length"),
+        "num_key_value_heads": header.architecture_key("attention.head_count_kv", heads),
+        "rms_norm_eps": round(header.architecture_key("attention.layer_norm_rms_epsilon"), 12),
+        "rope_theta": header.architecture_key("rope.freq_base", 10000.0),
+        "max_position_embeddings": header.architecture_key("context_length"),
         "vocab_size": _vocabulary(header),
         "eos_token_id": header.key("tokenizer.ggml.eos_token_id"),
         "bos_token_id": header.key("tokenizer.ggml.bos_token_id", None),
     }
-    size = header.own("attention.key_length", width // heads)
+    size = header.architecture_key("attention.key_length", width // heads)
     if size != width // heads:
         if header.architecture == "qwen2":
             raise ModelError(f"{header.path.name}: qwen2 with heads of {size} is not supported")
         config["head_dim"] = size
-    if header.own("rope.dimension_count", size) != size:
+    if header.architecture_key("rope.dimension_count", size) != size:
         raise ModelError(f"{header.path.name}: rotary positions over a part of each head are not supported")
     if scaling := _rope_scaling(header, config["rope_theta"], size):
         config["rope_scaling"] = scaling
@@ -84,26 +84,26 @@ def model_config(header: Header) -> dict[str, Any]:
 
 
 def _vocabulary(header: Header) -> int:
-    """Rows of the embedding, which may be padded beyond the tokens."""
+    """Rows of the embedding, which may be more than the tokenizer has tokens."""
     rows = [int(tensor.shape[1]) for tensor in header.reader.tensors if tensor.name == "token_embd.weight"]
     return rows[0] if rows else len(header.key("tokenizer.ggml.tokens"))
 
 
 def _rope_scaling(header: Header, theta: float, size: int) -> dict[str, Any] | None:
-    """How positions are stretched, as mlx-lm names it; None where they are not."""
+    """`rope_scaling` of the config; None where positions are not scaled."""
     factors = next((t for t in header.reader.tensors if t.name == "rope_freqs.weight"), None)
     if factors is not None:
         return _llama3(header, np.array(factors.data, dtype=np.float64).reshape(-1), theta, size)
-    kind = header.own("rope.scaling.type", "none")
+    kind = header.architecture_key("rope.scaling.type", "none")
     if kind == "none":
         return None
     if kind == "linear":
-        return {"rope_type": "linear", "factor": header.own("rope.scaling.factor")}
+        return {"rope_type": "linear", "factor": header.architecture_key("rope.scaling.factor")}
     raise ModelError(f"{header.path.name}: rotary scaling {kind!r} is not supported; `linear` and llama 3's are")
 
 
 def _llama3(header: Header, factors: np.ndarray, theta: float, size: int) -> dict[str, Any]:
-    """Llama 3.1's scaling from the factors that llama.cpp stores in its place; its other numbers are the published ones."""
+    """Llama 3.1's `rope_scaling` from the factors that llama.cpp stores instead; the other numbers are the published ones."""
     factor, low, high, old = round(float(factors.max()), 3), 1.0, 4.0, 8192
     wavelength = 2 * np.pi * theta ** (np.arange(0, size, 2) / size)
     smooth = (old / wavelength - low) / (high - low)
@@ -123,7 +123,7 @@ def _llama3(header: Header, factors: np.ndarray, theta: float, size: int) -> dic
 
 
 def end_tokens(header: Header) -> list[int]:
-    """Every token that ends an answer: what the file names, and those known by their text."""
+    """Every token that ends an answer: those that the file names, and those with a known text."""
     named = [header.key(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot", "eom")]
     tokens, kinds = header.key("tokenizer.ggml.tokens"), header.key("tokenizer.ggml.token_type", None)
     known = [i for i, token in enumerate(tokens) if token in _ENDS and (kinds is None or kinds[i] != 1)]

@@ -1,6 +1,6 @@
 """GGUF to an mlx-lm directory: config, weights under mlx-lm's names, tokenizer and chat template.
 
-Which blocks become what is in `gguf_tensors.py`. Knows files, no names of models. What it writes loads, or it raises.
+gguf_tensors.py converts the blocks. Knows files, no names of models. Promises: what it has written loads, or it raises.
 """
 
 import json
@@ -30,7 +30,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_ELSEWHERE = ("rope_freqs",)  # read into the config
+_CONFIG_TENSORS = ("rope_freqs",)  # part of the config, not weights
 
 
 def mlx_name(gguf_name: str) -> str:
@@ -44,19 +44,19 @@ def mlx_name(gguf_name: str) -> str:
 
 
 def _tensors(header: Header) -> list[ReaderTensor]:
-    """What becomes weights. Raises ModelError that names every quantisation not known."""
-    found = [tensor for tensor in header.reader.tensors if not tensor.name.startswith(_ELSEWHERE)]
-    unknown = sorted({tensor.tensor_type.name for tensor in found if tensor.tensor_type not in SUPPORTED})
+    """The tensors that become weights. Raises ModelError that names every unknown quantisation."""
+    tensors = [tensor for tensor in header.reader.tensors if not tensor.name.startswith(_CONFIG_TENSORS)]
+    unknown = sorted({tensor.tensor_type.name for tensor in tensors if tensor.tensor_type not in SUPPORTED})
     if unknown:
         raise ModelError(
             f"{header.path.name}: GGUF quantisation {', '.join(unknown)} is not supported; "
             f"{', '.join(kind.name for kind in SUPPORTED)} are"
         )
-    return found
+    return tensors
 
 
 def _dense_type(tensors: list[ReaderTensor], quantize: Quantize) -> str:
-    """The type of what is not quantised: the matrices' own; fp16 beside blocks, whose scales are fp16."""
+    """The type of dense tensors: that of the matrices; fp16 if some are blocks, whose scales are fp16."""
     kinds = {DENSE.get(tensor.tensor_type, "blocks") for tensor in tensors if len(tensor.shape) == 2}
     if kinds == {"float32"} and quantize in ("keep", "none"):
         return "float32"
@@ -74,7 +74,7 @@ def size_needed(gguf: Path, quantize: Quantize = "keep") -> int:
 def _weights(
     header: Header, config: dict[str, Any], quantize: Quantize, exact: bool
 ) -> Iterator[tuple[str, dict[str, Part], int, int]]:
-    """Each module's name, its arrays, bits and group."""
+    """(module name, its arrays, bits, group size) of every tensor."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     permuted = heads if header.architecture == "llama" else {}  # llama.cpp reorders rotary rows of this family only
     tensors = _tensors(header)
@@ -88,7 +88,7 @@ def _weights(
 
 
 class _Shards:
-    """Safetensors files of about a GiB each, so that a large model is never in memory as a whole."""
+    """Writes safetensors files of about a GiB each, so that a large model is never completely in memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.written = folder, 0
@@ -108,7 +108,7 @@ class _Shards:
                 mx.save_safetensors(path, {key: part.array for key, part in self._pending.items()}, metadata)
             else:
                 save_file({key: part.data for key, part in self._pending.items()}, path, metadata)
-        except (SafetensorError, RuntimeError) as error:  # what these writers make of a full disk
+        except (SafetensorError, RuntimeError) as error:  # what these writers raise on a full disk
             raise OSError(f"{name}: {error}") from error
         self.written += 1
         self._pending = {}

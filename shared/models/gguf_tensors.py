@@ -18,7 +18,7 @@ from gguf.quants import Q4_K
 from specl.shared.errors import ModelError
 
 GROUP = 32  # weights a block, in GGUF's Q4_x, Q5_x and Q8_0
-CHUNK = 1 << 24  # weights made dense at once
+CHUNK = 1 << 24  # weights that are dense in memory at a time
 Quantize = Literal["keep", "4", "8", "none"]
 Codes = tuple[np.ndarray, np.ndarray, np.ndarray]
 DENSE = {Kind.F32: "float32", Kind.F16: "float16", Kind.BF16: "bfloat16"}
@@ -29,14 +29,14 @@ SUPPORTED = (*DENSE, *EXACT_BITS, *REQUANTISED)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One array of a safetensors file; bf16, which numpy does not know, as its bits."""
+    """One array of a safetensors file. bf16, which numpy does not have, is in `data` as uint16 bits."""
 
     data: np.ndarray
     dtype: str
 
     @property
     def array(self) -> mx.array:
-        """The same for MLX."""
+        """The values as an MLX array."""
         return mx.array(self.data).view(mx.bfloat16) if self.dtype == "bfloat16" else mx.array(self.data)
 
 
@@ -116,7 +116,10 @@ def size_of(tensor: ReaderTensor, quantize: Quantize, dense: str) -> int:
 
 
 def parts_of(tensor: ReaderTensor, quantize: Quantize, dense: str, heads: int | None) -> dict[str, Part]:
-    """weight, and scales and biases where it is quantised. `dense` is the type of what is not; `heads` undoes the permutation."""
+    """`weight`, and `scales` and `biases` where it is quantised.
+
+    `dense` is the type of dense tensors; with `heads`, llama.cpp's permutation of rotary rows is undone.
+    """
     bits, group = bits_of(tensor, quantize)
     if bits and quantize == "keep" and tensor.tensor_type in EXACT_BITS:
         codes, scales, biases = unpack(tensor.data, tensor.tensor_type)
@@ -135,7 +138,7 @@ def parts_of(tensor: ReaderTensor, quantize: Quantize, dense: str, heads: int | 
 
 
 def _rows(tensor: ReaderTensor) -> Iterator[np.ndarray]:
-    """The tensor dense in fp32, some rows at a time."""
+    """The tensor in dense fp32, CHUNK weights at a time."""
     data = tensor.data if tensor.data.ndim > 1 else tensor.data[None]
     step = max(1, CHUNK // int(tensor.shape[0]))
     for start in range(0, data.shape[0], step):
@@ -144,18 +147,17 @@ def _rows(tensor: ReaderTensor) -> Iterator[np.ndarray]:
 
 
 def _quantised(tensor: ReaderTensor, bits: int, group: int, dense: str) -> dict[str, Part]:
-    pieces: list[list[np.ndarray]] = [[], [], []]
+    chunks: list[list[np.ndarray]] = [[], [], []]
     for rows in _rows(tensor):
-        made = mx.quantize(mx.array(rows), group, bits)
-        for piece, array in zip(pieces, made, strict=True):
-            piece.append(np.array(array))
-    weight, scales, biases = (np.concatenate(piece) for piece in pieces)
+        for chunk, array in zip(chunks, mx.quantize(mx.array(rows), group, bits), strict=True):
+            chunk.append(np.array(array))
+    weight, scales, biases = (np.concatenate(chunk) for chunk in chunks)
     half = "float16" if dense == "float32" else dense
     return {"weight": Part(weight, "uint32"), "scales": as_type(scales, half), "biases": as_type(biases, half)}
 
 
 def as_type(values: np.ndarray, dtype: str) -> Part:
-    """fp32 values in another type; bf16 as its bits, rounded to nearest even."""
+    """fp32 values in another type; bf16 is rounded to nearest even."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             return Part(np.ascontiguousarray(values, dtype=dtype), dtype)

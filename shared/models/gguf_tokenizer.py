@@ -29,7 +29,7 @@ def _byte_level(header: Header, tokens: Sequence[str]) -> Tokenizer:
     name = header.key("tokenizer.ggml.pre", "default")
     merges = [tuple(line.split(" ")) for line in header.key("tokenizer.ggml.merges")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    # Llama 3 takes a word that is a token whole, whatever its merges say
+    # Llama 3 keeps a word that is itself a token, whatever its merges are
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=_SPLITS.get(name) == LLAMA3))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in _SPLITS)
     if name in _SPLITS:
@@ -71,23 +71,23 @@ def _sentence_piece(header: Header, tokens: Sequence[str], kinds: Sequence[int])
 
 
 def _merges(tokens: Sequence[str], scores: Sequence[float], whole: set[str]) -> list[tuple[str, str]]:
-    """BPE's merges from SentencePiece's scores: every way to make a piece of two others, best piece first."""
-    places = {token: i for i, token in enumerate(tokens) if token not in whole}
-    found = []
-    for piece, place in places.items():
+    """BPE's merges from SentencePiece's scores: every pair of pieces that joins to a third one, best result first."""
+    ids = {token: id for id, token in enumerate(tokens) if token not in whole}
+    merges = []
+    for piece, id in ids.items():
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
-            if left in places and right in places:
-                found.append((-scores[place], places[left], places[right], (left, right)))
-    return [pair for *_, pair in sorted(found)]
+            if left in ids and right in ids:
+                merges.append((-scores[id], ids[left], ids[right], (left, right)))
+    return [pair for *_, pair in sorted(merges)]
 
 
 def _leading(header: Header) -> int | None:
-    """The token before every text that no chat template wrote, or None. `add_eos_token` is for texts that are over."""
+    """The token (BOS) before every text that no chat template wrote, or None. `add_eos_token` would end a prompt: not used."""
     llama = header.key("tokenizer.ggml.model") == "llama"
-    # what llama.cpp takes where the file does not say
-    assumed = llama or _SPLITS.get(header.key("tokenizer.ggml.pre", "default")) == LLAMA3
-    if not header.key("tokenizer.ggml.add_bos_token", assumed):
+    # llama.cpp's default, where the file has no value
+    default = llama or _SPLITS.get(header.key("tokenizer.ggml.pre", "default")) == LLAMA3
+    if not header.key("tokenizer.ggml.add_bos_token", default):
         return None
     bos: int | None = header.key("tokenizer.ggml.bos_token_id", None)
     return bos
@@ -103,9 +103,9 @@ def write_tokenizer(header: Header, folder: Path) -> None:
         tokenizer = _sentence_piece(header, tokens, kinds)
     else:
         raise ModelError(f"{header.path.name}: GGUF tokenizer {model!r} is not supported; `gpt2` and `llama` are")
-    for wanted, special in ((CONTROL, True), (USER, False)):
-        named = [token for token, kind in zip(tokens, kinds, strict=True) if kind == wanted]
-        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in named])
+    for kind, special in ((CONTROL, True), (USER, False)):
+        added = [token for token, token_kind in zip(tokens, kinds, strict=True) if token_kind == kind]
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
     if (bos := _leading(header)) is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[tokens[bos], "$A"], pair=[tokens[bos], "$A", "$B"], special_tokens=[(tokens[bos], bos)]

@@ -1,7 +1,7 @@
-"""How much memory models, caches and training will take, told before anything is loaded, and whether this machine has it.
+"""Estimates the memory of models, caches and training before anything is loaded, and compares it with this machine's.
 
-Arithmetic over config.json and the headers of the weights files; nothing is loaded. Measured against what really is taken
-with the built-in model on Linux (docs/models.md); on a Mac it is arithmetic only. Knows no daemons.
+Arithmetic over config.json and the headers of the weights files. Checked against the memory of a real process with the
+built-in model on Linux (docs/models.md); on a Mac nobody has measured it. Knows no daemons.
 """
 
 import json
@@ -16,17 +16,17 @@ from typing import Any
 from specl.shared.errors import ModelError
 from specl.shared.settings.schema import Settings
 
-PROCESS = 200e6  # Python, MLX and the libraries (measured: 90 MB imported, the rest as buffers come)
-COLLECTOR = 120e6
-SHARE = 0.9  # of the machine's memory, where no limit is set
-TRAINING_TOKENS = 256  # of one forward and backward (the trainer's pieces)
-ADAM = 4  # weight, gradient and two moments of what trains, in fp32
-MAX_HEADER = 64 << 20
+PROCESS_BYTES = 200e6  # Python, MLX and the libraries (measured: 90 MB after the imports, the rest in buffers)
+COLLECTOR_BYTES = 120e6
+AUTO_SHARE = 0.9  # of the machine's memory may be taken, where `memory.limit_gb` is auto
+TRAINING_TOKENS = 256  # of one forward and backward of the trainer
+ADAM_VALUES = 4  # fp32 numbers for each trained one: weight, gradient and two moments
+MAX_HEADER = 64 << 20  # bytes of a safetensors header
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What is known of a model without loading it: weights, how they lie in its files, and the shape of a layer."""
+    """Sizes of a model, read without loading it. `file_bytes`: of its weights files; the rest are counts of numbers."""
 
     parameters: int
     file_bytes: int
@@ -38,35 +38,35 @@ class ModelSize:
     vocabulary: int
 
     def weights(self, dense_fp32: bool, native: bool) -> float:
-        """Bytes when loaded. Dense fp32 on CPU keeps the blocks beside it: unpacked, and as the kernels read them."""
+        """Bytes of the loaded weights. With native kernels, dense fp32 has a second copy in the kernels' formats, and that of
+        a quantised model its unpacked blocks as well.
+        """
         if not dense_fp32:
             return float(self.file_bytes)
-        beside = (
-            (self.parameters * 1.25 + self.file_bytes if self.quantised else 2.0 * self.parameters) if native else 0
-        )
-        return 4.0 * self.parameters + beside
+        copies = self.parameters * 1.25 + self.file_bytes if self.quantised else 2.0 * self.parameters
+        return 4.0 * self.parameters + (copies if native else 0)
 
     def cache(self, tokens: int, dense_fp32: bool) -> float:
-        """Bytes of keys and values for so many tokens."""
+        """Bytes of keys and values for `tokens` tokens."""
         return 2.0 * tokens * self.layers * self.kv_width * (4 if dense_fp32 else 2)
 
     def lora(self, rank: int) -> float:
-        """Numbers in A and B on every linear layer."""
+        """Numbers in A and B of an adapter of this rank on every linear layer."""
         sides = 4 * self.hidden + 2 * (self.hidden + self.kv_width) + 3 * (self.hidden + self.intermediate)
         return float(rank * self.layers * sides)
 
     def activations(self, checkpointing: bool) -> float:
-        """Bytes that one forward keeps for its backward: ten rows of the width and three of the inner one a layer, the
-        logits four times.
+        """Bytes that one forward keeps for its backward: for each token and layer ten hidden and three intermediate rows, and
+        four rows of logits. With gradient checkpointing, one layer and a hidden row of each other layer.
         """
         layer = TRAINING_TOKENS * (10 * self.hidden + 3 * self.intermediate) * 4.0
-        kept = layer + self.layers * TRAINING_TOKENS * self.hidden * 4.0 if checkpointing else layer * self.layers
-        return kept + TRAINING_TOKENS * self.vocabulary * 4 * 4.0
+        layers = layer + self.layers * TRAINING_TOKENS * self.hidden * 4.0 if checkpointing else layer * self.layers
+        return layers + TRAINING_TOKENS * self.vocabulary * 4 * 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Bytes of memory here, and whether models are held dense in fp32 (CPU) with native kernels beside."""
+    """Bytes of this machine's memory, whether models are loaded as dense fp32, and whether native kernels are used."""
 
     memory: float
     dense_fp32: bool
@@ -75,13 +75,13 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes by what they are for: `serving` of the inference daemon (and collector), `training` on top of that."""
+    """Bytes by purpose. `serving`: of the inference daemon and the collector; `training`: what a training run adds."""
 
     serving: dict[str, float] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
 
     def total(self, training: bool) -> float:
-        """All together, with or without a training run."""
+        """The sum, with or without a training run."""
         return sum(self.serving.values()) + (sum(self.training.values()) if training else 0.0)
 
     def describe(self) -> str:
@@ -98,20 +98,22 @@ def _listed(items: dict[str, float]) -> str:
 
 
 def estimate(target: ModelSize, draft: ModelSize | None, settings: Settings, machine: Machine) -> Estimate:
-    """What serving and training with these models will take here. Pure."""
+    """What serving and training with these models will take on `machine`. Pure."""
     fp32, tokens = machine.dense_fp32, settings.memory.max_kv_cache_tokens
     weights = {"target": target.weights(fp32, machine.native)}
     caches = target.cache(tokens, fp32)
     if draft is not None:
         weights["draft"] = draft.weights(fp32, machine.native)
         caches += draft.cache(tokens, fp32)
-    serving = weights | {"caches": caches, "programs": PROCESS + COLLECTOR}
+    serving = weights | {"caches": caches, "programs": PROCESS_BYTES + COLLECTOR_BYTES}
     if draft is None:
         return Estimate(serving)
     training = settings.training
-    learning = draft.lora(training.lora.rank) * 4 * ADAM + draft.activations(settings.memory.gradient_checkpointing)
-    # the trainer is a process of its own: it reads the target's states, so it holds both models again
-    return Estimate(serving, weights | {"learning": learning, "programs": PROCESS})
+    learning = draft.lora(training.lora.rank) * 4 * ADAM_VALUES + draft.activations(
+        settings.memory.gradient_checkpointing
+    )
+    # the trainer is another process, which reads the target's hidden states: it loads both models again
+    return Estimate(serving, weights | {"learning": learning, "programs": PROCESS_BYTES})
 
 
 # ---------------------------------------------------------------------------------------------------- files and machine
@@ -136,7 +138,7 @@ def size_of(folder: Path) -> ModelSize:
             vocabulary=int(config.get("hot_size") or config["vocab_size"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, struct.error) as error:
-        raise ModelError(f"the size of the model at {folder} cannot be told: {error!r}") from error
+        raise ModelError(f"the size of the model at {folder} cannot be read: {error!r}") from error
 
 
 def _entries(file: Path) -> Iterator[tuple[str, list[int]]]:
@@ -152,21 +154,21 @@ def _entries(file: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def _elements(name: str, shape: list[int], tensors: dict[str, list[int]], groups: dict[str, Any]) -> int:
-    """Weights that a tensor stands for: a packed one has as many as its scales have groups."""
+    """Weights of a tensor; of a packed one, group size times the number of its scales."""
     if name.endswith((".scales", ".biases")):
         return 0
     module = name.removesuffix(".weight")
     if f"{module}.scales" not in tensors:
         return math.prod(shape)
-    own = groups.get(module)
-    group = own["group_size"] if isinstance(own, dict) else groups.get("group_size", 64)
+    exception = groups.get(module)
+    group = exception["group_size"] if isinstance(exception, dict) else groups.get("group_size", 64)
     return math.prod(tensors[f"{module}.scales"]) * int(group)
 
 
 def this_machine(precision: str) -> Machine:
-    """Physical memory, or less where this process may only have less (containers), and how models are held here."""
-    from specl.shared import native
+    """This machine's memory, or the limit of this process's container, and how models are loaded on it."""
     from specl.shared.models.cpu_kernels import on_cpu
+    from specl.shared.native import available
 
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -175,24 +177,24 @@ def this_machine(precision: str) -> Machine:
         except (OSError, ValueError):  # "max", or another system
             continue
     fp32 = precision == "fp32" or (precision == "auto" and on_cpu())
-    return Machine(total, fp32, on_cpu() and native.available())
+    return Machine(total, fp32, on_cpu() and available())
 
 
 def limit(settings: Settings, machine: Machine) -> float:
-    """Bytes that may be taken; infinity where the settings say not to look."""
-    wish = settings.memory.limit_gb
-    if wish == "none":
+    """Bytes that may be taken; infinity where `memory.limit_gb` is none."""
+    limit_gb = settings.memory.limit_gb
+    if limit_gb == "none":
         return math.inf
-    return SHARE * machine.memory if wish == "auto" else float(wish) * 1e9
+    return AUTO_SHARE * machine.memory if limit_gb == "auto" else float(limit_gb) * 1e9
 
 
-def check(found: Estimate, settings: Settings, machine: Machine, training: bool) -> None:
-    """Raises ModelError where serving, or with `training` both together, cannot fit."""
-    needed, allowed = found.total(training), limit(settings, machine)
+def check(estimated: Estimate, settings: Settings, machine: Machine, training: bool) -> None:
+    """Raises ModelError where serving, or with `training` both together, do not fit."""
+    needed, allowed = estimated.total(training), limit(settings, machine)
     if needed <= allowed:
         return
     what = "training while serving" if training else f"serving {settings.models.target.name}"
-    detail = found.describe() if training else _listed(found.serving)
+    detail = estimated.describe() if training else _listed(estimated.serving)
     raise ModelError(
         f"{what} needs about {needed / 1e9:.1f} GB ({detail}); "
         f"{allowed / 1e9:.1f} GB may be taken of this machine's {machine.memory / 1e9:.1f} GB",
