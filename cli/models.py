@@ -1,8 +1,8 @@
-"""`specl-ctl models`: which models the settings name, where they lie, and how others are brought in."""
+"""`specl-ctl models`: the models of the settings and their folders, import of GGUF files, downloads."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,74 +16,57 @@ if TYPE_CHECKING:
 
 @click.group()
 def models() -> None:
-    """Which models are used, where they lie; import GGUF files."""
+    """Which models are used, and where; import GGUF files."""
 
 
-def model_folder(name: str | None, folder: Path, is_draft: bool) -> str | None:
-    """The folder that a model name of the settings stands for, or None; fetches nothing."""
-    from specl.shared.models import builtin
+def model_folder(name: str | None, models: Path, is_draft: bool) -> Path | None:
+    """The folder of a target or draft of the settings, or None; fetches nothing."""
+    from specl.shared.loading.engine import draft_folder
+    from specl.shared.models.find import find_downloaded
 
     if name is None:
         return None
-    if is_draft:
-        from specl.shared.loading.engine import draft_folder
-
-        path = draft_folder(name, folder)
-        if path is not None:
-            return str(path)
-    if name == builtin.NAME:
-        path = folder / name
-        return str(path) if (path / "config.json").is_file() else None
-    from specl.shared.models.find import find_model
-
-    try:
-        if (path := find_model(name, folder)) is not None:
-            return str(path)
-    except ModelError:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
-    return str(Path(cached).parent) if isinstance(cached, str) else None
+    return (draft_folder(name, models) if is_draft else None) or find_downloaded(name, models)
 
 
 @models.command("list")
 @click.option("--json", "as_object", is_flag=True, help="One JSON object; with --found a list.")
-@click.option("--found", "others", is_flag=True, help="What Ollama and LM Studio have on this machine.")
-def list_(as_object: bool, others: bool) -> None:
+@click.option("--found", "found", is_flag=True, help="What Ollama and LM Studio have on this machine.")
+def list_(as_object: bool, found: bool) -> None:
     """Target and draft of the settings, with their folders (empty: not fetched yet).
 
     With --found: models that Ollama and LM Studio keep here. Each can be used by its name, as `models.target.name` or in
     `specl-ctl models import NAME`.
     """
-    if others:
-        _list_found(as_object)
+    if found:
+        _list_local_models(as_object)
         return
-    settings, folder = load_settings(), find_paths().models
-    rows: dict[str, Any] = {
-        role: {"name": model.name, "path": model_folder(model.name, folder, role == "draft")}
-        for role, model in (("target", settings.models.target), ("draft", settings.models.draft))
-    }
+    settings, models = load_settings(), find_paths().models
+    names = {"target": settings.models.target.name, "draft": settings.models.draft.name}
+    folders = {role: model_folder(name, models, role == "draft") for role, name in names.items()}
     if as_object:
+        rows = {
+            role: {"name": name, "path": str(folders[role]) if folders[role] else None} for role, name in names.items()
+        }
         click.echo(json.dumps(rows))
         return
-    for role, item in rows.items():
-        where = item["path"] or ("not here yet: `specl-ctl models fetch`" if item["name"] else "")
-        click.echo(f"{role:<8}{item['name'] or 'none':<28}{where}".rstrip())
+    for role, name in names.items():
+        where = folders[role] or ("not here yet: `specl-ctl models fetch`" if name else "")
+        click.echo(f"{role:<8}{name or 'none':<28}{where}".rstrip())
 
 
-def _list_found(as_object: bool) -> None:
+def _list_local_models(as_object: bool) -> None:
     from specl.shared.models.local_models import list_local_models
 
-    items = list_local_models()
+    models = list_local_models()
     if as_object:
-        rows = [{"name": i.name, "path": str(i.path), "format": i.format, "bytes": i.size} for i in items]
+        rows = [{"name": m.name, "path": str(m.path), "format": m.format, "bytes": m.size} for m in models]
         click.echo(json.dumps(rows))
         return
-    if not items:
+    if not models:
         click.echo("nothing of Ollama's or LM Studio's is here")
-    for item in items:
-        click.echo(f"{item.name:<48}{item.format:<6}{item.size / 1e9:>6.1f} GB  {item.path}")
+    for model in models:
+        click.echo(f"{model.name:<48}{model.format:<6}{model.size / 1e9:>6.1f} GB  {model.path}")
 
 
 @models.command("import")
@@ -113,25 +96,25 @@ def import_(file: str, quantize: "Quantize", name: str | None, as_object: bool) 
 
     path = Path(file).expanduser()
     if file.startswith(local_models.PREFIXES):
-        item = local_models.model_named(file, local_models.list_local_models())
-        if item.format == "mlx":
+        model = local_models.model_named(file, local_models.list_local_models())
+        if model.format == "mlx":
             raise ModelError(f"{file} needs no import: it is an MLX model", f"set models.target.name to {file}")
-        path = item.path
+        path = model.path
     elif not path.is_file():
         raise ModelError(f"there is no file {path}", "give a GGUF file, or a name that `models list --found` shows")
     name = name or suggested_name(file)
-    made = import_gguf(path, find_paths().models, name, quantize, to_stderr)
+    folder = import_gguf(path, find_paths().models, name, quantize, to_stderr)
     if as_object:
-        click.echo(json.dumps({"name": name, "path": str(made)}))
+        click.echo(json.dumps({"name": name, "path": str(folder)}))
     else:
-        click.echo(f"{name} is at {made}; use it with `models: {{target: {{name: {name}}}}}` in the settings file")
-    if not json.loads((made / "tokenizer_config.json").read_text()).get("chat_template"):
+        click.echo(f"{name} is at {folder}; use it with `models: {{target: {{name: {name}}}}}` in the settings file")
+    if not json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"):
         click.echo("the file has no chat template: only plain completions will work, not chats", err=True)
 
 
 @models.command()
 def fetch() -> None:
-    """Fetch and convert what the settings name and is not here yet."""
+    """Download and convert the settings' models that are not on this machine yet."""
     from specl.shared.loading.engine import draft_folder
     from specl.shared.models.find import ensure_model
     from specl.shared.models.report import to_stderr

@@ -80,7 +80,7 @@ def target_tokenizer(name: str) -> Any | None:
     from specl.cli.models import model_folder
 
     folder = model_folder(name, find_paths().models, is_draft=False)
-    file = Path(folder) / "tokenizer.json" if folder else None
+    file = folder / "tokenizer.json" if folder else None
     return _Tokenizer(file) if file is not None and file.is_file() else None
 
 

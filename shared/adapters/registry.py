@@ -1,5 +1,5 @@
-"""Adapter directories: write whole or not at all, verify, list, aliases, current. Knows files and names, no modules; what
-a manifest and a weights file must look like is in `adapter_manifest.py`.
+"""The adapters folder: publish, verify, list, resolve names, CURRENT. Knows files and names, no modules of a model; the
+formats of a manifest and of a weights file are in manifest.py.
 
     var/adapters/000007/        adapters.safetensors and adapter_config.json as mlx-lm writes them,
                                 manifest.json, hot_vocab.npy where the hot vocabulary was refreshed
@@ -8,8 +8,8 @@ a manifest and a weights file must look like is in `adapter_manifest.py`.
     var/adapters/ROLLED_BACK.json   ids that the watch has rolled back, with the reason
     var/adapters/SECOND_LOOKS.json  what became of those that were compared once more, on the answers they were rolled back for
 
-Publishing is: files under a temporary name, sync, rename, CURRENT. Whatever is killed whenever, CURRENT names a whole,
-verifying adapter or nothing. A directory is never changed after it was renamed into place.
+Publishing writes files under a temporary name, syncs them, renames the directory, and moves CURRENT last. Whenever a
+process is killed, CURRENT names a complete adapter that verifies, or nothing. A directory is never changed after its rename.
 """
 
 import hashlib
@@ -32,21 +32,21 @@ FILES = ("adapters.safetensors", "adapter_config.json", "manifest.json", "hot_vo
 REQUIRED = FILES[:3]
 MAX_FILE = 2 * 1024**3
 MAX_MANIFEST = 64 * 1024**2
-KEEP_LAST = 5
-HIGHEST = "HIGHEST"  # the largest id that was ever dropped: ids are never used twice
+KEEP_LAST = 5  # newest adapters that pruning keeps
+HIGHEST = "HIGHEST"  # file of the largest id that was ever removed: ids are never used twice
 PREVIOUS = "PREVIOUS"
 ROLLED_BACK = "ROLLED_BACK.json"
 SECOND_LOOKS = "SECOND_LOOKS.json"
 REINSTATING, REINSTATED, CONFIRMED = "reinstating", "reinstated", "confirmed"
-EXTERNAL_FILES = FILES[:2]  # what an adapter made elsewhere must have; mlx-lm writes no more
-STAGED = ".new-import-"  # swept with everything else that was left half done
+EXTERNAL_FILES = FILES[:2]  # that an external adapter must have; mlx-lm writes no more
+STAGED = ".new-import-"  # prefix of staged imports; `sweep` removes them, too
 STAGED_NAME = re.compile(re.escape(STAGED) + "[0-9a-f]{32}")
 ID = re.compile(r"[0-9]{6}")
 ALIASES = ("latest", "best", "previous", "current")
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hex."""
+    """The sha256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -57,7 +57,10 @@ def _read_bounded(path: Path) -> bytes:
 
 
 class Adapters:
-    """The adapters folder of one run directory. The trainer publishes; inference moves CURRENT for a user and for a rollback."""
+    """The adapters folder of one run directory.
+
+    The trainer publishes; inference moves CURRENT for a user and for a rollback.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,14 +77,14 @@ class Adapters:
         return [int(id) for id in self.ids()]
 
     def sweep(self) -> None:
-        """Remove what a killed trainer left half done. Call with the trainer's lock held."""
+        """Remove what a killed process left unfinished. Call with the trainer's lock held."""
         for path in self.folder.glob(".new-*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def publish(self, source: Path, manifest: Manifest, make_current: bool = True) -> Path:
-        """Take the files in `source` as adapter `manifest.id`; with `make_current`, CURRENT names it.
+        """Make the files in `source` adapter `manifest.id`; with `make_current`, CURRENT names it. Returns its folder.
 
-        Raises OSError where the disk refuses; then there is no such adapter, and `source` is the caller's to remove.
+        Raises OSError where the disk refuses; then there is no such adapter, and the caller removes `source`.
         """
         failpoint("adapter.files_written")
         hashes = {
@@ -99,7 +102,7 @@ class Adapters:
             if make_current:
                 self.set_current(manifest.id)
         except OSError:
-            if self.current() != manifest.id:  # CURRENT moves last: nobody has heard of it
+            if self.current() != manifest.id:  # CURRENT moves last, so nothing refers to it
                 shutil.rmtree(final, ignore_errors=True)
                 raise
         return final
@@ -112,9 +115,9 @@ class Adapters:
         return path
 
     def stage(self, source: Path, token: str) -> Path:
-        """Copy the files of an adapter made elsewhere to where the trainer reads it; `token` makes its name.
+        """Copy an external adapter's files into this folder, where the trainer evaluates them; `token` makes its name unique.
 
-        Raises AdapterRejected for what is no adapter directory, OSError where the copy fails.
+        Raises AdapterRejected where `source` is no adapter directory, OSError where the copy fails.
         """
         if not source.is_dir():
             raise AdapterRejected(f"there is no directory {source}")
@@ -130,7 +133,7 @@ class Adapters:
         return folder
 
     def staged(self, name: str) -> Path:
-        """The staged copy of this name. Raises AdapterRejected for any other name, and for one that is gone."""
+        """The staged copy with this name. Raises AdapterRejected for any other name, and where it no longer exists."""
         folder = self.folder / name
         if not STAGED_NAME.fullmatch(name) or folder.is_symlink() or not folder.is_dir():
             raise AdapterRejected(f"{name!r} is not an adapter that was staged for import")
@@ -143,11 +146,11 @@ class Adapters:
         failpoint("adapter.after_current")
 
     def _replace(self, name: str, text: str) -> None:
-        """The file `name` here holds `text`, or what it held before, whatever is killed whenever."""
+        """Replace a file of this folder atomically and durably. Raises OSError."""
         write_file(self.folder / name, text, sync=True)
 
     def set_previous(self, id: str) -> None:
-        """PREVIOUS names what drafted before; it is kept for a rollback. Raises OSError."""
+        """PREVIOUS names the adapter that drafted before, for a rollback; empty for none. Raises OSError."""
         self._replace(PREVIOUS, id)
 
     def mark_rolled_back(self, id: str, reason: str) -> None:
@@ -201,40 +204,37 @@ class Adapters:
         return self._read[name]
 
     def drop(self, ids: Sequence[str]) -> None:
-        """Remove these adapters for good; their ids are not used again. Raises OSError.
-
-        The caller has made sure that CURRENT names none of them.
-        """
+        """Remove these adapters for good; their ids are not used again. CURRENT must name none of them. Raises OSError."""
         self._replace(HIGHEST, str(int(self.next_id()) - 1))
         for id in ids:
             self._remove(id)
 
     def descendants(self, ids: Sequence[str]) -> list[str]:
         """`ids` and every adapter that was trained on from one of them, oldest first."""
-        found = set(ids)
+        descendants = set(ids)
         for id in self.ids():
             with suppress(AdapterRejected):
-                if self.manifest(id).parent_id in found:
-                    found.add(id)
-        return sorted(found)
+                if self.manifest(id).parent_id in descendants:
+                    descendants.add(id)
+        return sorted(descendants)
 
     def trained_on(self, generations: Sequence[str]) -> list[str]:
         """Adapters that learned from any of these generations, themselves or through a parent."""
-        wanted, found = set(generations), []
+        learned, ids = set(generations), []
         for id in self.ids():
             with suppress(AdapterRejected):
-                if wanted & set(self.manifest(id).generations):
-                    found.append(id)
-        return self.descendants(found)
+                if learned & set(self.manifest(id).generations):
+                    ids.append(id)
+        return self.descendants(ids)
 
     def _remove(self, id: str) -> None:
-        doomed = self.folder / f".new-removed-{id}"
-        os.rename(self.folder / id, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        removed = self.folder / f".new-removed-{id}"  # renamed first: a directory never exists in part
+        os.rename(self.folder / id, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
     def prune(self, keep: Sequence[str]) -> list[str]:
         """Remove all but the last five, CURRENT, the previous, the best and those in `keep`; the removed ids."""
-        kept = {*self.ids()[-KEEP_LAST:], *(self.resolve(name) for name in ("current", "previous", "best")), *keep}
+        kept = {*self.ids()[-KEEP_LAST:], *map(self.resolve, ("current", "previous", "best")), *keep}
         removed = [id for id in self.ids() if id not in kept]
         for id in removed:
             self._remove(id)
@@ -249,14 +249,14 @@ class Adapters:
             return []
 
     def current(self) -> str:
-        """The id that CURRENT names; empty for none, and for what is no id."""
+        """The id that CURRENT names; empty where it names none or cannot be used."""
         try:
             return self.named()
         except AdapterRejected:
             return ""
 
     def named(self) -> str:
-        """What CURRENT names; empty for none. Raises AdapterRejected where that is no id, or cannot be read."""
+        """The id that CURRENT names; empty for none. Raises AdapterRejected where that is no id, or the file cannot be read."""
         try:
             id = (self.folder / "CURRENT").read_bytes()[:64].decode("ascii", "replace").strip()
         except FileNotFoundError:
@@ -282,10 +282,9 @@ class Adapters:
         return manifest
 
     def resolve(self, name: str) -> str:
-        """The id behind a name: an id, `latest`, `current`, `previous` or `best` (highest held-out agreement of those that
-        were not rolled back). Empty where there is none.
+        """The id for a name: an id, `latest`, `current`, `previous` or `best`; empty where there is no such adapter.
 
-        An adapter whose manifest is malformed or has no score is never the best.
+        `best` has the highest held-out agreement of those that were not rolled back and whose manifest has a score.
         """
         if name == "latest":
             return next(reversed(self.ids()), "")
@@ -306,10 +305,10 @@ class Adapters:
         return id if id in self.ids() else ""
 
     def verify(self, path: str | Path, base_fingerprint: str, tokenizer_fingerprint: str) -> Manifest:
-        """The manifest of the adapter directory at `path`, once everything about its files is right: it lies in this
-        folder and nowhere else, holds regular files of known names, sizes and sha256, and was made for this draft.
+        """Check an adapter directory's files and return its manifest.
 
-        Raises AdapterRejected with every reason found. Tensors are checked by whoever loads them.
+        It must be directly in this folder, hold regular files of known names, sizes and sha256, and be made for this draft.
+        Raises AdapterRejected with every reason found. The tensors are checked in tensors.py.
         """
         folder = self.confine(Path(path))
         problems = self._file_problems(folder)

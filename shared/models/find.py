@@ -1,8 +1,9 @@
 """From a model's name to its folder: a local folder, the built-in model, a GGUF file, Ollama's, LM Studio's or the hub's.
 
-Knows names and folders; loads no weights. `find_model` does no work, `ensure_model` downloads and converts.
+Knows names and folders; loads no weights. `find_...` does no work, `ensure_model` downloads and converts.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from specl.shared.errors import ModelError
@@ -27,6 +28,20 @@ def find_model(name: str, models: Path) -> Path | None:
         converted = conversion_folder(path, models)
         return converted if (converted / "config.json").is_file() else path
     return path if path.is_dir() else None
+
+
+def find_downloaded(name: str, models: Path) -> Path | None:
+    """`find_model`, the built-in model, or the hub's cache; None for everything that is not on this machine."""
+    if name == builtin.NAME:
+        return models / name if (models / name / "config.json").is_file() else None
+    with suppress(ModelError):
+        if (path := find_model(name, models)) is not None or name.count("/") != 1:
+            return path
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "config.json")
+        return Path(cached).parent if isinstance(cached, str) else None
+    return None
 
 
 def ensure_model(name: str, models: Path, report: Report = no_report) -> Path:
