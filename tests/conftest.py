@@ -1,6 +1,8 @@
 """No test touches a user's run directory; a tiny random Llama stands in where truth does not need a real model."""
 
+import os
 import signal
+import subprocess
 
 import pytest
 
@@ -11,13 +13,52 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+PROCESS_FIXTURES = {"forkserver", "cli_instance", "system"}  # whoever asks for these starts processes
+
+
+def pytest_collection_modifyitems(items):
+    """Tests whose fixtures start processes need no marker of their own."""
+    for item in items:
+        if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.process)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """The home folder of every test: none can touch that of the user who runs them."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture(autouse=True)
-def _own_run_directory(tmp_path):
+def _folders_of_the_test(tmp_path, home):
+    """A run directory for each test."""
     # a context of its own: asking for `monkeypatch` here would make every test's patches outlive its other fixtures
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
         patch.setenv("SPECL_VAR", str(tmp_path / "var"))
-        patch.delenv("SPECL_CONFIG", raising=False)
-        patch.delenv("SPECL_CRASH_AT", raising=False)
+        for name in (
+            "SPECL_CONFIG",
+            "SPECL_CRASH_AT",
+            "XDG_CONFIG_HOME",
+            "XDG_DATA_HOME",
+            "XDG_CACHE_HOME",
+            "XDG_STATE_HOME",
+        ):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_process_without_the_marker(request):
+    """`pytest -m "not process"` is the fast tier: a test that starts a process has to say so."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("process") is None:
+
+            def refuse(*arguments, **more):
+                raise AssertionError("this test starts a process: mark it `@pytest.mark.process`")
+
+            patch.setattr(subprocess.Popen, "__init__", refuse)
+            patch.setattr(os, "fork", refuse)
         yield
 
 

@@ -297,10 +297,8 @@ def test_inference_may_go_and_come_back(running, http):
         inference.kill()
         rest = list(pieces)
     assert any('"code": "inference_unreachable"' in line.replace('":"', '": "') for line in rest)
-    start = time.monotonic()
     down = http.post("/v1/chat/completions", json=ASK)
     assert down.status_code == 503 and "honcho start" in down.json()["error"]["message"]
-    assert time.monotonic() - start < 1
     time.sleep(2)
     assert http.get("/health").status_code == 503
     running.instance.start("inference", SPECL_TEST_TOKEN_MS="15")

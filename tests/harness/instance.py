@@ -68,7 +68,7 @@ class Daemon:
         """SIGTERM; seconds until it ended."""
         start = time.monotonic()
         self.signal(signal.SIGTERM)
-        wait_until(lambda: self.code is not None, 10, f"{self.role} stops")
+        wait_until(lambda: self.code is not None, 5, f"{self.role} stops")
         return time.monotonic() - start
 
 

@@ -146,6 +146,7 @@ print("let go of one", flush=True)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("point", "said", "left"),
     [

@@ -15,6 +15,7 @@ def runs_of_eight(text):
     return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
 
 
+@pytest.mark.process
 def test_the_checker_finds_nothing_wrong():
     folder = prompts.path_of("train").parent
     done = subprocess.run([sys.executable, "check.py"], cwd=folder, capture_output=True, text=True)

@@ -106,6 +106,7 @@ publish(adapters)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("point", "current", "ids"),
     [
@@ -128,6 +129,7 @@ def test_dying_anywhere_leaves_current_on_a_whole_adapter(adapters, point, curre
     assert adapters.current() == adapters.ids()[-1]
 
 
+@pytest.mark.process
 def test_dying_in_the_first_publication_leaves_nothing_current(adapters):
     died = run_python(CRASH.format(folder=str(adapters.folder)), SPECL_CRASH_AT="adapter.after_rename")
     assert died.returncode == 137, died.stderr

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import logging
 from specl.shared.runtime import log
@@ -17,6 +19,7 @@ except OverflowError:
 """
 
 
+@pytest.mark.process
 def test_a_traceback_shows_no_variables():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.stderr.count("OverflowError: too large") == 2, done.stderr

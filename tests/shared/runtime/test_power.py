@@ -82,6 +82,7 @@ def test_a_mac_is_asked_for_power_and_heat():
     assert read_mac({"batt": PLUGGED_IN, "therm": APPLE_SILICON}.__getitem__) == Power(False, False)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "command", ["#!/bin/sh\nexit 1\n", "#!/bin/sh\nsleep 30\n", "#!/bin/sh\nprintf '\\377'\n", None]
 )
@@ -96,6 +97,7 @@ def test_a_broken_pmset_counts_as_mains_power(tmp_path, monkeypatch, command):
     assert power.read() == Power()
 
 
+@pytest.mark.process
 def test_pmset_gets_the_arguments_of_its_manual(tmp_path, monkeypatch):
     file = tmp_path / "pmset"
     file.write_text("""#!/bin/sh\n[ "$1 $2" = "-g batt" ] && echo "Now drawing from 'Battery Power'"\nexit 0\n""")

@@ -31,6 +31,7 @@ def priority(new_session):
     return process.stdout.split()
 
 
+@pytest.mark.process
 def test_nice_is_the_lowest():
     assert priority(new_session=False)[0] == priority(new_session=True)[0] == "19"
 

@@ -68,6 +68,7 @@ box.discard(["old"])
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("point", "left"),
     [
@@ -241,6 +242,7 @@ publish(Adapters(Path(sys.argv[1])), "000002")
 POINTS = ("files_written", "before_rename", "after_rename", "before_current", "after_current")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("point", POINTS)
 def test_a_kill_while_publishing_leaves_current_naming_a_whole_adapter(tmp_path, point):
     adapters = Adapters(tmp_path)

@@ -118,6 +118,7 @@ def test_poison_goes_to_quarantine_and_blocks_nothing(store, path, row):
     assert store.summary().quarantined == 1
 
 
+@pytest.mark.process
 def test_a_batch_is_stored_whole_or_not_at_all(path):
     code = f"""
 from pathlib import Path
