@@ -16,7 +16,10 @@ from specl.shared.runtime.failpoints import POINTS
 from specl.shared.settings.load import load_settings, settings_document
 from tests.source_tree import FILES, ROOT, name
 
+HOME = os.environ["HOME"]  # pip's settings of the user who runs the tests
 
+
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["codec", "bus", "outbox", "client"])
 def test_messaging_imports_neither_mlx_nor_sqlalchemy(module):
     code = f"import sys, specl.shared.messaging.{module}; print({{'mlx', 'mlx.core', 'sqlalchemy'}} & set(sys.modules))"
@@ -39,13 +42,13 @@ def test_the_packages_of_pyproject_are_the_folders():
 def build_wheel(source, folder):
     """The files in the wheel of a source tree. Its native parts are left out: they have tests of their own."""
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)]
-    done = subprocess.run(
-        command, env=os.environ | {"CC": "false", "CXX": "false"}, capture_output=True, text=True, timeout=600
-    )
+    environment = os.environ | {"CC": "false", "CXX": "false", "HOME": HOME}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return set(zipfile.ZipFile(next(folder.glob("*.whl"))).namelist())
 
 
+@pytest.mark.process
 def test_the_wheel_holds_every_package_and_data_file(tmp_path):
     left_out = (".git", "var", "*.so", "build", "__pycache__", "*.egg-info", ".venv", "venv", ".*_cache")
     shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(*left_out))
