@@ -25,6 +25,7 @@ def engine(model_folder, tmp_path_factory):
         made.close()
 
 
+@pytest.mark.process
 def test_import_specl_loads_next_to_nothing():
     heavy = "{'numpy', 'mlx', 'zmq', 'pydantic', 'ruamel', 'sqlalchemy', 'click', 'specl.shared'}"
     done = run_python(f"import sys, specl; print({heavy} & set(sys.modules))")

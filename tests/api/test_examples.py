@@ -28,15 +28,18 @@ def test_every_example_is_tested():
     }  # fmt: skip
 
 
+@pytest.mark.process
 def test_in_process(model_folder):
     said = run("in_process.py", model_folder, model_folder)
     assert "32 tokens" in said and "'answers': 2" in said
 
 
+@pytest.mark.process
 def test_own_drafter(model_folder):
     assert "same text: True" in run("custom_drafter.py", model_folder)
 
 
+@pytest.mark.process
 def test_own_loss_falls():
     values = [float(line.split()[-1]) for line in run("custom_loss.py").splitlines()]
     assert values == sorted(values, reverse=True) and values[-1] < 0.1 * values[0]

@@ -218,6 +218,7 @@ def test_a_purge_waits_for_a_command_in_the_collectors_place(specl, kept):
     assert ids_in(kept.store) == ["b"]
 
 
+@pytest.mark.process
 def test_asking_whether_a_lock_is_held_makes_nothing_and_is_seen_by_nobody(tmp_path):
     import fcntl
 

@@ -27,6 +27,7 @@ def test_the_systemd_unit_says_what_runs_where(specl, monkeypatch, tmp_path):
     assert 'a \\"strange\\" 50%% folder"' in unit and "RestartPreventExitStatus=78" in unit
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
 def test_systemd_accepts_the_unit(tmp_path):
     unit = tmp_path / "speclora@inference.service"
@@ -102,6 +103,7 @@ def test_a_gateway_beside_daemons_elsewhere_is_not_missed(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ logs
+@pytest.mark.process
 def test_logs_are_rotated_and_few(tmp_path, monkeypatch):
     monkeypatch.setattr(log, "LOG_BYTES", 4000)
     root = logging.getLogger()
@@ -132,12 +134,14 @@ def complete(words):
     return [line.split(",")[1] for line in done.stdout.splitlines()]
 
 
+@pytest.mark.process
 def test_commands_subcommands_and_options_complete():
     assert complete("specl-ctl st") == ["status", "store"]
     assert complete("specl-ctl store sh") == ["show"]
     assert complete("specl-ctl eval f --ag") == ["--against"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_the_script_is_one_that_the_shell_reads(specl, shell):
     script = specl("completion", shell).stdout
@@ -147,6 +151,7 @@ def test_the_script_is_one_that_the_shell_reads(specl, shell):
 
 
 # ------------------------------------------------------------------------------------------------ version
+@pytest.mark.process
 def test_the_version_names_commit_and_libraries(specl):
     told = specl("--version").stdout
     assert re.match(r"specl-ctl \d+\.\d+\.\d+", told) and "mlx-lm " in told and "Python 3." in told

@@ -49,17 +49,20 @@ def test_status_of_running_daemons_loads_nothing_heavy(instance):
     assert "collector" in output and not modules & HEAVY and len(modules) < 460
 
 
+@pytest.mark.process
 def test_status_without_daemons_loads_nothing_heavy():
     modules, _ = run_and_list_modules("status", "--json")
     assert not modules & HEAVY and len(modules) < 380
 
 
+@pytest.mark.process
 def test_ask_loads_nothing_heavy():
     find_paths().create()
     modules, _ = run_and_list_modules("ask", "hello")
     assert "zmq" in modules and not modules & (HEAVY | {"rich"}) and len(modules) < 380
 
 
+@pytest.mark.process
 def test_help_loads_no_settings_and_no_sockets():
     modules, _ = run_and_list_modules("--help")
     assert not modules & (HEAVY | {"zmq", "pydantic", "rich"})

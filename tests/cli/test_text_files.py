@@ -85,6 +85,7 @@ def run(*arguments, input=b"", **environment):
     return subprocess.run(command, input=input, env=os.environ | environment, capture_output=True, timeout=60)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("arguments", [("ask", "-"), ("chat",), ("collect", "-")])
 def test_input_that_is_not_utf8_is_one_sentence(arguments):
     done = run(*arguments, input=b"na\xefve\n", LANG="de_DE.ISO-8859-1")

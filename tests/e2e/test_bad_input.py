@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.harness.cli_instance import make_cli_instance
 
 
@@ -69,6 +71,7 @@ def test_a_run_directory_that_cannot_be_written_is_named(cli_instance):
     assert done.returncode == 78 and "not writable" in done.stderr
 
 
+@pytest.mark.process
 def test_a_socket_path_that_is_too_long_is_named():
     cli_instance = make_cli_instance()
     cli_instance.environment["SPECL_VAR"] = str(cli_instance.var / ("long-" * 20))

@@ -11,6 +11,7 @@ import pytest
 
 NAME = "tests.fault.fuzz_decoder"
 
+
 @pytest.fixture
 def fuzzer(monkeypatch):
     monkeypatch.setitem(sys.modules, "atheris", SimpleNamespace(instrument_imports=lambda **more: nullcontext()))

@@ -32,6 +32,7 @@ def test_no_text_becomes_markup_and_no_code_stands_in_the_page():
     assert not re.search(r"<script>|\son\w+=|\sstyle=|<style", page)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_the_pages_functions_in_node():
     done = subprocess.run(["node", str(Path(__file__).parent / "page.cjs")], capture_output=True, text=True)

@@ -77,6 +77,7 @@ def test_without_the_extension_a_model_is_left_alone(monkeypatch, undecided):
     got.release()
 
 
+@pytest.mark.process
 def test_without_the_extension_being_wanted_nothing_of_it_is_imported():
     code = "import sys, specl.shared.native as n; n.available(); print('specl.shared.native._native' in sys.modules)"
     ran = subprocess.run(
