@@ -1,7 +1,7 @@
 """The source files of the project as syntax trees: imports with file and line, the room of a module, circles, identifiers.
 
 A module is a dotted name such as `specl.shared.engine.decode`. A room is what the ordered list of layers in test_architecture.py
-names: a folder or a file of `shared`, a daemon's folder, `daemons` (what daemons share), `cli`, or `specl` itself.
+names: a folder or a file of `shared`, a daemon's folder, `daemons` (what daemons share), `cli`, `configs`, or `specl` itself.
 """
 
 import ast
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"shared": "specl.shared", "daemons": "specl.daemons", "cli": "specl.cli"}
+PACKAGES = {"shared": "specl.shared", "daemons": "specl.daemons", "cli": "specl.cli", "configs": "specl.configs"}
 FILES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
 TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))

@@ -7,7 +7,7 @@ from tests.source_tree import FILES, circles, functions, imports, modules, name,
 
 # From low to high: a room may import rooms of its own layer and of layers before it.
 LAYERS = (
-    ("shared", "errors", "paths", "sampling_params", "conversations", "answer_stats"),
+    ("shared", "configs", "errors", "paths", "sampling_params", "conversations", "answer_stats"),
     ("runtime",),
     ("settings",),
     ("native",),
