@@ -226,7 +226,10 @@ def chi_square_p(observed, expected, draws):
     return 0.5 * erfc(z / np.sqrt(2))
 
 
-def sampled(tiny, sampling, draws, k=2):
+DRAWS = 1500  # enough to refuse a broken rule with p < 0.001
+
+
+def sampled(tiny, sampling, draws=DRAWS, k=2):
     target, draft = tiny(vocabulary=8, sharp=2.0), tiny(seed=7, vocabulary=8, sharp=2.0)
     target.tokenizer.eos_token_ids = set()
     engine = EngineCore(target, draft)
@@ -245,13 +248,13 @@ def sampled(tiny, sampling, draws, k=2):
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_sampled_sequences_follow_the_targets_law(tiny, temperature):
     sampling = SamplingParams(temperature=temperature, top_p=0.8)
-    observed, expected = sampled(tiny, sampling, 2500)
+    observed, expected = sampled(tiny, sampling)
     assert set(observed) <= set(expected)
-    assert chi_square_p(observed, expected, 2500) > 0.001
+    assert chi_square_p(observed, expected, DRAWS) > 0.001
 
 
 def test_a_broken_rule_fails_the_same_test(tiny, monkeypatch):
     monkeypatch.setattr(acceptance, "residual", lambda target_p, draft_p, weight=1.0: target_p)
     sampling = SamplingParams(temperature=1.3)
-    observed, expected = sampled(tiny, sampling, 2500)
-    assert chi_square_p(observed, expected, 2500) < 0.001
+    observed, expected = sampled(tiny, sampling)
+    assert chi_square_p(observed, expected, DRAWS) < 0.001

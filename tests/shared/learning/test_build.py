@@ -52,12 +52,12 @@ class Killed(BaseException):
 def test_a_build_makes_a_draft_that_learned_and_leaves_the_target_as_it_was(stored, tmp_path, settings):
     target = stored()
     before = embedding_digest(target)
-    built = run(target, tmp_path, replace(settings, epochs=12))
+    built = run(target, tmp_path, replace(settings, epochs=4))
     figures = built.manifest["training"]
-    assert figures["loss_last"] < figures["loss_first"] and figures["steps"] == 12 * (
+    assert figures["loss_last"] < figures["loss_first"] and figures["steps"] == 4 * (
         built.manifest["training_prompts"] // 4
     )
-    assert figures["tokens_seen"] == pytest.approx(12 * built.manifest["training_tokens"], rel=0.1)
+    assert figures["tokens_seen"] == pytest.approx(4 * built.manifest["training_tokens"], rel=0.1)
     assert built.manifest["target_embedding_sha256"] == before == embedding_digest(target)
     assert isinstance(built.draft, HeadDraft) == (settings.kind == "head")
     assert len(built.by_depth.acceptance) == 3
@@ -268,7 +268,7 @@ def test_acceptance_by_depth_is_what_drafting_at_every_place_counts(stored, tmp_
     from specl.shared.sampling_params import SamplingParams
 
     target = stored()
-    built = run(target, tmp_path, replace(settings, epochs=20))
+    built = run(target, tmp_path, replace(settings, epochs=6))
     examples = read_examples(target, sorted((tmp_path / "work").glob("held-out-*.npz")), settings.kind)
     stood, tried = np.zeros(3), np.zeros(3)
     greedy = DraftSampler(SamplingParams(temperature=0.0), lambda: 0.5, None)
