@@ -230,7 +230,7 @@ DRAWS = 1500  # enough to refuse a broken rule with p < 0.001
 
 
 def sampled(tiny, sampling, draws=DRAWS, k=2):
-    target, draft = tiny(vocabulary=8, sharp=2.0), tiny(seed=7, vocabulary=8, sharp=2.0)
+    target, draft = (tiny(seed=seed, vocabulary=8, layers=1, sharp=2.0) for seed in (0, 7))
     target.tokenizer.eos_token_ids = set()
     engine = EngineCore(target, draft)
     observed = {}
