@@ -92,6 +92,7 @@ def test_a_stream_is_answered_on_and_off_and_every_figure_is_there(settings, sho
     assert not left_behind(short) and not list(short.glob("specl-*"))
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 def test_ctrl_c_stops_the_daemons_and_keeps_what_was_measured(settings, short):
     process = start(settings, short, "--requests", "500", "--no-plot")

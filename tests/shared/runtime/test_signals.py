@@ -36,6 +36,7 @@ def test_nice_is_the_lowest():
     assert priority(new_session=False)[0] == priority(new_session=True)[0] == "19"
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not shared_by_session(), reason="this kernel does not share the processor out by session")
 def test_only_a_session_leader_lowers_its_session():
     session = AUTOGROUP.read_text().split()[-1]
