@@ -73,7 +73,7 @@ def test_every_shipped_settings_file_is_valid():
         load_settings(path)
 
 
-def test_no_reserved_kind_is_in_a_drafts_training_data():
+def test_no_draft_was_trained_on_reserved_kinds():
     for manifest in (ROOT / "shared" / "models" / "drafts").glob("*/manifest.json"):
         kinds = json.loads(manifest.read_text())["prompt_kinds"]
         assert kinds and not set(kinds) & set(reserved.KINDS)
