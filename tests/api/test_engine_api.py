@@ -32,7 +32,7 @@ def test_import_specl_loads_next_to_nothing():
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
 
-def test_the_pieces_are_the_text_and_the_last_answer_knows_itself(engine):
+def test_stream_pieces_join_to_the_text(engine):
     pieces = list(engine.stream("hello", **WISH))
     assert "".join(pieces) == engine.last.text == engine.generate("hello", **WISH).text
     assert len(engine.last.tokens) == 12 and engine.last.finish_reason == "length"
@@ -40,14 +40,14 @@ def test_the_pieces_are_the_text_and_the_last_answer_knows_itself(engine):
     assert engine.last.stats.model_accepted == engine.last.stats.model_drafted > 0
 
 
-def test_a_draft_changes_no_word_and_a_seed_is_one_text(engine):
+def test_drafting_and_seed_leave_the_text_unchanged(engine):
     plain = engine.generate("hello there", **WISH, num_draft_tokens=0)
     assert engine.generate("hello there", **WISH, num_draft_tokens=4).tokens == plain.tokens
     drawn = [engine.generate("hi", **WISH | {"temperature": 0.9}, seed=5, num_draft_tokens=k).tokens for k in (0, 4)]
     assert drawn[0] == drawn[1]
 
 
-def test_the_chat_template_and_the_system_message_are_applied(engine):
+def test_chat_template_and_system_message_are_applied(engine):
     alone = engine.generate("hello", **WISH).stats.prompt_tokens
     with_system = engine.generate("hello", **WISH, system="Be brief.").stats.prompt_tokens
     as_messages = engine.generate(
@@ -87,12 +87,12 @@ def test_stats_add_up(engine):
         ({"max_token": 5}, "max_token"),
     ],
 )
-def test_a_wrong_wish_is_refused_before_the_first_piece(engine, wish, word):
+def test_invalid_options_are_refused_before_the_first_piece(engine, wish, word):
     with pytest.raises(RequestRejected, match=word):
         engine.stream("hi", **wish)
 
 
-def test_another_thread_and_a_closed_engine_are_told_so(model_folder):
+def test_other_threads_and_closed_engines_are_refused(model_folder):
     with Engine.load(str(model_folder), calibrate=False) as engine:
         said = []
 
@@ -112,7 +112,7 @@ def test_another_thread_and_a_closed_engine_are_told_so(model_folder):
         engine.generate("hi")
 
 
-def test_a_model_that_is_not_there_is_one_sentence():
+def test_missing_model_is_one_sentence():
     with pytest.raises(ModelError, match="/nowhere"):
         Engine.load("/nowhere")
 
@@ -142,7 +142,7 @@ def with_oracle(model_folder, plain, spoil=lambda draft: draft):
     return Engine.load(str(model_folder), drafter=lambda target, draft: Oracle(plain.tokens, spoil), calibrate=False)
 
 
-def test_ones_own_drafter_is_counted_as_the_model_drafter_and_changes_no_word(engine, model_folder):
+def test_custom_drafter_counts_as_model_drafter(engine, model_folder):
     plain = engine.generate("hello", **WISH, num_draft_tokens=0)
     with with_oracle(model_folder, plain) as own:
         answer = own.generate("hello", **WISH, num_draft_tokens=3)
@@ -163,7 +163,7 @@ def test_ones_own_drafter_is_counted_as_the_model_drafter_and_changes_no_word(en
         ),
     ],
 )
-def test_a_drafter_that_breaks_a_rule_is_told_which(engine, model_folder, spoil, word):
+def test_drafter_that_breaks_a_rule_is_named(engine, model_folder, spoil, word):
     plain = engine.generate("hello", **WISH, num_draft_tokens=0)
     with with_oracle(model_folder, plain, spoil) as own, pytest.raises(SpecLoraError, match=word):
         own.generate("hello", **WISH, num_draft_tokens=3)
@@ -174,12 +174,12 @@ def test_what_is_no_drafter_is_refused_at_load(model_folder):
         Engine.load(str(model_folder), drafter=lambda target, draft: object(), calibrate=False)
 
 
-def test_a_drafter_that_cannot_be_made_is_refused_at_load(model_folder):
+def test_drafter_that_cannot_be_built_is_refused(model_folder):
     with pytest.raises(ConfigError, match="ZeroDivisionError"):
         Engine.load(str(model_folder), drafter=lambda target, draft: 1 / 0, calibrate=False)
 
 
-def test_fixed_guesses_leave_the_law_of_sampled_tokens_alone():
+def test_fixed_drafts_keep_the_sampling_distribution():
     """Block verification with point masses, as a drafter of one's own has them: pairs come as the target's law says."""
     first, second = np.array([0.5, 0.3, 0.2]), np.array([[0.1, 0.6, 0.3], [0.7, 0.2, 0.1], [0.3, 0.3, 0.4]])
     rng, ids, n = np.random.default_rng(0), np.arange(3), 20_000
@@ -194,7 +194,7 @@ def test_fixed_guesses_leave_the_law_of_sampled_tokens_alone():
     assert ((counts - expected) ** 2 / expected).sum() < 26.1  # chi-square, 8 degrees of freedom, p = 0.001
 
 
-def test_in_a_daemon_a_broken_drafter_costs_speed_and_nothing_else(engine, model_folder):
+def test_broken_drafter_costs_a_daemon_only_speed(engine, model_folder):
     from specl.shared.engine.core import EngineCore as Core
     from specl.shared.engine.decode import Options
     from specl.shared.models.load import load

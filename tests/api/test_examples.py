@@ -45,7 +45,7 @@ def test_own_loss_falls():
     assert values == sorted(values, reverse=True) and values[-1] < 0.1 * values[0]
 
 
-def test_the_settings_take_hooks_and_refuse_what_is_none():
+def test_settings_take_hooks_and_refuse_other_objects():
     parsed = parse_settings("speculative: {drafter: 'a.b:c'}\ntraining: {loss: {type: 'm:f'}}\n", EXAMPLES)
     assert parsed.speculative.drafter == "a.b:c" and parsed.training.loss.type == "m:f"
     for text in ("speculative: {drafter: nothing}", "training: {loss: {type: klx}}"):

@@ -35,7 +35,7 @@ def test_figures_are_shown_and_the_best_is_marked(capsys):
 
 
 @pytest.mark.parametrize("odd", [None, "high", [], {}, True])
-def test_odd_figures_are_a_dash_and_never_a_traceback(capsys, odd):
+def test_odd_figures_show_as_a_dash(capsys, odd):
     publish("000001", dict.fromkeys(GOOD, odd), {"loss_first": odd, "loss_last": odd})
     main(["adapters", "list"])
     assert "000001" in capsys.readouterr().out
@@ -70,7 +70,7 @@ def told(run="run", id="000001"):
         store.add_rows([to_row(record) for record in made])
 
 
-def test_list_reads_at_eighty_columns_and_all_has_what_was_refused(capsys, monkeypatch):
+def test_list_fits_eighty_columns_and_all_shows_refused(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     gate = {"low": 0.125, "high": 0.375, "regression_before": 0.38, "regression_after": 0.378}
     publish("000001", GOOD | {"gate": gate}, {"generations": ["a"]})

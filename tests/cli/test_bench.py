@@ -117,7 +117,7 @@ def test_copies_count_tokens_inside_spans_of_the_prompt():
     assert copied_share(prompt, [3, 4, 5]) == 0
 
 
-def test_lists_that_begin_each_other_differ_at_the_shorter_end():
+def test_prefix_lists_differ_at_the_shorter_end():
     assert first_difference([1, 2], [1, 2, 3]) == 2
     assert first_difference([1, 2], [1, 2]) is None
 
@@ -130,7 +130,7 @@ def test_equal_texts_need_no_look_at_the_target():
     assert compare([1, 2, 3], [1, 2, 3], never, never, 1e-3).verdict == "equal"
 
 
-def test_a_tie_is_logged_and_checking_resumes_from_the_reference():
+def test_tie_is_logged_and_checking_resumes():
     resumed = []
 
     def resume(start, left):
@@ -150,11 +150,11 @@ def test_a_difference_behind_a_tie_is_still_found():
 
 
 @pytest.mark.parametrize("best", [TopTwo(5, 2, 0.5), TopTwo(6, 2, 1e-5)])
-def test_a_wide_gap_or_another_token_is_no_tie(best):
+def test_wide_gap_or_other_token_is_no_tie(best):
     assert compare([1, 2], [1, 5], lambda i: best, never, 1e-3).verdict == "different"
 
 
-def test_an_arm_that_cannot_resume_leaves_the_rest_unchecked():
+def test_arm_without_resume_leaves_the_rest_unchecked():
     found = compare([1, 2, 3], [1, 5, 3], lambda i: TopTwo(2, 5, 0.0), lambda start, left: None, 1e-3)
     assert found.verdict == "unchecked"
 
@@ -225,7 +225,7 @@ def test_ratios_are_medians_of_single_prompts():
     assert ratio([]).median is None
 
 
-def test_looping_and_short_answers_stay_out_of_the_headline():
+def test_looping_and_short_answers_leave_the_headline():
     made = [a_run(arm, 1.0, prompt) for arm in (PLAIN, "auto fast") for prompt in "ab"]
     made += [a_run(PLAIN, 1.0, "loop", repeated=0.5), a_run("auto fast", 0.1, "loop", repeated=0.5)]
     made += [a_run(PLAIN, 1.0, "brief", tokens=3), a_run("auto fast", 0.1, "brief", tokens=3)]
@@ -267,7 +267,7 @@ def test_picks_are_spread_and_distinct():
     assert len(prompt_sets.pick("copy", 1000)) == 40
 
 
-def test_a_crowd_shares_the_work_and_its_errors_are_raised():
+def test_concurrent_workers_share_work_and_raise_errors():
     items = prompt_sets.pick("general", 7)
     assert crowd_rate(lambda: lambda item: 10, 3, items) > 0
 

@@ -69,7 +69,7 @@ def left_behind(short):
     return found
 
 
-def test_a_stream_is_answered_on_and_off_and_every_figure_is_there(settings, short):
+def test_learning_stream_reports_every_figure(settings, short):
     pytest.importorskip("matplotlib")
     process = start(settings, short, "--requests", "12", "--trigger", "8", "--plain-every", "3", "--shift", "--json")
     out, err = process.communicate(timeout=300)
@@ -94,7 +94,7 @@ def test_a_stream_is_answered_on_and_off_and_every_figure_is_there(settings, sho
 
 @pytest.mark.process
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
-def test_ctrl_c_stops_the_daemons_and_keeps_what_was_measured(settings, short):
+def test_ctrl_c_stops_daemons_and_keeps_measurements(settings, short):
     process = start(settings, short, "--requests", "500", "--no-plot")
     end = time.monotonic() + 120
     while "of 500 answers" not in (line := process.stderr.readline()):
@@ -109,7 +109,7 @@ def test_ctrl_c_stops_the_daemons_and_keeps_what_was_measured(settings, short):
 
 
 @pytest.mark.slow
-def test_unseen_prompts_are_measured_before_and_after_one_run(settings, short):
+def test_unseen_prompts_are_measured_around_one_run(settings, short):
     process = start(settings, short, "--gain", "--requests", "20", "--unseen", "4", "--train-minutes", "0.1", "--json")
     out, err = process.communicate(timeout=600)
     assert "Traceback" not in err
@@ -150,7 +150,7 @@ def test_without_a_draft_there_is_nothing_to_learn(specl, tmp_path, monkeypatch)
     assert done.exit_code == 2 and "there is no draft to train" in done.stderr
 
 
-def test_a_report_reads_well_with_and_without_the_other_side():
+def test_report_reads_well_with_one_or_two_arms():
     change = {"value": 1.25, "low": 1.1, "high": 1.4, "n": 10}
     figures = {"tokens_per_second": 50.0, "speed_to_plain": 1.5, "agreement": None, "acceptance": 0.4}
     window = {"requests": [0, 10], "on": figures, "off": figures, "on_against_off": {"speed": change}}
@@ -162,7 +162,7 @@ def test_a_report_reads_well_with_and_without_the_other_side():
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_the_gain_is_told_with_its_interval():
+def test_gain_is_reported_with_its_interval():
     sides = {"fixed": {"agreement": 0.1, "acceptance": 0.1}, "auto": {"tokens_per_second": 40.0}}
     report = {"prompts": 40, "before": sides, "after": sides, "words": {"different": 0, "compared": 40}}
     report["agreement_gain"] = {"value": 0.5, "low": 0.45, "high": 0.55, "n": 40}

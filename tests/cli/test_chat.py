@@ -69,7 +69,7 @@ def test_each_token_has_the_colour_of_its_source():
 
 
 @pytest.mark.parametrize("records", [{"keep": "statistics"}, {"redact": ["x"]}, {"retention_days": 3}])
-def test_no_history_on_disk_where_text_must_not_stay(records):
+def test_no_history_on_disk_where_text_is_forbidden(records):
     assert history_is_kept(Records())
     assert not history_is_kept(Records(**records))
 
@@ -85,7 +85,7 @@ def test_the_history_file_is_private():
 
 
 # ------------------------------------------------------------------------------------------------ piped
-def test_turns_share_a_conversation_and_reuse_what_was_read(instance, specl):
+def test_turns_share_a_conversation_and_its_cache(instance, specl):
     outcome = specl("chat", "--json", "--max-tokens", 6, input="hello there\nand again\n")
     first, second = outcome.lines
     assert first["tokens"] == second["tokens"] == 6 and first["recorded"]
@@ -122,7 +122,7 @@ def test_commands(instance, specl, tmp_path):
     assert json.loads((tmp_path / "new.json").read_text()) == saved[:1]
 
 
-def test_a_wrong_command_in_a_pipe_ends_with_2(instance, specl):
+def test_wrong_command_in_a_pipe_exits_with_2(instance, specl):
     outcome = specl("chat", input="/nonsense\n")
     assert outcome.exit_code == 2 and "there is no command /nonsense" in outcome.stderr
     assert specl("chat", input="/save\n").exit_code == 2
@@ -181,7 +181,7 @@ class Screen:
         raise AssertionError("it did not leave")
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(instance):
+def test_ctrl_c_stops_the_answer_not_the_chat(instance):
     screen = Screen("--max-tokens", "3000")
     screen.until("/help lists commands")
     screen.type("tell me a long story\r")

@@ -38,12 +38,12 @@ def test_every_form_gives_the_same_prompts(tmp_path, name, text):
     assert contents(read_prompts(str(tmp_path / name), limit=1)) == ["one"]
 
 
-def test_a_byte_order_mark_and_quoted_lines_are_read(tmp_path):
+def test_byte_order_mark_and_quoted_lines_are_read(tmp_path):
     (tmp_path / "a.csv").write_bytes('\ufeffprompt,n\r\n"one\nline",1\r\n'.encode())
     assert contents(read_prompts(str(tmp_path / "a.csv"))) == ["one\nline"]
 
 
-def test_messages_keep_their_history_and_lose_the_last_answer():
+def test_messages_keep_history_and_drop_the_last_answer():
     talk = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant", "user", "assistant")]
     assert to_messages({"messages": talk}) == talk[:4]
     assert to_messages({"instruction": "do", "input": "this", "system": "s"}) == [
@@ -69,7 +69,7 @@ def test_what_is_no_prompt_is_named(tmp_path, name, text, told):
         read_prompts(str(tmp_path / name))
 
 
-def test_a_column_that_is_not_there_names_those_that_are(tmp_path):
+def test_missing_column_error_lists_the_columns(tmp_path):
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError, match="has no column c") as error:
         read_prompts(str(tmp_path / "a.csv"), "c")
@@ -124,7 +124,7 @@ def test_resume_without_output_is_a_usage_error(specl, prompts):
     assert specl("collect", prompts, "--resume").exit_code == 2
 
 
-def test_a_refused_prompt_is_told_and_the_others_answered(instance, specl, tmp_path):
+def test_refused_prompt_is_reported_and_others_are_answered(instance, specl, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps("x" * 5000) + '\n"fine"\n')
     outcome = specl("collect", tmp_path / "p.jsonl")
     assert outcome.exit_code == 1 and "1 prompts answered" in outcome.stdout
@@ -162,7 +162,7 @@ def own_instance(new_instance):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_restart_in_the_middle_of_an_answer_is_waited_for(own_instance, prompts, tmp_path, number):
+def test_collect_waits_through_a_restart(own_instance, prompts, tmp_path, number):
     out = tmp_path / "out.jsonl"
     running = subprocess.Popen(
         [str(Path(sys.executable).parent / "specl-ctl"), "collect", prompts, "--output", out, "--max-tokens", "20"],

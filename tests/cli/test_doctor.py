@@ -28,7 +28,7 @@ def use(tmp_path, monkeypatch):
     return use
 
 
-def test_a_port_of_another_program_is_named_with_its_setting(use, taken):
+def test_port_taken_by_another_program_names_its_setting(use, taken):
     use(f"gateway: {{port: {taken}}}\n")
     ((level, _, said),) = _ports()
     assert level == "warn" and str(taken) in said and "set gateway.port" in said
@@ -41,13 +41,13 @@ def test_a_port_of_our_own_gateway_is_fine(use, taken):
     lock.release()
 
 
-def test_tcp_looks_at_all_six_ports_of_the_bus(use, taken):
+def test_tcp_checks_all_six_ports(use, taken):
     use(f"gateway: {{enabled: false}}\nbus: {{transport: tcp, port: {taken - 2}}}\n")
     levels = [level for level, _, _ in _ports()]
     assert len(levels) == 6 and levels[2] == "bad"
 
 
-def test_locks_disk_and_the_model_cache_are_told(use):
+def test_locks_disk_and_model_cache_are_reported(use):
     use("gateway: {enabled: false}\n")
     model = find_paths().models / "a-model"
     model.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def bad(*checks):
         ("bus: {transport: tcp, host: 192.0.2.1}", "", "there are no keys in"),
     ],
 )
-def test_settings_that_end_a_daemon_are_bad_with_its_own_words(use, monkeypatch, text, token, told):
+def test_settings_error_shows_the_daemons_sentence(use, monkeypatch, text, token, told):
     use(text + "\n")
     monkeypatch.setenv("SPECL_GATEWAY_TOKEN", token)
     (found,) = bad(_access)
@@ -92,7 +92,7 @@ def test_hooks_that_cannot_be_imported_are_bad(use, text):
     assert "speculative.drafter" in found or "training.loss.type" in found
 
 
-def test_a_hook_in_this_folder_is_found_as_a_daemon_finds_it(use, tmp_path, monkeypatch):
+def test_hook_in_this_folder_is_found(use, tmp_path, monkeypatch):
     use("speculative: {drafter: 'doctors_own_hook:make'}\n")
     (tmp_path / "doctors_own_hook.py").write_text("def make(target, draft): ...\n")
     monkeypatch.chdir(tmp_path)
@@ -100,14 +100,14 @@ def test_a_hook_in_this_folder_is_found_as_a_daemon_finds_it(use, tmp_path, monk
 
 
 @pytest.mark.parametrize("content", ['{"verify": {"1": 0.0', "[]", '{"verify": {"1": "x"}, "draft": {}}', "\xff"])
-def test_a_costs_file_that_was_cut_is_told_not_died_of(use, content):
+def test_truncated_costs_file_is_reported(use, content):
     use("{}\n")
     (find_paths().costs / "a.json").write_bytes(content.encode("latin-1"))
     ((level, _, text),) = _costs()
     assert level == "warn" and "cannot be read" in text
 
 
-def test_a_check_that_fails_is_a_bad_row_and_the_others_go_on(use):
+def test_failing_check_is_a_row_others_run(use):
     def _broken():
         yield "ok", "first", "fine"
         raise RuntimeError("broken library")
@@ -120,7 +120,7 @@ def test_a_check_that_fails_is_a_bad_row_and_the_others_go_on(use):
     assert "RuntimeError: broken library" in found[1][2]
 
 
-def test_a_mac_on_its_processor_is_no_good_news():
+def test_mac_on_its_cpu_is_reported_as_bad():
     assert _device("Linux", "cpu") == ("ok", "device", "cpu")
     assert _device("Darwin", "gpu")[0] == "ok" and "Metal" in _device("Darwin", "gpu")[2]
     level, _, text = _device("Darwin", "cpu")

@@ -52,13 +52,13 @@ def found(path, **records):
     return texts_of_store(path, settings, "t0", "target")
 
 
-def test_prompt_and_answer_are_taken_as_the_target_saw_them(kept):
+def test_prompt_and_answer_are_what_the_target_saw(kept):
     (text,) = found(kept(record("a1", sampling={"temperature": 0.7, "top_p": 1.0})))
     assert text.tokens.tolist() == [1, 70, 71, 11, 1, 2, 3, 4, 5]
     assert (text.id, text.prompt_length, text.greedy) == ("a1", 4, False)
 
 
-def test_held_out_conversations_other_targets_and_repeats_are_left_out(kept):
+def test_heldout_conversations_other_targets_and_repeats_are_excluded(kept):
     path = kept(
         record("a1"),
         record("a2", conversation_id=HELD[0]),
@@ -70,7 +70,7 @@ def test_held_out_conversations_other_targets_and_repeats_are_left_out(kept):
     assert sorted(text.id for text in found(path)) == ["a5", "b1"]
 
 
-def test_a_text_that_is_also_held_out_is_left_out_wherever_it_stands(kept):
+def test_heldout_text_is_excluded_everywhere(kept):
     same = {"prompt_tokens": tokens_blob([1, 2, 3])}
     path = kept(record("a1", **same), record("a2", conversation_id=HELD[0], **same), record("a3", **same), record("a4"))
     assert [text.id for text in found(path)] == ["a4"]
@@ -109,7 +109,7 @@ def test_prompts_are_a_file_or_the_shipped_ones(tmp_path):
     assert digest != prompts.sha256("train")
 
 
-def test_a_prompt_that_drafts_are_judged_by_is_not_learned(tmp_path, capsys):
+def test_evaluation_prompts_are_not_trained_on(tmp_path, capsys):
     judge = prompts.load("heldout")[0].messages[-1]["content"]
     file = tmp_path / "mine.txt"
     file.write_text(f"one\n{json.dumps({'prompt': judge})}\n")
@@ -140,7 +140,7 @@ def test_a_users_mistake_is_one_sentence(specl, stored, monkeypatch, arguments, 
     assert said in outcome.stderr and "Traceback" not in outcome.stderr
 
 
-def test_the_whole_command_makes_a_draft_that_the_settings_accept(specl, stored, monkeypatch, tmp_path):
+def test_build_command_makes_a_draft_the_settings_accept(specl, stored, monkeypatch, tmp_path):
     from specl.shared.models import load
     from specl.shared.training_files import draft_build
 
@@ -192,7 +192,7 @@ def test_the_whole_command_makes_a_draft_that_the_settings_accept(specl, stored,
         assert first["tokens"].tolist() == second["tokens"].tolist()
 
 
-def test_answers_are_read_as_they_were_written_and_only_by_their_target(tmp_path):
+def test_kept_answers_are_read_only_for_their_target(tmp_path):
     written = [WrittenText(f"w{n}", np.arange(n, n + 9, dtype=np.uint32) * 6000, 3 + n, n == 1) for n in range(3)]
     path = tmp_path / "kept.npz"
     save_target_texts(path, written, "t0")

@@ -45,7 +45,7 @@ def test_two_adapters_and_a_table_for_a_person(specl, random_models, prompts):
     assert "acceptance (k=4)" in outcome.stdout and "2 prompts" in outcome.stdout
 
 
-def test_mistakes_are_told_before_models_load(specl, prompts, tmp_path):
+def test_mistakes_are_reported_before_models_load(specl, prompts, tmp_path):
     assert "both mean none" in specl("eval", prompts).stderr
     assert specl("eval", prompts).exit_code == 2
     assert "there is no adapter '000009'" in specl("eval", prompts, "--adapter", "000009").stderr

@@ -38,7 +38,7 @@ def test_the_daemons_copy_counts_while_they_run(use):
     lock.release()
 
 
-def test_import_eval_and_draft_build_refuse_before_they_load(use, specl, tmp_path):
+def test_commands_refuse_before_loading_without_memory(use, specl, tmp_path):
     use(0.01)
     (tmp_path / "i.jsonl").write_text('{"prompt": "a", "target_output": "b"}\n')
     for arguments in (

@@ -25,7 +25,7 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def test_a_gguf_file_is_imported_and_then_named_by_the_settings(tmp_path, capsys, monkeypatch):
+def test_imported_gguf_is_named_by_the_settings(tmp_path, capsys, monkeypatch):
     tiny_gguf.write(tmp_path / "Tiny Llama.gguf")
     code, out, err = run(capsys, "models", "import", str(tmp_path / "Tiny Llama.gguf"), "--quantize", "8", "--json")
     assert code == 0 and "converting Tiny Llama.gguf" in err
@@ -46,7 +46,7 @@ def test_a_gguf_file_is_imported_and_then_named_by_the_settings(tmp_path, capsys
         (["{good}", "--name", "smollm2-135m"], "a model cannot be called"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, capsys, arguments, reason):
+def test_mistake_is_one_sentence_and_exit_code_2(tmp_path, capsys, arguments, reason):
     tiny_gguf.write(tmp_path / "good.gguf")
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "good.gguf").read_bytes()[:5000])
     filled = [argument.format(good=tmp_path / "good.gguf", cut=tmp_path / "cut.gguf") for argument in arguments]

@@ -65,7 +65,7 @@ def stop_after_the_store(monkeypatch, error):
 
 @pytest.mark.parametrize("again", [["--resume"], ["--pattern", "heron", "--yes"], ["--id", "a", "--yes"]])
 @pytest.mark.parametrize("error", [SpecLoraError("another program reads it"), KeyboardInterrupt()])
-def test_a_purge_stopped_half_way_is_finished_by_the_next(specl, kept, monkeypatch, error, again):
+def test_interrupted_purge_is_finished_by_the_next(specl, kept, monkeypatch, error, again):
     undo = stop_after_the_store(monkeypatch, error)
     stopped = specl("store", "purge", "--pattern", "HERON", "--yes")
     assert stopped.exit_code in (1, 130) and "--resume" in stopped.stderr
@@ -81,7 +81,7 @@ def test_a_purge_stopped_half_way_is_finished_by_the_next(specl, kept, monkeypat
     assert not any("purge" in problem for problem in specl("status", "--json").json["problems"])
 
 
-def test_what_came_after_a_stopped_purge_of_everything_stays(specl, kept, monkeypatch):
+def test_records_after_an_interrupted_full_purge_stay(specl, kept, monkeypatch):
     undo = stop_after_the_store(monkeypatch, SpecLoraError("busy"))
     assert specl("store", "purge", "--all", "--yes").exit_code == 1
     undo()
@@ -92,7 +92,7 @@ def test_what_came_after_a_stopped_purge_of_everything_stays(specl, kept, monkey
     assert ids_in(kept.store) == ["later"]
 
 
-def test_an_id_that_only_begins_a_forgotten_one_is_still_found(specl, kept, monkeypatch):
+def test_id_that_prefixes_a_purged_one_is_found(specl, kept, monkeypatch):
     store = Store(kept.store)
     store.add_rows([to_row(spoken("1", "words one")), to_row(spoken("10", "words ten"))])
     store.close()
@@ -103,7 +103,7 @@ def test_an_id_that_only_begins_a_forgotten_one_is_still_found(specl, kept, monk
     assert ids_in(kept.store) == ["a", "b"]
 
 
-def test_a_note_whose_last_line_was_cut_short_is_used_as_far_as_it_goes(specl, kept, monkeypatch):
+def test_truncated_purge_journal_is_used(specl, kept, monkeypatch):
     undo = stop_after_the_store(monkeypatch, SpecLoraError("busy"))
     specl("store", "purge", "--pattern", "heron", "--yes")
     with open(kept.pending_purge, "ab") as file:
@@ -127,7 +127,7 @@ def test_a_purge_of_an_earlier_version_is_finished(specl, kept):
     assert list(_history(kept, Records(), remember=True).load_history_strings()) == ["stays"]
 
 
-def test_resume_without_anything_to_finish_says_so_and_goes_alone(specl, kept):
+def test_resume_without_pending_purge_says_so(specl, kept):
     assert "no purge was stopped" in specl("store", "purge", "--resume").stdout
     assert specl("store", "purge", "--resume", "--all", "--yes").exit_code == 2
     lock = Lock(kept.run, "purge", "specl-ctl store purge")
@@ -173,7 +173,7 @@ def test_short_messages_leave_the_chats_history_too(specl, kept):
     assert history_file(kept).read_bytes() == b"" and not list(kept.root.glob("*backup*"))
 
 
-def test_an_id_that_begins_another_and_one_in_quarantine_can_be_purged(specl, kept):
+def test_prefix_ids_and_quarantined_ids_can_be_purged(specl, kept):
     from specl.shared.messaging.messages import Envelope
 
     store = Store(kept.store)
@@ -191,7 +191,7 @@ def test_an_id_that_begins_another_and_one_in_quarantine_can_be_purged(specl, ke
 
 
 @pytest.mark.parametrize("command", [["purge", "--all", "--yes"], ["import", "--jsonl", "in.jsonl", "--text-only"]])
-def test_on_a_clients_machine_purge_and_import_say_where_to_run_them(specl, tmp_path, monkeypatch, command):
+def test_purge_and_import_name_the_server(specl, tmp_path, monkeypatch, command):
     paths = find_paths()
     write_keys(paths.keys, Keys("p" * 40, "c" * 40, "s" * 40))
     (paths.keys / "server.json").unlink()
@@ -209,7 +209,7 @@ def test_on_a_clients_machine_purge_and_import_say_where_to_run_them(specl, tmp_
     assert not paths.run.exists() and not paths.store.exists()
 
 
-def test_a_purge_waits_for_a_command_in_the_collectors_place(specl, kept):
+def test_purge_waits_for_a_command_holding_the_lock(specl, kept):
     import threading
 
     held = Lock(kept.run, "collector", "specl-ctl store import")
@@ -219,7 +219,7 @@ def test_a_purge_waits_for_a_command_in_the_collectors_place(specl, kept):
 
 
 @pytest.mark.process
-def test_asking_whether_a_lock_is_held_makes_nothing_and_is_seen_by_nobody(tmp_path):
+def test_checking_a_lock_leaves_no_trace(tmp_path):
     import fcntl
 
     assert not is_locked(tmp_path, "collector") and not list(tmp_path.iterdir())

@@ -60,7 +60,7 @@ def test_units_are_written_where_the_manager_looks(specl, monkeypatch, tmp_path)
     assert len(list((tmp_path / "home/Library/LaunchAgents").glob("org.speclora.*.plist"))) == len(DAEMONS)
 
 
-def test_a_unit_starts_elsewhere_with_the_same_folders_and_without_the_token(specl, monkeypatch, tmp_path):
+def test_unit_keeps_the_folders_and_omits_the_token(specl, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"examples{os.pathsep}/opt/hooks")
     monkeypatch.setenv("OLLAMA_MODELS", "ollama")
@@ -73,7 +73,7 @@ def test_a_unit_starts_elsewhere_with_the_same_folders_and_without_the_token(spe
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_status_misses_a_gateway_only_where_one_is_wanted(specl, monkeypatch, tmp_path, enabled):
+def test_status_misses_a_gateway_only_if_enabled(specl, monkeypatch, tmp_path, enabled):
     (tmp_path / "s.yaml").write_text(f"gateway: {{enabled: {str(enabled).lower()}}}\n")
     monkeypatch.setenv("SPECL_CONFIG", str(tmp_path / "s.yaml"))
     missing = [text for text in specl("status", "--json").json["problems"] if text.startswith("gateway does not run")]
@@ -160,7 +160,7 @@ def test_the_version_names_commit_and_libraries(specl):
 
 
 # ------------------------------------------------------------------------------------------------ help and status
-def test_every_command_of_the_list_is_there_and_teaches(specl):
+def test_every_listed_command_has_a_help_text(specl):
     for name in COMMANDS:
         outcome = specl(name, "--help")
         assert outcome.exit_code == 0 and "Usage: specl-ctl" in outcome.stdout, name

@@ -14,7 +14,7 @@ from specl.shared.paths import find_paths
 from specl.shared.status import system_status
 
 
-def test_a_watch_is_told_of_while_it_is_on_and_how_it_ended(tmp_path, monkeypatch):
+def test_canary_shows_in_status_until_it_ends(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECL_VAR", str(tmp_path))
     find_paths().create()
     lookout = AdapterMonitor()

@@ -90,7 +90,7 @@ def test_marks_stand_where_the_target_disagreed():
     assert "\x1b[32mb" in marked(found, colour=True) and "\x1b[36md" in marked(found, colour=True)
 
 
-def test_text_cut_at_a_stop_string_is_marked_as_far_as_it_goes():
+def test_text_cut_at_a_stop_string_is_annotated():
     row = stored(output="ab", output_ids=[0, 1, 2], sources=bytes(3), disagreements=[])
     assert marked(pieces(row, Letters()), colour=False) == "ab"
 
@@ -107,7 +107,7 @@ def test_show_finds_by_beginning_and_lists_disagreements(specl, filled):
     assert len(specl("store", "show", "03", "--json").json["disagreements"]) == 3
 
 
-def test_show_of_nobody_and_of_several_is_one_sentence(specl, filled):
+def test_unknown_or_ambiguous_id_is_one_sentence(specl, filled):
     for id in ("nobody", "0"):
         outcome = specl("store", "show", id)
         assert outcome.exit_code == 1 and "no single generation begins with" in outcome.stderr
@@ -130,7 +130,7 @@ def test_export_wants_one_form_and_a_place(specl, filled, tmp_path):
     assert outcome.exit_code == 2 and "there is no folder" in outcome.stderr
 
 
-def test_parquet_holds_the_laws(specl, filled, tmp_path):
+def test_parquet_holds_the_top_k_logprobs(specl, filled, tmp_path):
     from pyarrow import parquet
 
     path = tmp_path / "g.parquet"
@@ -181,7 +181,7 @@ def test_import_of_an_export_gives_the_same_export(specl, filled, tmp_path, monk
     assert specl("store", "export", "--jsonl").stdout == file.read_text()
 
 
-def test_a_bad_line_is_named_and_nothing_is_imported(specl, tmp_path):
+def test_bad_line_is_named_and_nothing_is_imported(specl, tmp_path):
     file = write(tmp_path / "in.jsonl", LINE, LINE | {"id": "b", "acceptance_rate": 7}, {"prompt": "x"}, [1])
     outcome = specl("store", "import", "--jsonl", file, "--text-only")
     assert outcome.exit_code == 2 and not find_paths().store.exists()
@@ -203,7 +203,7 @@ def test_imports_obey_redaction(specl, tmp_path, monkeypatch):
     assert row.values["output"] == "[redacted] of it." and row.disagreements == []
 
 
-def test_the_targets_law_makes_an_import_learnable(tiny):
+def test_target_probs_make_an_import_trainable(tiny):
     target, prompt = tiny(), [5, 6, 7, 8]
     own = list(prompt)
     import mlx.core as mx
@@ -226,7 +226,7 @@ def test_the_targets_law_makes_an_import_learnable(tiny):
     store.close()
 
 
-def test_disagreeing_tokens_are_spelled_where_the_ids_are_the_tokenizers(tiny):
+def test_disagreements_are_spelled_only_with_matching_tokenizer(tiny):
     item = parse(json.dumps(LINE))  # at position 1: 5 drafted, 6 right
     decode = tiny().tokenizer.decode
     same = with_token_texts(item, text_logprobs(tiny(), "text", [5, 6], [9, 6, 9], 8), decode).disagreements[0]
@@ -255,6 +255,6 @@ def test_parse_refuses(change):
         parse(json.dumps(LINE | change))
 
 
-def test_an_import_without_an_id_is_the_same_record_twice():
+def test_import_without_id_twice_is_one_record():
     bare = {k: v for k, v in LINE.items() if k != "id"}
     assert parse(json.dumps(bare)).id == parse(json.dumps(bare)).id

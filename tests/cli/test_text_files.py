@@ -58,7 +58,7 @@ def test_a_long_document_is_one_field(tmp_path):
         ("a.csv", b"prompt\nna\xefve\n", "a.csv:2: not UTF-8 text"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, data, told):
+def test_unreadable_input_is_named_with_its_line(tmp_path, name, data, told):
     (tmp_path / name).write_bytes(data)
     for reader in (read_prompts, prompts_of):
         with pytest.raises(ConfigError, match=told):
@@ -93,7 +93,7 @@ def test_input_that_is_not_utf8_is_one_sentence(arguments):
     assert done.stderr == b"specl-ctl: standard input:1: not UTF-8 text (byte 3 of the line)\n"
 
 
-def test_an_argument_that_is_not_utf8_is_refused_before_it_is_sent(instance, specl):
+def test_argument_that_is_not_utf8_is_refused(instance, specl):
     outcome = specl("ask", "na\udcefve")
     assert outcome.exit_code == 2 and "the text is not Unicode" in outcome.stderr
 

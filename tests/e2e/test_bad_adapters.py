@@ -153,7 +153,7 @@ def force(instance, adapters, one, how):
 
 @pytest.mark.parametrize("how", ["activated", "placed as CURRENT"])
 @pytest.mark.parametrize("name", ["wrong base", "nan"])
-def test_what_does_not_fit_is_refused_with_its_reason(instance, bad, name, how):
+def test_mismatched_adapter_is_refused_with_its_reason(instance, bad, name, how):
     adapters = Adapters(instance.var / "adapters")
     id, said = force(instance, adapters, next(one for one in bad if one.name == name), how)
     if how == "placed as CURRENT":

@@ -13,7 +13,7 @@ def daemon(cli_instance, role="inference", timeout=60):
     return subprocess.run(command, env=cli_instance.environment, capture_output=True, text=True, timeout=timeout)
 
 
-def test_a_daemon_that_is_down_gives_exit_code_3(cli_instance):
+def test_daemon_down_gives_exit_code_3(cli_instance):
     done = cli_instance.run("ask", "hello")
     assert done.returncode == 3 and "honcho start" in done.stderr
     assert cli_instance.run("adapters", "rollback").returncode == 3
@@ -27,7 +27,7 @@ def test_status_is_useful_with_all_daemons_down(cli_instance):
     assert found["failures"]["trigger"] == 50
 
 
-def test_an_unknown_setting_is_named_with_file_line_and_a_guess(cli_instance):
+def test_unknown_setting_has_file_line_and_guess(cli_instance):
     (cli_instance.var / "settings.yaml").write_text("speculative:\n  temprature: 0.5\n")
     done = cli_instance.run("status")
     assert done.returncode == 2
@@ -47,14 +47,14 @@ def test_a_missing_settings_file_is_named(cli_instance):
     assert done.returncode == 2 and "nowhere.yaml" in done.stderr
 
 
-def test_a_missing_model_stops_the_daemon_with_one_sentence(cli_instance):
+def test_missing_model_stops_the_daemon(cli_instance):
     (cli_instance.var / "settings.yaml").write_text("models: {target: {name: ./no-such-model}}\n")
     done = daemon(cli_instance)
     assert done.returncode == 78
     assert "there is no model './no-such-model'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_an_unreadable_model_stops_the_daemon_with_one_sentence(cli_instance):
+def test_unreadable_model_stops_the_daemon(cli_instance):
     folder = cli_instance.var / "broken"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "unheard-of"}')
@@ -63,7 +63,7 @@ def test_an_unreadable_model_stops_the_daemon_with_one_sentence(cli_instance):
     assert done.returncode == 78 and "cannot be loaded" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_run_directory_that_cannot_be_written_is_named(cli_instance):
+def test_unwritable_run_directory_is_named(cli_instance):
     file = cli_instance.var / "file"
     file.write_text("")
     cli_instance.environment["SPECL_VAR"] = str(file / "var")
@@ -72,14 +72,14 @@ def test_a_run_directory_that_cannot_be_written_is_named(cli_instance):
 
 
 @pytest.mark.process
-def test_a_socket_path_that_is_too_long_is_named():
+def test_too_long_socket_path_is_named():
     cli_instance = make_cli_instance()
     cli_instance.environment["SPECL_VAR"] = str(cli_instance.var / ("long-" * 20))
     done = daemon(cli_instance, "collector")
     assert done.returncode == 78 and "SPECL_VAR" in done.stderr and "bytes" in done.stderr
 
 
-def test_a_file_in_the_place_of_a_socket_is_named(cli_instance):
+def test_file_in_place_of_a_socket_is_named(cli_instance):
     (cli_instance.var / "run").mkdir()
     (cli_instance.var / "run" / "collector.sock").write_text("mine")
     done = daemon(cli_instance, "collector")

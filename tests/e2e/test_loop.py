@@ -22,7 +22,7 @@ KIND = "record-to-json"
 LIVE = 32
 
 
-def test_an_answer_streams_to_stdout_and_its_statistics_to_stderr(system):
+def test_answer_goes_to_stdout_statistics_to_stderr(system):
     done = system.run("ask", "--max-tokens", "24", "What is the capital of France?")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
@@ -117,7 +117,7 @@ def test_bad_requests_are_refused_in_one_line(system):
     assert system.ask("Still there?", "--max-tokens", "4")["tokens"]
 
 
-def test_a_second_set_of_daemons_is_refused_naming_the_first(system):
+def test_second_set_of_daemons_is_refused(system):
     holder = str(system.status()["collector"]["pid"])
     done = subprocess.run(
         [os.sys.executable, "-m", "specl.daemons.supervise", "collector"],
@@ -225,7 +225,7 @@ def test_the_verdict_is_a_row(system):
         assert db.execute("SELECT id FROM adapters").fetchall() == [("000001",)]
 
 
-def test_a_zero_or_foreign_adapter_put_in_by_hand_is_refused(system):
+def test_zero_or_external_adapter_by_hand_is_refused(system):
     from specl.shared.adapters.registry import Adapters
 
     source = system.var / "adapters" / "000001"
@@ -274,7 +274,7 @@ def test_rollback_and_activate_by_hand(system):
     assert "000001" in listed and "current" in listed
 
 
-def test_ctrl_c_stops_everything_in_time_and_a_restart_comes_back_with_the_adapter(system):
+def test_ctrl_c_stops_all_restart_keeps_adapter(system):
     pids = [system.status()[role]["pid"] for role in ("inference", "collector", "trainer")]
     stop(system.process)
     assert not any(_alive(pid) for pid in pids)

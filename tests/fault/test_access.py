@@ -54,7 +54,7 @@ def test_tcp_beyond_loopback_needs_keys(instance, host, inside):
     assert Addresses(instance.paths, bus).answer("inference").keys is not None
 
 
-def test_a_daemon_refuses_to_listen_to_the_world_without_keys(instance):
+def test_listening_beyond_loopback_without_keys_is_refused(instance):
     instance.set(SETTINGS + "bus: {transport: tcp, host: 0.0.0.0}\n")
     daemon = instance.start("collector")
     wait_until(lambda: daemon.code is not None, 10, "it ends")
@@ -103,7 +103,7 @@ def test_with_keys_only_their_holders_are_answered(instance, transport):
         client.ask("with the wrong key")
 
 
-def test_a_client_elsewhere_needs_the_client_key_and_no_more(instance, tmp_path):
+def test_remote_client_needs_only_the_client_key(instance, tmp_path):
     instance.set(SETTINGS + f"bus: {{transport: tcp, host: 127.0.0.1, port: {free_ports(6)}}}\n")
     write_keys(instance.paths.keys, new_keys())
     instance.start("inference")
@@ -133,7 +133,7 @@ def _answered(address, server=None, own=None):
     return found
 
 
-def test_keys_are_refused_when_others_may_read_them_and_not_replaced_by_accident(instance):
+def test_readable_keys_are_refused_and_never_overwritten(instance):
     write_keys(instance.paths.keys, new_keys())
     before = read_keys(instance.paths.keys)
     again = subprocess.run(
@@ -147,7 +147,7 @@ def test_keys_are_refused_when_others_may_read_them_and_not_replaced_by_accident
         read_keys(instance.paths.keys)
 
 
-def test_no_pickle_no_eval_no_shell_in_the_product():
+def test_product_has_no_pickle_eval_or_shell():
     """Names of what turns data into code; `mx.load` and `np.load` read only what their formats hold."""
     words = re.compile(
         r"\b(import (?:pickle|marshal|shelve)\b|(?<!\.)eval\(|exec\(|os\.system|shell=True|allow_pickle=True|yaml\.load\()"
@@ -162,7 +162,7 @@ def test_no_pickle_no_eval_no_shell_in_the_product():
     assert found == []
 
 
-def test_a_link_in_the_place_of_a_socket_is_refused(instance):
+def test_link_in_place_of_a_socket_is_refused(instance):
     (instance.paths.run / "collector.sock").write_text("not a socket")
     daemon = instance.start("collector")
     wait_until(lambda: daemon.code is not None, 10, "it ends")

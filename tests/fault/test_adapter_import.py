@@ -49,7 +49,7 @@ def from_mlx_lm(folder):
     return weights
 
 
-def test_one_of_ours_and_one_of_mlx_lms_are_read(tmp_path, engine):
+def test_our_and_mlx_lm_adapters_are_read(tmp_path, engine):
     ours = publish_adapter(tmp_path, "000001")
     found = read_external(ours, engine)
     assert found.manifest.id == "000001" and found.adapter.shape.scale == 2.0
@@ -103,7 +103,7 @@ def with_parent(folder, parent):
     return Adapters(folder).publish(scratch, replace(manifest, parent_id=parent))
 
 
-def test_through_the_daemons_a_good_one_drafts_and_a_bad_one_leaves_a_verdict(instance, tmp_path):
+def test_daemons_import_good_and_refuse_bad_adapters(instance, tmp_path):
     instance.set(
         SETTINGS.replace(
             "enabled: false", "enabled: false, heldout_share: 0.5, min_heldout_generations: 4, regression_prompts: 4"
@@ -143,7 +143,7 @@ def test_through_the_daemons_a_good_one_drafts_and_a_bad_one_leaves_a_verdict(in
     print(listed, shown)
 
 
-def test_what_is_no_adapter_directory_is_a_users_mistake(instance, tmp_path):
+def test_non_adapter_directory_is_a_user_error(instance, tmp_path):
     done = control(instance, str(tmp_path / "nowhere"))
     assert done.returncode == 2 and "there is no directory" in done.stderr
     done = control(instance, str(tmp_path))
@@ -155,7 +155,7 @@ def test_what_is_no_adapter_directory_is_a_users_mistake(instance, tmp_path):
     shutil.rmtree(folder)
 
 
-def test_a_bad_one_forced_in_by_hand_is_rolled_back_within_twenty_requests(instance):
+def test_forced_bad_adapter_rolls_back_within_twenty_requests(instance):
     instance.set(SETTINGS.replace("num_draft_tokens: 2", "num_draft_tokens: 2, ngram: false"))
     publish_adapter(instance.paths.adapters, "000001", scale=1.0)
     Adapters(instance.paths.adapters).set_current("")

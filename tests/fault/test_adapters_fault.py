@@ -28,7 +28,7 @@ PUBLISH_POINTS = (
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=slow)])
-def test_f12_a_trainer_killed_at_any_step_of_publishing_leaves_a_whole_adapter(instance, figures, times):
+def test_f12_kill_while_publishing_leaves_a_whole_adapter(instance, figures, times):
     adapters = Adapters(instance.paths.adapters)
     publish_adapter(instance.paths.adapters, "000001")
     inference = instance.start("inference")
@@ -81,7 +81,7 @@ def _verdict(instance):
     return instance.stored("training_runs")
 
 
-def test_f12_a_published_adapter_without_its_record_gets_it_at_the_next_start(instance):
+def test_f12_missing_adapter_record_is_written_at_start(instance):
     publish_adapter(instance.paths.adapters, "000001")
     instance.start("collector")
     instance.start("trainer")
@@ -146,7 +146,7 @@ def spoil(instance, kind, id):
     Adapters(folder).set_current(id)
 
 
-def test_f13_bad_adapters_are_each_refused_with_their_reason(instance, figures):
+def test_f13_bad_adapters_are_refused_with_reasons(instance, figures):
     publish_adapter(instance.paths.adapters, "000001")
     instance.start("collector")
     instance.start("inference", SPECL_TEST_LOOK_S="0.5")
@@ -210,7 +210,7 @@ def test_f13_random_weights_cost_speed_and_no_word(instance):
     assert answer.text == plain and answer.adapter_id == "000001"
 
 
-def test_f14_a_late_joiner_and_a_burst_end_with_the_newest(instance, figures):
+def test_f14_late_joiner_and_burst_end_with_newest(instance, figures):
     publish_adapter(instance.paths.adapters, "000001")  # nobody is there to hear of it
     instance.start("inference")
     assert instance.ready("inference")["adapter"]["active"] == "000001"

@@ -28,12 +28,12 @@ INFERENCE_POINTS = (
 COLLECTOR_POINTS = ("fetch.before_request", "fetch.after_reply", "store.before_commit", "store.after_commit")
 SWAP_POINTS = ("swap.before_activate", "swap.after_activate")
 F12 = {  # test_adapters_fault.py
-    "test_f12_a_trainer_killed_at_any_step_of_publishing_leaves_a_whole_adapter", "test_f12_the_trainer_itself_dies_and_goes_on",
+    "test_f12_kill_while_publishing_leaves_a_whole_adapter", "test_f12_the_trainer_itself_dies_and_goes_on",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(100, marks=slow)])
-def test_f1_inference_killed_at_random_loses_no_accepted_record(instance, figures, kills):
+def test_f1_killed_inference_loses_no_accepted_record(instance, figures, kills):
     instance.start("collector")
     inference = instance.start("inference")
     instance.ready("inference")
@@ -58,7 +58,7 @@ def test_f1_inference_killed_at_random_loses_no_accepted_record(instance, figure
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(100, marks=slow)])
-def test_f2_collector_killed_at_random_loses_nothing_and_delays_nobody(instance, figures, kills):
+def test_f2_killed_collector_loses_nothing_delays_nobody(instance, figures, kills):
     instance.start("inference")
     collector = instance.start("collector")
     instance.ready("inference")
@@ -111,7 +111,7 @@ def test_f3_collector_dies_at_every_named_point(instance, point):
 
 
 @pytest.mark.parametrize("point", [point for point in INFERENCE_POINTS if point.startswith("outbox.")])
-def test_f3_the_trainer_dies_at_every_point_of_its_outbox(instance, point):
+def test_f3_trainer_survives_every_outbox_failpoint(instance, point):
     """The other producer: what its outbox had accepted is in the store, and the run that follows is."""
     ready_for_training(instance)
     # what it has scored may all be fetched, and let go of, at once
@@ -157,7 +157,7 @@ def _ask_until_dead(instance, daemon) -> None:
     assert daemon.code == 137
 
 
-def test_f3_every_failpoint_in_the_code_has_killed_something(deaths, request):
+def test_f3_every_failpoint_has_killed_something(deaths, request):
     root = ROOT
     sources = [path for part in ("shared", "daemons", "cli") for path in (root / part).rglob("*.py")]
     used = {name for path in sources for name in re.findall(r'failpoint\("([^"]+)"\)', path.read_text())}
@@ -235,7 +235,7 @@ def test_f6_lost_and_doubled_frames_only_cost_time(instance, figures, proxied, a
     assert proxy.dropped and proxy.doubled
 
 
-def test_f11_a_poison_record_goes_to_quarantine_and_blocks_nothing(instance):
+def test_f11_poison_record_is_quarantined(instance):
     outbox = Outbox(instance.paths.outbox("inference"))
     good = [uuid.uuid4().hex for _ in range(20)]
     poison = {

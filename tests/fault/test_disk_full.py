@@ -91,7 +91,7 @@ def test_f7_a_full_store_acknowledges_nothing_and_recovers(instance, figures, di
     assert outbox
 
 
-def test_f7_a_collector_that_starts_on_a_full_disk_waits_for_room(instance, disk):
+def test_f7_collector_waits_for_space_at_start(instance, disk):
     store = disk(instance.folder)
     instance.paths.create()
     instance.set(SETTINGS)
@@ -108,7 +108,7 @@ def test_f7_a_collector_that_starts_on_a_full_disk_waits_for_room(instance, disk
     assert collector.code is None
 
 
-def test_f8_a_full_outbox_refuses_new_records_and_answers_go_on(instance, figures, disk):
+def test_f8_full_outbox_refuses_records_not_answers(instance, figures, disk):
     outbox = disk(instance.folder / "outbox", megabytes=4)
     instance.start("inference")
     instance.ready("inference")
@@ -143,7 +143,7 @@ def test_f8_a_full_outbox_refuses_new_records_and_answers_go_on(instance, figure
     )
 
 
-def test_f8_an_outbox_that_cannot_be_opened_at_start_stops_no_answer(instance, disk):
+def test_f8_unopenable_outbox_stops_no_answer(instance, disk):
     outbox = disk(instance.folder / "outbox", megabytes=1)
     outbox.fill()
     instance.start("inference")
@@ -174,7 +174,7 @@ def test_a_daemon_starts_with_every_disk_full(instance, disk):
     assert inference.code is None
 
 
-def test_a_full_adapters_folder_leaves_the_old_adapter_serving(instance, disk):
+def test_full_adapters_folder_keeps_the_old_adapter(instance, disk):
     adapters = disk(instance.paths.adapters, megabytes=2)
     publish_adapter(instance.paths.adapters, "000001")
     instance.start("inference")
@@ -211,7 +211,7 @@ def calm(instance, timeout_s=15):
         raise AssertionError(f"{error}: {problems(instance)}") from None
 
 
-def test_f8_the_trainers_full_outbox_keeps_its_records_until_there_is_room(instance, figures, disk):
+def test_f8_full_trainer_outbox_keeps_its_records(instance, figures, disk):
     outbox = disk(instance.folder / "outbox", megabytes=2)
     for number in (1, 2, 3):
         publish_adapter(instance.paths.adapters, f"{number:06d}")
@@ -234,7 +234,7 @@ def test_f8_the_trainers_full_outbox_keeps_its_records_until_there_is_room(insta
     figures(F8_trainer_refused=said["refused"], lost=0, recovered_s=seconds)
 
 
-def test_f8_at_its_size_limit_an_outbox_refuses_and_takes_again_once_it_has_drained(instance, figures):
+def test_f8_outbox_accepts_again_after_draining(instance, figures):
     instance.set(SETTINGS + "records: {outbox_limit_mb: 1}\n")
     outbox = Outbox(instance.paths.outbox("inference"))
     before = [f"{number:032x}" for number in range(60)]
@@ -257,7 +257,7 @@ def test_f8_at_its_size_limit_an_outbox_refuses_and_takes_again_once_it_has_drai
     figures(F8_limit_refused=len(refused), accepted=len(instance.acked), lost=0)
 
 
-def test_a_run_that_finds_no_room_for_its_adapter_goes_on_once_there_is_some(instance, figures, disk):
+def test_run_without_space_resumes_later(instance, figures, disk):
     adapters = disk(instance.paths.adapters, megabytes=2)
     publish_adapter(instance.paths.adapters, "000001")
     ready_for_training(instance)

@@ -242,7 +242,7 @@ def context():
 
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(180, marks=slow)])
-def test_f10_a_coverage_guided_fuzzer_finds_no_way_past_the_decoder(figures, seconds):
+def test_f10_fuzzer_finds_no_way_past_the_decoder(figures, seconds):
     """Keeps every input that reached a new line of wire.py and changes those further; only WireError may come out.
 
     fuzz_decoder.py does the same with atheris, faster and into msgpack, where that is installed.

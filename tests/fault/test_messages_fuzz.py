@@ -186,7 +186,7 @@ def test_f10_senseless_news_and_batches_end_no_daemon(instance, figures, context
     assert grew < 96
 
 
-def test_f10_an_answer_that_would_quote_more_than_a_frame_holds_ends_nothing(instance, context):
+def test_f10_oversized_answer_ends_nothing(instance, context):
     """What is refused is quoted, and quoting makes it up to six times as long."""
     long = "\0" * 3_000_000
     daemons = [instance.start(role) for role in ROLES]

@@ -54,12 +54,12 @@ def test_an_upgrade_that_fails_changes_nothing(older):
         assert "mood" not in [row[1] for row in db.execute("PRAGMA table_info(generations)")]
 
 
-def test_an_older_store_is_not_upgraded_by_a_reader(older):
+def test_reader_does_not_upgrade_an_older_store(older):
     with pytest.raises(StoreError, match=f"older schema {NOW}"):
         Store(older, read_only=True, migrations=NEXT)
 
 
-def test_a_newer_store_is_refused_by_name_and_not_retried(instance):
+def test_newer_store_is_refused_and_not_retried(instance):
     Store(instance.paths.store).close()
     with sqlite3.connect(instance.paths.store) as db:
         db.execute("PRAGMA user_version = 99")

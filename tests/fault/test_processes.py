@@ -19,7 +19,7 @@ from tests.harness.waiting import wait_until
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_f9_a_second_daemon_is_refused_and_names_the_first(instance, role):
+def test_f9_second_daemon_is_refused(instance, role):
     first = instance.start(role)
     instance.ready(role)
     second = instance.start(role)
@@ -55,7 +55,7 @@ def test_f15_stale_sockets_and_locks_are_no_obstacle(instance):
     instance.check()
 
 
-def test_f15_daemons_stop_within_five_seconds_in_the_middle_of_work(instance, figures):
+def test_f15_busy_daemons_stop_within_five_seconds(instance, figures):
     daemons = [instance.start(role, SPECL_TEST_TOKEN_MS="30") for role in ROLES]
     for role in ROLES:
         instance.ready(role)
@@ -123,7 +123,7 @@ def tree(instance, tmp_path):
                 one.process.kill()
 
 
-def test_f15_a_dead_daemon_comes_back_and_the_tree_stops_cleanly(instance, figures, tree):
+def test_f15_dead_daemon_restarts_and_tree_stops(instance, figures, tree):
     running = tree()
     running.ready()
     before = running.pids()
@@ -148,7 +148,7 @@ def test_f15_a_dead_daemon_comes_back_and_the_tree_stops_cleanly(instance, figur
     assert running.all_gone()
 
 
-def test_f15_a_daemon_that_dies_at_every_start_is_started_less_and_less_often(instance, figures):
+def test_f15_crashing_daemon_restarts_with_growing_pauses(instance, figures):
     supervisor = subprocess.Popen(
         [sys.executable, "-m", "specl.daemons.supervise", "collector"],
         env=os.environ | instance.environment(SPECL_CRASH_AT="fetch.before_request"),
@@ -185,7 +185,7 @@ def test_f15_no_orphan_survives_honcho_or_a_supervisor(instance, figures, tree):
     figures(F15_orphans_gone_s=gone_s, after_supervisor_s=time.monotonic() - start)
 
 
-def test_f15_a_settings_error_is_said_once_and_not_retried(instance, tree):
+def test_f15_settings_error_is_not_retried(instance, tree):
     running = tree("nonsense: 1\n")
     running.process.wait(timeout=30)
     said = (instance.outputs / "honcho.out").read_text()

@@ -110,7 +110,7 @@ def test_a_purge_by_pattern_leaves_no_byte_behind(instance, figures, running):
     figures(purge_s=seconds, daemons="running" if running else "down")
 
 
-def test_a_purge_empties_the_caches_of_the_running_daemon(instance):
+def test_purge_empties_caches_of_the_running_daemon(instance):
     instance.start("inference")
     instance.start("collector")
     instance.ready("inference")
@@ -158,7 +158,7 @@ def test_purges_by_id_age_and_all(instance):
     specl(instance, "store", "purge", "--all", "--yes")
 
 
-def test_upper_and_lower_case_of_any_script_are_the_same_text(instance):
+def test_case_of_any_script_is_ignored(instance):
     store = Store(instance.paths.store)
     store.add_rows([Envelope("a", "Generation", encode(generation("a", "der ÜBERSEEHAFEN von früher")))])
     store.add_rows([Envelope("b", "Generation", encode(replace(generation("b"), conversation_id="Überseehafen, 3rd")))])
@@ -174,7 +174,7 @@ def test_upper_and_lower_case_of_any_script_are_the_same_text(instance):
     specl(instance, "store", "purge", "--all", "--json", code=2)
 
 
-def test_a_purge_does_not_make_old_failures_new_again(instance):
+def test_purge_makes_no_old_failure_new(instance):
     store = Store(instance.paths.store)
     store.set_threshold(0.5)
     store.add_rows([Envelope(id, "Generation", encode(generation(id, f"about {id} and {SECRET}"))) for id in "abcd"])
@@ -195,7 +195,7 @@ def test_ages_that_are_none_are_refused(instance):
         assert "written like" in specl(instance, "store", "purge", "--before", age, "--yes", code=2)
 
 
-def test_retraining_goes_on_from_the_newest_adapter_that_never_saw_the_text(instance, figures):
+def test_retraining_resumes_from_the_newest_clean_adapter(instance, figures):
     ready_for_training(instance)
     with sqlite3.connect(instance.paths.store) as db:
         secret, *others = [row[0] for row in db.execute("SELECT id FROM generations ORDER BY n")]
@@ -222,7 +222,7 @@ def test_retraining_goes_on_from_the_newest_adapter_that_never_saw_the_text(inst
     figures(retrained_s=time.monotonic() - start, learned_from=len(made.generations))
 
 
-def test_a_run_under_way_is_ended_by_a_purge_and_publishes_nothing_of_it(instance):
+def test_purge_ends_a_running_training(instance):
     ready_for_training(instance)
     instance.set(instance.file.read_text().replace("num_epochs: 2", "num_epochs: 2000"))
     trainer = instance.start("trainer", SPECL_TEST_RISING="1", SPECL_TEST_CHECKPOINT_S="0")
@@ -239,7 +239,7 @@ def test_a_run_under_way_is_ended_by_a_purge_and_publishes_nothing_of_it(instanc
     assert "training.abandoned" in instance.output("trainer")
 
 
-def test_a_purge_names_adapters_that_learned_and_drops_them_if_wanted(instance):
+def test_purge_names_and_drops_adapters_on_request(instance):
     store = Store(instance.paths.store)
     store.add_rows([Envelope(id, "Generation", encode(generation(id, f"{SECRET} {id}"))) for id in ("a", "b")])
     store.close()
@@ -310,7 +310,7 @@ def test_redaction_blots_text_and_drops_tokens(instance):
     assert rows[1] == 0 and rows[0] > 0
 
 
-def test_redaction_reaches_nested_content_and_keeps_what_is_clean():
+def test_redaction_reaches_nested_content():
     keep = Redactor(Records(redact=["secret"]))
     record = generation("x", "plain")
     assert keep.apply(record).whole and keep.apply(record).record is record
@@ -326,7 +326,7 @@ def test_redaction_reaches_nested_content_and_keeps_what_is_clean():
 @pytest.mark.parametrize(
     "limits, left", [("retention_days: 5", 4), ("max_generations: 3", 3), ("max_store_mb: 1", None)]
 )
-def test_the_collector_lets_go_of_what_is_too_old_too_many_or_too_large(instance, limits, left):
+def test_collector_drops_old_excess_and_large_records(instance, limits, left):
     instance.set(SETTINGS + f"records: {{{limits}}}\n")
     store = Store(instance.paths.store)
     now = time.time()

@@ -33,7 +33,7 @@ def chunks(response):
     return [json.loads(line) for line in lines[:-1]]
 
 
-def test_a_chat_answer_has_text_usage_and_our_statistics(client):
+def test_chat_answer_has_text_usage_and_statistics(client):
     answer = client.chat.completions.create(**ASK)
     assert answer.choices[0].message.content
     assert answer.choices[0].finish_reason in ("stop", "length")
@@ -66,7 +66,7 @@ def test_plain_completions_go_without_a_chat_template(client, running):
     assert text == whole.choices[0].text
 
 
-def test_a_stop_text_ends_the_answer_and_is_not_in_it(client):
+def test_stop_text_ends_the_answer(client):
     wish = {**ASK, "max_tokens": 40}
     whole = client.chat.completions.create(**wish).choices[0].message.content
     stop = whole[5:7]
@@ -116,7 +116,7 @@ def test_what_is_not_supported_is_refused_by_name(http, field):
     assert f"`{field}`" in error["message"]
 
 
-def test_log_probabilities_of_a_chat_are_those_of_its_tokens(client):
+def test_chat_logprobs_are_those_of_its_tokens(client):
     wish = ASK | {"logprobs": True, "top_logprobs": 3, "temperature": 0}
     choice = client.chat.completions.create(**wish).choices[0]
     rows = choice.logprobs.content
@@ -168,7 +168,7 @@ def test_neutral_values_and_nulls_are_fine(http):
     assert answer.status_code == 200, answer.text
 
 
-def test_what_inference_refuses_is_a_400_in_both_ways(http):
+def test_inference_refusal_is_http_400(http):
     for stream in (False, True):
         wish = ASK | {"messages": [{"role": "user", "content": "x" * 5000}], "stream": stream}
         answer = http.post("/v1/chat/completions", json=wish)
@@ -207,7 +207,7 @@ def conversations(running, *answers):
     return wait_until(stored, 20, "the answers are stored")
 
 
-def test_turns_of_a_chat_are_one_conversation_without_a_word_of_the_client(client, running):
+def test_chat_turns_are_one_conversation(client, running):
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is a lighthouse?"}]
     first = client.chat.completions.create(**ASK | {"messages": turns})
     turns += [

@@ -44,7 +44,7 @@ def test_a_form_or_plain_text_post_is_refused(http, path):
     assert http.post(path, json=ASK, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
 
 
-def test_a_post_from_our_own_page_is_let_in(http, running):
+def test_post_from_our_page_is_allowed(http, running):
     answer = http.post("/api/train", json={}, headers={"Origin": running.url, "Sec-Fetch-Site": "same-origin"})
     assert answer.status_code == 503 and "trainer" in answer.json()["error"]["message"]  # it does not run here
 
@@ -60,7 +60,7 @@ def test_cors_stays_closed(http):
 APP = "app://obsidian.md"
 
 
-def test_a_listed_origin_may_ask_and_read_and_no_other(lone):
+def test_only_a_listed_origin_may_ask(lone):
     gateway = lone(f"gateway: {{port: 0, token: sixteen-letters-x, origins: ['{APP}']}}\n")
     preflight = {
         "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
@@ -94,7 +94,7 @@ def test_a_listed_origin_may_ask_and_read_and_no_other(lone):
 
 
 @pytest.mark.parametrize("origin", ["*", "null", "http://*", "http://a.example/", "a.example", "HTTP://a.example"])
-def test_what_is_no_exact_origin_is_a_settings_error(origin):
+def test_inexact_origin_is_a_settings_error(origin):
     with pytest.raises(ValueError, match="is no origin"):
         Settings(origins=[origin])
 
@@ -107,7 +107,7 @@ def test_every_answer_carries_a_strict_policy(http):
         assert headers["x-content-type-options"] == "nosniff"
 
 
-def test_with_a_token_only_the_empty_page_and_health_are_open(lone):
+def test_token_leaves_only_page_and_health_open(lone):
     gateway = lone("gateway: {port: 0, token: sixteen-letters-x}\n")
     with httpx.Client(base_url=gateway.ready(), timeout=10) as http:
         for path in ("/v1/models", "/metrics", "/api/state", "/api/events", "/nothing"):
@@ -138,7 +138,7 @@ def test_loopback_or_all_of_it_is_fine():
     check_exposure(Settings(host="0.0.0.0", allow_remote=True), "a" * 16)
 
 
-def test_the_rate_is_of_one_address_and_comes_back():
+def test_rate_limit_is_per_address_and_recovers():
     rate = Rate(60)
     assert all(rate.allows("a", 0.0) for _ in range(60))
     assert not rate.allows("a", 0.0) and rate.allows("b", 0.0)
@@ -182,7 +182,7 @@ def raw(url, *parts, pause_s=0.2, most_s=15.0):
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 500\r\n"
 
 
-def test_headers_and_bodies_that_trickle_in_are_cut_off(lone):
+def test_trickling_headers_and_bodies_are_cut_off(lone):
     url = lone("gateway: {port: 0, request_timeout_s: 1}\n").ready()
     for parts in ([], [b"GET"], [b"GET / HT"] + [b"x"] * 30):
         assert raw(url, *parts) == (b"", True), parts
@@ -198,7 +198,7 @@ def test_an_answer_may_take_longer_than_its_question(lone):
     assert said.startswith(b"HTTP/1.1 200") and b"data: " in said and not closed
 
 
-def test_open_pages_are_counted_by_address_and_given_back(lone):
+def test_open_pages_are_limited_per_address(lone):
     url = lone("gateway: {port: 0, max_event_streams: 3, max_event_streams_per_address: 2}\n").ready()
 
     def open_page():

@@ -20,7 +20,7 @@ def status(instance):
         return asdict(system_status(client))
 
 
-def test_status_says_where_it_listens_and_that_it_stopped(lone):
+def test_status_shows_address_and_stop(lone):
     gateway = lone()
     address = gateway.ready()
     found = status(gateway.instance)
@@ -33,7 +33,7 @@ def test_status_says_where_it_listens_and_that_it_stopped(lone):
     assert (said["state"], said["pid"], said["address"]) == ("stopped", None, None)
 
 
-def test_a_taken_port_is_one_sentence_and_is_tried_again(lone, monkeypatch):
+def test_taken_port_is_reported_and_retried(lone, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         gateway = lone(f"gateway: {{port: {port}}}\n")
@@ -46,7 +46,7 @@ def test_a_taken_port_is_one_sentence_and_is_tried_again(lone, monkeypatch):
     assert gateway.ready().endswith(str(port))
 
 
-def test_beyond_loopback_without_a_token_is_a_settings_error(lone):
+def test_public_host_without_token_is_a_settings_error(lone):
     gateway = lone("gateway: {host: 0.0.0.0}\n")
     assert gateway.process.wait(timeout=20) == 78
     text = gateway.output.read_text()
@@ -91,7 +91,7 @@ def test_it_stops_in_time_with_streams_open(running):
     assert "Traceback" not in gateway.output.read_text()
 
 
-def test_the_page_is_there_and_the_state_is_complete(lone):
+def test_page_and_state_are_complete(lone):
     gateway = lone()
     with httpx.Client(base_url=gateway.ready(), timeout=10) as http:
         assert "<title>SpecLoRA" in http.get("/").text

@@ -66,7 +66,7 @@ class Desk:
         return said[0]["status"]
 
 
-def test_a_burst_gets_as_many_seats_as_there_are():
+def test_burst_gets_as_many_slots_as_exist():
     async def burst():
         desk = Desk(3)
         asked = [asyncio.create_task(desk.ask()) for _ in range(8)]
@@ -79,7 +79,7 @@ def test_a_burst_gets_as_many_seats_as_there_are():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_is_gone_before_the_first_piece_leaves_its_seat(stream):
+def test_client_gone_before_any_piece_frees_its_slot(stream):
     async def come_and_go():
         desk = Desk(1)
         codes = [await desk.ask(stream, leaves=True) for _ in range(3)]
@@ -88,7 +88,7 @@ def test_a_client_that_is_gone_before_the_first_piece_leaves_its_seat(stream):
     assert asyncio.run(come_and_go()) == ([499] * 3, 0, 3)
 
 
-def test_a_stream_that_cannot_begin_leaves_its_seat_at_once():
+def test_failed_stream_frees_its_slot():
     async def broken():
         desk = Desk(1)
         desk.inference.go.set()

@@ -51,7 +51,7 @@ def test_a_draft_step_is_the_ordinary_one(head, isa):
         theirs.trim(width // 2)
 
 
-def test_a_draft_step_beyond_the_first_table_of_positions(head):
+def test_draft_step_beyond_the_first_position_table(head):
     cache, other = KVCache(), KVCache()
     states = mx.random.normal((16, head.shape.hidden_size))
     for _ in range(66):
@@ -59,7 +59,7 @@ def test_a_draft_step_beyond_the_first_table_of_positions(head):
     assert cache.offset == 1056 and mx.abs(got[0] - wanted[0]).max().item() < EXACT
 
 
-def test_an_adapter_beside_its_base_takes_the_ordinary_path(head):
+def test_adapter_beside_its_base_takes_the_python_path(head):
     states = mx.random.normal((2, head.shape.hidden_size))
     before = head.step(states, [1, 2], KVCache())
     attach(head.head, LoraShape(4, 8.0, 0.0, ("self_attn.q_proj",)))
@@ -78,7 +78,7 @@ def test_another_hot_vocabulary_is_scored_at_once(head):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_sequences_side_by_side_are_bit_for_bit_what_they_are_alone(family, isa):
+def test_batched_sequences_are_bit_identical_to_single(family, isa):
     native.use_instruction_set(isa)
     model = MODELS[family]()
     assert native.accelerate(model).fused
@@ -107,7 +107,7 @@ def _caches(model):
     return [KVCache() for _ in model.model.layers]
 
 
-def test_what_cannot_be_one_step_of_lanes_takes_the_ordinary_path():
+def test_unsupported_batch_takes_the_python_path():
     model = tiny()
     native.accelerate(model)
     inner, cache = model.model, _caches(model)

@@ -78,7 +78,7 @@ def test_without_the_extension_a_model_is_left_alone(monkeypatch, undecided):
 
 
 @pytest.mark.process
-def test_without_the_extension_being_wanted_nothing_of_it_is_imported():
+def test_disabled_extension_is_not_imported():
     code = "import sys, specl.shared.native as n; n.available(); print('specl.shared.native._native' in sys.modules)"
     ran = subprocess.run(
         [sys.executable, "-c", code],

@@ -113,7 +113,7 @@ def test_verifying_many_rows_answers_what_single_steps_answer(pair):
         assert np.array_equal(np.array(fast(ids[:, i : i + 1], cache=one))[0, 0], wide[0, i]), i
 
 
-def test_a_trimmed_cache_goes_on_as_if_nothing_had_been_there(pair):
+def test_trimmed_cache_equals_a_fresh_one(pair):
     _, fast = pair
     clean, rewound = make_prompt_cache(fast), make_prompt_cache(fast)
     fast(ids_of(12), cache=clean), fast(ids_of(12), cache=rewound)
@@ -123,7 +123,7 @@ def test_a_trimmed_cache_goes_on_as_if_nothing_had_been_there(pair):
     assert mx.array_equal(fast(ids_of(4, 6), cache=rewound), fast(ids_of(4, 6), cache=clean))
 
 
-def test_the_cache_grows_over_its_steps_and_the_table_of_positions_over_its_end(pair, monkeypatch):
+def test_cache_and_position_table_grow(pair, monkeypatch):
     monkeypatch.setattr(decoder, "FIRST_POSITIONS", 64)
     ordinary, fast = pair
     native.accelerate(fast).refresh()
@@ -135,7 +135,7 @@ def test_the_cache_grows_over_its_steps_and_the_table_of_positions_over_its_end(
     assert close(got, right)
 
 
-def test_a_copied_cache_and_its_original_do_not_write_into_each_other():
+def test_copied_cache_is_independent():
     fast = MODELS["llama"]()
     assert native.accelerate(fast).fused
     cache = make_prompt_cache(fast)
@@ -162,7 +162,7 @@ def test_steps_are_fused_and_write_in_place():
     assert id(cache[0].keys) == identity
 
 
-def test_what_the_stack_does_not_know_takes_the_ordinary_path():
+def test_unknown_layers_take_the_python_path():
     model = MODELS["llama"]()
     assert native.accelerate(model).fused
     step = model.model.native_stack.step
@@ -179,7 +179,7 @@ def test_what_the_stack_does_not_know_takes_the_ordinary_path():
     assert model(ids_of(3)).shape == (1, 3, SIZES["vocab_size"])
 
 
-def test_exchanged_weights_are_seen_at_once_and_packed_by_refresh():
+def test_exchanged_weights_are_packed_by_refresh():
     model, plain = MODELS["llama"](), MODELS["llama"]()
     got = native.accelerate(model)
     for m in (model, plain):

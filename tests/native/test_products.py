@@ -71,7 +71,7 @@ def test_products_agree_with_float64(form, n, k, width, biased, seed):
 
 @pytest.mark.parametrize("form", PLAIN + AFFINE, ids=str)
 @pytest.mark.parametrize("shape", [(37, 576), (8, 64), (5, 1700)], ids=str)
-def test_a_row_has_the_same_bits_at_every_width_on_every_machine(form, shape):
+def test_row_is_bit_identical_at_every_width(form, shape):
     packed, dense = make(form, *shape, 3)
     x = np.random.default_rng(4).standard_normal((16, dense.shape[1])).astype(np.float32)
     alone = product(x[:1], packed)
@@ -94,7 +94,7 @@ def test_threads_do_not_change_a_bit():
             assert np.array_equal(product(x, packed), alone)
 
 
-def test_a_lazy_input_and_one_that_is_there_give_the_same():
+def test_lazy_input_equals_evaluated_input():
     packed, _ = make("bf16", 40, 64, 7)
     x = mx.array(np.random.default_rng(8).standard_normal((3, 64)).astype(np.float32))
     lazy = extension.native().linear(mx.transpose(mx.transpose(x) * 1.0), packed)
@@ -110,7 +110,7 @@ def test_inputs_that_do_not_fit_are_refused(bad):
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (8, 32), (8, 64)])
-def test_mlx_quantised_weights_are_read_as_mlx_reads_them(bits, group):
+def test_mlx_quantised_weights_are_read(bits, group):
     dense = mx.random.normal((24, 256), key=mx.random.key(1))
     quantised = mx.quantize(dense, group, bits)
     packed = packing.pack_affine(packing.affine_from_mlx(*quantised, bits=bits, group_size=group))

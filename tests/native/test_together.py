@@ -76,7 +76,7 @@ def test_each_says_what_it_says_alone(engine, count):
     assert together(start(engine, options)) == wanted
 
 
-def test_a_fixed_number_of_drafts_is_exact_beside_others(engine):
+def test_fixed_draft_length_is_exact_in_a_batch(engine):
     sessions = start(engine, [Options(max_tokens=20, num_draft_tokens=4, ngram=False)] * 6)
     together(sessions)
     for session in sessions:

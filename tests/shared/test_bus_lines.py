@@ -55,7 +55,7 @@ def until(server, condition, act=lambda: None, timeout_s=10.0):
     return condition()
 
 
-def test_a_subscription_hears_again_after_a_frame_beyond_the_limit(server, peer, there):
+def test_subscription_recovers_after_an_oversized_frame(server, peer, there):
     heard, publisher = [], peer(zmq.PUB)
     server.subscribe(there, heard.append)
     assert until(server, lambda: heard, lambda: publisher.send(encode(RecordReady("before"))))
@@ -63,7 +63,7 @@ def test_a_subscription_hears_again_after_a_frame_beyond_the_limit(server, peer,
     assert until(server, lambda: RecordReady("after") in heard, lambda: publisher.send(encode(RecordReady("after"))))
 
 
-def test_a_question_is_answered_again_after_an_answer_beyond_the_limit(server, peer, there):
+def test_request_is_answered_after_an_oversized_answer(server, peer, there):
     heard, answerer = [], peer(zmq.ROUTER)
     ask = server.requester(there, heard.append)
     answers = [LONG, encode(Reply(True, "after"))]
@@ -89,7 +89,7 @@ def test_a_subscription_hears_a_publisher_that_came_back(server, peer, there):
     assert until(server, lambda: RecordReady("after") in heard, lambda: publisher.send(encode(RecordReady("after"))))
 
 
-def test_a_peer_that_always_breaks_the_limit_costs_little(server, peer, there):
+def test_abusive_peer_costs_little(server, peer, there):
     publisher = peer(zmq.PUB)
     server.subscribe(there, lambda message: None)
     began, turns = time.monotonic(), 0

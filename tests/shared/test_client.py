@@ -27,7 +27,7 @@ def client(instance):
         yield made
 
 
-def test_a_command_after_an_answer_hears_its_own_reply(client, monkeypatch):
+def test_command_after_an_answer_gets_its_reply(client, monkeypatch):
     # heartbeats without a pause: each ask leaves answers to them on the way when it ends
     monkeypatch.setattr(answer_stream, "HEARTBEAT_S", 0.001)
     for _ in range(5):
@@ -35,7 +35,7 @@ def test_a_command_after_an_answer_hears_its_own_reply(client, monkeypatch):
         assert client.set_adapter("").ok
 
 
-def test_a_command_after_a_stream_left_half_way_hears_its_own_reply(client):
+def test_command_after_an_abandoned_stream_gets_its_reply(client):
     pieces = client.stream("hello", max_tokens=60)
     next(pieces)
     assert client.command("inference", SetAdapter("")).ok  # while the stream goes on
@@ -67,7 +67,7 @@ def test_threads_may_share_a_client(client):
         assert list(pool.map(work, range(4))) == [[text] * 3 for text in alone]
 
 
-def test_closing_the_client_ends_a_stream_that_is_still_held(instance):
+def test_closing_the_client_ends_an_open_stream(instance):
     client = instance.client()
     pieces = client.stream("hello", max_tokens=200)
     next(pieces)
@@ -77,7 +77,7 @@ def test_closing_the_client_ends_a_stream_that_is_still_held(instance):
     wait_until(lambda: instance.status("inference")["queue"]["in_flight"] == 0, 5, "the answer is given up")
 
 
-def test_nobody_there_is_told_in_time(instance, tmp_path):
+def test_missing_daemons_are_reported(instance, tmp_path):
     from specl.shared.paths import Paths
 
     with client_module.Client(Paths(tmp_path, tmp_path).create(), instance.settings) as client:

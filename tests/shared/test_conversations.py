@@ -36,7 +36,7 @@ def test_another_beginning_is_another_conversation():
     assert len(set(found)) == len(found)
 
 
-def test_a_greeting_of_the_assistant_and_other_keys_make_no_difference():
+def test_greeting_and_extra_keys_make_no_difference():
     assert conversation_of([SYSTEM, ANSWER, {**FIRST, "name": "me"}]) == conversation_of([SYSTEM, FIRST])
 
 
@@ -64,19 +64,19 @@ def of(text, **changes):
     return make_generation("g1", messages=messages, conversation_id=conversation_of(messages), **changes)
 
 
-def test_a_redacted_record_and_bare_statistics_do_not_keep_the_hash_of_what_they_must_not_keep():
+def test_redacted_records_drop_the_conversation_hash():
     record = of("my number is 12345678")
     for records in (Records(redact=[r"\d{8}"]), Records(keep="statistics")):
         assert Redactor(records).apply(record).record.conversation_id == record.id
 
 
-def test_a_pattern_that_matches_nothing_but_the_hash_redacts_nothing():
+def test_pattern_that_matches_only_the_hash_redacts_nothing():
     record = of("a harmless question", prompt="a harmless question", output="an answer")
     assert any(digit.isdigit() for digit in record.conversation_id)
     assert Redactor(Records(redact=[r"\d"])).apply(record).whole
 
 
-def test_a_purge_means_a_hash_only_by_the_whole_of_it():
+def test_purge_matches_a_hash_only_whole():
     record = of("a harmless question")
     hash = record.conversation_id
     assert not purge_matches(purge(hash[:3]), to_row(record))

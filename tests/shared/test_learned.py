@@ -37,7 +37,7 @@ def test_a_constant_ratio_has_no_spread():
     assert (found.value, found.low, found.high, found.n) == pytest.approx((1.5, 1.5, 1.5, 16))
 
 
-def test_plain_decoding_beside_it_takes_a_busy_machine_out():
+def test_plain_speed_beside_it_removes_machine_load():
     # the machine was half as fast while learning was on, and learning made it twice as fast
     on, off = Side(rows(speed=20, plain=10)), Side(rows(speed=20, plain=20))
     found = compare(on, off)
@@ -46,7 +46,7 @@ def test_plain_decoding_beside_it_takes_a_busy_machine_out():
     assert on.figures()["speed_to_plain"] == pytest.approx(2.0)
 
 
-def test_the_plain_speed_beside_a_row_is_the_median_of_the_nearest_five():
+def test_plain_speed_is_the_median_of_five_neighbours():
     plain = {0: 10, 4: 11, 8: 12, 12: 13, 16: 100, 20: 14}
     found = beside([row(n, plain=plain.get(n)) for n in range(24)])
     assert found[0] == 12  # of 0 to 16: one outlier does not matter
@@ -54,20 +54,20 @@ def test_the_plain_speed_beside_a_row_is_the_median_of_the_nearest_five():
     assert np.isnan(beside(rows(3))).all()
 
 
-def test_agreement_is_told_of_the_rows_that_have_it():
+def test_agreement_covers_only_rows_that_have_it():
     side = Side([row(0, hits=10), row(1, hits=30), row(2)])
     assert side.figures()["agreement"] == pytest.approx(40 / 80)
     assert Side([row(0)]).figures()["agreement"] is None
 
 
-def test_an_answer_without_agreement_on_one_side_counts_on_neither():
+def test_one_sided_agreement_counts_on_neither_side():
     on = [row(n, hits=None if n == 0 else 20) for n in range(8)]
     off = [row(n, hits=40 if n == 0 else 10) for n in range(8)]
     found = compare(Side(on), Side(off))["agreement"]
     assert (found.value, found.n) == (pytest.approx(0.25), 7)
 
 
-def test_a_gain_in_agreement_is_a_difference_and_its_interval_lies_around_it():
+def test_agreement_gain_lies_within_its_interval():
     rng = np.random.default_rng(1)
     before = [row(n, hits=int(h)) for n, h in enumerate(rng.binomial(40, 0.2, 40))]
     after = [row(n, hits=int(h)) for n, h in enumerate(rng.binomial(40, 0.6, 40))]
@@ -111,7 +111,7 @@ def test_the_windows_are_halves_and_the_last_quarter():
     assert len(windows(10, shift_at=20)["second half"]) == 0
 
 
-def test_learning_shows_in_the_second_half_only_where_it_was():
+def test_learning_shows_only_in_its_second_half():
     on = Pass([row(n, speed=20 if n < 10 else 30, hits=4 if n < 10 else 24) for n in range(20)])
     off = Pass(rows(20, speed=20, hits=4))
     found = report(on, off)["windows"]
@@ -121,7 +121,7 @@ def test_learning_shows_in_the_second_half_only_where_it_was():
     assert found["last quarter"]["on"]["agreement"] == pytest.approx(0.6)
 
 
-def test_a_pass_cut_short_is_compared_where_both_answered():
+def test_truncated_pass_is_compared_where_both_answered():
     found = report(Pass(rows(20, speed=30)), Pass(rows(12)))["windows"]
     assert found["second half"]["pairs"] == 2 and found["last quarter"]["pairs"] == 0
     assert found["last quarter"]["on_against_off"]["speed"]["value"] is None
@@ -134,7 +134,7 @@ def test_texts_that_part_are_counted():
     assert report(Pass(rows(6)), Pass(off))["words"] == {"compared": 6, "different": 1}
 
 
-def test_adapters_are_told_in_order_with_a_rollback():
+def test_adapters_are_listed_in_order_with_a_rollback():
     names = ["", "", "000001", "000001", "000001", ""]
     found = adapters(Pass([row(n, adapter=name) for n, name in enumerate(names)]))
     assert [(item["adapter"], item["from_request"], item["requests"]) for item in found] == [
@@ -142,7 +142,7 @@ def test_adapters_are_told_in_order_with_a_rollback():
     ]  # fmt: skip
 
 
-def test_the_gain_is_of_fixed_k_for_agreement_and_of_auto_k_for_speed():
+def test_gain_uses_fixed_k_and_auto_k():
     fixed = rows(8, hits=4, speed=1), rows(8, hits=28, speed=1, accepted=16)
     auto = rows(8, speed=20, plain=20), rows(8, speed=33, plain=22)
     found = gain(fixed, auto)
@@ -160,7 +160,7 @@ def test_a_curve_pools_the_last_dozen():
 
 
 # ------------------------------------------------------------------------------------------------ the stream itself
-def test_kinds_take_turns_and_a_shift_changes_them_half_way():
+def test_kinds_alternate_and_shift_half_way():
     kinds = reserved.KINDS
     assert [item.kind for item in stream.items(kinds, 4)] == [kinds[0], kinds[1], kinds[2], kinds[0]]
     shifted = stream.items(kinds, 8, shift=True)

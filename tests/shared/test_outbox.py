@@ -21,7 +21,7 @@ def ids(outbox):
     return [row.id for row in outbox.oldest()]
 
 
-def test_accepted_records_are_there_again_after_reopening_in_their_order(path):
+def test_accepted_records_survive_reopening_in_order(path):
     outbox = Outbox(path)
     for id in ("b", "a", "c"):
         outbox.append(id, "Generation", id.encode())
@@ -39,7 +39,7 @@ def test_the_same_id_twice_is_that_record_once(path):
     assert (outbox.pending, outbox.bytes) == (1, 5)
 
 
-def test_the_size_cap_refuses_and_keeps_what_was_accepted(path):
+def test_size_cap_refuses_and_keeps_accepted(path):
     outbox = Outbox(path, limit_bytes=10)
     outbox.append("a", "Generation", b"12345678")
     with pytest.raises(OutboxFull):
@@ -57,7 +57,7 @@ def test_the_cap_counts_what_an_earlier_process_left(path):
         Outbox(path, limit_bytes=10).append("b", "Generation", b"123")
 
 
-def test_letting_go_of_unknown_ids_or_of_none_changes_nothing(path):
+def test_discarding_unknown_ids_changes_nothing(path):
     outbox = Outbox(path)
     outbox.append("a", "Generation", b"x")
     outbox.discard([])
@@ -65,7 +65,7 @@ def test_letting_go_of_unknown_ids_or_of_none_changes_nothing(path):
     assert ids(outbox) == ["a"]
 
 
-def test_a_batch_is_bounded_by_count_and_bytes_but_one_always_fits(path):
+def test_batch_is_bounded_but_one_always_fits(path):
     outbox = Outbox(path)
     for number in range(5):
         outbox.append(str(number), "Generation", bytes(100))
@@ -108,7 +108,7 @@ def test_only_its_owner_may_read_it(path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_file_that_is_no_database_is_an_error_with_its_name(path):
+def test_non_database_file_is_an_error(path):
     path.parent.mkdir()
     path.write_bytes(b"not a database at all, but long enough to look at" * 50)
     outbox = Outbox(path)

@@ -79,7 +79,7 @@ def test_senseless_values_go_to_quarantine_with_their_reason(store, changes, rea
     between(store, make_generation("bad", **changes))  # a second time is no more of it
 
 
-def test_what_only_the_database_refuses_goes_to_quarantine_too(store, monkeypatch):
+def test_record_refused_by_sqlite_is_quarantined(store, monkeypatch):
     real = rows._row_of
     monkeypatch.setattr(rows, "_row_of", lambda record: real(record) | ({"mode": None} if record.id == "bad" else {}))
     late = make_evaluation("e", subject="generation", generation_id="before", agreement=0.25)
@@ -125,7 +125,7 @@ def senseless(record, chance):
     return replace(record, **changes)
 
 
-def test_a_thousand_senseless_records_end_nothing_and_every_reader_still_reads(store):
+def test_thousand_senseless_records_end_no_reader(store):
     chance = random.Random(11)
     makers = (make_generation, make_activation, make_training_run, make_evaluation, make_adapter_record)
     sent = []

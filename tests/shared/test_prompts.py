@@ -23,7 +23,7 @@ def test_the_checker_finds_nothing_wrong():
 
 
 @pytest.mark.parametrize(("one", "other"), list(combinations(prompts.SETS, 2)))
-def test_no_two_sets_share_a_run_of_eight_words(one, other):
+def test_no_two_sets_share_eight_words(one, other):
     found = []
     for name in (one, other):
         texts = (message["content"] for prompt in prompts.load(name) for message in prompt.messages)

@@ -56,7 +56,7 @@ def arrive(collector, *ids, **changes):
     collector._arrived(collector.lines[0], RecordBatch(rows, 0))
 
 
-def test_status_is_answered_from_the_last_figures_while_new_ones_take_long(collector, monkeypatch):
+def test_status_uses_the_last_summary_meanwhile(collector, monkeypatch):
     one = collector()
     one._look()
     looks = []
@@ -112,7 +112,7 @@ def test_figures_read_no_row_as_a_whole(collector):
     ]
 
 
-def test_what_hangs_on_an_id_goes_although_the_log_cannot_be_emptied(collector, monkeypatch):
+def test_dependent_rows_go_although_the_log_stays(collector, monkeypatch):
     one = collector(retention_days=5)
     arrive(one, "old", created_at=time.time() - 9 * 86400)
     hidden = one.paths.hidden / "old.npy"
@@ -133,7 +133,7 @@ def test_what_hangs_on_an_id_goes_although_the_log_cannot_be_emptied(collector, 
     assert len(tries) == 2, "the log is emptied once that is possible, though no row is left"
 
 
-def test_unreadable_records_and_copies_of_the_store_expire_too(collector):
+def test_unreadable_records_and_store_copies_expire(collector):
     one = collector(retention_days=5)
     one.store.add_rows([Envelope(id, "Generation", b"poison") for id in ("old", "new")])
     with one.store._engine.begin() as connection:
@@ -146,7 +146,7 @@ def test_unreadable_records_and_copies_of_the_store_expire_too(collector):
     assert [path.name for path in one.store.backups()] == [f"store.db.backup-3-{now - 86400}"]
 
 
-def test_without_a_limit_one_copy_of_the_store_is_kept(collector):
+def test_one_store_copy_is_kept_without_limit(collector):
     one = collector()
     for name in ("2-9", "3-10", "1-8"):
         (one.paths.root / f"store.db.backup-{name}").write_bytes(b"")
@@ -154,7 +154,7 @@ def test_without_a_limit_one_copy_of_the_store_is_kept(collector):
     assert [path.name for path in one.store.backups()] == ["store.db.backup-3-10"]
 
 
-def test_an_import_of_what_no_row_can_hold_is_answered(collector):
+def test_import_of_impossible_rows_is_answered(collector):
     one = collector()
     poison = to_row(make_generation("p", output_tokens=b"", stats=AnswerStats(tokens_by_source={"a": 2**62})))
     one._request(b"peer", Import([poison, to_row(make_generation("g"))]))

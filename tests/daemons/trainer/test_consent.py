@@ -135,7 +135,7 @@ def rests(seconds=0.3):
 
 
 @pytest.mark.parametrize(("machine", "why"), [(BATTERY, "on battery"), (HOT, "the machine is hot")])
-def test_no_run_starts_while_the_machine_objects_and_status_says_why(instance, machine, why):
+def test_no_run_starts_on_battery(instance, machine, why):
     made = instance(machine)
     wait_until(lambda: made.status()["waits"] == why, 10, "the reason")
     assert rests() and Work.done == 0 and made.status()["state"] == "idle"
@@ -168,7 +168,7 @@ def test_one_of_the_two_may_be_allowed(instance):
     wait_until(lambda: made.trainer.power_policy.objection == "the machine is hot", 10, "the objection")
 
 
-def test_train_now_says_it_and_trains_all_the_same(instance):
+def test_train_now_warns_and_trains(instance):
     made = instance(BATTERY, enabled=False)
     wait_until(lambda: made.trainer.power_policy.objection, 10, "the objection")
     reply = made.wire.ask(Train(True))
@@ -177,7 +177,7 @@ def test_train_now_says_it_and_trains_all_the_same(instance):
     wait_until(lambda: made.trainer.power_policy.objection == "on battery", 10, "the objection after it")
 
 
-def test_a_run_that_was_asked_for_on_mains_power_pauses_when_that_goes(instance):
+def test_requested_run_pauses_when_mains_power_goes(instance):
     made = instance(MAINS, enabled=False)
     reply = made.wire.ask(Train(True))
     assert reply.ok and "all the same" not in reply.message
@@ -189,7 +189,7 @@ def test_a_run_that_was_asked_for_on_mains_power_pauses_when_that_goes(instance)
     wait_until(lambda: Work.done == PIECES, 10, "the rest")
 
 
-def test_train_without_now_waits_and_now_lets_that_very_run_go_on(instance):
+def test_train_now_resumes_the_paused_run(instance):
     made = instance(BATTERY, enabled=False)
     wait_until(lambda: made.trainer.power_policy.objection and made.trainer.pending, 10, "the objection")
     reply = made.wire.ask(Train(False))
@@ -228,7 +228,7 @@ def test_the_machine_is_looked_at_once_a_minute():
     assert looks == [0.0, 60.0, 120.0]
 
 
-def test_who_insists_is_not_held_up_until_the_last_of_it_has_ended():
+def test_override_lasts_until_the_run_has_ended():
     asked = PowerPolicy(Training(), lambda: BATTERY, lambda: 0.0)
     asked.look()
     for work in ("by hand, now", "by hand, now", "import"):
@@ -240,7 +240,7 @@ def test_who_insists_is_not_held_up_until_the_last_of_it_has_ended():
     assert asked.objection == "on battery"
 
 
-def test_a_night_on_battery_is_no_reason_to_disturb_a_busy_daemon_in_the_morning():
+def test_night_on_battery_does_not_count_as_waiting():
     now = [0.0]
 
     def sleep(seconds):

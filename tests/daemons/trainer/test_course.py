@@ -63,7 +63,7 @@ def course(folder, texts, pause=None, missing=(), known=(), **changes):
     )  # fmt: skip
 
 
-def test_all_texts_are_shown_as_often_as_asked_for(tmp_path, texts, learner):
+def test_every_text_is_seen_num_epochs_times(tmp_path, texts, learner):
     made = course(tmp_path, texts)
     made.run(learner)
     assert len(made.losses) == made.live.total == FAILURES * 3 / (4 * 0.5)
@@ -71,13 +71,13 @@ def test_all_texts_are_shown_as_often_as_asked_for(tmp_path, texts, learner):
     assert made.tokens == len(made.losses) * 4 * 9
 
 
-def test_a_step_of_several_batches_takes_as_many_texts(tmp_path, texts, learner):
+def test_accumulated_step_takes_that_many_batches(tmp_path, texts, learner):
     made = course(tmp_path, texts, gradient_accumulation_steps=3)
     made.run(learner)
     assert len(made.losses) == 4 and made.tokens == 4 * 3 * 4 * 9
 
 
-def test_the_time_ends_it_but_for_what_was_waited(tmp_path, texts, learner):
+def test_time_limit_excludes_time_spent_waiting(tmp_path, texts, learner):
     made = course(tmp_path, texts, max_minutes=1e-9)
     made.run(learner)
     assert made.losses == [] and made.live.total == 12

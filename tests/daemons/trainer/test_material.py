@@ -49,7 +49,7 @@ def held_talk(wanted, name="talk"):
     return next(f"{name}-{n}" for n in range(100) if is_held_out(f"{name}-{n}", SHARE) == wanted)
 
 
-def test_all_turns_of_an_unnamed_chat_are_on_one_side(material):
+def test_turns_of_an_unnamed_chat_share_a_split(material):
     """As a client in OpenAI's style sends them: the whole history each time, and no id."""
     records = []
     for chat in range(40):
@@ -66,7 +66,7 @@ def test_all_turns_of_an_unnamed_chat_are_on_one_side(material):
     assert len(found.held_out) == 5 * len(sides[0]) and len(found.failures) == 5 * len(sides[1])
 
 
-def test_a_text_that_is_held_out_is_not_trained_on_in_another_conversation(material):
+def test_heldout_text_is_not_trained_on_elsewhere(material):
     held, free = held_talk(True), held_talk(False)
     found = material(
         [
@@ -82,7 +82,7 @@ def test_a_text_that_is_held_out_is_not_trained_on_in_another_conversation(mater
     assert ids(found.failures) == {"other"} and not found.successes
 
 
-def test_what_is_left_out_of_long_texts_makes_them_no_different(material):
+def test_truncation_does_not_make_texts_distinct(material):
     long = list(range(LONGEST))
     output = {"output_tokens": tokens_blob([1, 2, 3, 4]), "top_k": make_top_k(4)}
     found = material(
@@ -94,14 +94,14 @@ def test_what_is_left_out_of_long_texts_makes_them_no_different(material):
     assert ids(found.held_out) == {"judge"} and not found.failures
 
 
-def test_one_prompt_sent_fifty_times_counts_once_and_on_one_side(material):
+def test_repeated_prompt_counts_once_in_one_split(material):
     messages = [{"role": "user", "content": "ping"}]
     repeats = [said(f"r{n}", talk=conversation_of(messages), prompt=[9], messages=messages) for n in range(50)]
     found = material(repeats)
     assert len(found.held_out) + len(found.failures) == 1
 
 
-def test_a_long_history_has_its_share_and_no_chat_takes_all(material):
+def test_long_history_is_sampled_and_no_chat_dominates(material):
     talks = [f"chat-{n}" for n in range(40) if not is_held_out(f"chat-{n}", SHARE)]
     endless = held_talk(False, "endless")
     records = [said(f"o{n}", talk=talks[n % len(talks)], prompt=[n, 1]) for n in range(300)]
@@ -112,7 +112,7 @@ def test_a_long_history_has_its_share_and_no_chat_takes_all(material):
     assert found.last_generation == "e299"
 
 
-def test_successes_are_bounded_by_the_replay_buffer_and_other_targets_are_left_out(material):
+def test_successes_are_bounded_by_the_replay_buffer(material):
     free = [f"chat-{n}" for n in range(60) if not is_held_out(f"chat-{n}", SHARE)]
     records = [said(f"s{n}", talk=free[n % len(free)], prompt=[n], acceptance_rate=0.8) for n in range(60)]
     records += [said("x", talk=free[0], prompt=[99], target_fingerprint="t1")]

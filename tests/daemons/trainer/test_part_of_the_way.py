@@ -70,7 +70,7 @@ def test_all_of_the_way_where_nothing_is_spoiled():
     assert (verdict.verdict, verdict.share, share, job.scored) == ("promoted", 1.0, 1.0, [1.0])
 
 
-def test_the_largest_share_that_leaves_general_text_alone_is_what_is_published():
+def test_largest_harmless_alpha_is_published():
     job = Job(gain=0.3, fall=0.0075)
     verdict, share = weighed(job)
     assert verdict.verdict == "promoted" and "0.8 of the way" in verdict.reason
@@ -79,7 +79,7 @@ def test_the_largest_share_that_leaves_general_text_alone_is_what_is_published()
     assert job.judged == 2  # what spoils general text is not scored on anything else
 
 
-def test_where_no_share_does_the_verdict_is_about_all_of_it():
+def test_verdict_is_about_the_full_update_otherwise():
     job = Job(gain=0.3, fall=0.4)
     verdict, _ = weighed(job)
     assert (verdict.verdict, verdict.share, job.scored) == ("rejected", 1.0, [1.0, *SHARES])
@@ -91,7 +91,7 @@ def test_what_learned_nothing_gets_no_second_chance():
     assert (verdict.verdict, job.scored) == ("rejected", [1.0])
 
 
-def test_where_all_adapters_together_cost_too_much_the_way_begins_without_any():
+def test_interpolation_starts_at_the_base_if_costly():
     """From a B of 0.8 general text falls by 0.008 more, to 0.0225 below what the draft has alone; by 0.0182 at nine tenths of it all."""
     job = Job(gain=0.3, fall=0.0225, alone=0.52)
     verdict, share = weighed(job, parent=0.8)

@@ -35,13 +35,13 @@ class World:
         return self.worked - before, first
 
 
-def test_an_idle_daemon_is_trained_on_all_the_time():
+def test_idle_daemon_is_trained_all_the_time():
     world = World(lambda now: False)
     done, first = world.work_until(60)
     assert first == pytest.approx(IDLE_S, abs=0.2) and done == pytest.approx(60 - IDLE_S, abs=2 * PIECE_S)
 
 
-def test_nobody_knows_at_the_start_so_it_waits_for_a_word():
+def test_trainer_waits_for_the_first_status():
     now = 0.0
     throttle = Throttle(IDLE_S, clock=lambda: now)
     assert not throttle.quiet
@@ -50,7 +50,7 @@ def test_nobody_knows_at_the_start_so_it_waits_for_a_word():
     assert not throttle.quiet
 
 
-def test_inference_that_died_while_busy_is_not_waited_for():
+def test_dead_busy_inference_is_not_waited_for():
     now = 0.0
     throttle = Throttle(IDLE_S, clock=lambda: now)
     throttle.heard(True)
@@ -63,7 +63,7 @@ def test_inference_that_died_while_busy_is_not_waited_for():
     assert throttle.quiet
 
 
-def test_work_stops_on_busy_and_resumes_two_seconds_after_idle():
+def test_work_stops_on_busy_and_resumes_after_idle():
     world = World(lambda now: 10 <= now < 20)
     world.work_until(10)
     assert world.now == pytest.approx(10, abs=2 * PIECE_S)
@@ -72,7 +72,7 @@ def test_work_stops_on_busy_and_resumes_two_seconds_after_idle():
     assert waited == pytest.approx(12, abs=0.3)
 
 
-def test_a_daemon_that_is_always_busy_is_left_alone_for_ten_minutes_and_then_a_quarter_of_the_time_is_taken():
+def test_busy_daemon_yields_a_quarter_after_ten_minutes():
     world = World(lambda now: True)
     _, first = world.work_until(DEFER_S + 1)
     assert first == pytest.approx(DEFER_S, abs=0.2)
@@ -82,7 +82,7 @@ def test_a_daemon_that_is_always_busy_is_left_alone_for_ten_minutes_and_then_a_q
 
 
 @pytest.mark.parametrize("piece", [0.05, 0.15, 1.0, 8.0])
-def test_the_quarter_is_a_quarter_whatever_a_piece_takes(piece):
+def test_share_is_a_quarter_at_any_step_length(piece):
     world = World(lambda now: True)
     world.work_until(DEFER_S + 1, piece)
     start = world.now
@@ -91,7 +91,7 @@ def test_the_quarter_is_a_quarter_whatever_a_piece_takes(piece):
     assert done / (world.now - start) == pytest.approx(0.25, abs=0.1)  # naps of 0.1 s are coarse for the shortest
 
 
-def test_short_pauses_between_requests_do_not_start_the_ten_minutes_again():
+def test_short_pauses_do_not_restart_the_ten_minutes():
     # a second of quiet in every thirty is too short to work in
     world = World(lambda now: now % 30 < 29)
     _, first = world.work_until(DEFER_S + 1)
@@ -101,7 +101,7 @@ def test_short_pauses_between_requests_do_not_start_the_ten_minutes_again():
     assert done / 1800 == pytest.approx(0.25, abs=0.03)
 
 
-def test_a_little_quiet_now_and_then_does_not_keep_the_share_below_a_quarter():
+def test_occasional_idle_does_not_lower_the_share():
     # three seconds of quiet a minute: one of them can be used
     world = World(lambda now: now % 60 < 57)
     world.work_until(900)

@@ -23,7 +23,7 @@ def test_what_the_parent_has_learned_from_is_replayed():
     assert again == ["f0", "f1", "f2", "f3", "f4", "s0", "s1", "r0", "r1", "r2"]
 
 
-def test_too_few_new_ones_are_learned_with_the_old():
+def test_few_new_texts_are_trained_with_old_ones():
     fresh, again = pools(failures=ENOUGH_NEW + 4, known=5)
     assert len(fresh) == ENOUGH_NEW + 4 and again == ["s0", "s1", "r0", "r1", "r2"]
 

@@ -7,7 +7,7 @@ from specl.daemons.trainer.regression import RegressionSlice
 from tests.stored import write_target
 
 
-def test_a_torn_chunk_is_made_again_and_the_rest_is_not(tmp_path, monkeypatch):
+def test_only_a_torn_chunk_is_computed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(regression, "CHUNK", 2)
     monkeypatch.setattr(regression, "MAX_TOKENS", 4)
     target = write_target(tmp_path / "target", tied=True, quantised=False)

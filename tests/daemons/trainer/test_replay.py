@@ -26,7 +26,7 @@ def gatherer_of(tmp_path, reads_states):
 
 
 @pytest.mark.parametrize("reads_states", [True, False])
-def test_a_drafts_texts_are_replayed_with_the_targets_law(tmp_path, reads_states):
+def test_drafts_texts_are_replayed_with_target_probs(tmp_path, reads_states):
     loader = gatherer_of(tmp_path, reads_states)
     for _ in range(2):  # captured, then read back
         first, second = loader.replay(tmp_path)
@@ -35,7 +35,7 @@ def test_a_drafts_texts_are_replayed_with_the_targets_law(tmp_path, reads_states
         assert np.exp(first.logprobs.astype(float)).sum(axis=1).max() <= 1.001
 
 
-def test_a_run_captures_what_no_quiet_moment_has_and_a_stopped_one_goes_on(tmp_path, monkeypatch):
+def test_interrupted_capture_is_resumed_by_the_next_run(tmp_path, monkeypatch):
     monkeypatch.setattr(data_loader, "REPLAY_PART", 1)
     loader = gatherer_of(tmp_path, reads_states=True)
     assert loader.capture_replay(tmp_path) is True  # a quiet moment
@@ -67,7 +67,7 @@ def test_a_torn_part_is_made_again(tmp_path, monkeypatch):
     assert len(said) == 1 and torn.name in said[0] and other.stat().st_mtime_ns == made_at
 
 
-def test_a_new_k_captures_anew_and_what_the_old_one_left_goes(tmp_path, monkeypatch):
+def test_new_k_captures_again_and_removes_the_old(tmp_path, monkeypatch):
     monkeypatch.setattr(data_loader, "REPLAY_PART", 1)
     loader = gatherer_of(tmp_path, reads_states=True)
     for name in ("replay-d-0000.npz", "replay-another-0000.npz"):  # of an older version, and of another draft
@@ -93,7 +93,7 @@ def stored_row(tokens, prompt_length):
 
 
 @pytest.mark.parametrize("spooled", [True, False])
-def test_a_long_prompt_is_cut_and_the_answer_kept_with_the_states_of_its_own_places(tmp_path, spooled):
+def test_long_prompt_is_cut_and_states_stay_aligned(tmp_path, spooled):
     (tmp_path / "hidden").mkdir()
     spool = HiddenSpool(tmp_path / "hidden", 1 << 24)
     loader = gatherer_of(tmp_path, reads_states=True)
@@ -109,7 +109,7 @@ def test_a_long_prompt_is_cut_and_the_answer_kept_with_the_states_of_its_own_pla
     assert (found.states == states[-511:]).all()
 
 
-def test_of_a_very_long_text_no_more_is_read_again_than_it_must(tmp_path, monkeypatch):
+def test_very_long_text_reads_only_what_it_needs(tmp_path, monkeypatch):
     loader = gatherer_of(tmp_path, reads_states=True)
     (tmp_path / "hidden").mkdir()
     loader.spool = HiddenSpool(tmp_path / "hidden", 1 << 24)

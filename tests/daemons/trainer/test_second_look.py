@@ -84,7 +84,7 @@ class Place:
         return ReevaluationJob(Reevaluation("000002"), *self.parts()).run()
 
 
-def test_what_does_better_on_the_same_answers_comes_back(tmp_path):
+def test_better_on_the_same_answers_is_reinstated(tmp_path):
     place = Place(tmp_path, (BAD, GOOD))
     outcome = place.look()
     assert outcome.verdict == "reinstated" and (outcome.adapter_id, outcome.path.name) == ("000002", "000002")
@@ -101,7 +101,7 @@ def test_what_does_better_on_the_same_answers_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("scales", [(GOOD, BAD), (GOOD, GOOD)])
-def test_what_does_worse_or_no_better_stays_away_and_is_not_looked_at_again(tmp_path, scales):
+def test_worse_or_equal_stays_rolled_back(tmp_path, scales):
     place = Place(tmp_path, scales)
     assert place.look().verdict == "confirmed"
     assert place.adapters.current() == "000001" and list(place.adapters.rolled_back()) == ["000002"]
@@ -123,7 +123,7 @@ def test_too_few_answers_decide_nothing(tmp_path):
     assert reevaluation.ready(doubted, place.store)
 
 
-def test_an_adapter_that_went_on_from_another_one_is_not_due(tmp_path):
+def test_adapter_with_another_parent_is_not_due(tmp_path):
     place = Place(tmp_path, (BAD, GOOD), parent="")
     assert reevaluation.due(place.adapters) is None
     place.adapters.set_current("")
@@ -154,7 +154,7 @@ def test_whoever_is_stopped_half_way_looks_once_more(tmp_path, monkeypatch, fail
         assert place.look().verdict == "reinstated" and place.adapters.current() == "000002"
 
 
-def test_a_disk_that_fails_for_a_moment_decides_nothing(tmp_path, monkeypatch):
+def test_transient_disk_error_decides_nothing(tmp_path, monkeypatch):
     place = Place(tmp_path, (BAD, GOOD))
     with monkeypatch.context() as patch:
         patch.setattr(reevaluation, "load_adapter", unreadable)
@@ -166,7 +166,7 @@ def unreadable(*arguments):
     raise AdapterRejected("it cannot be read") from OSError(5, "Input/output error")
 
 
-def test_a_text_that_was_learned_from_does_not_judge_when_it_is_said_again(tmp_path):
+def test_repeated_training_text_does_not_judge(tmp_path):
     place = Place(tmp_path, (BAD, GOOD))
     moment = place.adapters.manifest("000002").created_at
     data_loader = place.parts()[1]
@@ -177,7 +177,7 @@ def test_a_text_that_was_learned_from_does_not_judge_when_it_is_said_again(tmp_p
     assert len(found) == LEAST - 1 and "g0" not in found
 
 
-def test_a_run_ends_as_soon_as_what_it_goes_on_from_is_no_longer_in_force(tmp_path):
+def test_run_ends_when_its_parent_is_withdrawn(tmp_path):
     place = Place(tmp_path, (GOOD, GOOD))
     job = TrainingJob(*place.parts(), RunTrigger.FAILURES, "50 failures")
     job._parent()
@@ -199,7 +199,7 @@ def trainer(tmp_path):
     made.outbox.close()
 
 
-def test_a_run_waits_for_the_second_look_but_not_for_ever(trainer, monkeypatch):
+def test_run_waits_a_limited_time_for_reevaluation(trainer, monkeypatch):
     trainer._look()
     assert trainer.worker.jobs.empty() and trainer._wants  # failures enough, answers to look at too few
     trainer.place.add(answers(trainer.place.engine, 1, time.time() + 1, first=50))
@@ -216,7 +216,7 @@ def test_a_run_waits_for_the_second_look_but_not_for_ever(trainer, monkeypatch):
     assert trainer.worker.jobs.get_nowait().endswith("failures")
 
 
-def test_an_overtaken_run_is_made_again(trainer, monkeypatch):
+def test_superseded_run_is_repeated(trainer, monkeypatch):
     def overtaken(what):
         raise Superseded("gone")
 
@@ -228,7 +228,7 @@ def test_an_overtaken_run_is_made_again(trainer, monkeypatch):
     assert not trainer.worker.running.is_set()
 
 
-def test_a_second_look_is_no_verdict_that_somebody_waits_for(tmp_path):
+def test_reevaluation_is_no_answer_to_train_requests(tmp_path):
     store = Store(tmp_path / "store.db")
     runs = [
         make_training_run("a"),

@@ -32,7 +32,7 @@ def counts(rows):
     return Counter(item.conversation_id for item in rows)
 
 
-def test_as_many_as_there_are_places_for_each_once_and_in_their_order(case):
+def test_sample_has_the_requested_size_and_order(case):
     rows, most = case
     chosen = stratified_sample(rows, most)
     assert len(chosen) == min(most, len(rows))
@@ -40,14 +40,14 @@ def test_as_many_as_there_are_places_for_each_once_and_in_their_order(case):
     assert chosen == stratified_sample(rows, most)
 
 
-def test_no_choice_of_so_many_has_a_smaller_largest_conversation(case):
+def test_largest_conversation_is_as_small_as_possible(case):
     rows, most = case
     largest = max(counts(stratified_sample(rows, most)).values())
     if len(rows) > most:
         assert sum(min(count, largest - 1) for count in counts(rows).values()) < most
 
 
-def test_the_fair_share_is_the_least_that_fills_the_places(case):
+def test_fair_share_is_the_least_that_fills(case):
     rows, most = case
     every = list(counts(rows).values())
     by_trial = next(c for c in range(1, len(rows) + 1) if c == max(every) or sum(min(n, c) for n in every) >= most)
@@ -57,7 +57,7 @@ def test_the_fair_share_is_the_least_that_fills_the_places(case):
 @pytest.mark.parametrize(
     ("total", "most"), [(1000, 100), (1000, 333), (1000, 999), (50, 20), (12, 11), (101, 100), (3, 2)]
 )
-def test_the_newest_are_all_there_and_older_ones_are_thinned_evenly(total, most):
+def test_newest_stay_and_older_rows_thin_evenly(total, most):
     rows = [row(n, f"single-{n}") for n in range(total)]
     chosen = {int(item.id[1:]) for item in stratified_sample(rows, most)}
     newest = most - most // 2
@@ -69,7 +69,7 @@ def test_the_newest_are_all_there_and_older_ones_are_thinned_evenly(total, most)
         assert abs(len(chosen & set(range(start, end))) - expected) < 1
 
 
-def test_a_conversation_over_its_share_gives_up_old_turns_rather_than_new_ones():
+def test_conversation_over_its_share_drops_old_turns():
     rows = [row(n, "endless" if n % 2 else f"single-{n}") for n in range(400)]
     endless = list(range(1, 400, 2))
     chosen = {int(item.id[1:]) for item in stratified_sample(rows, 240)}
@@ -78,7 +78,7 @@ def test_a_conversation_over_its_share_gives_up_old_turns_rather_than_new_ones()
     assert kept[:20] == endless[:20] and kept[-1] > 350
 
 
-def test_a_few_new_rows_change_little_so_that_a_killed_run_finds_its_work_again():
+def test_few_new_rows_change_little():
     rows = [row(n, f"talk-{n % 700}") for n in range(20, 3020)]
     before = {item.id for item in stratified_sample(rows, 1000)}
     after = {item.id for item in stratified_sample([row(n, f"single-{n}") for n in range(20)] + rows, 1000)}

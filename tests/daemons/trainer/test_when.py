@@ -76,7 +76,7 @@ def test_enough_failures_begin_a_run_and_only_one(trainer):
     assert not reply.ok and "waits already" in reply.message
 
 
-def test_nothing_is_done_again_while_its_outcome_is_on_the_way_to_the_store(trainer, monkeypatch):
+def test_nothing_repeats_while_its_outcome_is_in_flight(trainer, monkeypatch):
     run_with(trainer, monkeypatch, "promoted")
     assert trainer.outbox.pending == 1
     trainer._look()
@@ -86,7 +86,7 @@ def test_nothing_is_done_again_while_its_outcome_is_on_the_way_to_the_store(trai
     assert trainer.worker.jobs.qsize() == 1
 
 
-def test_waiting_for_data_is_recorded_once_and_said_again_to_who_asks(trainer, monkeypatch):
+def test_waiting_for_data_is_recorded_once(trainer, monkeypatch):
     for _ in range(3):
         run_with(trainer, monkeypatch, "no_data")
     assert trainer.outbox.pending == 1
@@ -98,7 +98,7 @@ def test_waiting_for_data_is_recorded_once_and_said_again_to_who_asks(trainer, m
     assert trainer.outbox.pending == 5
 
 
-def test_an_import_between_two_runs_that_wait_is_recorded_and_they_are_told_of_once(trainer, monkeypatch):
+def test_import_between_waiting_runs_is_recorded(trainer, monkeypatch):
     run_with(trainer, monkeypatch, "no_data")
     monkeypatch.setattr(worker, "AdapterEvaluationJob", lambda *_: SimpleNamespace(run=lambda: outcome("no_verdict")))
     trainer.worker._one_run(AdapterEvaluation("run", "folder", "name"))
@@ -107,7 +107,7 @@ def test_an_import_between_two_runs_that_wait_is_recorded_and_they_are_told_of_o
     assert trainer.outbox.pending == 2
 
 
-def test_a_run_that_fails_again_and_again_is_tried_ever_less_often(trainer, monkeypatch):
+def test_failing_run_is_retried_with_growing_pauses(trainer, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(worker.time, "monotonic", lambda: now)
     waits = []
@@ -117,7 +117,7 @@ def test_a_run_that_fails_again_and_again_is_tried_ever_less_often(trainer, monk
     assert waits == [300, 600, 1200, 1200, 300]
 
 
-def test_a_score_is_the_same_record_whenever_it_is_made():
+def test_score_record_is_deterministic():
     score = Agreement(np.array([3.0]), np.array([4.0]))
     first, again = scored("g", "000001", score), scored("g", "000001", score)
     assert first.id == again.id != scored("g", "", score).id and first.agreement == 0.75

@@ -82,7 +82,7 @@ def test_a_published_adapter_is_whole_current_and_verifies(adapters):
     assert sorted(p.name for p in adapters.folder.iterdir()) == ["000001", "CURRENT"]
 
 
-def test_ids_count_upwards_and_current_moves_only_when_told(adapters):
+def test_ids_count_up_and_current_moves_on_request(adapters):
     publish(adapters)
     publish(adapters, make_current=False)
     assert adapters.ids() == ["000001", "000002"]
@@ -90,7 +90,7 @@ def test_ids_count_upwards_and_current_moves_only_when_told(adapters):
     assert adapters.next_id() == "000003"
 
 
-def test_an_adapter_is_never_changed_after_it_was_published(adapters):
+def test_published_adapter_is_never_changed(adapters):
     publish(adapters)
     with pytest.raises(OSError):
         publish(adapters, id="000001")
@@ -150,7 +150,7 @@ def test_aliases_name_what_they_say(adapters):
 
 
 @pytest.mark.parametrize("score", [None, "high", "0.9", [], {}, True, float("nan"), float("inf")])
-def test_an_adapter_without_a_score_is_never_the_best(adapters, score):
+def test_unscored_adapter_is_never_best(adapters, score):
     publish(adapters, metrics={"heldout_after": score})
     assert adapters.resolve("best") == ""
     publish(adapters, metrics={"heldout_after": 0.2})
@@ -165,7 +165,7 @@ def test_current_is_an_id_or_nothing(adapters, text):
     assert adapters.current() == ("000001" if text.strip() == "000001" else "")
 
 
-def test_pruning_keeps_the_last_five_the_current_the_best_and_the_wanted(adapters):
+def test_pruning_keeps_five_current_best_and_requested(adapters):
     for number in range(10):
         publish(adapters, make_current=number == 1, metrics={"heldout_after": 0.9 if number == 0 else 0.1})
     assert adapters.prune(keep=["000004"]) == ["000003", "000005"]
@@ -190,7 +190,7 @@ def test_an_adapter_outside_the_folder_is_refused(adapters, tmp_path):
     assert "no adapter" in refusal(adapters, adapters.folder / "000001")
 
 
-def test_a_link_is_refused_as_folder_and_as_file(adapters, tmp_path):
+def test_link_as_folder_or_file_is_refused(adapters, tmp_path):
     path = publish(adapters)
     os.rename(path, tmp_path / "real")
     path.symlink_to(tmp_path / "real")
@@ -208,7 +208,7 @@ def test_a_file_that_does_not_belong_is_refused(adapters):
     assert "evil.pkl does not belong" in refusal(adapters, path)
 
 
-def test_every_problem_is_told_at_once(adapters):
+def test_every_problem_is_reported_together(adapters):
     path = publish(adapters)
     (path / "one.py").touch()
     (path / "two.py").touch()
@@ -226,13 +226,13 @@ def test_a_changed_file_is_refused(adapters, name):
     assert f"{name} is not the file that was published" in refusal(adapters, path)
 
 
-def test_a_file_that_the_manifest_names_must_be_there(adapters):
+def test_file_named_by_the_manifest_must_exist(adapters):
     path = publish(adapters, files={"hot_vocab.npy": b"numbers"})
     (path / "hot_vocab.npy").unlink()
     assert "hot_vocab.npy is missing, though the manifest names it" in refusal(adapters, path)
 
 
-def test_an_adapter_of_another_draft_or_tokenizer_is_refused(adapters):
+def test_adapter_of_another_draft_is_refused(adapters):
     path = publish(adapters)
     assert "trained on draft base-0, this one is other" in refusal(adapters, path, base="other")
     assert "tokenizer" in refusal(adapters, path, tokenizer="other")
@@ -280,7 +280,7 @@ def entry(start, end, dtype="F32", shape=(4,)):
         (b"\x80\x04\x95" + bytes(200), "safetensors"),
     ],
 )
-def test_what_is_no_whole_safetensors_file_of_real_numbers_is_refused(adapters, data, reason):
+def test_damaged_safetensors_file_is_refused(adapters, data, reason):
     path = publish(adapters, files={"adapters.safetensors": data})
     assert reason in refusal(adapters, path)
 
@@ -309,7 +309,7 @@ WRONG = {
 @pytest.mark.parametrize(("name", "value"), [*WRONG.items(), ("rank", 4.5), ("rank", True), ("rank", float("inf")),
     ("alpha", float("nan")), ("modules", [1]), ("modules", [["a"]]), ("files", {"adapters.safetensors": 1}), ("files", None),
     ("training", {"generations": 5}), ("training", {"generations": [["a"]]}), ("surprise", 1)])  # fmt: skip
-def test_a_mistyped_manifest_is_refused_and_the_field_is_named(adapters, name, value):
+def test_mistyped_manifest_is_refused_by_field(adapters, name, value):
     path = publish(adapters)
     document = json.loads((path / "manifest.json").read_text()) | {name: value}
     (path / "manifest.json").write_text(json.dumps(document))
@@ -320,7 +320,7 @@ def test_a_mistyped_manifest_is_refused_and_the_field_is_named(adapters, name, v
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"7", b"\xff\xff", b"[" * 100_000, b'{"id":' * 100_000, b"\x00"])
-def test_what_is_no_manifest_at_all_is_a_refusal_and_nothing_worse(adapters, text):
+def test_non_manifest_is_a_refusal(adapters, text):
     path = publish(adapters)
     (path / "manifest.json").write_bytes(text)
     assert "000001: its manifest is malformed" in refusal(adapters, path)

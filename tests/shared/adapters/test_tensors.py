@@ -89,13 +89,13 @@ def test_what_was_written_is_what_is_read(adapters, engine):
     assert (loaded.hot == HOT + 1).all() and loaded.hot.dtype == np.int64
 
 
-def test_a_draft_that_is_a_language_model_takes_one_without_a_hot_vocabulary(adapters, tiny):
+def test_language_model_draft_takes_no_hot_vocabulary(adapters, tiny):
     engine = engine_with(tiny, "model")
     loaded, _ = load_adapter(adapters, publish(adapters, engine, hot=None), engine)
     assert loaded.hot is None and len(loaded.shape.keys) == 7
 
 
-def test_nothing_that_happens_to_the_files_after_loading_matters(adapters, engine):
+def test_file_changes_after_loading_do_not_matter(adapters, engine):
     path = publish(adapters, engine)
     loaded, _ = load_adapter(adapters, path, engine)
     sums = {name: mx.sum(value).item() for name, value in loaded.weights.items()}
@@ -104,7 +104,7 @@ def test_nothing_that_happens_to_the_files_after_loading_matters(adapters, engin
     assert (loaded.hot == HOT).all()
 
 
-def test_mlx_lms_own_arguments_in_the_config_are_let_be(tmp_path):
+def test_mlx_lm_arguments_in_the_config_are_ignored(tmp_path):
     lora = {"rank": 8, "scale": 20, "dropout": 0.05, "keys": ["a", "b"], "note": "x"}
     text = json.dumps({"fine_tune_type": "lora", "iters": 100, "model": "m", "lora_parameters": lora})
     (tmp_path / "adapter_config.json").write_text(text)
@@ -217,7 +217,7 @@ def test_everything_wrong_is_said_at_once(adapters, engine):
     assert "q_proj.lora_a is missing" in text and "extra is not part" in text and "hot vocabulary has 29" in text
 
 
-def test_an_adapter_for_half_precision_must_not_overflow_there(adapters, tiny):
+def test_half_precision_adapter_must_not_overflow(adapters, tiny):
 
     engine = engine_with(tiny, "model")
     module, shape = engine.draft_module, LoraShape(4, 8.0, 0.0, ("model.layers.0.self_attn.q_proj",))
@@ -278,12 +278,12 @@ HOTS = {
 
 
 @pytest.mark.parametrize("kind", HOTS)
-def test_a_hot_vocabulary_that_does_not_fit_is_refused(adapters, engine, kind):
+def test_mismatched_hot_vocabulary_is_refused(adapters, engine, kind):
     change, reason = HOTS[kind]
     assert reason in said(adapters, engine, publish(adapters, engine, change))
 
 
-def test_a_hot_vocabulary_that_the_manifest_names_must_be_there(adapters, engine):
+def test_hot_vocabulary_named_by_manifest_must_exist(adapters, engine):
     path = publish(adapters, engine)
     (path / "hot_vocab.npy").unlink()
     assert "hot_vocab.npy is missing, though the manifest names it" in said(adapters, engine, path)
@@ -331,7 +331,7 @@ def test_every_refusal_leaves_the_old_adapter_drafting(adapters, engine, swap):
 
 
 @pytest.mark.parametrize("where", ["load", "use"])
-def test_an_error_that_no_check_foresaw_is_a_refusal_too(adapters, engine, swap, monkeypatch, where):
+def test_unforeseen_error_is_a_refusal(adapters, engine, swap, monkeypatch, where):
     publish(adapters, engine, hot=HOT + 1)
     swap.follow_current()
     logits, hot = drafting(engine)
@@ -355,7 +355,7 @@ def test_an_error_that_no_check_foresaw_is_a_refusal_too(adapters, engine, swap,
     assert not swap.by_hand(path.name).ok
 
 
-def test_an_announced_adapter_comes_in_pieces_and_the_old_one_drafts_meanwhile(adapters, engine, swap):
+def test_announced_adapter_loads_in_steps(adapters, engine, swap):
     publish(adapters, engine, hot=HOT + 1)
     swap.follow_current()
     logits, hot = drafting(engine)
@@ -372,7 +372,7 @@ def test_an_announced_adapter_comes_in_pieces_and_the_old_one_drafts_meanwhile(a
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-def test_what_is_not_the_candidates_fault_is_not_hidden(adapters, engine, swap, monkeypatch, error):
+def test_errors_outside_the_candidate_are_raised(adapters, engine, swap, monkeypatch, error):
     publish(adapters, engine)
     monkeypatch.setattr(adapter_tensors, "check_steps", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(error):

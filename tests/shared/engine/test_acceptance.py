@@ -28,7 +28,7 @@ def dense(sampling):
 
 
 @given(distributions(), distributions())
-def test_the_residual_is_the_normed_positive_part_of_the_difference(target_p, draft_p):
+def test_residual_is_the_normed_positive_difference(target_p, draft_p):
     left = np.maximum(dense(target_p) - dense(draft_p), 0)
     made = dense(residual(target_p, draft_p))
     assert made.sum() == pytest.approx(1)
@@ -38,12 +38,12 @@ def test_the_residual_is_the_normed_positive_part_of_the_difference(target_p, dr
 
 
 @given(distributions())
-def test_where_nothing_is_left_the_residual_is_the_target_itself(sampling):
+def test_empty_residual_is_the_target(sampling):
     assert np.allclose(dense(residual(sampling, sampling)), dense(sampling))
 
 
 @given(distributions(), distributions())
-def test_one_draft_accepted_or_replaced_has_the_targets_law_exactly(target_p, draft_p):
+def test_single_draft_keeps_the_target_distribution(target_p, draft_p):
     """P(out) = sum over drafts x of q(x) * (P(accept x) [out = x] + P(reject x) * residual(out)), P(accept) measured."""
     p, q = dense(target_p), dense(draft_p)
     out = np.zeros(SIZE)
@@ -89,7 +89,7 @@ def drafted(draft, stops, path=(), chance=1.0):
 
 @settings(deadline=None, max_examples=60)
 @given(trees())
-def test_runs_that_stand_together_have_the_targets_law_exactly(tree):
+def test_block_verification_keeps_the_target_distribution(tree):
     """The law of the first two tokens, summed over every draft, every run that may stand and every token after it; where the
     rule gave only one, the target goes on.
     """
@@ -125,7 +125,7 @@ def test_a_run_of_one_is_judged_as_alone(target_p, draft_p, seed):
 
 
 @given(distributions(), st.integers(0, SIZE - 1))
-def test_a_point_mass_is_accepted_with_its_target_probability(target_p, token):
+def test_point_mass_is_accepted_with_target_probability(target_p, token):
     accept = target_p.of(token)
     left = dense(residual(target_p, point_mass(token)))
     out = (1 - accept) * left
@@ -150,7 +150,7 @@ def test_greedy_accepts_the_common_beginning_and_adds_one(drafts, argmax):
     assert verdict == Verdict(common, argmax[common])
 
 
-def test_no_row_after_the_first_rejection_is_ever_looked_at():
+def test_rows_after_the_first_rejection_are_not_read():
     asked = []
 
     def target(i):
@@ -174,6 +174,6 @@ def test_coupled_tokens_do_not_depend_on_the_drafts(target_p, drafts, seed):
     assert emitted == [target_p.argmax_with(noise(i)) for i in range(len(emitted))]
 
 
-def test_drafts_without_their_laws_are_a_mistake_of_the_caller():
+def test_missing_draft_probs_are_an_error():
     with pytest.raises(ValueError, match="shorter"):
         rejection(lambda i: point_mass(1), [1, 1], [point_mass(1)], lambda: 0.1)

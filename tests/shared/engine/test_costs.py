@@ -44,7 +44,7 @@ def test_good_drafts_are_lengthened_and_bad_ones_left():
     assert costs().best_k(sure(0.95), MOST)[0] == MOST
 
 
-def test_a_drawn_token_of_a_flat_law_stands_more_often_than_its_argmax():
+def test_drawn_token_of_flat_probs_outlasts_the_argmax():
     greedy, sampled = (AcceptanceEstimate(by_confidence=prior) for prior in (GREEDY_PRIOR, SAMPLED_PRIOR))
     assert sampled.at_confidence(0.05) > greedy.at_confidence(0.05)
     assert sampled.at_confidence(0.95) < greedy.at_confidence(0.95)
@@ -60,7 +60,7 @@ def test_what_is_met_outweighs_the_prior():
     assert estimate.at_confidence(0.95) < 0.2
 
 
-def test_rounds_that_take_longer_with_a_draft_than_promised_make_drafting_dearer():
+def test_slow_draft_rounds_make_drafting_dearer():
     pace = Pace()
     for _ in range(PACE_LEAST - 1):
         pace.took(True, 1.5, 1.0)
@@ -77,7 +77,7 @@ def test_rounds_that_take_longer_with_a_draft_than_promised_make_drafting_dearer
     assert pace.surcharge < 1.05  # one round that was held up
 
 
-def test_a_dear_draft_is_parked_and_probed_now_and_then():
+def test_costly_draft_is_parked_and_probed():
     pace = Pace()
     for _ in range(PACE_LEAST):
         pace.took(True, 1.9, 1.0)
@@ -94,7 +94,7 @@ def test_a_dear_draft_is_parked_and_probed_now_and_then():
     assert set(chosen) == {0, 1} and chosen.count(1) < 4 and chosen[0] == 0
 
 
-def test_rounds_of_many_and_rounds_without_costs_teach_no_pace():
+def test_batched_and_uncosted_rounds_correct_no_timing():
     chooser = DraftLengthPolicy(None, MOST, None, sure(0.5))
     chooser.took(1, 0, 5.0)
     crowded = DraftLengthPolicy(costs().beside(3), MOST, None, sure(0.5))

@@ -63,12 +63,12 @@ def test_greedy_output_is_the_targets_own_whatever_drafts(tiny, family, kind):
         assert session.output == expected, (k, ngram)
 
 
-def test_a_draft_that_is_the_target_is_always_accepted(tiny):
+def test_draft_equal_to_the_target_is_always_accepted(tiny):
     session = run(EngineCore(tiny(), tiny()), Options(max_tokens=24, num_draft_tokens=4, ngram=False))
     assert session.tally.accepted["model"] == session.tally.drafted["model"] > 0
 
 
-def test_the_length_limit_is_exact_and_an_end_token_inside_a_draft_ends_the_answer(tiny):
+def test_length_limit_is_exact_and_eos_ends(tiny):
     target = tiny()
     for limit in range(1, 9):
         session = run(EngineCore(target, target), Options(max_tokens=limit, num_draft_tokens=4, ngram=False))
@@ -81,7 +81,7 @@ def test_the_length_limit_is_exact_and_an_end_token_inside_a_draft_ends_the_answ
     stopped.tokenizer.eos_token_ids = {3}
 
 
-def test_a_draft_that_is_never_wrong_is_never_counted_as_refused_where_its_end_token_stands(tiny):
+def test_draft_behind_an_end_token_is_not_rejected(tiny):
     stopped = tiny(seed=11)
     for place in range(1, 8):
         stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[place : place + 1])
@@ -92,7 +92,7 @@ def test_a_draft_that_is_never_wrong_is_never_counted_as_refused_where_its_end_t
     stopped.tokenizer.eos_token_ids = {3}
 
 
-def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
+def test_one_seed_gives_one_text_with_any_drafter(tiny):
     target, sampling = tiny(), SamplingParams(temperature=0.9, top_p=0.9, seed=12)
     texts = set()
     for draft, k, ngram in itertools.product(drafts(tiny, "llama").values(), (0, 1, 4, None), (False, True)):
@@ -107,7 +107,7 @@ def test_one_seed_gives_one_text_whatever_k_drafter_and_ngram(tiny):
 @pytest.mark.parametrize(
     "sampling", [SamplingParams(), SamplingParams(temperature=0.9, seed=12), SamplingParams(temperature=2.0)]
 )
-def test_a_sibling_with_a_larger_padded_vocabulary_drafts_only_tokens_that_exist(tiny, sampling):
+def test_padded_vocabulary_drafts_only_existing_tokens(tiny, sampling):
     target = tiny()
     engine = EngineCore(target, tiny(seed=5, vocabulary=160, sharp=0.1))
     for _ in range(3):
@@ -115,7 +115,7 @@ def test_a_sibling_with_a_larger_padded_vocabulary_drafts_only_tokens_that_exist
         assert session.tally.drafted["model"] > 0 and max(session.output) < 97
 
 
-def test_a_draft_model_compares_with_the_text_only_from_where_both_were_last_the_same(tiny):
+def test_draft_cache_is_compared_from_the_last_match(tiny):
     class Watched(list):
         seen = 0
 
@@ -141,7 +141,7 @@ def test_a_draft_model_compares_with_the_text_only_from_where_both_were_last_the
 
 
 @pytest.mark.parametrize("kind", ["itself", "head"])
-def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
+def test_next_turn_reuses_the_caches(tiny, kind):
     target = tiny()
     engine = EngineCore(target, drafts(tiny, "llama")[kind])
     prompt = np.random.default_rng(0).integers(4, 97, 40).tolist()
@@ -158,7 +158,7 @@ def test_the_next_turn_reuses_the_caches_and_says_the_same(tiny, kind):
         prompt = [*session.state.text, 9, 10, 11]
 
 
-def test_a_cut_answer_leaves_caches_and_text_in_step(tiny):
+def test_cut_answer_leaves_cache_and_text_in_step(tiny):
     engine = EngineCore(tiny(), tiny())
     session = run(engine, Options(max_tokens=20, num_draft_tokens=4, ngram=False, capture_k=4))
     session.cut(7, "stop")
@@ -166,7 +166,7 @@ def test_a_cut_answer_leaves_caches_and_text_in_step(tiny):
     assert len(session.output) == 7 == len(session.capture.ids)
 
 
-def test_capture_has_one_row_an_output_token_and_only_true_disagreements(tiny):
+def test_capture_has_one_row_an_output_token(tiny):
     target = tiny()
     session = run(
         EngineCore(target, tiny(seed=5, layers=1)),
@@ -246,7 +246,7 @@ def sampled(tiny, sampling, draws=DRAWS, k=2):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_sampled_sequences_follow_the_targets_law(tiny, temperature):
+def test_sampled_sequences_follow_the_target_distribution(tiny, temperature):
     sampling = SamplingParams(temperature=temperature, top_p=0.8)
     observed, expected = sampled(tiny, sampling)
     assert set(observed) <= set(expected)

@@ -48,7 +48,7 @@ def test_filters_keep_what_a_naive_reference_keeps(row, top_p, top_k, min_p, tem
 
 
 @given(laws, laws)
-def test_the_rejection_rule_emits_exactly_the_targets_law(target, draft):
+def test_rejection_rule_emits_exactly_the_target_distribution(target, draft):
     """One draft token: P(out = x) = min(p, q) + (1 - sum min(p, q)) * residual(x) = p."""
     size = max(len(target.ids), len(draft.ids))
     p, q = np.zeros(size), np.zeros(size)
@@ -62,7 +62,7 @@ def test_the_rejection_rule_emits_exactly_the_targets_law(target, draft):
 
 
 @given(laws, st.integers(0, 7))
-def test_a_point_mass_is_accepted_with_the_targets_probability(target, token):
+def test_sampled_point_mass_keeps_its_target_probability(target, token):
     for uniform, stands in ((target.of(token) * 0.999, True), (target.of(token) * 1.001 + 1e-12, False)):
         draws = iter([uniform, 0.5])
         verdict = rejection(lambda i: target, [token], [point_mass(token)], lambda d=draws: next(d))
@@ -70,7 +70,7 @@ def test_a_point_mass_is_accepted_with_the_targets_probability(target, token):
         assert verdict.accepted or verdict.token != token or target.of(token) == 1
 
 
-def test_a_row_behind_the_first_rejection_is_never_looked_at():
+def test_sampled_rows_after_a_rejection_are_not_read():
     seen = []
 
     def row(i):
@@ -106,7 +106,7 @@ class Bytes:
 
 
 @given(st.text(max_size=30), st.sampled_from([(), ("ab",), ("\n\n", "é")]))
-def test_a_stream_never_shows_half_a_character_or_a_stop_string(text, stop):
+def test_stream_shows_no_partial_character_or_stop(text, stop):
     stream, data = TextStream(Bytes(), stop), text.encode()
     pieces = [stream.add(byte) for byte in data] + [stream.finish()]
     cut = min((text.find(s) for s in stop if s in text), default=len(text))
@@ -114,7 +114,7 @@ def test_a_stream_never_shows_half_a_character_or_a_stop_string(text, stop):
     assert stream.stopped == (cut < len(text) or any(s in text for s in stop))
 
 
-def test_a_text_that_ends_inside_a_character_ends_with_a_replacement():
+def test_unfinished_character_becomes_a_replacement():
     stream = TextStream(Bytes())
     assert stream.add(ord("a")) == "a"
     assert stream.add("é".encode()[0]) == ""

@@ -77,7 +77,7 @@ def test_an_array_without_a_token_is_no_draft():
         (3, [3], [1.0], None),
     ],
 )
-def test_a_draft_that_would_bend_the_law_or_end_the_thread_is_refused(token, ids, p, confidence):
+def test_draft_that_would_change_the_distribution_is_refused(token, ids, p, confidence):
     draft, heard = proposed([token], [Distribution(np.array(ids), np.array(p))], [confidence])
     assert draft is NOTHING and len(heard) == 1
 
@@ -103,7 +103,7 @@ class FailsOnce:
         return Draft([5], [point_mass(5)], [1.0], "")
 
 
-def test_a_failure_ends_with_its_request_though_the_caches_live_on(tiny):
+def test_failure_ends_with_its_request(tiny):
     heard = []
     engine = EngineCore(tiny(), None, drafter_factory=lambda target, draft: FailsOnce(), on_error=heard.append)
     prompt, drafted = list(range(4, 44)), []
@@ -120,9 +120,7 @@ def test_a_failure_ends_with_its_request_though_the_caches_live_on(tiny):
     assert len(heard) == 1 and drafted[0] == 0 and drafted[1] > 0
 
 
-def test_costs_of_a_drafter_that_failed_are_not_kept_and_a_changed_file_has_costs_of_its_own(
-    tiny, tmp_path, monkeypatch
-):
+def test_failed_drafter_leaves_no_costs_file(tiny, tmp_path, monkeypatch):
     source = tmp_path / "somebodys.py"
     source.write_text("class Mine:\n    def extend(self, *a): pass\n    rewind = extend\n    def propose(self, k, draw): return 1 / 0\n"
                       "def make(target, draft): return Mine()\n")  # fmt: skip

@@ -32,7 +32,7 @@ def test_a_match_is_the_longest_there_is(texts, running):
         assert found[place - length : place] == running[-length:] and place < len(found)
 
 
-def test_no_memory_outgrows_its_limit_and_the_newest_stay():
+def test_history_stays_within_its_limit():
     own = ClientAnswers(100)
     for i in range(50):
         own.add([i] * 5 + list(range(i, i + 12)), i)
@@ -77,7 +77,7 @@ def test_forgetting_leaves_nothing_in_memory_or_on_disk(tmp_path):
     assert not list(tmp_path.iterdir()) and past.of("a").texts == []
 
 
-def test_the_longer_of_running_text_and_past_answer_is_drafted():
+def test_longer_of_context_and_history_match_is_drafted():
     own = ClientAnswers(1000)
     own.add([9, 1, 2, 3, 4, 50, 51, 52], 0)
     drafter = NgramDrafter(own)
@@ -87,7 +87,7 @@ def test_the_longer_of_running_text_and_past_answer_is_drafted():
     assert drafter.propose(1, DraftSampler(SamplingParams(), lambda: 0.5, None)).tokens == [61]
 
 
-def test_the_same_question_again_is_drafted_from_the_last_answer(tiny):
+def test_repeated_question_drafts_the_last_answer(tiny):
     engine = EngineCore(tiny(), None)
     engine.past = AnswerHistory()
 
@@ -108,7 +108,7 @@ def test_the_same_question_again_is_drafted_from_the_last_answer(tiny):
     assert stranger.tally.rounds == first.tally.rounds
 
 
-def test_retention_reaches_single_answers_in_memory_and_on_disk(tmp_path):
+def test_retention_reaches_answers_in_memory_and_disk(tmp_path):
     files = AnswerFiles(tmp_path, tokenizer="one")
     past = AnswerHistory(files.read)
     past.add("a", [1, 2, 3, 4], created_at=1000)

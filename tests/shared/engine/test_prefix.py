@@ -44,7 +44,7 @@ def say(engine, prompt, ids, output):
     "answer", [" therefore", "  two spaces", "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{GRINNING FACE}"]
 )
 @pytest.mark.parametrize("ended", [True, False])
-def test_the_next_turn_has_the_tokens_that_were_generated(engine, answer, ended):
+def test_next_turn_has_the_generated_tokens(engine, answer, ended):
     engine.prefixes.purge()
     tokenizer = engine.target.tokenizer
     text, ids = engine.encode_chat(ASK)
@@ -61,7 +61,7 @@ def test_the_next_turn_has_the_tokens_that_were_generated(engine, answer, ended)
     assert state is not None and state.cached >= len(fed) - 1
 
 
-def test_a_text_that_only_resembles_is_encoded_as_it_stands(engine):
+def test_merely_similar_text_is_encoded_afresh(engine):
     engine.prefixes.purge()
     text, ids = engine.encode_chat(ASK)
     output = engine.encode("the") + [END]
@@ -82,7 +82,7 @@ def test_broken_bytes_and_cut_texts_are_not_spliced(engine):
     assert not any(entry.rendered for entry in engine.prefixes._entries)
 
 
-def test_a_common_beginning_is_copied_and_the_long_text_keeps_its_caches(engine):
+def test_common_prefix_is_copied_and_the_original_stays(engine):
     engine.prefixes.purge()
     text = list(range(4, 104))
     engine.save_to_prefix_cache(say(engine, "", text[:60], text[60:]), "")
@@ -103,7 +103,7 @@ def test_a_common_beginning_is_copied_and_the_long_text_keeps_its_caches(engine)
         session.check_in_step()
 
 
-def test_the_least_recently_used_goes_first_and_nothing_exceeds_the_budget(engine):
+def test_least_recently_used_goes_first_within_budget(engine):
     cache = PrefixCache(budget=100)
     states = [say(engine, "", list(range(i, i + 30)), [7] * 10).state for i in (4, 40, 80)]
     for state in states:
@@ -115,7 +115,7 @@ def test_the_least_recently_used_goes_first_and_nothing_exceeds_the_budget(engin
     assert cache.tokens == 0
 
 
-def test_short_texts_hold_no_more_memory_than_the_budget_says(engine):
+def test_short_texts_stay_within_the_memory_budget(engine):
     cache = PrefixCache(budget=1024)
     rng = np.random.default_rng(0)
     for _ in range(40):
@@ -126,7 +126,7 @@ def test_short_texts_hold_no_more_memory_than_the_budget_says(engine):
     assert len(cache._entries) == 32, "room is used, too"
 
 
-def test_a_cut_text_goes_on_as_if_nothing_had_been_cut(engine):
+def test_trimmed_state_continues_as_if_untrimmed(engine):
     def turn(prompt):
         session = engine.session(prompt, Options(max_tokens=8, num_draft_tokens=2))
         while not session.prefill():
@@ -148,7 +148,7 @@ def test_a_cut_text_goes_on_as_if_nothing_had_been_cut(engine):
     assert again.output == turn(prompt).output
 
 
-def test_with_a_seed_the_prompt_has_the_tokens_of_its_text_whatever_caches_live(engine):
+def test_seeded_prompt_ignores_cached_tokenization(engine):
     engine.prefixes.purge()
     text, ids = engine.encode_chat(ASK)
     output = [i for c in " therefore" for i in engine.target.tokenizer.encode(c, add_special_tokens=False)] + [END]

@@ -75,7 +75,7 @@ def test_an_emoji_split_over_tokens_comes_whole(tokenizer):
 
 @settings(max_examples=300, deadline=None)
 @given(tokens=st.lists(st.integers(0, 275), max_size=40))
-def test_any_tokens_stream_to_what_decoding_them_at_once_gives(tokenizer, tokens):
+def test_streamed_tokens_equal_decoding_at_once(tokenizer, tokens):
     pieces, made = stream(tokenizer, tokens)
     assert "".join(pieces) == made.text == tokenizer.decode(tokens)
 
@@ -90,14 +90,14 @@ def test_any_text_streams_back_without_a_broken_character(tokenizer, text):
         assert not any(HOLD in piece for piece in pieces)
 
 
-def test_an_answer_that_ends_inside_a_character_shows_that(tokenizer):
+def test_unfinished_character_at_the_end_is_shown(tokenizer):
     tokens = tokenizer.encode("ab€", add_special_tokens=False)[:-1]
     assert stream(tokenizer, tokens)[1].text == f"ab{HOLD}"
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text("abc", max_size=30), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
-def test_text_ends_before_the_first_stop_string_and_no_part_of_it_slips_out(tokenizer, text, stops):
+def test_text_ends_before_the_first_stop_string(tokenizer, text, stops):
     tokens = tokenizer.encode(text, add_special_tokens=False)
     made = TextStream(tokenizer, tuple(stops))
     shown = ""
@@ -117,7 +117,7 @@ def test_text_ends_before_the_first_stop_string_and_no_part_of_it_slips_out(toke
         assert any(text[len(shown) :].startswith(stop) for stop in stops)
 
 
-def test_a_stop_string_split_over_tokens_is_found_and_nothing_comes_after(tokenizer):
+def test_stop_string_split_over_tokens_is_found(tokenizer):
     tokens = tokenizer.encode("one STOP two", add_special_tokens=False)
     pieces, made = stream(tokenizer, tokens, ("STOP",))
     assert made.text == "one "
@@ -125,7 +125,7 @@ def test_a_stop_string_split_over_tokens_is_found_and_nothing_comes_after(tokeni
     assert "".join(pieces) == "one "
 
 
-def test_what_only_began_like_a_stop_string_is_text(tokenizer):
+def test_partial_stop_string_is_text(tokenizer):
     tokens = tokenizer.encode("one STO", add_special_tokens=False)
     assert stream(tokenizer, tokens, ("STOP",))[1].text == "one STO"
 
@@ -134,7 +134,7 @@ def test_an_empty_stop_string_stops_nothing(tokenizer):
     assert stream(tokenizer, tokenizer.encode("abc", add_special_tokens=False), ("",))[1].text == "abc"
 
 
-def test_many_broken_bytes_before_a_character_do_not_lose_it(tokenizer):
+def test_broken_bytes_do_not_lose_the_next_character(tokenizer):
     broken, euro = tokenizer.encode("é", add_special_tokens=False)[1:], tokenizer.encode("€", add_special_tokens=False)
     tokens = [*broken * 7, *euro, *tokenizer.encode("A", add_special_tokens=False)]
     assert stream(tokenizer, tokens)[1].text == f"{HOLD * 7}€A"
@@ -149,7 +149,7 @@ broken = few_bytes.map(lambda values: [FIRST_BYTE + value for value in values])
 @settings(max_examples=300, deadline=None)
 @example(parts=[spelled("\N{GRINNING FACE}\N{GRINNING FACE}")])
 @given(parts=st.lists(words | bytes_of_words, max_size=8))
-def test_text_spelled_in_bytes_comes_whole_and_no_cut_shows_what_it_does_not_have(by_bytes, parts):
+def test_byte_fallback_text_is_whole_at_any_cut(by_bytes, parts):
     tokens = [token for part in parts for token in part]
     whole = by_bytes.decode(tokens, skip_special_tokens=False)
     pieces, made = stream(by_bytes, tokens)
@@ -159,16 +159,16 @@ def test_text_spelled_in_bytes_comes_whole_and_no_cut_shows_what_it_does_not_hav
 
 @settings(max_examples=400, deadline=None)
 @given(parts=st.lists(words | bytes_of_words | broken, max_size=8))
-def test_broken_byte_runs_never_take_back_or_repeat_what_was_shown(by_bytes, parts):
+def test_broken_bytes_never_retract_or_repeat_text(by_bytes, parts):
     tokens = [token for part in parts for token in part]
     pieces, made = stream(by_bytes, tokens)
     assert made.text == "".join(pieces) == as_shown(tokens)
 
 
-def test_an_emoji_in_bytes_comes_with_its_last_byte(by_bytes):
+def test_emoji_in_bytes_comes_with_its_last_byte(by_bytes):
     assert stream(by_bytes, [*spelled("\N{GRINNING FACE}"), 2])[0] == ["", "", "", "\N{GRINNING FACE}", "b", ""]
 
 
-def test_a_text_of_replacement_characters_is_held_for_three_tokens_at_most(by_bytes):
+def test_replacement_characters_wait_three_tokens_at_most(by_bytes):
     pieces, _ = stream(by_bytes, [FIRST_BYTE + 0xFF] * 40)
     assert pieces == ["", "", "", *[HOLD] * 37, HOLD * 3]

@@ -13,7 +13,7 @@ def publish(adapters, after, parent=""):
     return id
 
 
-def test_a_rolled_back_adapter_is_remembered_not_best_and_may_be_forgiven(tmp_path):
+def test_rolled_back_adapter_is_marked_and_may_return(tmp_path):
     adapters = Adapters(tmp_path)
     first, second = publish(adapters, 0.5), publish(adapters, 0.6)
     assert adapters.resolve("best") == second
@@ -24,7 +24,7 @@ def test_a_rolled_back_adapter_is_remembered_not_best_and_may_be_forgiven(tmp_pa
     assert again.rolled_back() == {} and again.resolve("best") == second
 
 
-def test_pruning_keeps_current_previous_best_and_the_last_five(tmp_path):
+def test_pruning_keeps_current_previous_best_and_five(tmp_path):
     adapters = Adapters(tmp_path)
     ids = [publish(adapters, 0.9 if i == 1 else 0.5) for i in range(12)]
     adapters.set_current(ids[2])

@@ -49,7 +49,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("settings", [HEAD, LAYERS], ids=["head", "layers"])
-def test_a_build_makes_a_draft_that_learned_and_leaves_the_target_as_it_was(stored, tmp_path, settings):
+def test_build_makes_a_draft_and_leaves_the_target(stored, tmp_path, settings):
     target = stored()
     before = embedding_digest(target)
     built = run(target, tmp_path, replace(settings, epochs=4))
@@ -91,9 +91,7 @@ def uninterrupted(stored, tmp_path_factory):
 
 
 @pytest.mark.parametrize("settings", [HEAD, LAYERS], ids=["head", "layers"])
-def test_a_build_killed_at_every_stage_ends_as_the_uninterrupted_one(
-    stored, tmp_path, settings, uninterrupted, monkeypatch
-):
+def test_build_killed_at_any_stage_resumes_identically(stored, tmp_path, settings, uninterrupted, monkeypatch):
     target, moments = stored(), []
     monkeypatch.setattr(draft_build, "CHECKPOINT_S", 0.0)  # after every step
 
@@ -135,7 +133,7 @@ def test_a_build_killed_at_every_stage_ends_as_the_uninterrupted_one(
         ).item(), name
 
 
-def test_a_build_replaces_an_older_draft_whatever_a_killed_one_left(stored, tmp_path):
+def test_build_replaces_an_older_draft(stored, tmp_path):
     for leftover in (".draft.partial", ".draft.old"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "half").write_text("x")
@@ -155,7 +153,7 @@ def test_work_begun_otherwise_is_refused_with_what_differs(stored, tmp_path):
         run(stored(quantised=True), tmp_path, LAYERS)
 
 
-def test_a_head_learns_from_the_shards_of_a_layers_build(stored, tmp_path):
+def test_head_trains_on_the_shards_of_layers(stored, tmp_path):
     run(stored(), tmp_path, LAYERS)
     (shard, *_) = sorted((tmp_path / "work").glob("training-*.npz"))
     bare, full = load_shard(shard), read_examples(stored(), [shard], "head")
@@ -180,7 +178,7 @@ def test_what_is_replayed_later_is_never_trained_on(stored, tmp_path, monkeypatc
     assert not kept & {example.tokens.astype(np.uint32).tobytes() for example in trained if example.greedy}
 
 
-def test_more_text_than_the_prompts_give_comes_from_invented_prompts_and_is_made_once(stored, tmp_path, monkeypatch):
+def test_synthetic_prompts_fill_up_and_are_made_once(stored, tmp_path, monkeypatch):
     asked_for = []
 
     def synthesize(target, count, temperature, rng, accepts):
@@ -203,7 +201,7 @@ def refuses(*given):
 
 
 @pytest.mark.parametrize("synthesize", [lambda *given: [], refuses], ids=["nothing", "refuses"])
-def test_a_target_that_cannot_invent_answers_the_prompts_again_sampled(stored, tmp_path, monkeypatch, synthesize):
+def test_prompts_are_answered_again_when_synthesis_fails(stored, tmp_path, monkeypatch, synthesize):
     monkeypatch.setattr(build_draft, "synthetic_prompts", synthesize)
     run(stored(), tmp_path, replace(LAYERS, tokens=40 * 12 + 300))
     found = [e for path in sorted((tmp_path / "work").glob("training-*.npz")) for e in load_shard(path)]
@@ -220,7 +218,7 @@ def own(count):
 
 
 @pytest.mark.parametrize("settings", [HEAD, LAYERS], ids=["head", "layers"])
-def test_own_traffic_alone_makes_a_draft_and_is_kept_nowhere(stored, tmp_path, settings):
+def test_user_texts_alone_build_a_draft(stored, tmp_path, settings):
     texts = own(40)
     built = run(stored(), tmp_path, settings, BuildTexts([], asked(6, 100), texts))
     assert built.manifest["user_texts"] == 40
@@ -229,7 +227,7 @@ def test_own_traffic_alone_makes_a_draft_and_is_kept_nowhere(stored, tmp_path, s
     assert not (tmp_path / "draft" / "replay.npz").exists()
 
 
-def test_own_traffic_is_added_to_prompts_and_not_replayed(stored, tmp_path):
+def test_user_texts_join_prompts_without_replay(stored, tmp_path):
     built = run(stored(), tmp_path, LAYERS, BuildTexts(asked(40), asked(6, 100), own(5)))
     assert built.manifest["user_texts"] == 5 and built.manifest["training_prompts"] > 40
     tokens = np.load(tmp_path / "draft" / "replay.npz")["tokens"]
@@ -238,7 +236,7 @@ def test_own_traffic_is_added_to_prompts_and_not_replayed(stored, tmp_path):
         assert not (windows == text.tokens).all(axis=1).any()
 
 
-def test_what_is_purged_between_two_runs_is_not_learned_from(stored, tmp_path):
+def test_next_run_does_not_learn_purged_texts(stored, tmp_path):
     def stop(progress):
         if progress.stage == "training":
             raise Killed
@@ -262,7 +260,7 @@ def test_what_is_purged_between_two_runs_is_not_learned_from(stored, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- by depth
 @pytest.mark.parametrize("settings", [HEAD, LAYERS], ids=["head", "layers"])
-def test_acceptance_by_depth_is_what_drafting_at_every_place_counts(stored, tmp_path, settings):
+def test_acceptance_by_depth_counts_drafting_at_every_position(stored, tmp_path, settings):
     from specl.shared.engine.drafters import DraftSampler, HeadDrafter, ModelDrafter
     from specl.shared.learning.learner import Learner, acceptance_by_depth
     from specl.shared.sampling_params import SamplingParams

@@ -12,7 +12,7 @@ from specl.shared.learning.learner import Learner, acceptance_by_depth, agreemen
 from tests.conftest import tiny_model
 
 
-def test_a_deeper_token_counts_only_where_all_before_it_stood():
+def test_deeper_token_counts_only_after_accepted_ones():
     rng = np.random.default_rng(4)
     hits = [np.where(rng.random((6, 40)) < rate, 1.0, 0.0) for rate in (0.7, 0.6, 0.5)]
     for matrix in hits:
@@ -36,7 +36,7 @@ def test_a_deeper_token_counts_only_where_all_before_it_stood():
     assert found.agreement == pytest.approx([np.nanmean(matrix) for matrix in hits])
 
 
-def test_a_depth_that_nothing_got_to_has_no_rate():
+def test_unreached_depth_has_no_rate():
     counts = DepthCounts(3)
     counts.add([DepthScores(np.zeros((1, 5)), np.zeros((1, 5)))] * 3)
     assert counts.rates().acceptance == (0.0,) and counts.rates().agreement == (0.0, 0.0, 0.0)
@@ -74,14 +74,14 @@ def pair():
     return target, draft
 
 
-def test_a_draft_that_is_its_target_stands_at_every_depth(pair):
+def test_identical_draft_is_accepted_at_every_depth(pair):
     target, _ = pair
     for greedy in (True, False):
         score = agreement(Learner(target), [written(target, n, 8, greedy) for n in range(3)], 3)
         assert score.by_depth == pytest.approx((1, 1, 1), abs=1e-4)
 
 
-def test_agreements_rates_are_those_of_drafting_from_every_place(pair):
+def test_agreement_rates_are_those_of_drafting_everywhere(pair):
     target, draft = pair
     examples = [written(target, n) for n in range(4)]
     stood, tried = np.zeros(3), np.zeros(3)
@@ -104,7 +104,7 @@ def test_agreements_rates_are_those_of_drafting_from_every_place(pair):
 
 
 # ---------------------------------------------------------------------------------------------------- of sampled text
-def test_texts_that_were_drawn_tell_how_deep_drafts_would_have_stood():
+def test_sampled_texts_estimate_accepted_depth():
     """Two tokens of three letters, drafted and checked: exact by enumeration, estimated from texts that the target drew."""
     rng = np.random.default_rng(6)
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.3, 0.6])
@@ -121,7 +121,7 @@ def test_texts_that_were_drawn_tell_how_deep_drafts_would_have_stood():
     assert first == pytest.approx(np.mean([*overlap[:, 0], *overlap[:, 1]]))
 
 
-def test_a_drawn_token_stands_with_min_1_q_over_p_and_their_mean_is_the_overlap(pair):
+def test_mean_acceptance_of_drawn_tokens_is_the_overlap(pair):
     target, draft = pair
     text = written(target, 3, rows=1, greedy=False)
     p, q = np.exp(text.logprobs[0].astype(float)), sampling(draft, text.tokens)[4]

@@ -47,12 +47,12 @@ def test_three_looks_without_a_lower_loss_end_it():
     assert stops_at([5, float("nan"), float("nan"), 4, 5, 5, 5]) == 6
 
 
-def test_a_run_that_goes_on_remembers_how_it_stood():
+def test_resumed_run_remembers_its_losses():
     assert stops_at([3.0, 3.0], losses=[2.0, 2.5]) == 1  # the third look without a lower one than 2
     assert stops_at([1.0, 3.0, 3.0], losses=[2.0, 2.5]) is None
 
 
-def test_it_looks_once_in_thirty_seconds_of_work_and_never_without_texts():
+def test_validation_runs_every_thirty_seconds_of_work():
     learner = FakeLearner([5.0] * 9)
     stop = EarlyStopping(learner, [text(0), text(1)], LossSettings(), 1)
     paused, looked = [], []
@@ -65,7 +65,7 @@ def test_it_looks_once_in_thirty_seconds_of_work_and_never_without_texts():
     assert not any(none.should_stop(100.0 * n) for n in range(10)) and not none.is_over
 
 
-def test_one_in_sixteen_is_set_aside_by_id_and_none_of_few():
+def test_one_in_sixteen_is_validation_by_id():
     texts = [text(n) for n in range(160)]
     train, aside = split_validation(texts)
     assert len(aside) == 10 and len(train) == 150 and not {e.id for e in train} & {e.id for e in aside}
@@ -75,7 +75,7 @@ def test_one_in_sixteen_is_set_aside_by_id_and_none_of_few():
     assert len(split_validation([text(n) for n in range(1000)])[1]) == 16
 
 
-def test_a_draft_that_learns_its_texts_by_heart_is_stopped_while_one_that_learns_goes_on():
+def test_overfitting_draft_stops_and_a_learning_one_continues():
     """Random texts hold nothing in common: what is learned of some makes others no likelier."""
     outcomes = []
     for shared in (False, True):

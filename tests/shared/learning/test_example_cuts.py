@@ -24,7 +24,7 @@ def numbered(prompt, rows):
 
 
 @given(prompt=st.integers(1, 60), rows=st.integers(1, 60), limit=st.integers(1, 130))
-def test_of_a_long_text_the_end_is_kept_and_every_row_stays_with_its_token(prompt, rows, limit):
+def test_long_text_keeps_its_end_and_row_alignment(prompt, rows, limit):
     whole = numbered(prompt, rows)
     cut = whole.clipped(limit)
     kept = min(limit, prompt + rows)
@@ -38,7 +38,7 @@ def test_of_a_long_text_the_end_is_kept_and_every_row_stays_with_its_token(promp
     assert whole.with_states(None).clipped(limit).states is None
 
 
-def test_a_prompt_longer_than_the_limit_leaves_the_answer_to_learn_from():
+def test_overlong_prompt_leaves_the_answer_to_learn():
     assert numbered(600, 40).clipped(512).rows == 40
     batch = collate([numbered(600, 40).clipped(512), numbered(20, 3)])
     assert len(batch.supervised) == 43
@@ -59,7 +59,7 @@ def text(n, k, rows=9):
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("draft", ["head", "model"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_rows_of_another_k_weigh_in_a_batch_what_they_weigh_alone(kind, draft, temperature):
+def test_rows_of_another_k_weigh_the_same(kind, draft, temperature):
     target = tiny_model()
     learner = Learner(new_head(target, np.arange(0, 90)) if draft == "head" else target)
     texts, settings = [text(1, 6), text(2, 3)], LossSettings(kind, temperature)
@@ -77,7 +77,7 @@ def test_rows_of_another_k_weigh_in_a_batch_what_they_weigh_alone(kind, draft, t
 
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_what_fills_a_law_up_has_no_part_in_loss_or_gradient(kind, temperature):
+def test_top_k_padding_has_no_loss_or_gradient(kind, temperature):
     rng = np.random.default_rng(3)
     logits, logprobs = (
         mx.array(rng.normal(size=(4, 20)).astype(np.float32)),
@@ -96,7 +96,7 @@ def test_what_fills_a_law_up_has_no_part_in_loss_or_gradient(kind, temperature):
     assert mx.allclose(slope, filled_slope, atol=1e-7).item() and mx.abs(slope).max().item() > 1e-3
 
 
-def test_a_draft_is_judged_on_rows_of_any_k():
+def test_draft_is_judged_on_rows_of_any_k():
     learner, texts = Learner(tiny_model()), [text(n, k) for n, k in enumerate((2, 7, 4, 1))]
     together, alone = agreement(learner, texts, 2), [agreement(learner, [one], 2) for one in texts]
     assert together.hits == pytest.approx([one.hits[0] for one in alone], rel=1e-4)

@@ -18,7 +18,7 @@ def drawn(share, count=60, seed=0):
     return scores(np.random.default_rng(seed).binomial(40, share, count))
 
 
-def test_a_clear_gain_is_promoted_and_the_numbers_are_in_the_verdict():
+def test_clear_gain_is_promoted_with_its_numbers():
     before = drawn(0.5)
     after = scores(before.hits + 4)
     verdict = judge(before, after, 30)
@@ -33,7 +33,7 @@ def test_a_loss_is_rejected_and_no_change_too():
     assert judge(before, before, 30).verdict == "rejected"
 
 
-def test_few_generations_give_no_verdict_but_the_minimum_may_be_lowered():
+def test_few_generations_give_no_verdict():
     before = drawn(0.5, count=29)
     after = scores(before.hits + 4)
     verdict = judge(before, after, 30)
@@ -49,7 +49,7 @@ def test_one_lucky_generation_does_not_promote():
 
 
 @pytest.mark.parametrize(("fall", "verdict"), [(0.0049, "promoted"), (0.0051, "rejected"), (-0.1, "promoted")])
-def test_general_text_may_fall_by_less_than_half_a_point(fall, verdict):
+def test_general_text_may_fall_half_a_point(fall, verdict):
     before = drawn(0.5)
     general = scores([50_000.0], 100_000), scores([50_000.0 - fall * 100_000], 100_000)
     assert judge(before, scores(before.hits + 4), 30, general).verdict == verdict
@@ -59,7 +59,7 @@ def test_general_text_may_fall_by_less_than_half_a_point(fall, verdict):
     ("before_general", "after_general", "verdict"),
     [(0.482, 0.4801, "promoted"), (0.482, 0.4799, "rejected"), (0.450, 0.455, "promoted"), (0.450, 0.449, "rejected")],
 )
-def test_a_chain_of_adapters_may_not_cost_general_text_more_and_more(before_general, after_general, verdict):
+def test_chain_of_adapters_may_not_erode_general_text(before_general, after_general, verdict):
     """The draft alone has 0.5 there. What is far below that already may only get better."""
     before = drawn(0.5)
     general = scores([1e5 * before_general], 100_000), scores([1e5 * after_general], 100_000)
@@ -68,7 +68,7 @@ def test_a_chain_of_adapters_may_not_cost_general_text_more_and_more(before_gene
     assert ("without any adapter" in told.reason) == (verdict == "rejected")
 
 
-def test_only_a_proven_gain_that_spoils_general_text_is_worth_less_of_the_way():
+def test_only_a_proven_regressing_gain_is_interpolated():
     before, flat = drawn(0.5), scores([50.0], 100)
     spoiled, gained = (flat, scores([40.0], 100)), scores(before.hits + 4)
     assert judge(before, gained, 30, spoiled).only_spoils
@@ -80,7 +80,7 @@ def test_only_a_proven_gain_that_spoils_general_text_is_worth_less_of_the_way():
 
 
 @pytest.mark.parametrize("field", ["base", "tokenizer", "parent"])
-def test_another_base_tokenizer_or_parent_is_refused_whatever_it_scores(field):
+def test_other_base_tokenizer_or_parent_is_refused(field):
     current = Lineage("a", "b", "000001")
     other = Lineage(**({name: getattr(current, name) for name in Lineage.__slots__} | {field: "x"}))
     problems = lineage_problems(other, current)
@@ -96,7 +96,7 @@ def test_scores_of_different_positions_are_refused():
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 60), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=50))
-def test_the_interval_lies_within_the_extremes_and_is_the_same_each_time(rows):
+def test_interval_lies_within_extremes_and_is_deterministic(rows):
     positions = np.array([n for n, _, _ in rows])
     before = Agreement(positions * np.array([a for _, a, _ in rows]), positions)
     after = Agreement(positions * np.array([b for _, _, b in rows]), positions)

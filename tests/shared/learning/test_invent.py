@@ -29,7 +29,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def test_invented_prompts_are_whole_distinct_and_the_same_for_a_seed(stored):
+def test_synthetic_prompts_are_whole_distinct_and_seeded(stored):
     target = Ends(stored())
     made = synthetic_prompts(target, 40, HOT, rng(), lambda text: True)
     assert 5 < len(made) <= 40 and len(set(made)) == len(made)
@@ -41,7 +41,7 @@ def test_invented_prompts_are_whole_distinct_and_the_same_for_a_seed(stored):
     assert all(text == text.strip() and len(text) >= module.SHORTEST for text in made)
 
 
-def test_what_has_not_ended_is_dropped_and_what_is_not_wanted(stored):
+def test_unfinished_and_excluded_prompts_are_dropped(stored):
     target = Ends(stored())
     target.stop_tokens = frozenset()
     assert synthetic_prompts(target, 6, HOT, rng(), lambda text: True) == []
@@ -50,7 +50,7 @@ def test_what_has_not_ended_is_dropped_and_what_is_not_wanted(stored):
     assert synthetic_prompts(target, 40, HOT, rng(), lambda text: text != first) == rest
 
 
-def test_the_model_is_asked_with_its_templates_own_beginning(stored, monkeypatch):
+def test_model_is_prompted_with_its_template_prefix(stored, monkeypatch):
     seen = []
     monkeypatch.setattr(
         module, "batch_generate", lambda target, tries, longest, *more: seen.append((tries, longest)) or []
@@ -63,13 +63,13 @@ def test_the_model_is_asked_with_its_templates_own_beginning(stored, monkeypatch
     assert rendered.startswith(target.tokenizer.decode(tries[0].tokens))
 
 
-def test_a_template_that_hides_the_users_words_is_refused():
+def test_template_that_hides_user_words_is_refused():
     tokenizer = SimpleNamespace(apply_chat_template=lambda *given, **more: "fixed")
     with pytest.raises(ModelError, match="chat template"):
         synthetic_prompts(SimpleNamespace(tokenizer=tokenizer, name="odd"), 1, 1.0, rng(), lambda text: True)
 
 
-def test_nothing_of_a_judging_set_or_a_reserved_kind_may_be_trained_on():
+def test_judging_sets_and_reserved_kinds_are_excluded():
     for name in ("heldout", "regression", "bench/code"):
         long = max((p.messages[-1]["content"] for p in prompts.load(name)), key=len)
         assert not prompts.may_train(long) and not prompts.may_train(f"so {long} then")

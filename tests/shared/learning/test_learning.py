@@ -57,7 +57,7 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def test_kl_over_the_whole_vocabulary_is_the_full_kl_and_over_few_it_has_a_tail():
+def test_kl_is_full_or_has_a_tail_bucket():
     rng = np.random.default_rng(0)
     logits, p = rng.normal(size=(6, 20)).astype(np.float32), softmax(rng.normal(size=(6, 20)) * 2)
     q = softmax(logits.astype(np.float64))
@@ -72,7 +72,7 @@ def test_kl_over_the_whole_vocabulary_is_the_full_kl_and_over_few_it_has_a_tail(
         )
 
 
-def test_tokens_outside_the_drafts_vocabulary_are_left_out_and_the_loss_is_finite():
+def test_out_of_vocabulary_tokens_leave_the_loss_finite():
     p = softmax(np.random.default_rng(1).normal(size=(3, 10)) * 3)
     teacher = teacher_of(p, 5)
     columns = np.array(teacher.columns)
@@ -124,7 +124,7 @@ def test_agreement_is_what_counting_by_hand_gives(tiny):
     )
 
 
-def test_unrolled_depths_are_what_drafting_step_by_step_computes(tiny):
+def test_unrolled_depths_equal_stepwise_drafting(tiny):
     target = tiny()
     draft = new_head(target, np.arange(97))
     item = example(target, 3, prompt=6, rows=10)
@@ -161,7 +161,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_batches_keep_the_replay_share_and_the_hot_vocabulary_its_size(tiny):
+def test_batches_keep_replay_share_and_vocabulary_size(tiny):
     fresh, replay = (
         [example(tiny(), i, id=f"f{i}") for i in range(3)],
         [example(tiny(), i, id=f"r{i}") for i in range(5)],
@@ -193,7 +193,7 @@ def trained_lora(module, seed=0, rank=4):
     return shape, weights
 
 
-def test_fused_equals_unfused_and_restore_is_the_very_same_layers(tiny):
+def test_fused_equals_unfused_and_restore_is_exact(tiny):
     target = tiny()
     draft = new_head(target, np.arange(97))
     pristine = Pristine(draft.head)
@@ -221,7 +221,7 @@ def test_a_quantised_base_keeps_the_adapter_beside_it(tiny):
     assert fuse(module, shape, weights) == "unfused"
 
 
-def test_everything_wrong_with_an_adapter_is_said_at_once(tiny):
+def test_every_problem_of_an_adapter_is_reported(tiny):
     module = new_head(tiny(), np.arange(97)).head
     shape, weights = trained_lora(module)
     weights["fc.lora_a"] = mx.full(weights["fc.lora_a"].shape, float("nan"))
@@ -238,7 +238,7 @@ def test_everything_wrong_with_an_adapter_is_said_at_once(tiny):
         assert word in found
 
 
-def test_the_schedule_ends_with_the_steps_or_with_the_time(tiny):
+def test_schedule_ends_by_steps_or_time(tiny):
     made = loop(tiny())
     full = made.settings.learning_rate
     made.step_number = made.settings.total_steps // 2

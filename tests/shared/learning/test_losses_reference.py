@@ -75,7 +75,7 @@ def differences(logits, loss):
 
 @pytest.mark.parametrize("k", [VOCABULARY, 6])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.kind}-{s.temperature:g}")
-def test_value_and_gradient_are_those_of_the_full_vocabulary(settings, k):
+def test_loss_and_gradient_equal_the_full_vocabulary(settings, k):
     if settings.temperature != 1 and k < VOCABULARY:
         pytest.skip("the tail is tempered as one outcome: exact at temperature 1 alone")
     logits, p = laws()
@@ -87,14 +87,14 @@ def test_value_and_gradient_are_those_of_the_full_vocabulary(settings, k):
     assert np.allclose(slopes, expected, atol=2e-5)
 
 
-def test_no_gradient_flows_through_the_weight_of_the_acceptance_loss():
+def test_acceptance_loss_weight_has_no_gradient():
     logits, p = laws()
     settings = LossSettings("acceptance")
     _, slopes = ours(logits, p, 6, settings)
     assert not np.allclose(slopes, differences(logits, lambda x: reference(x, p, 6, settings)), atol=1e-3)
 
 
-def test_the_acceptance_loss_is_kl_where_nothing_is_accepted_and_mostly_variation_where_all_is():
+def test_acceptance_loss_is_kl_or_variation_at_extremes():
     logits, p = laws()
     near, far = np.log(p) + 1e-3 * logits, np.where(np.arange(VOCABULARY) == p.argmin(1)[:, None], 40.0, 0.0)
     for guess, share in ((near, np.exp(-3)), (far, 1.0)):

@@ -12,7 +12,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 pytestmark = pytest.mark.slow
 
 
-def test_permuted_targets_are_not_promoted_and_true_ones_are():
+def test_permuted_targets_fail_and_true_ones_pass():
     spec = importlib.util.spec_from_file_location("bench_null", BENCH / "null.py")
     null = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(null)
@@ -21,7 +21,7 @@ def test_permuted_targets_are_not_promoted_and_true_ones_are():
     assert sum(null.decide(world, n, False, 30).low > 0 for n in range(3)) >= 2
 
 
-def test_swaps_under_load_fail_nobody_and_leave_the_base_as_it_was(tmp_path):
+def test_swaps_under_load_fail_no_request(tmp_path):
     # a process of its own: it puts a fake pair in place of the models
     command = [
         sys.executable,

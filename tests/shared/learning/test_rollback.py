@@ -64,7 +64,7 @@ def promoted(made):
     return swap, lookout
 
 
-def test_a_disappointing_adapter_goes_within_twenty_requests_and_stays_gone(made):
+def test_disappointing_adapter_rolls_back_within_twenty_requests(made):
     paths, adapters, first, second = made
     adapters.set_current(first)
     swap, lookout, events = start(paths)
@@ -85,7 +85,7 @@ def test_a_disappointing_adapter_goes_within_twenty_requests_and_stays_gone(made
     assert again.engine.adapter_id == first and second in adapters.rolled_back()
 
 
-def test_killed_between_the_mark_and_current_it_is_still_not_tried_again(made):
+def test_kill_between_mark_and_current_bars_the_adapter(made):
     paths, adapters, first, second = made
     adapters.set_previous(first)
     adapters.set_current(second)
@@ -98,7 +98,7 @@ def test_killed_between_the_mark_and_current_it_is_still_not_tried_again(made):
     assert adapters.resolve("previous") == "" == swap.previous
 
 
-def test_by_hand_a_rolled_back_adapter_may_be_activated_again(made):
+def test_rolled_back_adapter_may_be_activated_by_hand(made):
     paths, adapters, first, second = made
     adapters.mark_rolled_back(second, "it disappointed")
     swap, _, _ = start(paths)
@@ -106,7 +106,7 @@ def test_by_hand_a_rolled_back_adapter_may_be_activated_again(made):
     assert swap.by_hand(first).ok and swap.by_hand("previous").ok and swap.engine.adapter_id == second
 
 
-def test_rounds_are_forced_only_during_a_watch_and_no_baseline_means_no_watch():
+def test_drafts_are_forced_only_during_a_canary():
     lookout = AdapterMonitor()
     lookout.changed("000001", "000001", "")
     assert lookout.watch is None and not any(lookout.forces() for _ in range(16))
@@ -115,7 +115,7 @@ def test_rounds_are_forced_only_during_a_watch_and_no_baseline_means_no_watch():
     assert sum(lookout.forces() for _ in range(16)) == 2
 
 
-def test_a_restart_goes_on_with_the_watch_and_with_the_way_back(made):
+def test_restart_resumes_canary_and_rollback(made):
     paths, adapters, first, second = made
     swap, lookout = promoted(made)
     for _ in range(2):
@@ -131,7 +131,7 @@ def test_a_restart_goes_on_with_the_watch_and_with_the_way_back(made):
     assert requests <= 20 and swap.engine.adapter_id == first == adapters.current()
 
 
-def test_the_baseline_survives_a_restart_and_meets_what_was_promoted_meanwhile(made):
+def test_baseline_survives_a_restart(made):
     paths, adapters, first, second = made
     adapters.set_current(first)
     _, lookout, _ = start(paths)
@@ -142,7 +142,7 @@ def test_the_baseline_survives_a_restart_and_meets_what_was_promoted_meanwhile(m
     assert lookout.watch.adapter_id == second and lookout.watch.baseline.accepted == [140] and swap.previous == first
 
 
-def test_counts_of_another_pair_or_a_damaged_file_are_nobodys(tmp_path):
+def test_counts_of_another_pair_are_ignored(tmp_path):
     path = tmp_path / "watch.json"
     lookout = AdapterMonitor(path)
     assert lookout.load("draft", "target") is None
@@ -153,7 +153,7 @@ def test_counts_of_another_pair_or_a_damaged_file_are_nobodys(tmp_path):
     assert again.load("draft", "target") is None and not any(again.seen.tested)
 
 
-def test_promoted_before_any_traffic_it_is_held_to_what_the_gate_measured(made):
+def test_untrafficked_promotion_is_held_to_the_gate(made):
     paths, adapters, first, _ = made
     document = json.loads((adapters.folder / first / "manifest.json").read_text())
     document["metrics"] |= {"heldout_before_by_depth": [0.5, 0.25], "heldout_positions": 1000}
@@ -170,7 +170,7 @@ def test_promoted_before_any_traffic_it_is_held_to_what_the_gate_measured(made):
     assert requests <= 20 and "0.4" in why
 
 
-def test_work_that_changed_while_the_draft_was_parked_is_not_blamed_on_the_next_adapter(made):
+def test_work_while_parked_is_not_blamed_on_successor(made):
     """Seen in a stream: 0.64 live on one kind of record, then another kind, parked, and three better adapters rolled back."""
     paths, adapters, first, second = made
     adapters.set_current(first)
@@ -190,7 +190,7 @@ def test_work_that_changed_while_the_draft_was_parked_is_not_blamed_on_the_next_
     assert not any(whys) and lookout.last["state"] == "kept"
 
 
-def test_a_bad_adapter_goes_by_the_lower_measure_too(made):
+def test_bad_adapter_fails_the_lower_measure_too(made):
     paths, adapters, first, second = made
     adapters.set_current(first)
     swap, lookout, _ = start(paths)
@@ -210,7 +210,7 @@ def test_a_bad_adapter_goes_by_the_lower_measure_too(made):
 
 
 @pytest.mark.parametrize("odd", [None, [1], [3, 2], ["1", 2], [0, 0], [True, 5], [float("nan"), 5]])
-def test_newest_texts_that_say_nothing_usable_leave_the_rest(made, odd):
+def test_unusable_newest_texts_leave_the_rest(made, odd):
     _, adapters, first, _ = made
     document = json.loads((adapters.folder / first / "manifest.json").read_text())
     document["metrics"] |= {"heldout_before_by_depth": [0.5], "heldout_positions": 1000, "heldout_before_newest": odd}
@@ -219,7 +219,7 @@ def test_newest_texts_that_say_nothing_usable_leave_the_rest(made, odd):
 
 
 @pytest.mark.parametrize("odd", [None, [], "0.5", [1.5], [True], [float("nan")]])
-def test_a_manifest_that_promises_nothing_usable_starts_no_watch(made, odd):
+def test_manifest_without_expectation_starts_no_canary(made, odd):
     _, adapters, first, _ = made
     document = json.loads((adapters.folder / first / "manifest.json").read_text())
     document["metrics"] |= {"heldout_before_by_depth": odd, "heldout_positions": 1000}
@@ -227,7 +227,7 @@ def test_a_manifest_that_promises_nothing_usable_starts_no_watch(made, odd):
     assert held_out_before(adapters, first) is None
 
 
-def test_by_hand_it_is_watched_once_and_whoever_insists_is_believed(made):
+def test_activation_by_hand_is_watched_once(made):
     paths, adapters, first, second = made
     adapters.set_current("")
     swap, lookout, _ = start(paths)
@@ -242,7 +242,7 @@ def test_by_hand_it_is_watched_once_and_whoever_insists_is_believed(made):
     assert swap.by_hand("previous").ok and lookout.watch is None
 
 
-def test_one_bad_adapter_after_another_is_held_to_what_was_good(made):
+def test_successive_bad_adapters_share_the_good_baseline(made):
     paths, adapters, first, second = made
     adapters.set_current("")
     swap, lookout, _ = start(paths)
@@ -261,7 +261,7 @@ def test_one_bad_adapter_after_another_is_held_to_what_was_good(made):
     assert lookout.watch is None and lookout.seen.accepted == [240]  # what was known of it counts again
 
 
-def test_at_once_after_a_rollback_the_next_is_watched_too_and_after_a_restart(made):
+def test_adapter_after_a_rollback_is_watched(made):
     paths, adapters, first, second = made
     adapters.set_current("")
     swap, lookout, _ = start(paths)
@@ -276,7 +276,7 @@ def test_at_once_after_a_rollback_the_next_is_watched_too_and_after_a_restart(ma
         assert lookout.seen.accepted == [240]
 
 
-def test_answers_with_few_drafts_are_judged_at_twenty_and_do_not_end_the_watch_in_its_favour():
+def test_answers_with_few_drafts_keep_the_canary_open():
     lookout = AdapterMonitor()
     lookout.saw([400], [240])
     lookout.changed("000001", "000001", "")
@@ -287,7 +287,7 @@ def test_answers_with_few_drafts_are_judged_at_twenty_and_do_not_end_the_watch_i
     assert not any(said[:19]) and "20 requests" in said[19]
 
 
-def test_what_a_second_look_has_reinstated_drafts_again_and_is_not_watched(made):
+def test_reinstated_adapter_is_not_watched(made):
     paths, adapters, first, second = made
     swap, lookout = promoted(made)
     while not (why := lookout.saw([20], [5])):
@@ -303,7 +303,7 @@ def test_what_a_second_look_has_reinstated_drafts_again_and_is_not_watched(made)
     assert again.engine.adapter_id == second and later.watch is None and later.status()["state"] == "reinstated"
 
 
-def test_by_hand_a_reinstated_adapter_is_not_watched_either(made):
+def test_reinstated_adapter_by_hand_is_not_watched(made):
     paths, adapters, first, second = made
     adapters.mark_rolled_back(second, "it disappointed")
     adapters.reinstate(second)

@@ -33,7 +33,7 @@ def same(found, wanted):
     )
 
 
-def test_what_was_kept_is_read_and_what_is_damaged_is_removed_and_told_once(tmp_path, capfd):
+def test_damaged_shard_is_removed_and_reported_once(tmp_path, capfd):
     path, texts = tmp_path / "a.npz", [text(0), text(1, 5)]
     save_shard(path, texts)
     assert same(load_or_discard(path), texts) and os.listdir(tmp_path) == ["a.npz"]
@@ -51,7 +51,7 @@ def test_what_was_kept_is_read_and_what_is_damaged_is_removed_and_told_once(tmp_
     assert load_or_discard(path) is None and capfd.readouterr().err == ""  # there is none: nothing to tell
 
 
-def test_a_shard_that_may_not_be_read_is_not_thrown_away(tmp_path, monkeypatch):
+def test_unreadable_shard_is_not_deleted(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
     save_shard(path, [text(0)])
     for number in (errno.EMFILE, errno.EACCES):
@@ -95,7 +95,7 @@ def test_own_text_that_was_torn_is_captured_again(stored, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("prompt, rows, left", [(600, 20, 20), (9, 700, 511), (2000, 30, 30), (4, 1300, 511)])
-def test_of_a_long_text_of_ones_own_the_end_of_the_answer_is_captured(stored, tmp_path, prompt, rows, left):
+def test_long_user_text_captures_the_answers_end(stored, tmp_path, prompt, rows, left):
     tokens = np.random.default_rng(1).integers(4, 290, prompt + rows).astype(np.uint32)
     texts = [WrittenText("o", tokens, prompt, True), WrittenText("bare", tokens[:6], 5, True)]
     (found,) = capture_texts(stored(), texts, tmp_path, 4, True, np.inf, lambda progress: None)

@@ -48,7 +48,7 @@ def lora_loop(draft, kind="mixed", dropout=0.0, depths=2):
 
 @pytest.mark.parametrize("kind", ["ce", "kl", "mixed", "tv"])
 @pytest.mark.parametrize("draft", ["head", "model"])
-def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_batch(kind, draft, monkeypatch):
+def test_gradient_of_pieces_equals_the_batch(kind, draft, monkeypatch):
     monkeypatch.setattr("specl.shared.learning.steps.MAX_GRADIENT_NORM", 1e9)
     target = tiny_model()
     # a head that cannot say all tokens: what counts in a piece is not just its tokens
@@ -66,7 +66,7 @@ def test_the_gradient_of_a_batch_in_pieces_is_that_of_the_batch(kind, draft, mon
 
 
 # ---------------------------------------------------------------------------------------------------- dropout
-def test_dropout_is_on_in_a_step_and_off_while_a_draft_is_judged():
+def test_dropout_is_on_only_in_training_steps():
     loop = lora_loop(tiny_model(), "kl", dropout=0.5, depths=1)
     learner, texts = loop.learner, [text(n, 12) for n in range(3)]
     losses = {loop.step([texts]) for _ in range(3)}
@@ -82,7 +82,7 @@ def test_dropout_is_on_in_a_step_and_off_while_a_draft_is_judged():
     assert not any(child.training for _, child in learner.module.named_modules())
 
 
-def test_a_step_that_is_stopped_leaves_no_dropout_on():
+def test_interrupted_step_leaves_dropout_off():
     loop = lora_loop(tiny_model(), dropout=0.5)
 
     def stop():
@@ -93,7 +93,7 @@ def test_a_step_that_is_stopped_leaves_no_dropout_on():
     assert not any(child.training for _, child in loop.learner.module.named_modules())
 
 
-def test_checkpointing_drops_the_same_inputs_when_it_computes_again():
+def test_checkpointing_recomputes_with_the_same_dropout():
     """y = drop(x) W is linear in W, so its sum is the sum of W times its own gradient, if both saw one mask."""
     layer = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4, bias=False)).train()
     x, sums = mx.random.normal((5, 6), key=mx.random.key(1)), set()

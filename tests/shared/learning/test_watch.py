@@ -38,7 +38,7 @@ def test_an_equal_one_is_rolled_back_seldom():
     assert gone <= 18, "looked at after every request, and still under six in a hundred"
 
 
-def test_deeper_drafts_are_compared_with_the_same_depth_only():
+def test_deeper_drafts_are_compared_by_depth():
     baseline = Depths([400, 200], [320, 40])  # 0.8, then 0.2
     observed = Watch("2", "1", baseline)
     for _ in range(6):
@@ -53,7 +53,7 @@ def test_without_a_baseline_nothing_is_claimed():
     assert observed.over and observed.disappointment() == ""
 
 
-def test_one_round_in_eight_drafts_until_enough_is_in():
+def test_one_round_in_eight_drafts_during_canary():
     observed = watch()
     assert sum(observed.forces() for _ in range(80)) == 80 // EVERY
     observed.add([ENOUGH_TOKENS], [100])
@@ -62,7 +62,7 @@ def test_one_round_in_eight_drafts_until_enough_is_in():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 40), st.floats(0, 1)), min_size=1, max_size=25), st.floats(0, 1))
-def test_a_shortfall_is_never_claimed_against_more_than_the_baseline(rows, share):
+def test_shortfall_never_exceeds_the_baseline(rows, share):
     observed = watch(share)
     for tested, part in rows:
         observed.add([tested], [int(tested * part)])

@@ -40,7 +40,7 @@ def test_what_concerns_another_request_is_left_out():
     assert made.feed([*others, DELTA], 0.1) == [DELTA] and not made.ended
 
 
-def test_a_first_answer_that_does_not_come_ends_it():
+def test_missing_first_answer_ends_the_stream():
     with pytest.raises(DaemonUnreachable, match="does not answer"):
         stream().feed([], FIRST_ANSWER_S)
 
@@ -56,7 +56,7 @@ def test_silence_ends_it_only_after_long():
         made.feed([], now + HEARTBEAT_S)
 
 
-def test_a_daemon_without_its_lock_is_gone_at_once():
+def test_daemon_without_its_lock_is_gone():
     made = stream(alive=False)
     made.feed([SOMETHING], 0.1)
     with pytest.raises(DaemonUnreachable):

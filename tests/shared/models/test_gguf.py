@@ -83,7 +83,7 @@ def test_the_served_model_computes_what_the_file_means(tmp_path, family, tied):
     assert model.config["tie_word_embeddings"] is tied
 
 
-def test_a_mixture_of_kinds_as_the_common_k_files_have_it(tmp_path):
+def test_mixed_k_quant_kinds_are_read(tmp_path):
     truth = tiny_gguf.write(tmp_path / "m.gguf", "llama", Kind.Q4_K, head_kind=Kind.Q6_K)
     convert(tmp_path / "m.gguf", tmp_path / "model")
     found = dense_weights(tmp_path / "model")
@@ -106,7 +106,7 @@ def test_weights_can_be_quantised_anew_or_made_dense(tmp_path, quantize, bound, 
         assert config["quantization"]["model.embed_tokens"] == {"group_size": 64, "bits": int(quantize)}
 
 
-def test_the_built_in_models_conversion_stays_byte_for_byte_what_its_drafts_were_made_for(tmp_path):
+def test_builtin_conversion_is_byte_for_byte_unchanged(tmp_path):
     """A shipped head knows its target by config.json and the weights' bytes: order, spelling and types may not change."""
     truth = tiny_gguf.write(tmp_path / "m.gguf", "llama", Kind.Q4_1, tied=True, head_kind=Kind.Q8_0)
     convert(tmp_path / "m.gguf", tmp_path / "model", exact=True)
@@ -176,7 +176,7 @@ def test_other_rotary_factors_are_refused(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- tokenizers
 @pytest.mark.parametrize(("family", "kind"), [("qwen2", "qwen2"), ("llama", "llama-bpe")])
-def test_byte_level_texts_become_the_reference_tokenizers_tokens_and_come_back(tmp_path, family, kind):
+def test_byte_level_tokens_equal_the_reference_tokenizer(tmp_path, family, kind):
     tiny_gguf.write(tmp_path / "m.gguf", family, tokenizer=kind)
     convert(tmp_path / "m.gguf", tmp_path / "model")
     made, reference = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")), tiny_gguf.byte_bpe(kind)
@@ -188,7 +188,7 @@ def test_byte_level_texts_become_the_reference_tokenizers_tokens_and_come_back(t
 
 @pytest.mark.parametrize("tokenizer", ["spm", "llama-bpe", "qwen2"])
 @pytest.mark.parametrize("said", [None, True, False])
-def test_plain_text_begins_as_the_reference_tokenizer_begins_it(tmp_path, tokenizer, said):
+def test_plain_text_prefix_equals_the_reference_tokenizer(tmp_path, tokenizer, said):
     def keys(writer):
         if said is not None:
             writer.add_add_bos_token(said)
@@ -214,7 +214,7 @@ def test_plain_text_begins_as_the_reference_tokenizer_begins_it(tmp_path, tokeni
     assert tokens == engine.encode(text)
 
 
-def test_sentencepiece_texts_become_sentencepieces_own_tokens_and_come_back(tmp_path):
+def test_sentencepiece_tokens_equal_sentencepiece(tmp_path):
     tiny_gguf.write(tmp_path / "m.gguf", tokenizer="spm")
     convert(tmp_path / "m.gguf", tmp_path / "model")
     made, reference = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")), tiny_gguf.sentence_piece()
@@ -224,7 +224,7 @@ def test_sentencepiece_texts_become_sentencepieces_own_tokens_and_come_back(tmp_
         assert made.decode(ids, skip_special_tokens=False) == text
 
 
-def test_the_chat_template_and_the_ends_of_an_answer_come_along(tmp_path):
+def test_chat_template_and_end_tokens_are_imported(tmp_path):
     tiny_gguf.write(tmp_path / "m.gguf", "qwen2", Kind.Q8_0)
     model = load(str(tmp_path / "m.gguf"), tmp_path / "models")
     text = model.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
@@ -297,7 +297,7 @@ def test_an_unsupported_quantisation_is_refused_by_name(tmp_path):
     assert text.startswith("m.gguf: GGUF quantisation IQ4_XS is not supported; F32, F16, BF16, Q4_0") and "Q6_K" in text
 
 
-def test_a_missing_tensor_is_noticed_before_the_model_is_there(tmp_path):
+def test_missing_tensor_is_noticed_before_loading(tmp_path):
     drop = {"blk.1.ffn_up.weight"}
     tiny_gguf.write(tmp_path / "m.gguf", change=lambda name, value: None if name in drop else value)
     assert "m.gguf does not hold a whole model" in refused(tmp_path / "m.gguf", tmp_path)
@@ -319,7 +319,7 @@ def test_values_too_large_for_fp16_are_refused(tmp_path):
         convert(tmp_path / "m.gguf", tmp_path / "model")
 
 
-def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_disk_is_reported_before_writing(tmp_path, monkeypatch):
     tiny_gguf.write(tmp_path / "m.gguf")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(gguf_import.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
@@ -327,7 +327,7 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatc
         import_gguf(tmp_path / "m.gguf", tmp_path / "models", "m", "keep", quiet)
 
 
-def test_a_disk_that_fills_up_on_the_way_leaves_nothing(tmp_path):
+def test_disk_that_fills_up_leaves_nothing(tmp_path):
     import resource
     import signal
 
@@ -345,7 +345,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16])
-def test_an_embedding_padded_beyond_the_tokens_is_taken_whole(tmp_path, kind):
+def test_padded_embedding_is_imported_whole(tmp_path, kind):
     def pad(name, value):
         wide = name in ("token_embd.weight", "output.weight")
         return np.concatenate([value, value[:7]]) if wide else value
@@ -356,7 +356,7 @@ def test_an_embedding_padded_beyond_the_tokens_is_taken_whole(tmp_path, kind):
     assert (found[-7:] == found[:7]).all()
 
 
-def test_the_size_that_is_asked_for_is_the_size_that_it_takes(tmp_path):
+def test_estimated_size_is_the_size_on_disk(tmp_path):
     for kind, quantize in (
         (Kind.F16, "keep"),
         (Kind.Q4_K, "keep"),
@@ -390,7 +390,7 @@ def test_a_bad_name_is_refused(tmp_path, name):
         import_gguf(tmp_path / "m.gguf", tmp_path / "models", name, "keep", quiet)
 
 
-def test_a_file_used_in_place_is_converted_once_and_again_when_it_changed(tmp_path):
+def test_changed_source_file_is_converted_again(tmp_path):
     gguf, said = tmp_path / "Some Model.Q8_0.gguf", []
     tiny_gguf.write(gguf, kind=Kind.Q8_0)
     first = ensure_model(str(gguf), tmp_path / "models", said.append)
@@ -414,7 +414,7 @@ def test_a_name_is_made_of_the_files(text, name):
     assert suggested_name(text) == name
 
 
-def test_a_gguf_file_is_known_by_its_first_bytes(tmp_path):
+def test_gguf_file_is_recognised_by_its_magic(tmp_path):
     for name, data, expected in (("sha256-1", b"GGUF..", True), ("a.gguf", b"xx", True), ("a.bin", b"xx", False)):
         (tmp_path / name).write_bytes(data)
         assert is_gguf(tmp_path / name) is expected

@@ -56,7 +56,7 @@ def told(draft, text):
 
 
 # ---------------------------------------------------------------------------------------------------- shapes
-def test_a_head_is_a_layer_like_the_targets_own(target, draft):
+def test_head_is_a_layer_of_the_targets_kind(target, draft):
     shape = head_shape(target, len(HOT))
     assert draft.shape == shape
     assert (shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim) == (64, 4, 2, 16)
@@ -66,7 +66,7 @@ def test_a_head_is_a_layer_like_the_targets_own(target, draft):
     assert [x.shape for x in draft.head.unroll(mx.zeros((1, 7, 64)), mx.zeros((1, 7, 64)), 3)] == [(1, 7, 64)] * 3
 
 
-def test_nothing_of_the_targets_is_among_its_own_weights(draft):
+def test_target_weights_are_not_the_heads(draft):
     from mlx.utils import tree_flatten
 
     names = {name for name, _ in tree_flatten(draft.head.parameters())}
@@ -82,7 +82,7 @@ def test_hot_scores_are_exactly_the_targets_rows(target, draft):
     assert np.allclose(np.array(draft.logits(out)), whole[..., HOT], atol=1e-4)
 
 
-def test_another_hot_vocabulary_scores_its_own_rows_and_the_old_comes_back(target, draft):
+def test_exchanged_hot_vocabulary_scores_and_restores(target, draft):
     before = np.array(draft.output.weight)
     draft.set_hot(HOT[::-1] + 1)
     assert (draft.hot == HOT + 1).all()
@@ -94,7 +94,7 @@ def test_another_hot_vocabulary_scores_its_own_rows_and_the_old_comes_back(targe
 @pytest.mark.parametrize(
     "hot", [HOT[1:], np.r_[HOT, 0], np.r_[-1, HOT[1:]], np.r_[HOT[1:], 97], np.r_[HOT[1:], HOT[1]]]
 )
-def test_a_hot_vocabulary_of_another_size_or_outside_the_vocabulary_is_refused(draft, hot):
+def test_hot_vocabulary_outside_the_vocabulary_is_refused(draft, hot):
     with pytest.raises(ModelError, match="32 distinct tokens below 97"):
         draft.set_hot(hot)
     assert (draft.hot == HOT).all()
@@ -106,7 +106,7 @@ def test_only_hot_tokens_are_proposed(draft):
 
 
 # ---------------------------------------------------------------------------------------------------- cache and text
-def test_the_cache_is_in_step_with_the_text_whatever_was_proposed_accepted_and_rewound(target, draft):
+def test_cache_stays_in_step_after_rewinds(target, draft):
     rng, text = np.random.default_rng(0), list(TEXT)
     drafter = told(draft, text)
     for _ in range(12):
@@ -142,7 +142,7 @@ def test_rewinding_to_nothing_starts_anew(target, draft):
     assert drafter.propose(3, GREEDY).tokens == naive_draft(draft, other, 3)
 
 
-def test_states_that_do_not_belong_to_the_tokens_are_an_error(draft):
+def test_states_of_other_tokens_are_an_error(draft):
     drafter = HeadDrafter(draft)
     with pytest.raises(ValueError, match="3 tokens with 1 states"):
         drafter.extend([1, 2, 3, 4], mx.zeros((1, 64)))
@@ -178,7 +178,7 @@ def test_a_saved_head_drafts_as_before(target, draft, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft"]
 
 
-def test_a_damaged_head_or_one_for_another_target_is_refused(target, tiny, draft, tmp_path):
+def test_damaged_or_mismatched_head_is_refused(target, tiny, draft, tmp_path):
     folder = tmp_path / "draft"
     save_head(draft, folder, {})
     with pytest.raises(ModelError, match="was made for tiny"):

@@ -37,22 +37,22 @@ def same_bits(one, other):
         ("3,", (3,)),
     ],
 )
-def test_layers_are_picked_from_both_ends_or_as_named(wish, layers):
+def test_layers_are_picked_from_both_ends(wish, layers):
     assert pick_layers(wish, 30) == layers
 
 
 @pytest.mark.parametrize("wish", ["0", "30", "-1", "some", "", "1,1", "2,1", "0,30", "-1,2"])
-def test_layers_that_there_are_not_are_refused_in_one_sentence(wish):
+def test_missing_layers_are_refused_in_one_sentence(wish):
     with pytest.raises(ConfigError, match="--layers"):
         pick_layers(wish, 30)
 
 
-def test_settings_by_layer_are_cut_as_the_layers_are():
+def test_layer_settings_are_cut_with_the_layers():
     config = {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "eos_token_id": [1, 2], "quantization": {}}
     assert layers_config(config, (0, 2)) == {"num_hidden_layers": 2, "layer_types": ["a", "c"], "eos_token_id": [1, 2]}
 
 
-def test_an_untrained_draft_computes_the_targets_layers_and_nothing_else(target):
+def test_untrained_draft_computes_the_targets_layers(target):
     ids = mx.array([[5, 17, 40, 8, 22, 31]])
     inner = new_layers(target, (0, 2)).model.model
     x = target.model.model.embed_tokens(ids)
@@ -67,7 +67,7 @@ def test_only_layers_and_the_last_norm_are_trained(target):
     assert not any("embed_tokens" in name or "lm_head" in name for name in names)
 
 
-def test_a_saved_draft_is_an_ordinary_model_with_the_targets_embedding_bit_for_bit(target, tmp_path):
+def test_saved_draft_is_an_ordinary_model(target, tmp_path):
     made = new_layers(target, (0, 1, 3))
     save_layers(made, target, tmp_path / "drafts" / "small", {"kind": "layers"})
     folder = tmp_path / "drafts" / "small"

@@ -13,7 +13,7 @@ WRONG = {"model_type": "llama", "hidden_size": "a", "num_hidden_layers": 1, "int
 
 
 @pytest.mark.parametrize("damaged", [{"model_type": "llama"}, WRONG, [], None, {"model_type": ["llama"]}])
-def test_a_config_that_is_wrong_in_any_way_is_a_model_error_of_one_line(tmp_path, damaged):
+def test_wrong_config_is_a_one_line_model_error(tmp_path, damaged):
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x": mx.zeros((2,))})
     (tmp_path / "config.json").write_text(json.dumps(damaged))
     with pytest.raises(ModelError, match=r"^the model \S+ cannot be loaded: \S.*$") as caught:

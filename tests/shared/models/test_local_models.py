@@ -40,7 +40,7 @@ def names(items):
     return [item.name for item in items]
 
 
-def test_ollamas_models_are_found_under_the_names_that_ollama_says(home):
+def test_ollama_models_are_found_by_ollama_names(home):
     folder = home / ".ollama" / "models"
     blob = ollama_pull(folder, "registry.ollama.ai/library/llama3.2/1b", b"GGUFa")
     ollama_pull(folder, "registry.ollama.ai/library/qwen2.5/latest", b"GGUFbb")
@@ -57,7 +57,7 @@ def test_ollamas_models_are_found_under_the_names_that_ollama_says(home):
     assert model_named("ollama:qwen2.5", found).name == "ollama:qwen2.5:latest"
 
 
-def test_what_is_half_pulled_or_odd_is_left_out(home, tmp_path):
+def test_partial_and_odd_models_are_ignored(home, tmp_path):
     folder = home / ".ollama" / "models"
     blob = ollama_pull(folder, "registry.ollama.ai/library/gone/1b", b"GGUFa")
     blob.unlink()
@@ -76,14 +76,14 @@ def test_what_is_half_pulled_or_odd_is_left_out(home, tmp_path):
     assert list_models_under(home) == []
 
 
-def test_another_models_folder_of_ollamas_is_taken_from_its_own_variable(home, tmp_path, monkeypatch):
+def test_ollama_models_variable_names_another_folder(home, tmp_path, monkeypatch):
     ollama_pull(tmp_path / "big-disk", "registry.ollama.ai/library/llama3.2/1b", b"GGUFa")
     assert list_local_models() == []
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "big-disk"))
     assert names(list_local_models()) == ["ollama:llama3.2:1b"]
 
 
-def test_lm_studios_models_are_found_in_both_of_its_places(home):
+def test_lm_studio_models_are_found_in_both_folders(home):
     new, old = home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"
     for folder, path in (
         (new, "pub/repo/a.gguf"),
@@ -109,7 +109,7 @@ def test_lm_studios_models_are_found_in_both_of_its_places(home):
     assert ensure_model("lmstudio:mlx-community/Qwen2.5-0.5B-Instruct-4bit", home / "m") == mlx
 
 
-def test_a_model_of_ollamas_is_served_by_its_name(home, tmp_path):
+def test_ollama_model_is_served_by_its_name(home, tmp_path):
     tiny_gguf.write(tmp_path / "m.gguf", "qwen2", Kind.Q8_0)
     blob = ollama_pull(
         home / ".ollama" / "models", "registry.ollama.ai/library/tiny/latest", (tmp_path / "m.gguf").read_bytes()
@@ -120,7 +120,7 @@ def test_a_model_of_ollamas_is_served_by_its_name(home, tmp_path):
     assert load(str(blob), tmp_path / "models").path == model.path == find_model("ollama:tiny", tmp_path / "models")
 
 
-def test_a_name_that_is_not_there_is_one_sentence(home):
+def test_unknown_name_is_one_sentence(home):
     with pytest.raises(ModelError, match="there is no model 'ollama:nothing:1b' here") as caught:
         ensure_model("ollama:nothing:1b", home)
     assert "models list --found" in caught.value.hint

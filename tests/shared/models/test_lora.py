@@ -75,7 +75,7 @@ def inputs(module, rows=10):
 
 # ---------------------------------------------------------------------------------------------------- there and back
 @pytest.mark.parametrize("base", BASES)
-def test_attaching_with_b_at_zero_changes_no_output_and_detaching_gives_the_very_same_layers(base):
+def test_zero_b_changes_nothing_and_detach_restores_layers(base):
     module = block(base)
     before, layers, out = bits(module), dict(linear_layers(module)), module(inputs(module))
     attach(module, some_lora(module)[0])
@@ -87,7 +87,7 @@ def test_attaching_with_b_at_zero_changes_no_output_and_detaching_gives_the_very
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_the_base_is_bit_identical_after_any_number_of_adapters(base):
+def test_base_is_bit_identical_after_any_adapters(base):
     module = block(base)
     pristine, before, out = Pristine(module), bits(module), module(inputs(module))
     for round in range(5):
@@ -119,7 +119,7 @@ def test_fused_is_unfused_within_the_base_types_tolerance(base):
     assert mx.max(mx.abs(unfused - plain)).item() > 0.5
 
 
-def test_an_effect_that_the_base_type_would_round_away_stays_beside_it():
+def test_effect_below_base_precision_stays_beside_it():
     module = block("bf16")
     module.up.weight = module.up.weight * 100
     shape, weights = some_lora(module, scale=0.02, keys=("up",))
@@ -127,7 +127,7 @@ def test_an_effect_that_the_base_type_would_round_away_stays_beside_it():
     assert isinstance(module.up, LoRALinear)
 
 
-def test_fusing_starts_from_the_pristine_base_and_not_from_the_adapter_before():
+def test_fusing_starts_from_the_pristine_base():
     module = block("fp32")
     pristine = Pristine(module)
     shape, weights = some_lora(module)
@@ -141,7 +141,7 @@ def test_fusing_starts_from_the_pristine_base_and_not_from_the_adapter_before():
     assert (np.array(module.up.weight) == once).all()
 
 
-def test_a_fused_weight_is_the_base_plus_scaled_a_b_and_keeps_its_bias():
+def test_fused_weight_is_base_plus_scaled_ab():
     module = block("fp32")
     base, bias = np.array(module.up.weight), np.array(module.up.bias)
     shape, weights = some_lora(module, alpha=12.0)
@@ -172,7 +172,7 @@ def test_only_a_and_b_train(base):
     assert bits(module) == before
 
 
-def test_layers_are_chosen_by_last_part_or_whole_name():
+def test_layers_are_chosen_by_last_or_whole_name():
     module = nn.Module()
     module.blocks = [block("fp32"), block("4-bit")]
     assert choose_layers(module, "all") == ("blocks.0.down", "blocks.0.up", "blocks.1.down", "blocks.1.up")
@@ -181,7 +181,7 @@ def test_layers_are_chosen_by_last_part_or_whole_name():
         choose_layers(module, ["up", "q_proj"])
 
 
-def test_an_attached_module_shows_the_same_layers_as_a_plain_one():
+def test_attached_module_shows_its_plain_layers():
     module = block("fp32")
     names = set(linear_layers(module))
     attach(module, some_lora(module)[0])
@@ -190,7 +190,7 @@ def test_an_attached_module_shows_the_same_layers_as_a_plain_one():
 
 # ---------------------------------------------------------------------------------------------------- judging
 @pytest.mark.parametrize("base", BASES)
-def test_a_good_adapter_has_no_problems_on_any_base(base):
+def test_good_adapter_has_no_problems(base):
     module = block(base)
     shape, weights = some_lora(module)
     assert problems(module, shape, weights) == []
@@ -199,7 +199,7 @@ def test_a_good_adapter_has_no_problems_on_any_base(base):
 
 
 @pytest.mark.parametrize("base", ["fp32", "4-bit"])
-def test_shapes_are_those_of_the_dense_layer_behind_a_quantised_one(base):
+def test_quantised_shapes_are_those_of_dense_layers(base):
     module = block(base)
     shape, weights = some_lora(module)
     weights["up.lora_a"] = mx.zeros((8, 4))  # as many columns as a packed row has words
@@ -215,7 +215,7 @@ def test_numbers_that_are_not_real_are_a_problem(kind):
     assert problem.startswith("up.lora_b has values of type ") and problem.endswith("not real numbers")
 
 
-def test_a_product_too_large_for_the_base_type_is_a_problem():
+def test_overflowing_product_is_a_problem():
     shape, weights = some_lora(block("fp32"), scale=300.0)
     assert problems(block("fp32"), shape, weights) == []
     assert problems(block("bf16"), shape, weights) == []
@@ -225,7 +225,7 @@ def test_a_product_too_large_for_the_base_type_is_a_problem():
     assert problems(block("fp32"), shape, weights) == found
 
 
-def test_the_change_norm_is_the_frobenius_norm_of_all_changes_together():
+def test_change_norm_is_the_joint_frobenius_norm():
     module = block("fp32")
     shape, weights = some_lora(module)
     changes = [2.0 * np.array(weights[f"{key}.lora_a"]) @ np.array(weights[f"{key}.lora_b"]) for key in shape.keys]
@@ -236,7 +236,7 @@ def test_the_change_norm_is_the_frobenius_norm_of_all_changes_together():
 
 
 # ---------------------------------------------------------------------------------------------------- part of the way
-def test_part_of_the_way_from_no_change_is_that_part_of_the_change():
+def test_interpolation_from_zero_scales_the_change():
     module = block("fp32")
     shape, weights = some_lora(module)
     pristine = Pristine(module)
@@ -249,7 +249,7 @@ def test_part_of_the_way_from_no_change_is_that_part_of_the_change():
         pristine.restore()
 
 
-def test_part_of_the_way_from_an_adapter_begins_at_that_adapter():
+def test_interpolation_from_an_adapter_starts_there():
     module = block("fp32")
     shape, start = some_lora(module)
     _, learned = some_lora(module, scale=0.4)
@@ -274,7 +274,7 @@ def test_what_is_made_for_use_drops_nothing_out(base):
     assert forms == (["fused"] * 2 if base == "fp32" else ["unfused"] * 2)
 
 
-def test_attached_layers_drop_nothing_out_before_they_are_trained():
+def test_untrained_attached_layers_have_no_dropout():
     module = block("fp32")
     shape, weights = some_lora(module)
     attach(module, replace(shape, dropout=0.5), weights)

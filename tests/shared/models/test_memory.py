@@ -35,7 +35,7 @@ def profile(name):
 
 
 # ---------------------------------------------------------------------------------------------------- arithmetic
-def test_weights_are_the_files_own_on_metal_and_dense_with_blocks_beside_on_cpu():
+def test_weights_size_on_metal_and_cpu():
     assert SEVEN_B.weights(dense_fp32=False, native=False) == SEVEN_B.file_bytes
     assert SEVEN_B.weights(dense_fp32=True, native=False) == 4 * SEVEN_B.parameters
     beside = 1.25 * SEVEN_B.parameters + SEVEN_B.file_bytes
@@ -44,12 +44,12 @@ def test_weights_are_the_files_own_on_metal_and_dense_with_blocks_beside_on_cpu(
     assert dense.weights(dense_fp32=True, native=True) == 6 * SEVEN_B.parameters
 
 
-def test_the_cache_is_keys_and_values_of_every_layer():
+def test_cache_size_is_keys_and_values():
     assert THREE_B.cache(8192, dense_fp32=False) == 2 * 8192 * 36 * 256 * 2
     assert THREE_B.cache(8192, dense_fp32=True) == 2 * THREE_B.cache(8192, dense_fp32=False)
 
 
-def test_lora_counts_a_and_b_of_the_seven_layers():
+def test_lora_size_counts_seven_layers():
     shapes = [(896, 896), (896, 128), (896, 128), (896, 896), (896, 4864), (896, 4864), (4864, 896)]
     assert HALF_B.lora(8) == 24 * sum(8 * (a + b) for a, b in shapes)
 
@@ -75,7 +75,7 @@ def test_without_a_draft_nothing_is_trained():
 @pytest.mark.parametrize(
     ("name", "target", "mac"), [("mac-16gb.yaml", THREE_B, MAC_16), ("mac-32gb.yaml", SEVEN_B, MAC_32)]
 )
-def test_the_shipped_profiles_fit_the_machines_they_are_for_by_this_arithmetic(name, target, mac):
+def test_shipped_profiles_fit_their_machines(name, target, mac):
     found = estimate(target, HALF_B, profile(name), mac)
     check(found, profile(name), mac, training=True)
 
@@ -90,7 +90,7 @@ def test_the_profiles_are_the_sources():
 
 
 # ---------------------------------------------------------------------------------------------------- refusing
-def test_what_cannot_fit_is_one_sentence_with_its_numbers():
+def test_memory_refusal_has_numbers_in_one_sentence():
     found = estimate(SEVEN_B, HALF_B, settings(), LINUX_16)
     with pytest.raises(ModelError) as caught:
         check(found, settings(models={"target": {"name": "seven"}}), LINUX_16, training=False)
@@ -131,7 +131,7 @@ def test_a_models_size_is_read_from_its_headers(tmp_path, kind):
     assert found.kv_width == tiny_gguf.KV_HEADS * tiny_gguf.WIDTH // tiny_gguf.HEADS
 
 
-def test_a_shipped_heads_size_is_its_one_layer_and_hot_vocabulary():
+def test_shipped_head_size_is_layer_and_vocabulary():
     folder = ROOT / "shared" / "models" / "drafts" / "smollm2-135m-head"
     found, shape = size_of(folder), json.loads((folder / "config.json").read_text())
     assert found.layers == 1 and found.vocabulary == shape["hot_size"] and not found.quantised
@@ -142,7 +142,7 @@ def test_a_shipped_heads_size_is_its_one_layer_and_hot_vocabulary():
     "spoil",
     [{"config.json": b"{}"}, {"config.json": b"["}, {"model.safetensors": b"\xff" * 20}, {"model.safetensors": b""}],
 )
-def test_a_size_that_cannot_be_told_is_an_error_of_its_own(tmp_path, spoil):
+def test_unknown_size_has_its_own_error(tmp_path, spoil):
     tiny_gguf.write(tmp_path / "m.gguf")
     convert(tmp_path / "m.gguf", tmp_path / "model")
     for name, data in spoil.items():
@@ -151,7 +151,7 @@ def test_a_size_that_cannot_be_told_is_an_error_of_its_own(tmp_path, spoil):
         size_of(tmp_path / "model")
 
 
-def test_nothing_is_loaded_where_it_cannot_fit_and_everything_where_it_can(tmp_path, monkeypatch):
+def test_loading_is_refused_exactly_when_too_large(tmp_path, monkeypatch):
     tiny_gguf.write(tmp_path / "m.gguf", "qwen2", Kind.Q8_0)
     names = {"target": {"name": str(tmp_path / "m.gguf")}, "draft": {"name": str(tmp_path / "m.gguf")}}
     engine = load_engine(settings(models=names), tmp_path / "models")
@@ -161,7 +161,7 @@ def test_nothing_is_loaded_where_it_cannot_fit_and_everything_where_it_can(tmp_p
         load_engine(settings(models=names, memory={"limit_gb": 0.1}), tmp_path / "models")
 
 
-def test_a_machine_has_memory_and_a_container_may_have_less(monkeypatch):
+def test_container_limit_bounds_the_machines_memory(monkeypatch):
     machine = memory.this_machine("fp32")
     assert machine.memory > 1e8 and machine.dense_fp32
     monkeypatch.setattr(Path, "read_text", lambda self: "123456789" if "cgroup" in str(self) else "")
@@ -169,7 +169,7 @@ def test_a_machine_has_memory_and_a_container_may_have_less(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_estimate_of_the_builtin_model_is_near_what_a_process_takes():
+def test_builtin_estimate_is_near_the_process_size():
     import os
     import subprocess
     import sys

@@ -17,7 +17,7 @@ def folder(tmp_path):
     return tmp_path / "hidden"
 
 
-def test_what_was_written_is_read_as_fp16_by_this_user_only(folder):
+def test_spool_is_fp16_and_private(folder):
     spool = HiddenSpool(folder, 1 << 20)
     spool.write("a1b2", STATES)
     found = spool.read("a1b2")
@@ -26,7 +26,7 @@ def test_what_was_written_is_read_as_fp16_by_this_user_only(folder):
     assert spool.read("missing") is None
 
 
-def test_the_oldest_go_first_when_it_is_full_and_what_is_too_big_is_not_kept(folder):
+def test_oldest_go_first_and_oversized_is_dropped(folder):
     size = 128 + STATES.size * 2  # numpy's header and fp16
     spool = HiddenSpool(folder, 5 * size)
     for number in range(8):
@@ -85,7 +85,7 @@ def test_an_absolute_id_reaches_nothing(folder, tmp_path):
     assert victim.exists()
 
 
-def test_a_link_in_the_spool_is_removed_and_not_followed(folder, tmp_path):
+def test_link_in_the_spool_is_removed(folder, tmp_path):
     victim = tmp_path / "victim.npy"
     np.save(victim, STATES)
     (folder / "a.npy").symlink_to(victim)
@@ -93,7 +93,7 @@ def test_a_link_in_the_spool_is_removed_and_not_followed(folder, tmp_path):
     assert victim.exists() and not (folder / "a.npy").is_symlink()
 
 
-def test_what_a_power_cut_left_of_a_file_is_no_states(folder):
+def test_truncated_file_is_no_states(folder):
     spool = HiddenSpool(folder, 1 << 20)
     spool.write("a1", STATES)
     whole = (folder / "a1.npy").read_bytes()

@@ -52,7 +52,7 @@ def test_leftovers_are_the_scratch_files_of_one_path(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's /proc")
-def test_a_synced_file_reaches_the_disk_before_its_name(tmp_path, disk_calls):
+def test_synced_file_reaches_disk_before_its_name(tmp_path, disk_calls):
     write_file(tmp_path / "measured", b"1", sync=False)
     assert disk_calls == ["rename"]
     disk_calls.clear()
@@ -61,7 +61,7 @@ def test_a_synced_file_reaches_the_disk_before_its_name(tmp_path, disk_calls):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's /proc")
-def test_a_synced_folder_reaches_the_disk_before_its_name(tmp_path, disk_calls):
+def test_synced_folder_reaches_disk_before_its_name(tmp_path, disk_calls):
     with atomic_dir(tmp_path / "model", sync=True) as scratch:
         (scratch / "deep").mkdir()
         for name in ("weights", "deep/config"):

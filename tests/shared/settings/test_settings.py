@@ -17,7 +17,7 @@ def said(text):
     return str(caught.value)
 
 
-def test_an_empty_file_is_all_defaults_and_a_key_changes_one_thing():
+def test_empty_file_is_all_defaults():
     assert parse_settings("", FILE) == parse_settings("# nothing\n", FILE) == Settings()
     changed = parse_settings("speculative: {num_draft_tokens: 3}\n", FILE)
     assert changed.speculative.num_draft_tokens == 3
@@ -28,14 +28,14 @@ ODD = ["int", "interval", "integer_steps", "constrained", "constrained_k", "cons
 
 
 @pytest.mark.parametrize("name", [*ODD, "str", "function-after", "model", "0", "a b", "é"])
-def test_an_unknown_key_is_reported_by_its_own_name_at_every_depth(name):
+def test_unknown_key_is_reported_at_every_depth(name):
     assert said(f'"{name}": 1\n').startswith(f"settings.yaml:1: unknown setting `{name}`")
     assert said(f'training:\n  "{name}": 1\n').startswith(f"settings.yaml:2: unknown setting `training.{name}`")
     deep = said(f'training:\n  lora:\n    rank: 4\n    "{name}": 1\n')
     assert deep.startswith(f"settings.yaml:4: unknown setting `training.lora.{name}`")
 
 
-def test_an_unknown_key_comes_with_a_guess_or_with_what_is_known():
+def test_unknown_key_comes_with_a_guess():
     assert "did you mean `rank`?" in said("training: {lora: {rnak: 3}}\n")
     assert "known here: level" in said("logging: {zzz: 3}\n")
 
@@ -54,26 +54,26 @@ def test_an_unknown_key_comes_with_a_guess_or_with_what_is_known():
         ("training: 5\n", 1, "training"),
     ],
 )
-def test_a_wrong_value_names_its_key_and_line_and_no_type_of_pydantics(text, line, key):
+def test_wrong_value_names_key_and_line(text, line, key):
     sentences = said(text).splitlines()
     assert any(sentence.startswith(f"settings.yaml:{line}: `{key}`: ") for sentence in sentences), sentences
     named = {sentence.split("`")[1] for sentence in sentences}
     assert all(key.startswith(name) for name in named), named  # one sentence for each kind of value that would do
 
 
-def test_a_key_that_is_not_text_is_a_sentence_too():
+def test_key_that_is_not_text_is_reported():
     assert "settings.yaml" in said("1: 2\n")
     assert "settings.yaml" in said("training: {null: 2}\n")
 
 
-def test_all_problems_are_told_at_once():
+def test_all_settings_problems_are_reported_together():
     text = said("int_a: 1\ntraining:\n  constrained_b: 2\n  batch_size: many\n")
     assert sorted(line.split(":")[1] for line in text.splitlines()) == ["1", "3", "4"]
     assert "`int_a`" in text and "`training.constrained_b`" in text and "`training.batch_size`" in text
 
 
 @pytest.mark.parametrize("code", [0, 1, 7, 8, 0x0B, 0x1B, 0x7F, 0x80, 0x9F, 0xFFFE])
-def test_a_control_character_is_one_sentence_with_file_and_line(code):
+def test_control_character_is_reported_with_its_line(code):
     text = said(f"training:\n  batch_size: 2\n  loss: {{type: c{chr(code)}e}}\n")
     assert text == f"settings.yaml:3: not YAML: the character U+{code:04X} is not allowed"
 
@@ -100,11 +100,11 @@ def test_a_control_character_is_one_sentence_with_file_and_line(code):
         "training: {learning_rate: .nan}\n",
     ],
 )
-def test_what_is_no_settings_file_is_an_error_of_the_users_and_never_a_traceback(text):
+def test_non_settings_file_is_a_user_error(text):
     assert "settings.yaml" in said(text)
 
 
-def test_a_file_that_is_missing_or_not_text_is_one_sentence(tmp_path):
+def test_missing_or_binary_file_is_one_sentence(tmp_path):
     for path, data in ((tmp_path / "none.yaml", None), (tmp_path / "bytes.yaml", b"\xff\xfe\x00")):
         if data is not None:
             path.write_bytes(data)
@@ -115,7 +115,7 @@ def test_a_file_that_is_missing_or_not_text_is_one_sentence(tmp_path):
         load_settings(tmp_path)
 
 
-def test_every_documented_key_can_be_set_to_its_default():
+def test_every_documented_key_accepts_its_default():
     rows = [line for line in settings_document().splitlines() if line.startswith("| `")]
     assert len(rows) > 50
     for row in rows:
@@ -143,6 +143,6 @@ def test_a_secret_is_never_repeated(text):
     assert "s3cret" not in f"{caught.value} {caught.value.hint}" and str(caught.value).startswith("settings.yaml:")
 
 
-def test_settings_in_a_traceback_or_log_do_not_show_the_token():
+def test_logged_settings_do_not_show_the_token():
     settings = parse_settings("gateway: {token: s3cret-s3cret-s3cret}\n", FILE)
     assert settings.gateway.token and "s3cret" not in f"{settings!r} {settings}"

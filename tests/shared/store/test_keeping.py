@@ -49,7 +49,7 @@ def test_accepted_records_survive_reopening_in_order_and_once(tmp_path):
     assert [r.id for r in again.oldest(1)] == ["b"]
 
 
-def test_at_the_cap_new_records_are_refused_and_old_ones_kept(tmp_path):
+def test_full_outbox_refuses_new_and_keeps_old(tmp_path):
     cli_instance = Outbox(tmp_path / "o.db", limit_bytes=1000)
     cli_instance.append("a", "Generation", b"x" * 900)
     with pytest.raises(OutboxFull):
@@ -78,7 +78,7 @@ box.discard(["old"])
         ("outbox.after_delete", ["new"]),
     ],
 )
-def test_a_kill_at_any_step_leaves_what_was_accepted(tmp_path, point, left):
+def test_kill_at_any_step_keeps_accepted_records(tmp_path, point, left):
     done = subprocess.run(
         [sys.executable, "-c", CRASH, str(tmp_path / "o.db")], env=os.environ | {"SPECL_CRASH_AT": point}
     )
@@ -126,7 +126,7 @@ def test_every_kind_of_record_is_stored(store):
     assert store.summary().last_verdict.adapter_id == "000001"
 
 
-def test_pending_failures_count_from_the_last_run_that_used_any(store):
+def test_pending_failures_count_since_the_last_run(store):
     first, second = generation(), generation()
     store.add_rows([row(first), row(generation(acceptance=0.9)), row(second)])
     assert store.pending_failures() == 2
@@ -152,7 +152,7 @@ def test_purge_leaves_no_byte_of_it(store, tmp_path):
     assert store.summary().generations == 1
 
 
-def test_a_newer_store_and_a_missing_one_are_refused(tmp_path):
+def test_newer_and_missing_stores_are_refused(tmp_path):
     with pytest.raises(StoreError, match="no store"):
         Store(tmp_path / "none.db", read_only=True)
     Store(tmp_path / "store.db").close()
@@ -198,7 +198,7 @@ def test_published_adapters_verify_and_have_aliases(tmp_path):
     assert adapters.next_id() == "000003"
 
 
-def test_every_spoiled_adapter_is_refused_with_its_own_reason(tmp_path):
+def test_every_damaged_adapter_is_refused_with_reason(tmp_path):
     adapters = Adapters(tmp_path / "adapters")
     path = publish(adapters)
     outside = tmp_path / "000009"
@@ -244,7 +244,7 @@ POINTS = ("files_written", "before_rename", "after_rename", "before_current", "a
 
 @pytest.mark.process
 @pytest.mark.parametrize("point", POINTS)
-def test_a_kill_while_publishing_leaves_current_naming_a_whole_adapter(tmp_path, point):
+def test_kill_while_publishing_keeps_current_whole(tmp_path, point):
     adapters = Adapters(tmp_path)
     publish(adapters)
     done = subprocess.run(

@@ -140,19 +140,19 @@ def test_an_old_store_is_brought_to_todays_schema(schema, path, store, tmp_path)
     assert rows_of(path, objects) == rows_of(fresh, objects)
 
 
-def test_every_row_of_an_old_store_has_its_values(schema, path, store):
+def test_old_store_rows_have_their_values(schema, path, store):
     records = EXPECTED[f"schema{schema}"]["records"]
     check_rows(path, records)
     assert table(path, "disagreements") == lines_of(records["Generation"])
 
 
-def test_rows_stand_in_the_order_in_which_they_came(schema, path, store):
+def test_old_rows_keep_their_order(schema, path, store):
     for kind, name in TABLES.items():
         ids = [record["id"] for record in EXPECTED[f"schema{schema}"]["records"][kind]]
         assert [row["id"] for row in table(path, name)] == ids
 
 
-def test_what_the_store_adds_to_a_generation_is_kept(schema, path, store):
+def test_columns_added_by_the_store_are_kept(schema, path, store):
     rows = table(path, "generations")
     first = {1: "2026-05-30T00:13:30Z", 2: "2026-05-31T04:00:10Z", 3: "2026-06-01T07:46:50Z", 4: "2026-06-02T11:33:30Z"}
     assert rows[0]["created"] == first[schema]
@@ -176,7 +176,7 @@ def test_the_rows_that_are_no_records_are_kept(schema, path, store):
 @pytest.mark.parametrize(
     "view", ["failures", "acceptance_by_day", "costliest_tokens", "adapter_history", "adapter_activations"]
 )
-def test_views_of_an_old_store_say_what_they_said(schema, path, store, view):
+def test_old_store_views_are_unchanged(schema, path, store, view):
     expected = [
         {now(view, name): value for name, value in row.items()} for row in EXPECTED[f"schema{schema}"]["views"][view]
     ]
@@ -197,7 +197,7 @@ def test_sentences_get_the_codes_that_old_records_get(schema, path, store):
         assert row["trigger"] == run_trigger_v1(row["cause"])
 
 
-def test_who_used_an_adapter_is_told_from_what_was_written_then(schema, path, store):
+def test_adapter_users_are_read_from_old_rows(schema, path, store):
     told = [
         (row["event"], row["adapter_id"], row[now("adapter_activations", "who")])
         for row in rows_of(path, f"SELECT * FROM {now('adapter_activations')}")
@@ -225,7 +225,7 @@ def test_who_used_an_adapter_is_told_from_what_was_written_then(schema, path, st
     assert told == [*wanted, ("unloaded", "", "monitor"), ("rolled_back", last, "monitor")]
 
 
-def test_every_verdict_and_trigger_of_its_day_is_in_the_history(schema, path, store):
+def test_old_verdicts_and_triggers_are_in_the_history(schema, path, store):
     rows = rows_of(path, f"SELECT * FROM {now('adapter_history')}")
     told = [(row[now("adapter_history", "caused_by")], row["verdict"], row["adapter_id"]) for row in reversed(rows)]
     wanted = [
@@ -321,7 +321,7 @@ def outboxes(tmp_path):
         outbox.close()
 
 
-def test_every_record_that_waits_in_an_old_outbox_is_read(outboxes):
+def test_old_outbox_records_are_read(outboxes):
     inference, trainer = outboxes
     assert [outbox.trouble for outbox in outboxes] == ["", ""]
     assert (inference.pending, trainer.pending) == (24, 41)
@@ -337,7 +337,7 @@ def test_every_record_that_waits_in_an_old_outbox_is_read(outboxes):
             assert decode(row.body).id == row.id
 
 
-def test_what_waits_in_an_old_outbox_is_stored_once(outboxes, tmp_path):
+def test_old_outbox_records_are_stored_once(outboxes, tmp_path):
     path, records = tmp_path / "store.db", EXPECTED["outbox"]["records"]
     store = Store(path)
     try:
@@ -358,7 +358,7 @@ def test_what_waits_in_an_old_outbox_is_stored_once(outboxes, tmp_path):
         store.close()
 
 
-def test_an_old_outbox_is_delivered_into_an_old_store(path, store, outboxes):
+def test_old_outbox_delivers_into_an_old_store(path, store, outboxes):
     before = {name: len(table(path, name)) for name in TABLES.values()}
     for outbox in outboxes:
         store.add_rows(outbox.oldest())

@@ -119,7 +119,7 @@ def test_poison_goes_to_quarantine_and_blocks_nothing(store, path, row):
 
 
 @pytest.mark.process
-def test_a_batch_is_stored_whole_or_not_at_all(path):
+def test_batch_is_stored_whole_or_not_at_all(path):
     code = f"""
 from pathlib import Path
 from specl.shared.store import Store
@@ -140,7 +140,7 @@ store.add_rows([to_row(make_generation("g1")), Envelope("p", "Generation", b"poi
     assert len(ask(path, "SELECT * FROM quarantine")) == 1
 
 
-def test_failures_are_below_the_threshold_and_agreement_stands_in(store, path):
+def test_failures_use_threshold_or_agreement(store, path):
     add(
         store,
         make_generation("bad", acceptance_rate=0.2),
@@ -160,7 +160,7 @@ def test_failures_are_below_the_threshold_and_agreement_stands_in(store, path):
     assert ask(path, "SELECT * FROM failures") == []
 
 
-def test_a_low_agreement_does_not_overrule_a_good_acceptance(store, path):
+def test_low_agreement_does_not_overrule_good_acceptance(store, path):
     add(
         store,
         make_generation("g", acceptance_rate=0.9),
@@ -169,7 +169,7 @@ def test_a_low_agreement_does_not_overrule_a_good_acceptance(store, path):
     assert ask(path, "SELECT * FROM failures") == []
 
 
-def test_acceptance_by_day_weighs_by_tokens_and_counts_the_model_drafter_alone(store, path):
+def test_daily_acceptance_weighs_by_tokens(store, path):
     add(
         store,
         make_generation("a", created_at=0.0, model_drafted=10, model_accepted=10, drafted=99),
@@ -185,7 +185,7 @@ def test_acceptance_by_day_weighs_by_tokens_and_counts_the_model_drafter_alone(s
     ]
 
 
-def test_imported_rows_have_no_speed_and_do_not_pull_the_mean_down(store, path):
+def test_imported_rows_do_not_lower_mean_speed(store, path):
     add(store, make_generation("a", created_at=0.0), make_generation("b", created_at=1.0, tokens_per_second=0.0))
     assert [row["tokens_per_second"] for row in ask(path, "SELECT * FROM acceptance_by_day")] == [12.5]
     assert store.summary().rolling_tokens_per_second == 12.5
@@ -293,7 +293,7 @@ def test_a_reader_cannot_write(store, path):
     assert reader.summary().generations == 1
 
 
-def test_a_reader_works_beside_the_writer_and_after_it(store, path):
+def test_reader_works_beside_the_writer(store, path):
     add(store, make_generation("g"))
     reader = Store(path, read_only=True)
     assert reader.summary().generations == 1
@@ -304,7 +304,7 @@ def test_a_reader_works_beside_the_writer_and_after_it(store, path):
     assert Store(path, read_only=True).summary().generations == 2
 
 
-def test_a_damaged_store_is_an_error_with_its_name(path):
+def test_damaged_store_is_an_error_with_its_name(path):
     path.write_bytes(b"this is no database, whatever its name may say." * 100)
     for read_only in (False, True):
         with pytest.raises(StoreError, match="store.db"):
@@ -352,7 +352,7 @@ def test_a_purge_by_id_reaches_quarantine_too(store, path):
         assert b"S3CR3T-WORDS" not in file.read_bytes(), file
 
 
-def test_a_purge_finds_by_id_age_and_pattern_and_nothing_else(store):
+def test_purge_selects_by_id_age_and_pattern(store):
     add(
         store,
         make_generation("old", created_at=10.0),
@@ -367,7 +367,7 @@ def test_a_purge_finds_by_id_age_and_pattern_and_nothing_else(store):
     assert set(store.matching(["old"], None, "sure")) == {"old", "new", "other"}
 
 
-def test_a_pattern_means_a_hash_for_an_id_only_where_it_is_the_whole_of_it(store):
+def test_pattern_matches_a_hash_id_only_whole(store):
     hash = "0badc0de" * 4
     add(store, make_generation("g1", conversation_id=hash), make_generation("g2", conversation_id="the bad talk"))
     assert store.matching([], None, "bad") == ["g2"]
@@ -375,7 +375,7 @@ def test_a_pattern_means_a_hash_for_an_id_only_where_it_is_the_whole_of_it(store
     assert store.matching([], None, "question") == ["g1", "g2"]
 
 
-def test_outlines_have_the_newest_first_and_whole_ones_the_order_they_are_asked_in(store):
+def test_outlines_and_full_rows_are_ordered(store):
     add(
         store,
         make_generation("g1", acceptance_rate=None),
@@ -418,7 +418,7 @@ def test_export_pages_through_a_long_store_in_order(store):
     assert [item["id"] for item in store.export()] == [f"g{number:03d}" for number in range(401)]
 
 
-def test_pending_failures_are_those_stored_after_the_last_run_that_used_any(store):
+def test_pending_failures_are_stored_after_the_last_run(store):
     add(store, *[make_generation(f"g{number}", acceptance_rate=0.1) for number in range(3)])
     add(store, make_generation("fine", acceptance_rate=0.9))
     assert store.pending_failures() == 3
@@ -461,7 +461,7 @@ def test_a_generation_is_found_by_an_unambiguous_beginning(store):
     assert store.generation("%") is None
 
 
-def test_unscored_are_those_with_neither_figure_and_something_to_score(store):
+def test_unscored_rows_have_something_to_score(store):
     add(
         store,
         make_generation("scored", acceptance_rate=0.3),
