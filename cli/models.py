@@ -1,4 +1,6 @@
-"""`specl-ctl models`: the models of the settings and their folders, import of GGUF files, downloads."""
+"""`specl-ctl models`: the models of the settings and their folders, import of GGUF files,
+downloads.
+"""
 
 import json
 from pathlib import Path
@@ -35,8 +37,8 @@ def model_folder(name: str | None, models: Path, is_draft: bool) -> Path | None:
 def list_(as_object: bool, found: bool) -> None:
     """Target and draft of the settings, with their folders (empty: not fetched yet).
 
-    With --found: models that Ollama and LM Studio keep here. Each can be used by its name, as `models.target.name` or in
-    `specl-ctl models import NAME`.
+    With --found: models that Ollama and LM Studio keep here. Each can be used by its name, as
+    `models.target.name` or in `specl-ctl models import NAME`.
     """
     if found:
         _list_local_models(as_object)

@@ -1,4 +1,6 @@
-"""How every daemon starts and ends: settings, folders, logs, lock, signals, then its loop; and with which exit code."""
+"""How every daemon starts and ends: settings, folders, logs, lock, signals, then its loop; and with
+which exit code.
+"""
 
 import os
 import sys
@@ -21,8 +23,8 @@ Serve = Callable[[Paths, Settings], None]
 
 
 def exit_at_once(code: int) -> None:
-    """End the process without waiting for threads: a model that is still loading would delay an ordinary exit, and Ctrl-C
-    promises four seconds. Everything that must last is on disk by now.
+    """End the process without waiting for threads: a model that is still loading would delay an
+    ordinary exit, and Ctrl-C promises four seconds. Everything that must last is on disk by now.
     """
     with suppress(OSError):
         sys.stdout.flush()
@@ -31,7 +33,9 @@ def exit_at_once(code: int) -> None:
 
 
 def run_daemon(role: str, main: Main) -> int:
-    """Run `main` as the only `role` on this run directory, with its sockets on the bus; the exit code of `run_exclusively`."""
+    """Run `main` as the only `role` on this run directory, with its sockets on the bus; the exit
+    code of `run_exclusively`.
+    """
 
     def serve(paths: Paths, settings: Settings) -> None:
         addresses = Addresses(paths, settings.bus)
@@ -47,7 +51,8 @@ def run_daemon(role: str, main: Main) -> int:
 def run_exclusively(role: str, serve: Serve) -> int:
     """Run `serve` as the only `role` on this run directory; the exit code.
 
-    An error is one line on stderr and code 1, or 78 where the settings are wrong and 75 where another process has the role.
+    An error is one line on stderr and code 1, or 78 where the settings are wrong and 75 where
+    another process has the role.
     """
     os.umask(0o077)  # only this user may read files from now on, whichever library writes them
     lock: Lock | None = None

@@ -1,4 +1,6 @@
-"""`python -m specl.daemons.supervise ROLE`: the supervisor on each Procfile line and in each service unit."""
+"""`python -m specl.daemons.supervise ROLE`: the supervisor on each Procfile line and in each
+service unit.
+"""
 
 import sys
 

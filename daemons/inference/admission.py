@@ -1,7 +1,8 @@
-"""Turns a client's request into a job: its tokens, the cache tokens that it reserves, and the engine's options.
+"""Turns a client's request into a job: its tokens, the cache tokens that it reserves, and the
+engine's options.
 
-Holds no state. Settings fill in what a request leaves open, here and nowhere else. The engine checks the options' values
-when the job starts.
+Holds no state. Settings fill in what a request leaves open, here and nowhere else. The engine
+checks the options' values when the job starts.
 """
 
 from typing import Any
@@ -18,7 +19,9 @@ MAX_NUM_DRAFT_TOKENS = 16
 
 
 def admit(peer: bytes, ask: Ask, arrived: float, engine: EngineCore, settings: Settings) -> Job:
-    """The job of a request. Raises RequestRejected for a prompt that is empty or too long, and for an unknown mode."""
+    """The job of a request. Raises RequestRejected for a prompt that is empty or too long, and for
+    an unknown mode.
+    """
     _check_options(ask)
     text, prompt = _encode(ask, engine)
     if not prompt:

@@ -1,6 +1,8 @@
-"""Messages and records of a running or finished request: the engine's values in the wire's types. Holds no state.
+"""Messages and records of a running or finished request: the engine's values in the wire's types.
+Holds no state.
 
-The statistics of an answer are computed once, by the caller, and stand in both its `Done` and its record.
+The statistics of an answer are computed once, by the caller, and stand in both its `Done` and its
+record.
 """
 
 from collections.abc import Sequence
@@ -111,7 +113,8 @@ def _top_k(capture: Capture) -> TopK | None:
 def position_logprobs(
     target: LanguageModel, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]
 ) -> list[PositionLogprobs]:
-    """The log-probabilities of emitted tokens as a client sees them; a token that ends the answer is left out.
+    """The log-probabilities of emitted tokens as a client sees them; a token that ends the answer
+    is left out.
 
     `logprobs` has one entry a token, or none where the client did not ask for them.
     """

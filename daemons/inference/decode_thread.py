@@ -1,7 +1,8 @@
-"""The one MLX thread: loads and unloads the models, decodes requests round by round, switches adapters between rounds.
+"""The one MLX thread: loads and unloads the models, decodes requests round by round, switches
+adapters between rounds.
 
-It touches no socket and no database: work comes in through a queue of actions, messages go out through `emit`, and records
-through the recorder. The requests themselves are the scheduler's.
+It touches no socket and no database: work comes in through a queue of actions, messages go out
+through `emit`, and records through the recorder. The requests themselves are the scheduler's.
 """
 
 import queue
@@ -53,7 +54,8 @@ class RecentAnswer:
 
 
 class DecodeThread(threading.Thread):
-    """`scheduler` is None until the models are loaded, and while they are unloaded for idleness (`unloaded`).
+    """`scheduler` is None until the models are loaded, and while they are unloaded for idleness
+    (`unloaded`).
 
     `failure` is set when the thread cannot go on. `served` counts answers since the start.
     """
@@ -175,7 +177,9 @@ class DecodeThread(threading.Thread):
             self._wake_loop()
 
     def turn(self) -> None:
-        """Every action that waits, a piece of a switch under way, then one round of every running request."""
+        """Every action that waits, a piece of a switch under way, then one round of every running
+        request.
+        """
         self._run_inbox(block=not self.busy and not self._switching)
         self._advance_switch()
         self._expire_past_answers()
@@ -202,7 +206,9 @@ class DecodeThread(threading.Thread):
                 self.unload_if_idle()
 
     def _advance_switch(self) -> None:
-        """A piece of a switch under way; else, now and then, read CURRENT: an announcement may have been lost."""
+        """A piece of a switch under way; else, now and then, read CURRENT: an announcement may have
+        been lost.
+        """
         if self.swap is None or self.unloaded:
             return
         if self.swap.under_way:
@@ -212,7 +218,9 @@ class DecodeThread(threading.Thread):
             self.swap.look()
 
     def _expire_past_answers(self) -> None:
-        """`records.retention_days` holds for past answers as for records, whether models are loaded or not."""
+        """`records.retention_days` holds for past answers as for records, whether models are loaded
+        or not.
+        """
         days, now = self.settings.records.retention_days, time.time()
         if not days or now < self._expire_at:
             return
@@ -254,7 +262,9 @@ class DecodeThread(threading.Thread):
         return scheduler, swap
 
     def _attach_swap(self, engine: EngineCore) -> AdapterSwap:
-        """Have the engine draft with the adapter of before an unload, of the last process, or of CURRENT."""
+        """Have the engine draft with the adapter of before an unload, of the last process, or of
+        CURRENT.
+        """
         if self.swap is not None:
             self.swap.come_back(engine)
             return self.swap
@@ -265,7 +275,9 @@ class DecodeThread(threading.Thread):
         return swap
 
     def _ensure_loaded(self) -> tuple[Scheduler, AdapterSwap]:
-        """Load the models if they were unloaded. Raises ModelError where that fails now: the next request tries again."""
+        """Load the models if they were unloaded. Raises ModelError where that fails now: the next
+        request tries again.
+        """
         if self.scheduler is not None and self.swap is not None:
             return self.scheduler, self.swap
         self.unloaded = False  # `status` shows that they are loading
@@ -276,7 +288,9 @@ class DecodeThread(threading.Thread):
             raise
 
     def unload_if_idle(self) -> None:
-        """Unload the models after `memory.idle_unload_minutes` without a request; the next request loads them again."""
+        """Unload the models after `memory.idle_unload_minutes` without a request; the next request
+        loads them again.
+        """
         minutes = self.settings.memory.idle_unload_minutes
         if not minutes or self.unloaded or time.monotonic() - self._idle_since < 60 * minutes:
             return
@@ -298,7 +312,9 @@ class DecodeThread(threading.Thread):
             scheduler.add(peer, ask, arrived)
 
     def _finished(self, scheduler: Scheduler, running: RunningJob) -> None:
-        """Record and answer, keep the caches for a next turn, and count the drafts of the adapter that drafted them."""
+        """Record and answer, keep the caches for a next turn, and count the drafts of the adapter
+        that drafted them.
+        """
         engine, session = scheduler.engine, running.session
         stats = statistics(session, engine.costs, running.ttft_ms)
         self._record(running, engine, stats)
@@ -333,7 +349,9 @@ class DecodeThread(threading.Thread):
         self.recorder.finish(job.peer, done_message(running, stats), generation, states, add)
 
     def _past_answer_adder(self, client_id: str, tokens: list[int]) -> Callable[[], None]:
-        """An action for the recorder, which knows whether the answer may be kept: later answers of the client draft from it."""
+        """An action for the recorder, which knows whether the answer may be kept: later answers of
+        the client draft from it.
+        """
         purges = self._history_purges
 
         def add() -> None:
@@ -352,13 +370,17 @@ class DecodeThread(threading.Thread):
             self.swap.roll_back(reason)
 
     def _adapter_changed(self, change: Activation) -> None:
-        """An adapter came, went or was refused: a record for the store, and maybe the start of a watch."""
+        """An adapter came, went or was refused: a record for the store, and maybe the start of a
+        watch.
+        """
         if change.event in (ActivationEvent.ACTIVATED, ActivationEvent.UNLOADED):
             self._watch(change)
         self.recorder.record(change)
 
     def _watch(self, change: Activation) -> None:
-        """Watch an adapter that came from the gate or by hand; not one that a user returns to or that was reinstated."""
+        """Watch an adapter that came from the gate or by hand; not one that a user returns to or
+        that was reinstated.
+        """
         id = change.adapter_id
         if change.reason != ActivationReason.RESTART and self.swap is not None:
             watched = id if change.reason in WATCHED else ""

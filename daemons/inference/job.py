@@ -1,4 +1,6 @@
-"""A request inside the daemon: `Job` while it waits, `RunningJob` while it is decoded. Values with no behaviour of their own."""
+"""A request inside the daemon: `Job` while it waits, `RunningJob` while it is decoded. Values with
+no behaviour of their own.
+"""
 
 import time
 import uuid
@@ -11,7 +13,9 @@ from specl.shared.messaging.messages import Ask
 
 @dataclass(slots=True)
 class Job:
-    """An admitted request. `reserved`: cache tokens that it may come to need; `arrived` is monotonic seconds."""
+    """An admitted request. `reserved`: cache tokens that it may come to need; `arrived` is
+    monotonic seconds.
+    """
 
     peer: bytes
     ask: Ask
@@ -37,7 +41,9 @@ class Job:
 
 @dataclass(slots=True)
 class RunningJob:
-    """A request that is being decoded. `first_adapter_id` drafted its first round, `adapter_id` its latest."""
+    """A request that is being decoded. `first_adapter_id` drafted its first round, `adapter_id` its
+    latest.
+    """
 
     job: Job
     session: Session

@@ -1,4 +1,6 @@
-"""What the daemon's threads send: the loop thread owns the sockets, so they hand their messages to it through `Emit`."""
+"""What the daemon's threads send: the loop thread owns the sockets, so they hand their messages to
+it through `Emit`.
+"""
 
 from collections.abc import Callable
 

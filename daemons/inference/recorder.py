@@ -1,7 +1,8 @@
-"""Owns the outbox and the hidden-state spool, on a thread of its own: no token and no other request waits for a disk.
+"""Owns the outbox and the hidden-state spool, on a thread of its own: no token and no other request
+waits for a disk.
 
-Redaction happens here and nowhere else. `recorded: true` is sent only after the outbox has committed; where it cannot, the
-answer is sent all the same and says why it was not recorded.
+Redaction happens here and nowhere else. `recorded: true` is sent only after the outbox has
+committed; where it cannot, the answer is sent all the same and says why it was not recorded.
 """
 
 import queue
@@ -37,7 +38,8 @@ _log = log.get("recorder")
 
 
 class Recorder(threading.Thread):
-    """`refused` counts records that the outbox did not take, `trouble` is the last refusal's reason while it lasts.
+    """`refused` counts records that the outbox did not take, `trouble` is the last refusal's reason
+    while it lasts.
 
     `failure` is set when the thread cannot go on.
     """
@@ -61,7 +63,8 @@ class Recorder(threading.Thread):
     ) -> None:
         """Record an answer, then send `done`; without a `generation` it is sent as it is.
 
-        `kept_whole` is called, on the recorder's thread and before `done` goes out, if redaction takes nothing away.
+        `kept_whole` is called, on the recorder's thread and before `done` goes out, if redaction
+        takes nothing away.
         """
         self._queue.put(lambda: self._finish(peer, done, generation, states, kept_whole))
 
@@ -100,7 +103,9 @@ class Recorder(threading.Thread):
         self._queue.put(lambda: self._emit(peer, self._outbox.answer(fetch)))
 
     def purge(self, peer: bytes, purge: Purge, matches: Callable[[Envelope], bool], files: AnswerFiles) -> None:
-        """Remove records, hidden states and past answers, then reply with the ids that were removed."""
+        """Remove records, hidden states and past answers, then reply with the ids that were
+        removed.
+        """
         self._queue.put(lambda: self._emit(peer, self._purge(purge, matches, files)))
 
     def stop(self) -> None:

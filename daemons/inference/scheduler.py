@@ -1,7 +1,9 @@
-"""The requests of one loaded engine: which wait, which run, and what each round sends to its client.
+"""The requests of one loaded engine: which wait, which run, and what each round sends to its
+client.
 
-Every step runs one round of each running request, so that none starves; where that is cheaper, all rounds in one target
-step. Lives on the MLX thread. Knows no sockets and no disk: messages go out through `emit`.
+Every step runs one round of each running request, so that none starves; where that is cheaper, all
+rounds in one target step. Lives on the MLX thread. Knows no sockets and no disk: messages go out
+through `emit`.
 """
 
 import time
@@ -24,8 +26,8 @@ NO_TOKEN = "ended before the first token"
 
 
 class Scheduler:
-    """`must_draft` says whether a round has to draft at least one token; `finished` is called with each request that ends
-    with at least one token, after it has left `running`.
+    """`must_draft` says whether a round has to draft at least one token; `finished` is called with
+    each request that ends with at least one token, after it has left `running`.
     """
 
     def __init__(
@@ -84,7 +86,8 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------ one step
     def step(self, between: Callable[[], None]) -> None:
-        """Start what fits, read a part of each new prompt, then run a round of every request whose prompt is read.
+        """Start what fits, read a part of each new prompt, then run a round of every request whose
+        prompt is read.
 
         `between` is called after each part of a prompt: it may add and cancel requests.
         """
@@ -115,7 +118,8 @@ class Scheduler:
             if self.running and reserved + job.reserved > budget:
                 break
             self.waiting.popleft()
-            # first, because it moves the prefix that it continues out of the prefix cache, where that would count twice
+            # first, because it moves the prefix that it continues out of the prefix cache, where
+            # that would count twice
             if self._start(job):
                 started = True
                 self.engine.prefixes.shrink(min(budget, reserved + job.reserved))
@@ -182,7 +186,9 @@ class Scheduler:
         self._emit(job.peer, Failed(job.request_id, ended_by or FailureCode.INTERNAL, NO_TOKEN))
 
     def keep_caches(self, running: RunningJob) -> None:
-        """Give a request's caches to the prefix cache; of one that is not to be kept, only those that it took from there."""
+        """Give a request's caches to the prefix cache; of one that is not to be kept, only those
+        that it took from there.
+        """
         session, job = running.session, running.job
         if not job.ask.record:
             self.engine.return_to_prefix_cache(session, self.reserved)

@@ -1,6 +1,8 @@
-"""The loop thread of inference: the only owner of its sockets. Takes requests in and sends tokens and records out.
+"""The loop thread of inference: the only owner of its sockets. Takes requests in and sends tokens
+and records out.
 
-Knows clients, queue limits and the outbox; nothing of models. A client that vanishes has its request cancelled.
+Knows clients, queue limits and the outbox; nothing of models. A client that vanishes has its
+request cancelled.
 """
 
 import time
@@ -58,7 +60,9 @@ _log = log.get("inference")
 
 @dataclass(slots=True)
 class PendingRequest:
-    """A request whose client waits. `client_id` is the client's name for itself; its requests may have a connection each."""
+    """A request whose client waits. `client_id` is the client's name for itself; its requests may
+    have a connection each.
+    """
 
     peer: bytes
     heard_at: float
@@ -123,7 +127,9 @@ class Inference:
             self._give_up(message.request_id, "the client is gone")
 
     def _publish_activity(self) -> None:
-        """On every change, and again every ACTIVITY_S: a subscriber that has just started, or missed one, gets the next."""
+        """On every change, and again every ACTIVITY_S: a subscriber that has just started, or
+        missed one, gets the next.
+        """
         busy, now = self.decoding.busy, time.monotonic()
         if busy != self._published_busy or now >= self._next_activity:
             self._published_busy, self._next_activity = busy, now + ACTIVITY_S
@@ -174,7 +180,9 @@ class Inference:
             request.heard_at = time.monotonic()
 
     def _ask(self, peer: bytes, ask: Ask) -> None:
-        """Take a request, or refuse it for what needs no model: its size, its id, the queue's limits."""
+        """Take a request, or refuse it for what needs no model: its size, its id, the queue's
+        limits.
+        """
         serving = self.settings.serving
         client_requests = sum(request.is_of(peer, ask.client_id) for request in self.pending.values())
         if ask.request_id in self.pending:

@@ -1,7 +1,8 @@
 """Reads an external adapter strictly: one that another SpecLoRA or mlx-lm's LoRA trainer wrote.
 
-mlx-lm names layers within a block or not at all, so the layers are taken from the tensors' names. A manifest is optional;
-where there is one, its base, tokenizer and file hashes must be right. Does not judge quality: the trainer's gate does.
+mlx-lm names layers within a block or not at all, so the layers are taken from the tensors' names. A
+manifest is optional; where there is one, its base, tokenizer and file hashes must be right. Does
+not judge quality: the trainer's gate does.
 """
 
 import stat

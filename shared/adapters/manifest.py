@@ -1,7 +1,8 @@
-"""The format of an adapter's manifest and of its weights file's header, parsed strictly: a wrong type is a problem that is
-reported, never a crash.
+"""The format of an adapter's manifest and of its weights file's header, parsed strictly: a wrong
+type is a problem that is reported, never a crash.
 
-Knows bytes and their meaning, no folders, no modules. registry.py decides which files; tensors.py checks the tensors.
+Knows bytes and their meaning, no folders, no modules. registry.py decides which files; tensors.py
+checks the tensors.
 """
 
 import math
@@ -28,8 +29,9 @@ def _check_generations(training: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What manifest.json holds. `files` maps each other file to its sha256; `metrics` has held-out figures before and
-    after; `base_fingerprint` names the pristine draft, `tokenizer_fingerprint` its vocabulary.
+    """What manifest.json holds. `files` maps each other file to its sha256; `metrics` has held-out
+    figures before and after; `base_fingerprint` names the pristine draft, `tokenizer_fingerprint`
+    its vocabulary.
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -67,7 +69,9 @@ class Manifest:
 
 
 def reasons(error: ValidationError) -> str:
-    """pydantic's problems in one sentence: `rank: Input should be a valid integer; ...`; the first MAX_PROBLEMS of them."""
+    """pydantic's problems in one sentence: `rank: Input should be a valid integer; ...`; the first
+    MAX_PROBLEMS of them.
+    """
     problems = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         where = ".".join(str(part) for part in item["loc"])
@@ -108,9 +112,11 @@ _TENSORS = TypeAdapter(dict[str, _Tensor], config=ConfigDict(strict=True))
 
 
 def header_problem(path: Path) -> str:
-    """Why `path` is not a complete safetensors file of real numbers; empty where it is one. Raises OSError.
+    """Why `path` is not a complete safetensors file of real numbers; empty where it is one. Raises
+    OSError.
 
-    The header must have the length that it states, at most MAX_HEADER, and the tensors must fill the rest of the file.
+    The header must have the length that it states, at most MAX_HEADER, and the tensors must fill
+    the rest of the file.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -128,7 +134,9 @@ def header_problem(path: Path) -> str:
 
 
 def _layout_problem(name: str, tensors: dict[str, _Tensor], size: int) -> str:
-    """The tensors must follow one another without gaps, each with the bytes of its shape, up to the end of the file."""
+    """The tensors must follow one another without gaps, each with the bytes of its shape, up to the
+    end of the file.
+    """
     position = 0
     for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         start, end = tensor.data_offsets

@@ -1,5 +1,5 @@
-"""The adapters folder: publish, verify, list, resolve names, CURRENT. Knows files and names, no modules of a model; the
-formats of a manifest and of a weights file are in manifest.py.
+"""The adapters folder: publish, verify, list, resolve names, CURRENT. Knows files and names, no
+modules of a model; the formats of a manifest and of a weights file are in manifest.py.
 
     var/adapters/000007/        adapters.safetensors and adapter_config.json as mlx-lm writes them,
                                 manifest.json, hot_vocab.npy where the hot vocabulary was refreshed
@@ -8,8 +8,9 @@ formats of a manifest and of a weights file are in manifest.py.
     var/adapters/ROLLED_BACK.json   ids that the watch has rolled back, with the reason
     var/adapters/SECOND_LOOKS.json  what became of those that were compared once more, on the answers they were rolled back for
 
-Publishing writes files under a temporary name, syncs them, renames the directory, and moves CURRENT last. Whenever a
-process is killed, CURRENT names a complete adapter that verifies, or nothing. A directory is never changed after its rename.
+Publishing writes files under a temporary name, syncs them, renames the directory, and moves CURRENT
+last. Whenever a process is killed, CURRENT names a complete adapter that verifies, or nothing. A
+directory is never changed after its rename.
 """
 
 import hashlib
@@ -82,9 +83,11 @@ class Adapters:
             shutil.rmtree(path, ignore_errors=True)
 
     def publish(self, source: Path, manifest: Manifest, make_current: bool = True) -> Path:
-        """Make the files in `source` adapter `manifest.id`; with `make_current`, CURRENT names it. Returns its folder.
+        """Make the files in `source` adapter `manifest.id`; with `make_current`, CURRENT names it.
+        Returns its folder.
 
-        Raises OSError where the disk refuses; then there is no such adapter, and the caller removes `source`.
+        Raises OSError where the disk refuses; then there is no such adapter, and the caller removes
+        `source`.
         """
         failpoint("adapter.files_written")
         hashes = {
@@ -115,7 +118,8 @@ class Adapters:
         return path
 
     def stage(self, source: Path, token: str) -> Path:
-        """Copy an external adapter's files into this folder, where the trainer evaluates them; `token` makes its name unique.
+        """Copy an external adapter's files into this folder, where the trainer evaluates them;
+        `token` makes its name unique.
 
         Raises AdapterRejected where `source` is no adapter directory, OSError where the copy fails.
         """
@@ -133,7 +137,9 @@ class Adapters:
         return folder
 
     def staged(self, name: str) -> Path:
-        """The staged copy with this name. Raises AdapterRejected for any other name, and where it no longer exists."""
+        """The staged copy with this name. Raises AdapterRejected for any other name, and where it
+        no longer exists.
+        """
         folder = self.folder / name
         if not STAGED_NAME.fullmatch(name) or folder.is_symlink() or not folder.is_dir():
             raise AdapterRejected(f"{name!r} is not an adapter that was staged for import")
@@ -150,11 +156,15 @@ class Adapters:
         write_file(self.folder / name, text, sync=True)
 
     def set_previous(self, id: str) -> None:
-        """PREVIOUS names the adapter that drafted before, for a rollback; empty for none. Raises OSError."""
+        """PREVIOUS names the adapter that drafted before, for a rollback; empty for none. Raises
+        OSError.
+        """
         self._replace(PREVIOUS, id)
 
     def mark_rolled_back(self, id: str, reason: str) -> None:
-        """`id` disappointed and is not tried again by itself; an empty reason forgives it. Raises OSError."""
+        """`id` disappointed and is not tried again by itself; an empty reason forgives it. Raises
+        OSError.
+        """
         marks = {other: why for other, why in self._names(ROLLED_BACK).items() if other != id and other in self.ids()}
         self._replace(ROLLED_BACK, json.dumps(marks | ({id: reason} if reason else {}), indent=1))
 
@@ -170,8 +180,8 @@ class Adapters:
         return sorted((id for id in self._names(ROLLED_BACK) if looks.get(id) not in decided), reverse=True)
 
     def second_looks(self) -> dict[str, str]:
-        """Adapters that were judged again after the watch had rolled them back: REINSTATED, CONFIRMED, or REINSTATING where that
-        was begun and CURRENT may not have moved yet.
+        """Adapters that were judged again after the watch had rolled them back: REINSTATED,
+        CONFIRMED, or REINSTATING where that was begun and CURRENT may not have moved yet.
         """
         return self._names(SECOND_LOOKS)
 
@@ -180,10 +190,11 @@ class Adapters:
         self._looked_at(id, CONFIRMED)
 
     def reinstate(self, id: str) -> None:
-        """The second look found that the watch was wrong: `id` counts as rolled back no more, and CURRENT names it. Raises OSError.
+        """The second look found that the watch was wrong: `id` counts as rolled back no more, and
+        CURRENT names it. Raises OSError.
 
-        Whoever is killed half-way looks once more. Not CURRENT first: inference turns away from one that is still marked. And a file
-        of its own, because two processes write.
+        Whoever is killed half-way looks once more. Not CURRENT first: inference turns away from one
+        that is still marked. And a file of its own, because two processes write.
         """
         self._looked_at(id, REINSTATING)
         self.set_current(id)
@@ -204,7 +215,9 @@ class Adapters:
         return self._read[name]
 
     def drop(self, ids: Sequence[str]) -> None:
-        """Remove these adapters for good; their ids are not used again. CURRENT must name none of them. Raises OSError."""
+        """Remove these adapters for good; their ids are not used again. CURRENT must name none of
+        them. Raises OSError.
+        """
         self._replace(HIGHEST, str(int(self.next_id()) - 1))
         for id in ids:
             self._remove(id)
@@ -233,7 +246,9 @@ class Adapters:
         shutil.rmtree(removed, ignore_errors=True)
 
     def prune(self, keep: Sequence[str]) -> list[str]:
-        """Remove all but the last five, CURRENT, the previous, the best and those in `keep`; the removed ids."""
+        """Remove all but the last five, CURRENT, the previous, the best and those in `keep`; the
+        removed ids.
+        """
         kept = {*self.ids()[-KEEP_LAST:], *map(self.resolve, ("current", "previous", "best")), *keep}
         removed = [id for id in self.ids() if id not in kept]
         for id in removed:
@@ -256,7 +271,9 @@ class Adapters:
             return ""
 
     def named(self) -> str:
-        """The id that CURRENT names; empty for none. Raises AdapterRejected where that is no id, or the file cannot be read."""
+        """The id that CURRENT names; empty for none. Raises AdapterRejected where that is no id, or
+        the file cannot be read.
+        """
         try:
             id = (self.folder / "CURRENT").read_bytes()[:64].decode("ascii", "replace").strip()
         except FileNotFoundError:
@@ -282,9 +299,11 @@ class Adapters:
         return manifest
 
     def resolve(self, name: str) -> str:
-        """The id for a name: an id, `latest`, `current`, `previous` or `best`; empty where there is no such adapter.
+        """The id for a name: an id, `latest`, `current`, `previous` or `best`; empty where there is
+        no such adapter.
 
-        `best` has the highest held-out agreement of those that were not rolled back and whose manifest has a score.
+        `best` has the highest held-out agreement of those that were not rolled back and whose
+        manifest has a score.
         """
         if name == "latest":
             return next(reversed(self.ids()), "")
@@ -307,8 +326,9 @@ class Adapters:
     def verify(self, path: str | Path, base_fingerprint: str, tokenizer_fingerprint: str) -> Manifest:
         """Check an adapter directory's files and return its manifest.
 
-        It must be directly in this folder, hold regular files of known names, sizes and sha256, and be made for this draft.
-        Raises AdapterRejected with every reason found. The tensors are checked in tensors.py.
+        It must be directly in this folder, hold regular files of known names, sizes and sha256, and
+        be made for this draft. Raises AdapterRejected with every reason found. The tensors are
+        checked in tensors.py.
         """
         folder = self.confine(Path(path))
         problems = self._file_problems(folder)

@@ -1,7 +1,8 @@
-"""An adapter's tensors: written to its directory, read from it, and checked against the draft that they are for.
+"""An adapter's tensors: written to its directory, read from it, and checked against the draft that
+they are for.
 
-registry.py checks the files; this module checks names, shapes and values and reports every problem at once. An adapter
-that changes nothing is refused, because it was never trained.
+registry.py checks the files; this module checks names, shapes and values and reports every problem
+at once. An adapter that changes nothing is refused, because it was never trained.
 """
 
 import json
@@ -25,7 +26,9 @@ from specl.shared.runtime.incremental import Steps, run_all
 
 
 def write_tensors(folder: Path, shape: LoraShape, weights: Weights, hot: np.ndarray | None) -> None:
-    """adapters.safetensors and adapter_config.json as mlx-lm writes them (scale = alpha / rank), hot_vocab.npy. Raises OSError."""
+    """adapters.safetensors and adapter_config.json as mlx-lm writes them (scale = alpha / rank),
+    hot_vocab.npy. Raises OSError.
+    """
     try:
         mx.save_safetensors(str(folder / "adapters.safetensors"), dict(weights), metadata={"format": "mlx"})
     except RuntimeError as error:  # what mlx says of a full disk
@@ -90,7 +93,9 @@ def load_adapter(adapters: Adapters, path: str | Path, engine: EngineCore) -> tu
 def load_adapter_steps(
     adapters: Adapters, path: str | Path, engine: EngineCore
 ) -> Steps[tuple[LoadedAdapter, Manifest]]:
-    """Verify an adapter completely for this engine's draft and read it. Raises AdapterRejected with every reason."""
+    """Verify an adapter completely for this engine's draft and read it. Raises AdapterRejected with
+    every reason.
+    """
     if engine.draft is None:
         raise AdapterRejected("there is no draft model to adapt")
     manifest = adapters.verify(path, engine.draft_fingerprint, engine.target.tokenizer_fingerprint)
@@ -112,7 +117,9 @@ def load_adapter_steps(
 def check_adapter_steps(
     engine: EngineCore, shape: LoraShape, weights: Weights, hot: np.ndarray | None
 ) -> Steps[list[str]]:
-    """Everything that keeps these tensors from being an adapter for the engine's draft. Empty means usable."""
+    """Everything that keeps these tensors from being an adapter for the engine's draft. Empty means
+    usable.
+    """
     draft, module = engine.draft, engine.draft_module
     if draft is None or module is None:
         return ["there is no draft model to adapt"]
@@ -130,7 +137,8 @@ def read_hot_vocabulary(path: Path) -> np.ndarray:
     """The one array of a .npy file. Raises AdapterRejected where it is anything else."""
     where = f"adapter {path.parent.name}: {path.name}"
     try:
-        # mapped, so that a header that claims more than the file holds fails before memory is allocated
+        # mapped, so that a header that claims more than the file holds fails before memory is
+        # allocated
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, TypeError, EOFError, OverflowError, RecursionError, SyntaxError, TokenError) as error:
         raise AdapterRejected(f"{where} cannot be read: {error}") from error
@@ -140,7 +148,9 @@ def read_hot_vocabulary(path: Path) -> np.ndarray:
 
 
 def hot_vocabulary_problems(hot: np.ndarray, size: int, vocabulary: int) -> list[str]:
-    """Everything that keeps `hot` from being `size` distinct tokens of a vocabulary. Empty means usable."""
+    """Everything that keeps `hot` from being `size` distinct tokens of a vocabulary. Empty means
+    usable.
+    """
     if hot.ndim != 1 or not np.issubdtype(hot.dtype, np.integer):
         return [f"its hot vocabulary is {hot.dtype} of shape {hot.shape}, not a list of token ids"]
     problems = []

@@ -1,9 +1,11 @@
-"""Binds a fast BLAS under MLX on Linux, at import, before MLX loads. On macOS (Accelerate) there is nothing to do.
+"""Binds a fast BLAS under MLX on Linux, at import, before MLX loads. On macOS (Accelerate) there is
+nothing to do.
 
-The `mlx[cpu]` wheel carries the reference BLAS: 8192x2048 times 64 rows takes 924 ms against 31 ms (measured, 2 cores).
-libmlx binds `cblas_*` lazily through the global scope, so a library loaded first with RTLD_GLOBAL wins. In this order:
-scipy-openblas32 through our shim (built at install where there is a C compiler), the system's libopenblas, PyPI's
-ngsolve-openblas. `SPECL_BLAS=/path/to/lib.so` overrides, `SPECL_BLAS=none` leaves MLX alone.
+The `mlx[cpu]` wheel carries the reference BLAS: 8192x2048 times 64 rows takes 924 ms against 31 ms
+(measured, 2 cores). libmlx binds `cblas_*` lazily through the global scope, so a library loaded
+first with RTLD_GLOBAL wins. In this order: scipy-openblas32 through our shim (built at install
+where there is a C compiler), the system's libopenblas, PyPI's ngsolve-openblas.
+`SPECL_BLAS=/path/to/lib.so` overrides, `SPECL_BLAS=none` leaves MLX alone.
 """
 
 import ctypes
@@ -79,9 +81,11 @@ def bind() -> Blas:
 
 
 def set_threads(count: int) -> None:
-    """Use `count` threads in products, never more than this process has cores; 0 leaves the provider's choice (all).
+    """Use `count` threads in products, never more than this process has cores; 0 leaves the
+    provider's choice (all).
 
-    Threads beyond the cores would wait for each other by spinning. Does nothing on providers that are not OpenBLAS.
+    Threads beyond the cores would wait for each other by spinning. Does nothing on providers that
+    are not OpenBLAS.
     """
     if count <= 0:
         return

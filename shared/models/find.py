@@ -1,6 +1,8 @@
-"""From a model's name to its folder: a local folder, the built-in model, a GGUF file, Ollama's, LM Studio's or the hub's.
+"""From a model's name to its folder: a local folder, the built-in model, a GGUF file, Ollama's, LM
+Studio's or the hub's.
 
-Knows names and folders; loads no weights. `find_...` does no work, `ensure_model` downloads and converts.
+Knows names and folders; loads no weights. `find_...` does no work, `ensure_model` downloads and
+converts.
 """
 
 from contextlib import suppress
@@ -15,7 +17,8 @@ HUB_FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tikto
 
 
 def find_model(name: str, models: Path) -> Path | None:
-    """The folder of a model that is on this machine, or a GGUF file that is not converted yet; None where there is neither.
+    """The folder of a model that is on this machine, or a GGUF file that is not converted yet; None
+    where there is neither.
 
     Raises ModelError for a name of Ollama's or LM Studio's that is not there.
     """
@@ -31,7 +34,9 @@ def find_model(name: str, models: Path) -> Path | None:
 
 
 def find_downloaded(name: str, models: Path) -> Path | None:
-    """`find_model`, the built-in model, or the hub's cache; None for everything that is not on this machine."""
+    """`find_model`, the built-in model, or the hub's cache; None for everything that is not on this
+    machine.
+    """
     if name == builtin.NAME:
         return models / name if (models / name / "config.json").is_file() else None
     with suppress(ModelError):
@@ -45,7 +50,8 @@ def find_downloaded(name: str, models: Path) -> Path | None:
 
 
 def ensure_model(name: str, models: Path, report: Report = no_report) -> Path:
-    """The folder of the model `name`; downloads the built-in model or a hub model, and converts a GGUF file, on first use.
+    """The folder of the model `name`; downloads the built-in model or a hub model, and converts a
+    GGUF file, on first use.
 
     Raises ModelError with one sentence that says what is wrong.
     """

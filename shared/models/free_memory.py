@@ -8,7 +8,9 @@ import mlx.core as mx
 
 
 def free_memory() -> None:
-    """Collect cycles, empty MLX's cache, and have glibc return its free memory (other C libraries do so by themselves)."""
+    """Collect cycles, empty MLX's cache, and have glibc return its free memory (other C libraries
+    do so by themselves).
+    """
     gc.collect()
     mx.clear_cache()
     with suppress(OSError, AttributeError):

@@ -1,6 +1,8 @@
-"""A GGUF file's header as an mlx-lm config. A file that is none, cut or split is one sentence, never a crash.
+"""A GGUF file's header as an mlx-lm config. A file that is none, cut or split is one sentence,
+never a crash.
 
-Knows the `llama` and `qwen2` architectures. Sources: the GGUF specification, llama.cpp's convert_hf_to_gguf.py.
+Knows the `llama` and `qwen2` architectures. Sources: the GGUF specification, llama.cpp's
+convert_hf_to_gguf.py.
 """
 
 import struct
@@ -20,7 +22,9 @@ _ENDS = {"<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_
 
 
 class Header:
-    """An open GGUF file: its keys and tensors. Raises ModelError where the file is none, cut or split."""
+    """An open GGUF file: its keys and tensors. Raises ModelError where the file is none, cut or
+    split.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,7 +58,9 @@ class Header:
 
 
 def model_config(header: Header) -> dict[str, Any]:
-    """config.json as mlx-lm reads it, without `quantization` and `tie_word_embeddings`, which the tensors decide."""
+    """config.json as mlx-lm reads it, without `quantization` and `tie_word_embeddings`, which the
+    tensors decide.
+    """
     heads, width = header.architecture_key("attention.head_count"), header.architecture_key("embedding_length")
     config = {
         "model_type": header.architecture,
@@ -103,7 +109,9 @@ def _rope_scaling(header: Header, theta: float, size: int) -> dict[str, Any] | N
 
 
 def _llama3(header: Header, factors: np.ndarray, theta: float, size: int) -> dict[str, Any]:
-    """Llama 3.1's `rope_scaling` from the factors that llama.cpp stores instead; the other numbers are the published ones."""
+    """Llama 3.1's `rope_scaling` from the factors that llama.cpp stores instead; the other numbers
+    are the published ones.
+    """
     factor, low, high, old = round(float(factors.max()), 3), 1.0, 4.0, 8192
     wavelength = 2 * np.pi * theta ** (np.arange(0, size, 2) / size)
     smooth = (old / wavelength - low) / (high - low)

@@ -1,6 +1,7 @@
 """GGUF to an mlx-lm directory: config, weights under mlx-lm's names, tokenizer and chat template.
 
-gguf_tensors.py converts the blocks. Knows files, no names of models. Promises: what it has written loads, or it raises.
+gguf_tensors.py converts the blocks. Knows files, no names of models. Promises: what it has written
+loads, or it raises.
 """
 
 import json
@@ -34,7 +35,9 @@ _CONFIG_TENSORS = ("rope_freqs",)  # part of the config, not weights
 
 
 def mlx_name(gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj`. Raises ModelError for a tensor not known."""
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj`. Raises ModelError for a tensor
+    not known.
+    """
     parts = gguf_name.rsplit(".", 1)[0].split(".")
     if parts[0] == "blk" and len(parts) == 3 and parts[2] in _LAYER_NAMES:
         return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}"
@@ -56,7 +59,9 @@ def _tensors(header: Header) -> list[ReaderTensor]:
 
 
 def _dense_type(tensors: list[ReaderTensor], quantize: Quantize) -> str:
-    """The type of dense tensors: that of the matrices; fp16 if some are blocks, whose scales are fp16."""
+    """The type of dense tensors: that of the matrices; fp16 if some are blocks, whose scales are
+    fp16.
+    """
     kinds = {DENSE.get(tensor.tensor_type, "blocks") for tensor in tensors if len(tensor.shape) == 2}
     if kinds == {"float32"} and quantize in ("keep", "none"):
         return "float32"
@@ -64,7 +69,9 @@ def _dense_type(tensors: list[ReaderTensor], quantize: Quantize) -> str:
 
 
 def size_needed(gguf: Path, quantize: Quantize = "keep") -> int:
-    """Bytes that the converted model will take, within a few MB. Raises ModelError for what cannot be converted."""
+    """Bytes that the converted model will take, within a few MB. Raises ModelError for what cannot
+    be converted.
+    """
     header = Header(gguf)
     tensors = _tensors(header)
     dense = _dense_type(tensors, quantize)
@@ -88,7 +95,9 @@ def _weights(
 
 
 class _Shards:
-    """Writes safetensors files of about a GiB each, so that a large model is never completely in memory."""
+    """Writes safetensors files of about a GiB each, so that a large model is never completely in
+    memory.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.written = folder, 0
@@ -119,11 +128,12 @@ class _Shards:
 
 
 def convert(gguf: Path, folder: Path, quantize: Quantize = "keep", exact: bool = False) -> None:
-    """Write an mlx-lm model directory, tokenizer and chat template included. Raises ModelError for what it cannot read,
-    OSError where the disk refuses.
+    """Write an mlx-lm model directory, tokenizer and chat template included. Raises ModelError for
+    what it cannot read, OSError where the disk refuses.
 
-    `quantize`: `keep` takes the file's blocks as they are, `4` and `8` quantise anew, `none` makes everything dense.
-    `exact` also keeps norms in fp32 (the built-in model, by whose bytes its drafts know it).
+    `quantize`: `keep` takes the file's blocks as they are, `4` and `8` quantise anew, `none` makes
+    everything dense. `exact` also keeps norms in fp32 (the built-in model, by whose bytes its
+    drafts know it).
     """
     from specl.shared.models.gguf_tokenizer import write_tokenizer
 

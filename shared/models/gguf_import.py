@@ -1,7 +1,8 @@
-"""GGUF files as models of this program: converted once into the models folder, completely or not at all.
+"""GGUF files as models of this program: converted once into the models folder, completely or not at
+all.
 
-`import_gguf` converts under a name that the user chose; `ensure_converted` converts a file that settings refer to by path
-or by another program's name, on first use.
+`import_gguf` converts under a name that the user chose; `ensure_converted` converts a file that
+settings refer to by path or by another program's name, on first use.
 """
 
 import hashlib
@@ -23,7 +24,9 @@ MAGIC = b"GGUF"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether `path` is a readable file that begins with GGUF's magic bytes or whose name ends in .gguf."""
+    """Whether `path` is a readable file that begins with GGUF's magic bytes or whose name ends in
+    .gguf.
+    """
     try:
         with open(path, "rb") as file:
             return file.read(4) == MAGIC or path.suffix == ".gguf"
@@ -52,7 +55,8 @@ def import_gguf(gguf: Path, models: Path, name: str, quantize: Quantize, report:
 
 
 def conversion_folder(gguf: Path, models: Path) -> Path:
-    """The folder that a GGUF file's conversion is in, or will be in; another one once the file has changed.
+    """The folder that a GGUF file's conversion is in, or will be in; another one once the file has
+    changed.
 
     Raises ModelError where the file cannot be read.
     """

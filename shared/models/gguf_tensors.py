@@ -1,8 +1,10 @@
-"""GGUF's blocks as MLX's affine groups of 32: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 without a change of any weight, Q4_K with
-scales rounded to fp16 (at most 0.8 per cent of a step); Q5_K and Q6_K, whose groups MLX does not have or pack as they are,
-are requantised to 8 bits (an eighth of the coarser step at most).
+"""GGUF's blocks as MLX's affine groups of 32: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 without a change of
+any weight, Q4_K with scales rounded to fp16 (at most 0.8 per cent of a step); Q5_K and Q6_K, whose
+groups MLX does not have or pack as they are, are requantised to 8 bits (an eighth of the coarser
+step at most).
 
-Sources: ggml-common.h (block layouts), llama.cpp convert_hf_to_gguf.py (the permutation of attn_q and attn_k).
+Sources: ggml-common.h (block layouts), llama.cpp convert_hf_to_gguf.py (the permutation of attn_q
+and attn_k).
 """
 
 from collections.abc import Iterator
@@ -29,7 +31,9 @@ SUPPORTED = (*DENSE, *EXACT_BITS, *REQUANTISED)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One array of a safetensors file. bf16, which numpy does not have, is in `data` as uint16 bits."""
+    """One array of a safetensors file. bf16, which numpy does not have, is in `data` as uint16
+    bits.
+    """
 
     data: np.ndarray
     dtype: str
@@ -47,7 +51,9 @@ def unpermute_rows(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def unpack(blocks: np.ndarray, kind: Kind) -> Codes:
-    """Codes u8 [out, in], scales f16 and biases f16 [out, in/32] from rows of blocks (u8 [out, bytes])."""
+    """Codes u8 [out, in], scales f16 and biases f16 [out, in/32] from rows of blocks (u8 [out,
+    bytes]).
+    """
     rows = blocks.shape[0]
     if kind == Kind.Q4_K:
         return _unpack_q4_k(blocks)
@@ -74,7 +80,9 @@ def _half(pairs: np.ndarray) -> np.ndarray:
 
 
 def _unpack_q4_k(blocks: np.ndarray) -> Codes:
-    """Superblocks of 256: two fp16 scales over eight 6-bit scales and minima, then nibbles, 64 weights in 32 bytes."""
+    """Superblocks of 256: two fp16 scales over eight 6-bit scales and minima, then nibbles, 64
+    weights in 32 bytes.
+    """
     rows = blocks.shape[0]
     raw = np.ascontiguousarray(blocks).reshape(-1, 144)
     scale, least = Q4_K.get_scale_min(raw[:, 4:16])
@@ -118,7 +126,8 @@ def size_of(tensor: ReaderTensor, quantize: Quantize, dense: str) -> int:
 def parts_of(tensor: ReaderTensor, quantize: Quantize, dense: str, heads: int | None) -> dict[str, Part]:
     """`weight`, and `scales` and `biases` where it is quantised.
 
-    `dense` is the type of dense tensors; with `heads`, llama.cpp's permutation of rotary rows is undone.
+    `dense` is the type of dense tensors; with `heads`, llama.cpp's permutation of rotary rows is
+    undone.
     """
     bits, group = bits_of(tensor, quantize)
     if bits and quantize == "keep" and tensor.tensor_type in EXACT_BITS:

@@ -1,7 +1,8 @@
-"""The tokenizer inside a GGUF file, written as tokenizer.json with its chat template: byte-level BPE (`gpt2`) and
-SentencePiece BPE (`llama`), as the original tokenizers of these families do it.
+"""The tokenizer inside a GGUF file, written as tokenizer.json with its chat template: byte-level
+BPE (`gpt2`) and SentencePiece BPE (`llama`), as the original tokenizers of these families do it.
 
-Sources: llama.cpp's llama-vocab.cpp (the pre-tokenizers by name), the tokenizer.json of the models themselves.
+Sources: llama.cpp's llama-vocab.cpp (the pre-tokenizers by name), the tokenizer.json of the models
+themselves.
 """
 
 import json
@@ -71,7 +72,9 @@ def _sentence_piece(header: Header, tokens: Sequence[str], kinds: Sequence[int])
 
 
 def _merges(tokens: Sequence[str], scores: Sequence[float], whole: set[str]) -> list[tuple[str, str]]:
-    """BPE's merges from SentencePiece's scores: every pair of pieces that joins to a third one, best result first."""
+    """BPE's merges from SentencePiece's scores: every pair of pieces that joins to a third one,
+    best result first.
+    """
     ids = {token: id for id, token in enumerate(tokens) if token not in whole}
     merges = []
     for piece, id in ids.items():
@@ -83,7 +86,9 @@ def _merges(tokens: Sequence[str], scores: Sequence[float], whole: set[str]) -> 
 
 
 def _leading(header: Header) -> int | None:
-    """The token (BOS) before every text that no chat template wrote, or None. `add_eos_token` would end a prompt: not used."""
+    """The token (BOS) before every text that no chat template wrote, or None. `add_eos_token` would
+    end a prompt: not used.
+    """
     llama = header.key("tokenizer.ggml.model") == "llama"
     # llama.cpp's default, where the file has no value
     default = llama or _SPLITS.get(header.key("tokenizer.ggml.pre", "default")) == LLAMA3
@@ -94,7 +99,9 @@ def _leading(header: Header) -> int | None:
 
 
 def write_tokenizer(header: Header, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `folder`. Raises ModelError for another kind of tokenizer."""
+    """Write tokenizer.json and tokenizer_config.json into `folder`. Raises ModelError for another
+    kind of tokenizer.
+    """
     model, tokens = header.key("tokenizer.ggml.model"), header.key("tokenizer.ggml.tokens")
     kinds = header.key("tokenizer.ggml.token_type")
     if model == "gpt2":

@@ -1,8 +1,10 @@
-"""The `head` draft: a one-layer head bound to its target, with the hot vocabulary that it scores; made, saved, loaded.
+"""The `head` draft: a one-layer head bound to its target, with the hot vocabulary that it scores;
+made, saved, loaded.
 
-Hot vocabulary (FR-Spec, arXiv 2502.14856): only the output rows of the `hot` tokens are scored, an exact subset, so that
-all other tokens have draft probability 0. Embedding and output rows belong to the target and are shared, never stored,
-never trained. Does not know caches of requests, sampling, acceptance. The network itself is in head_layer.py.
+Hot vocabulary (FR-Spec, arXiv 2502.14856): only the output rows of the `hot` tokens are scored, an
+exact subset, so that all other tokens have draft probability 0. Embedding and output rows belong to
+the target and are shared, never stored, never trained. Does not know caches of requests, sampling,
+acceptance. The network itself is in head_layer.py.
 """
 
 import hashlib
@@ -32,7 +34,8 @@ MODEL_TYPE = "speclora_head"
 class HeadDraft:
     """A head bound to its target: what the model drafter runs. `hot` [h] are token ids, sorted.
 
-    `output` scores them with the target's own rows; it belongs to no module that an adapter could touch.
+    `output` scores them with the target's own rows; it belongs to no module that an adapter could
+    touch.
     """
 
     name: str
@@ -50,12 +53,14 @@ class HeadDraft:
         self.hot, self.output = run_all(self._scorer_steps(self.hot))
 
     def set_hot(self, hot: np.ndarray) -> None:
-        """Score another hot vocabulary. Raises ModelError unless it has the draft's size and valid, distinct tokens."""
+        """Score another hot vocabulary. Raises ModelError unless it has the draft's size and valid,
+        distinct tokens.
+        """
         self.hot, self.output = run_all(self.scorer_steps(hot))
 
     def scorer_steps(self, hot: np.ndarray) -> Steps[tuple[np.ndarray, nn.Linear]]:
-        """`hot` sorted, and the layer that scores it. Nothing in use is touched: the caller assigns both to `hot` and
-        `output`. Raises ModelError as `set_hot`.
+        """`hot` sorted, and the layer that scores it. Nothing in use is touched: the caller assigns
+        both to `hot` and `output`. Raises ModelError as `set_hot`.
         """
         size = self.target.vocabulary_size
         hot = np.unique(np.asarray(hot, dtype=np.int64))
@@ -91,8 +96,8 @@ class HeadDraft:
         return FEW_ROWS if self.native_step is not None else DENSE_ROWS
 
     def step(self, states: mx.array, ids: list[int], cache: Any) -> tuple[mx.array, np.ndarray, int, float]:
-        """Feed `ids` [n] with `states` [n, hidden] after `cache`: the last output [1, hidden], its scores [hot] of the hot
-        tokens, the index of the best score, and their log-sum-exp.
+        """Feed `ids` [n] with `states` [n, hidden] after `cache`: the last output [1, hidden], its
+        scores [hot] of the hot tokens, the index of the best score, and their log-sum-exp.
         """
         if self.native_step is not None and len(ids) <= FEW_ROWS:
             result = self.native_step.step(states, ids, cache, self.output)
@@ -130,7 +135,9 @@ def head_shape(target: LanguageModel, hot_size: int) -> HeadShape:
 
 
 def new_head(target: LanguageModel, hot: np.ndarray, name: str = "new") -> HeadDraft:
-    """An untrained head for `target`. Norms start at one; the rest as MLX initialises linear layers."""
+    """An untrained head for `target`. Norms start at one; the rest as MLX initialises linear
+    layers.
+    """
     hot = np.unique(np.asarray(hot, dtype=np.int64))
     shape = head_shape(target, len(hot))
     head = Head(shape)
@@ -143,8 +150,8 @@ def save_head(
 ) -> None:
     """Write a draft directory (bf16 weights, hot vocabulary, config, manifest) whole, by rename.
 
-    `add_files` may write more files into the directory before the rename. Weights are bf16, which the native kernels read
-    as it is: half the memory traffic of fp32 a draft step.
+    `add_files` may write more files into the directory before the rename. Weights are bf16, which
+    the native kernels read as it is: half the memory traffic of fp32 a draft step.
     """
     weights = {name: value.astype(mx.bfloat16) for name, value in flat_parameters(draft.head.parameters()).items()}
     with atomic_dir(folder, sync=True) as scratch:

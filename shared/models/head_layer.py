@@ -1,10 +1,11 @@
-"""The network of a `head` draft: one decoder layer over the target's last hidden state and the next token's embedding.
+"""The network of a `head` draft: one decoder layer over the target's last hidden state and the next
+token's embedding.
 
-After EAGLE (Li et al. 2024, arXiv 2401.15077) and EAGLE-3's training over its own steps (2503.01840). Knows tensors only:
-no target, no files, no caches of requests.
+After EAGLE (Li et al. 2024, arXiv 2401.15077) and EAGLE-3's training over its own steps
+(2503.01840). Knows tensors only: no target, no files, no caches of requests.
 
-Positions: entry p reads (state p-1, token p), where state p-1 is what the target had when it predicted token p, or the
-head's own output in its place, and predicts token p+1.
+Positions: entry p reads (state p-1, token p), where state p-1 is what the target had when it
+predicted token p, or the head's own output in its place, and predicts token p+1.
 """
 
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ class HeadMlp(nn.Module):
 
 
 class Head(nn.Module):
-    """The trainable part. Its output has the form of the target's normed state, so that it can be fed back."""
+    """The trainable part. Its output has the form of the target's normed state, so that it can be
+    fed back.
+    """
 
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()
@@ -116,10 +119,12 @@ class Head(nn.Module):
         return self.after_attention(x, self.self_attn(self.input_layernorm(x), cache))
 
     def unroll(self, states: mx.array, embeddings: mx.array, steps: int) -> list[mx.array]:
-        """Outputs of `steps` drafting depths for a whole text at once, exactly as drafting computes them.
+        """Outputs of `steps` drafting depths for a whole text at once, exactly as drafting computes
+        them.
 
-        At depth s, entry p reads the output of depth s-1 at entry p-1 and sees, as drafting would, true-state entries up to
-        p-s+1 and one entry of each shallower depth in between. Row p of every result predicts token p+1.
+        At depth s, entry p reads the output of depth s-1 at entry p-1 and sees, as drafting would,
+        true-state entries up to p-s+1 and one entry of each shallower depth in between. Row p of
+        every result predicts token p+1.
         """
         attention = self.self_attn
         keys: list[mx.array] = []
@@ -138,7 +143,9 @@ class Head(nn.Module):
 
 
 def _staircase(q: mx.array, keys: list[mx.array], values: list[mx.array]) -> mx.array:
-    """Attention of the deepest entries: all of depth 0 up to p-s, then one entry of each depth 1..s on the diagonal."""
+    """Attention of the deepest entries: all of depth 0 up to p-s, then one entry of each depth 1..s
+    on the diagonal.
+    """
     depth, length = len(keys) - 1, q.shape[2]
     rows, columns = mx.arange(length)[:, None], mx.arange(length)[None, :]
     far = mx.where(columns <= rows - depth, q @ keys[0].swapaxes(2, 3), -mx.inf)

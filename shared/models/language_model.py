@@ -1,7 +1,9 @@
-"""A loaded causal language model as drafting and training use it: hidden states, logits, caches, tokens that end an answer.
+"""A loaded causal language model as drafting and training use it: hidden states, logits, caches,
+tokens that end an answer.
 
-Knows mlx-lm's module tree as far as `model.model` (the layers) and `lm_head`. Does not know where weights come from.
-Shapes: ids are [batch, length] int, hidden states [batch, length, hidden], logits [..., vocabulary].
+Knows mlx-lm's module tree as far as `model.model` (the layers) and `lm_head`. Does not know where
+weights come from. Shapes: ids are [batch, length] int, hidden states [batch, length, hidden],
+logits [..., vocabulary].
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,8 @@ DENSE_ROWS = 512  # rows that one forward takes best where few rows are not nati
 
 @dataclass(slots=True)
 class LanguageModel:
-    """Weights, tokenizer and config. `fingerprint` names the weights, `tokenizer_fingerprint` the vocabulary.
+    """Weights, tokenizer and config. `fingerprint` names the weights, `tokenizer_fingerprint` the
+    vocabulary.
 
     `blocks` holds the file's own quantised blocks by module path where a dense copy computes (CPU).
     """
@@ -72,15 +75,17 @@ class LanguageModel:
         return layer
 
     def hidden_states(self, ids: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """Last hidden states after the final norm, [batch, length, hidden], for ids [batch, length] after `cache`."""
+        """Last hidden states after the final norm, [batch, length, hidden], for ids [batch, length]
+        after `cache`.
+        """
         states: mx.array = self.inner(ids, cache)
         return states
 
     def prefill(self, ids: Sequence[int], cache: list[Any]) -> mx.array:
         """Feed a text of any length after `cache`; its hidden states [length, hidden], evaluated.
 
-        Where few rows are native, a text is fed sixteen rows at a time, which is 2.5 times faster than many dense rows
-        (measured, SmolLM2, 2 cores).
+        Where few rows are native, a text is fed sixteen rows at a time, which is 2.5 times faster
+        than many dense rows (measured, SmolLM2, 2 cores).
         """
         step = FEW_ROWS if self.few_rows_native else DENSE_ROWS
         parts = []
@@ -90,9 +95,11 @@ class LanguageModel:
         return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def batch_hidden_states(self, ids: Sequence[Sequence[int]], caches: Sequence[list[Any]]) -> mx.array:
-        """Feed several sequences, each after its own cache: states [rows, hidden] in order, at most FEW_ROWS together.
+        """Feed several sequences, each after its own cache: states [rows, hidden] in order, at most
+        FEW_ROWS together.
 
-        Where layers are one native call, weights are read once for all of them: eight rows cost little more than two.
+        Where layers are one native call, weights are read once for all of them: eight rows cost
+        little more than two.
         """
         if self.few_rows_native:
             states = batch_step(self.inner, ids, caches)
@@ -134,7 +141,9 @@ class LanguageModel:
 
     @property
     def output_is_blocks(self) -> bool:
-        """Whether the output matrix was packed from its blocks, and so is known to equal them bit for bit."""
+        """Whether the output matrix was packed from its blocks, and so is known to equal them bit
+        for bit.
+        """
         return is_packed_from_blocks(self.output_layer)
 
     def new_cache(self) -> list[Any]:

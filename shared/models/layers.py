@@ -1,8 +1,9 @@
-"""The `layers` draft: some of the target's own layers between its embedding and its head, as an ordinary model folder.
+"""The `layers` draft: some of the target's own layers between its embedding and its head, as an
+ordinary model folder.
 
-mlx-lm loads it with `--draft-model`, this program by `models.draft.name`. Only the layers and the last norm are trained;
-embedding and head are the target's tensors as its files hold them, quantised where they are, so they stay the same bit for
-bit. Does not know training, prompts, acceptance.
+mlx-lm loads it with `--draft-model`, this program by `models.draft.name`. Only the layers and the
+last norm are trained; embedding and head are the target's tensors as its files hold them, quantised
+where they are, so they stay the same bit for bit. Does not know training, prompts, acceptance.
 """
 
 import json
@@ -26,10 +27,11 @@ _NOT_TOKENIZER_FILES = ("config.json", "manifest.json", "model.safetensors.index
 
 
 def pick_layers(choice: str, total: int) -> tuple[int, ...]:
-    """The layers that `--layers` selects of `total`. `5` is the first three and the last two (one more in front),
-    `0,1,2,28,29` is those. Raises ConfigError.
+    """The layers that `--layers` selects of `total`. `5` is the first three and the last two (one
+    more in front), `0,1,2,28,29` is those. Raises ConfigError.
 
-    Both ends are taken, because the first layers build words up and the last ones shape the state that the head reads.
+    Both ends are taken, because the first layers build words up and the last ones shape the state
+    that the head reads.
     """
     try:
         numbers = [int(part) for part in choice.split(",") if part.strip()]
@@ -51,7 +53,9 @@ def pick_layers(choice: str, total: int) -> tuple[int, ...]:
 
 
 def new_layers(target: LanguageModel, layers: Sequence[int], name: str = "new") -> LanguageModel:
-    """A draft of those layers of `target` in fp32, to be trained; its embedding and head are frozen. `target` is not touched."""
+    """A draft of those layers of `target` in fp32, to be trained; its embedding and head are
+    frozen. `target` is not touched.
+    """
     model, _ = load_model(target.path, lazy=True)
     model = to_dense_fp32(model)
     all_layers = model.model.layers
@@ -66,7 +70,9 @@ def new_layers(target: LanguageModel, layers: Sequence[int], name: str = "new") 
 
 
 def layers_config(config: dict[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """The target's config for some of its layers. Settings that have an entry for each layer keep those of `layers`."""
+    """The target's config for some of its layers. Settings that have an entry for each layer keep
+    those of `layers`.
+    """
     total = int(config["num_hidden_layers"])
     cut = {
         key: [value[i] for i in layers] if isinstance(value, list) and len(value) == total else value
@@ -83,7 +89,8 @@ def save_layers(
     manifest: dict[str, Any],
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write the model folder, which appears by rename: trained weights in bf16, the target's embedding and head as they are.
+    """Write the model folder, which appears by rename: trained weights in bf16, the target's
+    embedding and head as they are.
 
     `add_files` may write more files into the folder before the rename.
     """
@@ -102,7 +109,8 @@ def save_layers(
 
 
 def shared_tensors(target: LanguageModel) -> tuple[Tensors, dict[str, Any]]:
-    """Embedding and head as the target's files hold them, and the `quantization` of their config (empty where they are dense).
+    """Embedding and head as the target's files hold them, and the `quantization` of their config
+    (empty where they are dense).
 
     Raises ModelError where the files name them otherwise than mlx-lm does.
     """
@@ -118,7 +126,9 @@ def shared_tensors(target: LanguageModel) -> tuple[Tensors, dict[str, Any]]:
 
 
 def _quantization(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
-    """`modules`' part of a config's `quantization`: the defaults of the model, and each module's exceptions."""
+    """`modules`' part of a config's `quantization`: the defaults of the model, and each module's
+    exceptions.
+    """
     if not modules:
         return {}
     defaults = {key: config[key] for key in ("group_size", "bits", "mode") if key in config}

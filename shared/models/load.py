@@ -1,7 +1,9 @@
-"""Loads a language model by name: weights, tokenizer and fingerprints, and checks that it can be served speculatively.
+"""Loads a language model by name: weights, tokenizer and fingerprints, and checks that it can be
+served speculatively.
 
-Precision: dense fp32 on CPU, where MLX's half and quantised kernels are scalar (measured: 117 ms for one row of
-8192x2048 in 4 bits against 6 in dense fp32); the model's own quantisation on Metal and CUDA.
+Precision: dense fp32 on CPU, where MLX's half and quantised kernels are scalar (measured: 117 ms
+for one row of 8192x2048 in 4 bits against 6 in dense fp32); the model's own quantisation on Metal
+and CUDA.
 """
 
 import hashlib
@@ -63,7 +65,9 @@ def load(
 
 
 def fingerprint(folder: Path) -> str:
-    """A name for the weights: sha256 over config, sizes and 32 samples of each weights file (whole for small files)."""
+    """A name for the weights: sha256 over config, sizes and 32 samples of each weights file (whole
+    for small files).
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("model*.safetensors")):
         size = path.stat().st_size
@@ -81,7 +85,9 @@ def _tokenizer_fingerprint(tokenizer: TokenizerWrapper) -> str:
 
 
 def to_dense_fp32(model: nn.Module) -> nn.Module:
-    """Turn a loaded model, quantised or not, into dense fp32; the same object, computed only when evaluated."""
+    """Turn a loaded model, quantised or not, into dense fp32; the same object, computed only when
+    evaluated.
+    """
     model.set_dtype(mx.float32)  # scales first, so that dequantising happens in fp32
     model = dequantize_model(model)
     model.set_dtype(mx.float32)
@@ -89,14 +95,18 @@ def to_dense_fp32(model: nn.Module) -> nn.Module:
 
 
 def _check_rewindable(name: str, model: nn.Module) -> None:
-    """Speculation rewinds caches: refuse those that cannot (sliding windows once full, recurrent states)."""
+    """Speculation rewinds caches: refuse those that cannot (sliding windows once full, recurrent
+    states).
+    """
     kinds = {type(cache) for cache in make_prompt_cache(model)}
     if bad := sorted(kind.__name__ for kind in kinds if kind not in _REWINDABLE):
         raise ModelError(f"{name} uses {', '.join(bad)}, which cannot rewind, so it cannot be served speculatively")
 
 
 def _check_split(loaded: LanguageModel) -> None:
-    """`logits(hidden_states(ids))` must equal the model's own output; some architectures scale or cap in between."""
+    """`logits(hidden_states(ids))` must equal the model's own output; some architectures scale or
+    cap in between.
+    """
     ids = mx.array([[1, 2, 3]])
     whole, split = loaded.model(ids), loaded.logits(loaded.hidden_states(ids))
     if not mx.allclose(whole, split, rtol=1e-3, atol=1e-3).item():
@@ -106,7 +116,9 @@ def _check_split(loaded: LanguageModel) -> None:
 
 
 def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
-    """Raises ModelError where a draft's tokens mean other text than the target's. Padded sizes may differ."""
+    """Raises ModelError where a draft's tokens mean other text than the target's. Padded sizes may
+    differ.
+    """
     if target.tokenizer_fingerprint != draft.tokenizer_fingerprint:
         raise ModelError(
             f"the tokenizers of {target.name} and {draft.name} differ, so one cannot draft for the other",

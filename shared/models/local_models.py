@@ -38,8 +38,9 @@ def list_local_models() -> list[LocalModel]:
 def list_models_under(home: Path, ollama: Path | None = None, service: Path = OLLAMA_SERVICE) -> list[LocalModel]:
     """The models under `home`, sorted by name.
 
-    `ollama` is Ollama's models folder where the user has moved it (OLLAMA_MODELS), `service` the folder of an Ollama that
-    runs as a system service. Where two folders have the same name, the first folder wins.
+    `ollama` is Ollama's models folder where the user has moved it (OLLAMA_MODELS), `service` the
+    folder of an Ollama that runs as a system service. Where two folders have the same name, the
+    first folder wins.
     """
     models: list[LocalModel] = []
     for folder in (ollama,) if ollama else (home / ".ollama" / "models", service):
@@ -58,7 +59,9 @@ def _readable(list_folder: Callable[[Path], Iterator[LocalModel]], folder: Path)
 
 
 def model_named(name: str, models: list[LocalModel]) -> LocalModel:
-    """The one of `models` with that name; Ollama's tag `latest` may be left out. Raises ModelError where there is none."""
+    """The one of `models` with that name; Ollama's tag `latest` may be left out. Raises ModelError
+    where there is none.
+    """
     for model in models:
         if model.name == name or (name.startswith("ollama:") and model.name == f"{name}:{_LATEST}"):
             return model
@@ -83,8 +86,8 @@ def _ollama(folder: Path) -> Iterator[LocalModel]:
 
 
 def _lm_studio_folders(home: Path) -> Iterator[Path]:
-    """LM Studio's models folders: those of the home that its pointer file names and of its present and former default home,
-    each after the downloads folder that its settings name.
+    """LM Studio's models folders: those of the home that its pointer file names and of its present
+    and former default home, each after the downloads folder that its settings name.
     """
     homes = [home / ".lmstudio", home / ".cache" / "lm-studio"]
     with suppress(OSError, ValueError):

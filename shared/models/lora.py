@@ -1,8 +1,10 @@
-"""LoRA on named linear layers: attach, fuse from the pristine base, detach (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA on named linear layers: attach, fuse from the pristine base, detach (Hu et al. 2021, arXiv
+2106.09685).
 
-y = W x + scale * (x A) B with scale = alpha / rank, A [in, rank], B [rank, out], as mlx-lm names and stores them. The base is
-never changed: a fused layer is a new layer, and going back to the base is exact. Knows modules, not adapter directories.
-What takes longer than a decode round is a generator (`..._steps`) that yields between layers; `run_all` runs one at once.
+y = W x + scale * (x A) B with scale = alpha / rank, A [in, rank], B [rank, out], as mlx-lm names
+and stores them. The base is never changed: a fused layer is a new layer, and going back to the base
+is exact. Knows modules, not adapter directories. What takes longer than a decode round is a
+generator (`..._steps`) that yields between layers; `run_all` runs one at once.
 """
 
 import math
@@ -23,7 +25,8 @@ FIDELITY_LIMIT = (
 )
 PROBE_ROWS = 64  # of random input that the loss is measured on
 
-# how a draft computes with an adapter: merged into its weights, or as two products added to each layer's
+# how a draft computes with an adapter: merged into its weights, or as two products added to each
+# layer's
 AdapterForm = Literal["fused", "unfused"]
 
 
@@ -43,8 +46,8 @@ class LoraShape:
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Every dense or quantised linear layer under `module`, by dotted name. Embeddings and heads shared with a target are
-    not among them: they are not under a draft's module.
+    """Every dense or quantised linear layer under `module`, by dotted name. Embeddings and heads
+    shared with a target are not among them: they are not under a draft's module.
     """
     kinds = (nn.Linear, nn.QuantizedLinear, LoRALinear)
     layers = {name: child for name, child in module.named_modules() if isinstance(child, kinds)}
@@ -73,8 +76,8 @@ def choose_layers(module: nn.Module, target_modules: list[str] | str) -> tuple[s
 
 
 def attach(module: nn.Module, shape: LoraShape, weights: Weights | None = None) -> None:
-    """Wrap the layers of `shape` in LoRALinear for training; B starts at zero unless `weights` gives A and B. There is no
-    dropout before `train()`.
+    """Wrap the layers of `shape` in LoRALinear for training; B starts at zero unless `weights`
+    gives A and B. There is no dropout before `train()`.
     """
     detach(module)
     layers = linear_layers(module)
@@ -111,7 +114,8 @@ def lora_weights(module: nn.Module) -> Weights:
 def interpolate(weights: Weights, alpha: float, start: Weights | None = None) -> Weights:
     """start + alpha * (weights - start) (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903).
 
-    Without `start` the other end is no change at all: B alone is scaled, which is exact, whatever A is.
+    Without `start` the other end is no change at all: B alone is scaled, which is exact, whatever A
+    is.
     """
     if start is not None:
         return {name: start[name] + alpha * (value - start[name]) for name, value in weights.items()}
@@ -119,7 +123,9 @@ def interpolate(weights: Weights, alpha: float, start: Weights | None = None) ->
 
 
 def check_steps(module: nn.Module, shape: LoraShape, weights: Weights) -> Steps[list[str]]:
-    """Everything that keeps `weights` from being an adapter for `module`: names, types, shapes, values. Empty means usable."""
+    """Everything that keeps `weights` from being an adapter for `module`: names, types, shapes,
+    values. Empty means usable.
+    """
     layers, problems = linear_layers(module), []
     expected: set[str] = set()
     for key in shape.keys:
@@ -187,8 +193,8 @@ def fuse_steps(
 ) -> Steps[tuple[AdapterForm, dict[str, nn.Module]]]:
     """New layers that compute with the adapter, by name; the pristine `layers` stay as they are.
 
-    Layers are fused where all of them are dense and none loses FIDELITY_LIMIT of the adapter's effect, else unfused.
-    Everything is evaluated, so that the next forward pays nothing.
+    Layers are fused where all of them are dense and none loses FIDELITY_LIMIT of the adapter's
+    effect, else unfused. Everything is evaluated, so that the next forward pays nothing.
     """
     unfused, fused, largest_loss = {}, {}, 0.0
     for key in shape.keys:
@@ -223,7 +229,9 @@ def _fused(layer: LoRALinear, scale: float) -> nn.Linear:
 
 
 def _fusing_loss(layer: LoRALinear, fused: nn.Linear) -> float:
-    """||fused - unfused|| / ||unfused - base|| on random rows: the share of the adapter's effect that rounding loses."""
+    """||fused - unfused|| / ||unfused - base|| on random rows: the share of the adapter's effect
+    that rounding loses.
+    """
     rows = mx.random.normal((PROBE_ROWS, fused.weight.shape[1]), key=mx.random.key(0)).astype(fused.weight.dtype)
     base_output, unfused_output, fused_output = layer.linear(rows), layer(rows), fused(rows)
     effect = float(mx.linalg.norm((unfused_output - base_output).astype(mx.float32)))

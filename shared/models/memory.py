@@ -1,7 +1,9 @@
-"""Estimates the memory of models, caches and training before anything is loaded, and compares it with this machine's.
+"""Estimates the memory of models, caches and training before anything is loaded, and compares it
+with this machine's.
 
-Arithmetic over config.json and the headers of the weights files. Checked against the memory of a real process with the
-built-in model on Linux (docs/models.md); on a Mac nobody has measured it. Knows no daemons.
+Arithmetic over config.json and the headers of the weights files. Checked against the memory of a
+real process with the built-in model on Linux (docs/models.md); on a Mac nobody has measured it.
+Knows no daemons.
 """
 
 import json
@@ -26,7 +28,9 @@ MAX_HEADER = 64 << 20  # bytes of a safetensors header
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """Sizes of a model, read without loading it. `file_bytes`: of its weights files; the rest are counts of numbers."""
+    """Sizes of a model, read without loading it. `file_bytes`: of its weights files; the rest are
+    counts of numbers.
+    """
 
     parameters: int
     file_bytes: int
@@ -38,8 +42,8 @@ class ModelSize:
     vocabulary: int
 
     def weights(self, dense_fp32: bool, native: bool) -> float:
-        """Bytes of the loaded weights. With native kernels, dense fp32 has a second copy in the kernels' formats, and that of
-        a quantised model its unpacked blocks as well.
+        """Bytes of the loaded weights. With native kernels, dense fp32 has a second copy in the
+        kernels' formats, and that of a quantised model its unpacked blocks as well.
         """
         if not dense_fp32:
             return float(self.file_bytes)
@@ -56,8 +60,9 @@ class ModelSize:
         return float(rank * self.layers * sides)
 
     def activations(self, checkpointing: bool) -> float:
-        """Bytes that one forward keeps for its backward: for each token and layer ten hidden and three intermediate rows, and
-        four rows of logits. With gradient checkpointing, one layer and a hidden row of each other layer.
+        """Bytes that one forward keeps for its backward: for each token and layer ten hidden and
+        three intermediate rows, and four rows of logits. With gradient checkpointing, one layer and
+        a hidden row of each other layer.
         """
         layer = TRAINING_TOKENS * (10 * self.hidden + 3 * self.intermediate) * 4.0
         layers = layer + self.layers * TRAINING_TOKENS * self.hidden * 4.0 if checkpointing else layer * self.layers
@@ -66,7 +71,9 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Bytes of this machine's memory, whether models are loaded as dense fp32, and whether native kernels are used."""
+    """Bytes of this machine's memory, whether models are loaded as dense fp32, and whether native
+    kernels are used.
+    """
 
     memory: float
     dense_fp32: bool
@@ -75,7 +82,9 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes by purpose. `serving`: of the inference daemon and the collector; `training`: what a training run adds."""
+    """Bytes by purpose. `serving`: of the inference daemon and the collector; `training`: what a
+    training run adds.
+    """
 
     serving: dict[str, float] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
@@ -112,13 +121,16 @@ def estimate(target: ModelSize, draft: ModelSize | None, settings: Settings, mac
     learning = draft.lora(training.lora.rank) * 4 * ADAM_VALUES + draft.activations(
         settings.memory.gradient_checkpointing
     )
-    # the trainer is another process, which reads the target's hidden states: it loads both models again
+    # the trainer is another process, which reads the target's hidden states: it loads both models
+    # again
     return Estimate(serving, weights | {"learning": learning, "programs": PROCESS_BYTES})
 
 
 # ---------------------------------------------------------------------------------------------------- files and machine
 def size_of(folder: Path) -> ModelSize:
-    """A model's size from its config and the headers of its weights. Raises ModelError where they cannot be read."""
+    """A model's size from its config and the headers of its weights. Raises ModelError where they
+    cannot be read.
+    """
     try:
         config = json.loads((folder / "config.json").read_bytes())
         files = sorted(folder.glob("model*.safetensors"))
@@ -166,7 +178,9 @@ def _elements(name: str, shape: list[int], tensors: dict[str, list[int]], groups
 
 
 def this_machine(precision: str) -> Machine:
-    """This machine's memory, or the limit of this process's container, and how models are loaded on it."""
+    """This machine's memory, or the limit of this process's container, and how models are loaded on
+    it.
+    """
     from specl.shared.models.cpu_kernels import on_cpu
     from specl.shared.native import available
 

@@ -15,7 +15,9 @@ def flat_parameters(parameters: dict[str, Any]) -> Tensors:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """A safetensors file's tensors, read when evaluated. Raises what `mx.load` raises: OSError, ValueError, RuntimeError."""
+    """A safetensors file's tensors, read when evaluated. Raises what `mx.load` raises: OSError,
+    ValueError, RuntimeError.
+    """
     tensors = mx.load(str(path))
     if not isinstance(tensors, dict):
         raise ValueError(f"{path.name} holds no named tensors")

@@ -1,9 +1,11 @@
-"""Linux CPU at the machine's own speed: few-row products and whole decoder steps in C++, behind the model's modules.
+"""Linux CPU at the machine's own speed: few-row products and whole decoder steps in C++, behind the
+model's modules.
 
-`accelerate(model)` gives a loaded model the fast path where the extension is built, fits this MLX and passes its
-self-test; otherwise nothing changes and `reason()` says why. Does not know tokens, files, settings.
-Promises: a row's result is the same bits whatever rows are computed with it (width 1 or k+1) and whatever instruction
-set runs, so greedy verification never flips a tie; training, long inputs and unusual models take MLX's own path.
+`accelerate(model)` gives a loaded model the fast path where the extension is built, fits this MLX
+and passes its self-test; otherwise nothing changes and `reason()` says why. Does not know tokens,
+files, settings. Promises: a row's result is the same bits whatever rows are computed with it (width
+1 or k+1) and whatever instruction set runs, so greedy verification never flips a tie; training,
+long inputs and unusual models take MLX's own path.
 """
 
 from specl.shared.native.accelerate import Acceleration, accelerate

@@ -1,7 +1,8 @@
 """`accelerate` gives a loaded model the native path and returns what the model got.
 
-Knows the order: pack the layers, fuse the stack where the family allows it, compare with MLX's path, keep or undo.
-Does not know where weights come from. Promises: a model whose comparison fails is left exactly as it was.
+Knows the order: pack the layers, fuse the stack where the family allows it, compare with MLX's
+path, keep or undo. Does not know where weights come from. Promises: a model whose comparison fails
+is left exactly as it was.
 """
 
 import warnings
@@ -18,14 +19,16 @@ from specl.shared.native import decoder, modules
 from specl.shared.native.extension import available, reason
 from specl.shared.native.packing import Affine, Matrix, Weights
 
-# The largest difference allowed between the native and the ordinary path, as a share of the largest logit. Orders of
-# summation alone give about 1e-6 a layer; a wrong kernel gives about 1.
+# The largest difference allowed between the native and the ordinary path, as a share of the largest
+# logit. Orders of summation alone give about 1e-6 a layer; a wrong kernel gives about 1.
 EXACT, ROUNDED = 2e-3, 0.5
 
 
 @dataclass(slots=True, eq=False)
 class Acceleration:
-    """What a model got: how many layers in which format, whether all layers are one call, and why not."""
+    """What a model got: how many layers in which format, whether all layers are one call, and why
+    not.
+    """
 
     active: bool
     reason: str = ""  # why nothing was packed, or why the layers are not one call
@@ -38,7 +41,9 @@ class Acceleration:
     _fuse: bool = True
 
     def refresh(self) -> "Acceleration":
-        """Pack again what changed since (a fused adapter, for example); until then those layers take MLX's path."""
+        """Pack again what changed since (a fused adapter, for example); until then those layers
+        take MLX's path.
+        """
         return accelerate(self._model, self._weights, exact=self._exact, fuse=self._fuse)
 
     def intact(self) -> bool:
@@ -63,9 +68,10 @@ def accelerate(
 ) -> Acceleration:
     """Let `model` compute up to sixteen rows natively; everything else stays on MLX's modules.
 
-    `weights`: "auto" loses nothing: a layer named in `exact` (module path -> its tensor in the file's blocks) is read in
-    that form if it is bit for bit the dense weight, any other as bf16 if that is exact, else as fp32. "bf16", "q8" and
-    "q4" round. `fuse`: all layers as one call where the family allows it. `check`: compare with MLX's path first.
+    `weights`: "auto" loses nothing: a layer named in `exact` (module path -> its tensor in the
+    file's blocks) is read in that form if it is bit for bit the dense weight, any other as bf16 if
+    that is exact, else as fp32. "bf16", "q8" and "q4" round. `fuse`: all layers as one call where
+    the family allows it. `check`: compare with MLX's path first.
     """
     exact = exact or {}
     result = Acceleration(available(), reason(), _model=model, _weights=weights, _exact=exact, _fuse=fuse)
@@ -133,7 +139,9 @@ def _still_packed(module: nn.Module) -> Matrix | None:
 
 
 def _probe(model: nn.Module) -> list[mx.array] | None:
-    """Logits after a few tokens at widths 7 and 1, the cache rewound in between; None for any other module."""
+    """Logits after a few tokens at widths 7 and 1, the cache rewound in between; None for any other
+    module.
+    """
     if _inner(model) is None:
         return None
     cache = make_prompt_cache(model)

@@ -1,7 +1,9 @@
-"""All layers of a Llama or Qwen2 model as one C++ call: for which models and inputs, and how a model is given it.
+"""All layers of a Llama or Qwen2 model as one C++ call: for which models and inputs, and how a
+model is given it.
 
-Knows mlx-lm's module tree for these two families. Does not know how the layers are computed (C++ does) nor how the
-weights are packed. Promises: a model, an input or a cache that differs from what it knows takes MLX's own path.
+Knows mlx-lm's module tree for these two families. Does not know how the layers are computed (C++
+does) nor how the weights are packed. Promises: a model, an input or a cache that differs from what
+it knows takes MLX's own path.
 """
 
 from collections.abc import Iterable, Mapping
@@ -93,7 +95,9 @@ class Stack:
         return None  # a copied model has other modules: it takes the ordinary path until accelerated itself
 
     def step(self, inner: nn.Module, ids: mx.array, cache: list[Any]) -> mx.array | None:
-        """Hidden states after the final norm of `ids` after the cache's positions; None: take MLX's path."""
+        """Hidden states after the final norm of `ids` after the cache's positions; None: take MLX's
+        path.
+        """
         # a number: the positions that the table of rotations is too short for
         states: mx.array | int | None = self._decoder.step(inner, ids, cache)
         if isinstance(states, int):
@@ -102,7 +106,9 @@ class Stack:
         return states if not isinstance(states, int) else None
 
     def step_lanes(self, inner: nn.Module, ids: list[list[int]], caches: list[list[Any]]) -> mx.array | None:
-        """`step` for several sequences at once, at most sixteen ids together: [rows, hidden], in order."""
+        """`step` for several sequences at once, at most sixteen ids together: [rows, hidden], in
+        order.
+        """
         states: mx.array | int | None = self._decoder.step_lanes(inner, ids, caches)
         if isinstance(states, int):
             self._extend_rotations(states)
@@ -145,7 +151,9 @@ class Stack:
 
 
 def rotations(rope: nn.Module, dim: int, positions: int) -> tuple[mx.array, mx.array]:
-    """Cosines and sines [at least `positions`, dim / 2] of the model's rotary module: it turns the pair (1, 0)."""
+    """Cosines and sines [at least `positions`, dim / 2] of the model's rotary module: it turns the
+    pair (1, 0).
+    """
     size = FIRST_POSITIONS
     while size < positions:
         size *= 2

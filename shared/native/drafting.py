@@ -1,7 +1,9 @@
-"""A head draft's step as one C++ call: input projection, layer, final norm and scores of the last row.
+"""A head draft's step as one C++ call: input projection, layer, final norm and scores of the last
+row.
 
-Knows the module names of a one-layer head (models/head.py). Does not know what is done with the scores. Promises: layers
-that were exchanged since (an adapter kept beside its base, for example) take MLX's path.
+Knows the module names of a one-layer head (models/head.py). Does not know what is done with the
+scores. Promises: layers that were exchanged since (an adapter kept beside its base, for example)
+take MLX's path.
 """
 
 from typing import Any
@@ -37,7 +39,8 @@ def why_not_fusable(head: nn.Module) -> str:
 
 
 class DraftStack:
-    """The C++ side of one head, built from its packed layers. `embedding` [vocabulary, hidden] fp32 is the target's.
+    """The C++ side of one head, built from its packed layers. `embedding` [vocabulary, hidden] fp32
+    is the target's.
 
     Raises ValueError for sizes that it has no layout for.
     """
@@ -85,8 +88,8 @@ class DraftStack:
     def step(
         self, states: mx.array, ids: list[int], cache: Any, scorer: nn.Module
     ) -> tuple[mx.array, mx.array, int, float] | None:
-        """Feed `ids` with `states` [n, hidden]: (last output [1, hidden], its scores [hot], the index of the best score,
-        their log-sum-exp). None: take MLX's path.
+        """Feed `ids` with `states` [n, hidden]: (last output [1, hidden], its scores [hot], the
+        index of the best score, their log-sum-exp). None: take MLX's path.
         """
         packed = packed_weight(scorer)
         if packed is None or not packed.of(scorer.weight):

@@ -1,7 +1,9 @@
-"""Whether the C++ extension can be used: it is built, for this MLX, this CPU has kernels, and its self-test passes.
+"""Whether the C++ extension can be used: it is built, for this MLX, this CPU has kernels, and its
+self-test passes.
 
 Decided once, at the first call. Promises: at most one warning, with the remedy; never an exception.
-`SPECL_NATIVE=0` turns it off, `SPECL_NATIVE_ISA` names an instruction set (avx512, avx2, neon, scalar).
+`SPECL_NATIVE=0` turns it off, `SPECL_NATIVE_ISA` names an instruction set (avx512, avx2, neon,
+scalar).
 """
 
 import functools
@@ -98,7 +100,9 @@ def reason() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets of this machine that there are kernels for, best first; `scalar` is always there."""
+    """The instruction sets of this machine that there are kernels for, best first; `scalar` is
+    always there.
+    """
     names: list[str] = native().isas()
     return names
 
@@ -115,7 +119,9 @@ def use_instruction_set(name: str) -> None:
 
 
 def set_threads(n: int) -> None:
-    """Set the pool's threads, the caller among them; 0 means one for each processor that this process may use."""
+    """Set the pool's threads, the caller among them; 0 means one for each processor that this
+    process may use.
+    """
     if n < 0:
         raise ValueError("threads cannot be negative")
     native().set_threads(n)

@@ -1,8 +1,10 @@
-"""Subclasses of MLX's layers that keep their dense weight and compute a few rows from a packed copy of it.
+"""Subclasses of MLX's layers that keep their dense weight and compute a few rows from a packed copy
+of it.
 
-A layer changes its class and nothing else, so names, parameters, isinstance and LoRA wrapping work as before, and
-giving the class back undoes it. Does not know models. Promises: a weight that was exchanged since packing, input of a
-gradient or of a compilation, and more rows than MAX_WIDTH take MLX's own product.
+A layer changes its class and nothing else, so names, parameters, isinstance and LoRA wrapping work
+as before, and giving the class back undoes it. Does not know models. Promises: a weight that was
+exchanged since packing, input of a gradient or of a compilation, and more rows than MAX_WIDTH take
+MLX's own product.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,9 @@ from specl.shared.native.packing import Affine, Matrix, Weights, affine_from_mlx
 
 
 class PackedWeight:
-    """A packed weight and the array it was made from, which it keeps, so that no other array can take its identity."""
+    """A packed weight and the array it was made from, which it keeps, so that no other array can
+    take its identity.
+    """
 
     __slots__ = ("_id", "_source", "matrix")
 
@@ -45,7 +49,9 @@ class FewRowLinear(nn.Linear):
 
 
 class FewRowQuantizedLinear(nn.QuantizedLinear):
-    """A quantised layer with its weight in the kernels' layout; for any number of rows, as MLX's product is scalar."""
+    """A quantised layer with its weight in the kernels' layout; for any number of rows, as MLX's
+    product is scalar.
+    """
 
     packed: PackedWeight
 
@@ -101,7 +107,9 @@ def packed_matrix(module: nn.Module) -> Matrix:
 
 
 def attach(module: nn.Module, weights: Weights, exact: Affine | None) -> Matrix | None:
-    """Pack a plain layer's weight and give it the few-row class; None where it is of another kind or type."""
+    """Pack a plain layer's weight and give it the few-row class; None where it is of another kind
+    or type.
+    """
     kind = FEW_ROW_CLASSES.get(type(module)) or (type(module) if type(module) in PLAIN_CLASSES else None)
     if kind is None or ("bias" in module and module.bias.dtype != mx.float32):
         return None
@@ -128,7 +136,9 @@ def detach(module: nn.Module) -> None:
 
 
 def each_layer(model: nn.Module, tied: bool, visit: Callable[[str, nn.Module], None]) -> None:
-    """Visit every layer that can have a few-row class; the embedding only where it is the output matrix as well."""
+    """Visit every layer that can have a few-row class; the embedding only where it is the output
+    matrix as well.
+    """
     for path, module in model.named_modules():
         kind = PLAIN_CLASSES.get(type(module), type(module))
         if kind in FEW_ROW_CLASSES and (kind is not nn.Embedding or (tied and path.endswith("embed_tokens"))):

@@ -1,7 +1,8 @@
 """Weights in the formats that the kernels read, and which format a matrix gets.
 
-Knows the affine form (value * scale + offset by group) that MLX's quantisation and GGUF's block formats share. Does not
-know models. Promises: `pack` with "auto" takes only a format whose weights are bit for bit the dense ones.
+Knows the affine form (value * scale + offset by group) that MLX's quantisation and GGUF's block
+formats share. Does not know models. Promises: `pack` with "auto" takes only a format whose weights
+are bit for bit the dense ones.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ class Matrix(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Affine:
-    """A matrix as whole numbers of `bits` bits: weight = value * scale + offset, a scale and an offset a group."""
+    """A matrix as whole numbers of `bits` bits: weight = value * scale + offset, a scale and an
+    offset a group.
+    """
 
     bits: int
     group: int
@@ -43,7 +46,8 @@ class Affine:
 
 
 def affine_from_gguf(data: np.ndarray, kind: str) -> Affine | None:
-    """A tensor of a GGUF file: `data` its rows of blocks (as gguf's reader gives them), `kind` its type's name.
+    """A tensor of a GGUF file: `data` its rows of blocks (as gguf's reader gives them), `kind` its
+    type's name.
 
     Exact for Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q6_K; None for any other type.
     """
@@ -78,7 +82,9 @@ def _halves(raw: np.ndarray) -> np.ndarray:
 
 
 def _q6_k(raw: np.ndarray) -> Affine:
-    """Blocks of 256: low nibbles, high pairs of bits, sixteen signed scales, one fp16 scale over them."""
+    """Blocks of 256: low nibbles, high pairs of bits, sixteen signed scales, one fp16 scale over
+    them.
+    """
     n = raw.shape[0]
     low, high = raw[..., :128].reshape(n, -1, 2, 2, 32), raw[..., 128:192].reshape(n, -1, 2, 1, 32)
     nibbles = np.concatenate([low & 15, low >> 4], axis=3)
@@ -101,8 +107,8 @@ def affine_from_mlx(weight: mx.array, scales: mx.array, biases: mx.array, *, bit
 def pack(dense: mx.array, weights: Weights = "auto", exact: Affine | None = None) -> Matrix:
     """A matrix for the kernels.
 
-    "auto": `exact` where it equals `dense` bit for bit, else bf16 where that loses nothing, else fp32. "exact": `exact`
-    without a comparison, for rows of a matrix that was compared as a whole.
+    "auto": `exact` where it equals `dense` bit for bit, else bf16 where that loses nothing, else
+    fp32. "exact": `exact` without a comparison, for rows of a matrix that was compared as a whole.
     """
     if weights == "exact" and exact is not None:
         return pack_affine(exact)
