@@ -22,7 +22,7 @@ Main = Callable[[Paths, Settings, Server, StopFlag], None]
 Serve = Callable[[Paths, Settings], None]
 
 
-def exit_at_once(code: int) -> None:
+def exit_now(code: int) -> None:
     """End the process without waiting for threads: a model that is still loading would delay an
     ordinary exit, and Ctrl-C promises four seconds. Everything that must last is on disk by now.
     """

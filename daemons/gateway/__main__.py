@@ -2,7 +2,7 @@
 
 import time
 
-from specl.daemons.run import exit_at_once, run_exclusively
+from specl.daemons.run import exit_now, run_exclusively
 from specl.shared.paths import Paths
 from specl.shared.runtime import log
 from specl.shared.runtime.signals import StopFlag, supervisor_pid
@@ -25,4 +25,4 @@ def main(paths: Paths, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    exit_at_once(run_exclusively("gateway", main))
+    exit_now(run_exclusively("gateway", main))

@@ -1,7 +1,7 @@
 """`python -m specl.daemons.inference`."""
 
 from specl.daemons.inference.service import Inference
-from specl.daemons.run import exit_at_once, run_daemon
+from specl.daemons.run import exit_now, run_daemon
 from specl.shared.messaging.bus import Server
 from specl.shared.paths import Paths
 from specl.shared.runtime.signals import StopFlag
@@ -14,4 +14,4 @@ def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> No
 
 
 if __name__ == "__main__":
-    exit_at_once(run_daemon("inference", main))
+    exit_now(run_daemon("inference", main))

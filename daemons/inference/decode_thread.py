@@ -182,7 +182,7 @@ class DecodeThread(threading.Thread):
         """
         self._run_inbox(block=not self.busy and not self._switching)
         self._advance_switch()
-        self._expire_past_answers()
+        self._expire_answers()
         if self.scheduler is not None:
             self.scheduler.step(lambda: self._run_inbox(block=False))
 
@@ -217,7 +217,7 @@ class DecodeThread(threading.Thread):
             self._current_read_at = time.monotonic()
             self.swap.look()
 
-    def _expire_past_answers(self) -> None:
+    def _expire_answers(self) -> None:
         """`records.retention_days` holds for past answers as for records, whether models are loaded
         or not.
         """
@@ -345,10 +345,10 @@ class DecodeThread(threading.Thread):
             generation = generation_record(running, engine, stats)
             if session.capture is not None and self.settings.records.hidden_spool_mb:
                 states = session.all_states()
-        add = self._past_answer_adder(job.ask.client_id, list(session.output))
+        add = self._answer_adder(job.ask.client_id, list(session.output))
         self.recorder.finish(job.peer, done_message(running, stats), generation, states, add)
 
-    def _past_answer_adder(self, client_id: str, tokens: list[int]) -> Callable[[], None]:
+    def _answer_adder(self, client_id: str, tokens: list[int]) -> Callable[[], None]:
         """An action for the recorder, which knows whether the answer may be kept: later answers of
         the client draft from it.
         """

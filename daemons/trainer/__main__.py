@@ -1,6 +1,6 @@
 """`python -m specl.daemons.trainer`: at a low priority."""
 
-from specl.daemons.run import exit_at_once, run_daemon
+from specl.daemons.run import exit_now, run_daemon
 from specl.daemons.trainer.service import Trainer
 from specl.shared.messaging.bus import Server
 from specl.shared.paths import Paths
@@ -15,4 +15,4 @@ def main(paths: Paths, settings: Settings, server: Server, stop: StopFlag) -> No
 
 if __name__ == "__main__":
     lower_priority()
-    exit_at_once(run_daemon("trainer", main))
+    exit_now(run_daemon("trainer", main))

@@ -147,7 +147,7 @@ def test_unknown_size_has_its_own_error(tmp_path, spoil):
     convert(tmp_path / "m.gguf", tmp_path / "model")
     for name, data in spoil.items():
         (tmp_path / "model" / name).write_bytes(data)
-    with pytest.raises(ModelError, match="cannot be told"):
+    with pytest.raises(ModelError, match="cannot be read"):
         size_of(tmp_path / "model")
 
 

@@ -43,7 +43,7 @@ def test_purge_takes_answers_that_finished_before_it(decoding):
     assert not kept(decoding) and not list(decoding.paths.answers.glob("*"))
 
 
-def test_past_answers_older_than_the_retention_go(new_decoding):
+def test_answers_older_than_the_retention_go(new_decoding):
     decoding, day = new_decoding("records: {retention_days: 2}"), 86400
     past = decoding.engine.past
     files = AnswerFiles(decoding.paths.answers, decoding.engine.target.tokenizer_fingerprint)
