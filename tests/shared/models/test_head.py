@@ -49,7 +49,7 @@ def naive_draft(draft, text, k):
     return found
 
 
-def told(draft, text):
+def drafter_after(draft, text):
     drafter = HeadDrafter(draft)
     drafter.extend(text, states_of(draft.target, text))
     return drafter
@@ -101,14 +101,14 @@ def test_hot_vocabulary_outside_the_vocabulary_is_refused(draft, hot):
 
 
 def test_only_hot_tokens_are_proposed(draft):
-    proposed = told(draft, TEXT).propose(6, GREEDY).tokens
+    proposed = drafter_after(draft, TEXT).propose(6, GREEDY).tokens
     assert len(proposed) == 6 and set(proposed) <= set(HOT.tolist())
 
 
 # ---------------------------------------------------------------------------------------------------- cache and text
 def test_cache_stays_in_step_after_rewinds(target, draft):
     rng, text = np.random.default_rng(0), list(TEXT)
-    drafter = told(draft, text)
+    drafter = drafter_after(draft, text)
     for _ in range(12):
         k = int(rng.integers(0, 6))
         proposed = drafter.propose(k, GREEDY)
@@ -133,7 +133,7 @@ def test_cache_stays_in_step_after_rewinds(target, draft):
 
 
 def test_rewinding_to_nothing_starts_anew(target, draft):
-    drafter = told(draft, TEXT)
+    drafter = drafter_after(draft, TEXT)
     drafter.propose(2, GREEDY)
     drafter.rewind(0)
     assert drafter.length == 0 and drafter.propose(2, GREEDY).tokens == []

@@ -27,7 +27,7 @@ def same_bits(one, other):
 
 
 @pytest.mark.parametrize(
-    ("wish", "layers"),
+    ("choice", "layers"),
     [
         ("5", (0, 1, 2, 28, 29)),
         ("1", (0,)),
@@ -37,14 +37,14 @@ def same_bits(one, other):
         ("3,", (3,)),
     ],
 )
-def test_layers_are_picked_from_both_ends(wish, layers):
-    assert pick_layers(wish, 30) == layers
+def test_layers_are_picked_from_both_ends(choice, layers):
+    assert pick_layers(choice, 30) == layers
 
 
-@pytest.mark.parametrize("wish", ["0", "30", "-1", "some", "", "1,1", "2,1", "0,30", "-1,2"])
-def test_missing_layers_are_refused_in_one_sentence(wish):
+@pytest.mark.parametrize("choice", ["0", "30", "-1", "some", "", "1,1", "2,1", "0,30", "-1,2"])
+def test_missing_layers_are_refused_in_one_sentence(choice):
     with pytest.raises(ConfigError, match="--layers"):
-        pick_layers(wish, 30)
+        pick_layers(choice, 30)
 
 
 def test_layer_settings_are_cut_with_the_layers():
