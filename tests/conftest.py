@@ -96,10 +96,10 @@ def tiny():
     """The factory `tiny_model`, cached."""
     made = {}
 
-    def make(**wish):
-        key = tuple(sorted(wish.items()))
+    def make(**options):
+        key = tuple(sorted(options.items()))
         if key not in made:
-            made[key] = tiny_model(**wish)
+            made[key] = tiny_model(**options)
         return made[key]
 
     return make

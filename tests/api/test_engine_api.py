@@ -13,7 +13,7 @@ from specl.shared.engine.sampling import Distribution, point_mass
 from specl.shared.errors import AdapterRejected, ConfigError, ModelError, RequestRejected, SpecLoraError
 from tests.fakes import run_python
 
-WISH = {"max_tokens": 12, "temperature": 0, "ngram": False}
+OPTIONS = {"max_tokens": 12, "temperature": 0, "ngram": False}
 
 
 @pytest.fixture(scope="module")
@@ -33,53 +33,53 @@ def test_import_specl_loads_next_to_nothing():
 
 
 def test_stream_pieces_join_to_the_text(engine):
-    pieces = list(engine.stream("hello", **WISH))
-    assert "".join(pieces) == engine.last.text == engine.generate("hello", **WISH).text
+    pieces = list(engine.stream("hello", **OPTIONS))
+    assert "".join(pieces) == engine.last.text == engine.generate("hello", **OPTIONS).text
     assert len(engine.last.tokens) == 12 and engine.last.finish_reason == "length"
     # the draft is the target itself: every guess stands
     assert engine.last.stats.model_accepted == engine.last.stats.model_drafted > 0
 
 
 def test_drafting_and_seed_leave_the_text_unchanged(engine):
-    plain = engine.generate("hello there", **WISH, num_draft_tokens=0)
-    assert engine.generate("hello there", **WISH, num_draft_tokens=4).tokens == plain.tokens
-    drawn = [engine.generate("hi", **WISH | {"temperature": 0.9}, seed=5, num_draft_tokens=k).tokens for k in (0, 4)]
+    plain = engine.generate("hello there", **OPTIONS, num_draft_tokens=0)
+    assert engine.generate("hello there", **OPTIONS, num_draft_tokens=4).tokens == plain.tokens
+    drawn = [engine.generate("hi", **OPTIONS | {"temperature": 0.9}, seed=5, num_draft_tokens=k).tokens for k in (0, 4)]
     assert drawn[0] == drawn[1]
 
 
 def test_chat_template_and_system_message_are_applied(engine):
-    alone = engine.generate("hello", **WISH).stats.prompt_tokens
-    with_system = engine.generate("hello", **WISH, system="Be brief.").stats.prompt_tokens
+    alone = engine.generate("hello", **OPTIONS).stats.prompt_tokens
+    with_system = engine.generate("hello", **OPTIONS, system="Be brief.").stats.prompt_tokens
     as_messages = engine.generate(
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}], **WISH
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}], **OPTIONS
     )
     assert alone > len("hello") and with_system > alone and as_messages.stats.prompt_tokens == with_system
 
 
 def test_a_stop_string_ends_the_answer_before_itself(engine):
-    whole = engine.generate("hello", **WISH).text
+    whole = engine.generate("hello", **OPTIONS).text
     stop = whole[3:5]
-    answer = engine.generate("hello", **WISH, stop=stop)
+    answer = engine.generate("hello", **OPTIONS, stop=stop)
     assert answer.text == whole[: whole.index(stop)] and answer.finish_reason == "stop"
 
 
 def test_leaving_a_stream_keeps_what_was_made(engine):
-    for _ in engine.stream("a story", **WISH | {"max_tokens": 100}):
+    for _ in engine.stream("a story", **OPTIONS | {"max_tokens": 100}):
         break
     assert engine.last.finish_reason == "cancelled" and 0 < len(engine.last.tokens) < 100
-    assert engine.generate("a story", **WISH).finish_reason == "length"
+    assert engine.generate("a story", **OPTIONS).finish_reason == "length"
 
 
 def test_stats_add_up(engine):
     before = engine.stats()
-    answer = engine.generate("count", **WISH)
+    answer = engine.generate("count", **OPTIONS)
     after = engine.stats()
     assert after["answers"] == before["answers"] + 1 and after["tokens"] == before["tokens"] + len(answer.tokens)
     assert after["acceptance_rate"] == round(after["model_accepted"] / after["model_drafted"], 4)
 
 
 @pytest.mark.parametrize(
-    "wish, word",
+    "options, word",
     [
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
@@ -87,9 +87,9 @@ def test_stats_add_up(engine):
         ({"max_token": 5}, "max_token"),
     ],
 )
-def test_invalid_options_are_refused_before_the_first_piece(engine, wish, word):
+def test_invalid_options_are_refused_before_the_first_piece(engine, options, word):
     with pytest.raises(RequestRejected, match=word):
-        engine.stream("hi", **wish)
+        engine.stream("hi", **options)
 
 
 def test_other_threads_and_closed_engines_are_refused(model_folder):
@@ -98,7 +98,7 @@ def test_other_threads_and_closed_engines_are_refused(model_folder):
 
         def use():
             try:
-                engine.generate("hi", **WISH)
+                engine.generate("hi", **OPTIONS)
             except SpecLoraError as error:
                 said.append(str(error))
 
@@ -118,7 +118,7 @@ def test_missing_model_is_one_sentence():
 
 
 class Oracle:
-    """Knows the whole text beforehand and, where told to, breaks a rule."""
+    """Knows the whole text beforehand and breaks a rule on request."""
 
     def __init__(self, tokens, spoil=lambda draft: draft):
         self.tokens, self.spoil, self.length, self.prompt = tokens, spoil, 0, None
@@ -132,7 +132,7 @@ class Oracle:
         self.length = length
 
     def propose(self, k, draw):
-        # the first emitted token comes after the prompt and before anything was told
+        # the first emitted token comes after the prompt and before any text is emitted
         tokens = self.tokens[self.length - self.prompt :][:k]
         draft = Draft(tokens, [point_mass(t) for t in tokens], [1.0] * len(tokens), "whatever")
         return self.spoil(draft) if tokens else NOTHING
@@ -143,9 +143,9 @@ def with_oracle(model_folder, plain, spoil=lambda draft: draft):
 
 
 def test_custom_drafter_counts_as_model_drafter(engine, model_folder):
-    plain = engine.generate("hello", **WISH, num_draft_tokens=0)
+    plain = engine.generate("hello", **OPTIONS, num_draft_tokens=0)
     with with_oracle(model_folder, plain) as own:
-        answer = own.generate("hello", **WISH, num_draft_tokens=3)
+        answer = own.generate("hello", **OPTIONS, num_draft_tokens=3)
     assert answer.tokens == plain.tokens
     assert answer.stats.model_accepted == answer.stats.model_drafted == 9 and answer.stats.rounds == 3
 
@@ -164,9 +164,9 @@ def test_custom_drafter_counts_as_model_drafter(engine, model_folder):
     ],
 )
 def test_drafter_that_breaks_a_rule_is_named(engine, model_folder, spoil, word):
-    plain = engine.generate("hello", **WISH, num_draft_tokens=0)
+    plain = engine.generate("hello", **OPTIONS, num_draft_tokens=0)
     with with_oracle(model_folder, plain, spoil) as own, pytest.raises(SpecLoraError, match=word):
-        own.generate("hello", **WISH, num_draft_tokens=3)
+        own.generate("hello", **OPTIONS, num_draft_tokens=3)
 
 
 def test_what_is_no_drafter_is_refused_at_load(model_folder):
@@ -202,7 +202,7 @@ def test_broken_drafter_costs_a_daemon_only_speed(engine, model_folder):
     def fail(draft):
         raise KeyError("a bug")
 
-    plain = engine.generate("hello", **WISH, num_draft_tokens=0)
+    plain = engine.generate("hello", **OPTIONS, num_draft_tokens=0)
     heard = []
     target = load(str(model_folder), model_folder)
     core = Core(target, None, drafter_factory=lambda t, d: Oracle(plain.tokens, fail), on_error=heard.append)

@@ -22,21 +22,21 @@ def main():
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--block", type=int, default=5)
     parser.add_argument("--draft")
-    wish = parser.parse_args()
+    options = parser.parse_args()
     settings, paths = load_settings(), find_paths()
     target = ensure_model(settings.models.target.name, paths.models)
-    name = wish.draft or settings.models.draft.name
+    name = options.draft or settings.models.draft.name
     draft = str(draft_folder(name, paths.models) or name) if name else None
-    items = prompt_sets.pick("general", wish.requests)
+    items = prompt_sets.pick("general", options.requests)
     seconds, tokens = {"fast": 0.0, "detailed": 0.0}, {"fast": 0, "detailed": 0}
     with ScratchDaemons(settings, target, draft, paths.models, paths.costs) as daemons, daemons.client() as client:
         client.ask(items[0].messages, max_tokens=8, temperature=0.0)
-        for start in range(0, len(items), wish.block):
-            order = ["fast", "detailed"] if (start // wish.block) % 2 == 0 else ["detailed", "fast"]
+        for start in range(0, len(items), options.block):
+            order = ["fast", "detailed"] if (start // options.block) % 2 == 0 else ["detailed", "fast"]
             for mode in order:
                 begun = time.perf_counter()
-                for item in items[start : start + wish.block]:
-                    tokens[mode] += client.ask(item.messages, max_tokens=wish.tokens, temperature=0.0, mode=mode).tokens
+                for item in items[start : start + options.block]:
+                    tokens[mode] += client.ask(item.messages, max_tokens=options.tokens, temperature=0.0, mode=mode).tokens
                 seconds[mode] += time.perf_counter() - begun
     rates = {mode: tokens[mode] / seconds[mode] for mode in seconds}
     print(

@@ -82,12 +82,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--gap", type=float, default=10.0, help="seconds without text that count as starving")
-    wish = parser.parse_args()
+    options = parser.parse_args()
     with Client() as client:
         url = system_status(client).gateway.address
-    clients, start = [Seen() for _ in range(wish.streams)], time.monotonic()
+    clients, start = [Seen() for _ in range(options.streams)], time.monotonic()
     threads = [
-        threading.Thread(target=work, args=(url, n, wish.streams, start + 60 * wish.minutes, wish.tokens, seen))
+        threading.Thread(target=work, args=(url, n, options.streams, start + 60 * options.minutes, options.tokens, seen))
         for n, seen in enumerate(clients)
     ]
     for thread in threads:
@@ -97,9 +97,9 @@ def main() -> int:
     seconds, tokens = time.monotonic() - start, [seen.tokens for seen in clients]
     errors = [error for seen in clients for error in seen.errors]
     longest = max(seen.gap_s for seen in clients)
-    starved = longest > wish.gap or min(tokens) < 0.5 * statistics.median(tokens)
+    starved = longest > options.gap or min(tokens) < 0.5 * statistics.median(tokens)
     found = {
-        "streams": wish.streams,
+        "streams": options.streams,
         "seconds": round(seconds, 1),
         "answers": sum(seen.answers for seen in clients),
         "failed": len(errors),

@@ -79,32 +79,32 @@ def main():
     parser.add_argument("--cache", type=Path, default=find_paths().root / "bench")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--asked", type=Path, help=argparse.SUPPRESS)
-    wish = parser.parse_args()
-    if wish.write:
-        return write_reference(wish.write, json.loads(wish.asked.read_text()), wish.tokens)
+    options = parser.parse_args()
+    if options.write:
+        return write_reference(options.write, json.loads(options.asked.read_text()), options.tokens)
     settings, paths = load_settings(), find_paths()
-    if wish.draft:
+    if options.draft:
         settings = settings.model_copy(
-            update={"models": settings.models.model_copy(update={"draft": DraftModel(name=wish.draft)})}
+            update={"models": settings.models.model_copy(update={"draft": DraftModel(name=options.draft)})}
         )
     engine = load_engine(settings, paths.models)
     load_or_calibrate(engine, paths.costs)
-    items = chosen(wish.prompts)
+    items = chosen(options.prompts)
     prompts = [engine.encode_chat(item.messages)[1] for item in items]
-    expected = reference(engine, prompts, wish.tokens, wish.cache)
+    expected = reference(engine, prompts, options.tokens, options.cache)
     arm = EngineArm(
-        "ours", engine, SamplingParams(), None if wish.k == "auto" else int(wish.k), ngram=True, capture_k=32
+        "ours", engine, SamplingParams(), None if options.k == "auto" else int(options.k), ngram=True, capture_k=32
     )
     counts, drafted, rejected, ties = {}, 0, 0, []
     for item, prompt, text in zip(items, prompts, expected, strict=True):
-        answer = arm.answer(item, prompt, wish.tokens)
+        answer = arm.answer(item, prompt, options.tokens)
         found = check(engine, arm, prompt, text, answer.tokens)
         counts[found.verdict] = counts.get(found.verdict, 0) + 1
         drafted, rejected = drafted + answer.drafted, rejected + answer.rejected
         ties += [f"{item.id} at {tie.position}: gap {tie.gap:.2e}" for tie in found.ties]
         if found.verdict == "different":
             print(f"DIFFERENT: {item.id} at {found.position}", flush=True)
-    print(f"{len(items)} prompts x {wish.tokens}: {counts}, {drafted} drafted, {rejected} refused")
+    print(f"{len(items)} prompts x {options.tokens}: {counts}, {drafted} drafted, {rejected} refused")
     print("\n".join(ties))
     conclusive = drafted >= ENOUGH_DRAFTED and rejected >= ENOUGH_REJECTED
     if not conclusive:

@@ -116,14 +116,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=5.0)
-    wish = parser.parse_args()
+    options = parser.parse_args()
     with Client() as client:
         gateway = system_status(client).gateway
         url = gateway.address
         with httpx.Client(base_url=url, timeout=120) as http:
-            found = {"alone": compare(client, http, wish.rounds, wish.tokens, gateway.pid)}
-    if wish.minutes:
-        found["crowd"] = crowd(url, wish.streams, wish.minutes, wish.tokens)
+            found = {"alone": compare(client, http, options.rounds, options.tokens, gateway.pid)}
+    if options.minutes:
+        found["crowd"] = crowd(url, options.streams, options.minutes, options.tokens)
     print(json.dumps(found, indent=1))
 
 

@@ -78,11 +78,11 @@ def draw_all(engine, sampling, draws, others):
     return counts, k_used
 
 
-def p_value(counts, law_of, draws):
+def p_value(counts, expected, draws):
     """Chi-square; sequences expected fewer than 5 times are one cell."""
-    if set(counts) - set(law_of):
+    if set(counts) - set(expected):
         return 0.0
-    big = {key: p for key, p in law_of.items() if p * draws >= 5}
+    big = {key: p for key, p in expected.items() if p * draws >= 5}
     rest = 1 - sum(big.values())
     seen = [counts.get(key, 0) for key in big]
     want = [p * draws for p in big.values()]
@@ -98,21 +98,21 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.8)
     parser.add_argument("--broken", action="store_true")
-    wish = parser.parse_args()
-    if wish.broken:
+    options = parser.parse_args()
+    if options.broken:
         acceptance.residual = lambda target_p, draft_p: target_p
-    sampling = SamplingParams(temperature=wish.temperature, top_p=wish.top_p)
+    sampling = SamplingParams(temperature=options.temperature, top_p=options.top_p)
     target, draft = model(3), model(4)
     others = [model(seed).model.parameters() for seed in (4, 5, 3)]
     engine = EngineCore(target, draft)
     engine.costs = Costs({1: 1.0, 2: 1.02, 8: 1.1}, {1: 0.1, 8: 0.8}, ngram=0.01)
-    law_of = exact(target, sampling)
-    counts, k_used = draw_all(engine, sampling, wish.draws, others)
-    p = p_value(counts, law_of, wish.draws)
+    expected = exact(target, sampling)
+    counts, k_used = draw_all(engine, sampling, options.draws, others)
+    p = p_value(counts, expected, options.draws)
     print(
-        f"T={wish.temperature} top-p={wish.top_p}: {len(law_of)} sequences, {wish.draws} draws, k used {k_used}, p = {p:.4g}"
+        f"T={options.temperature} top-p={options.top_p}: {len(expected)} sequences, {options.draws} draws, k used {k_used}, p = {p:.4g}"
     )
-    sys.exit(0 if (p < 0.001 if wish.broken else p > 0.001) else 1)
+    sys.exit(0 if (p < 0.001 if options.broken else p > 0.001) else 1)
 
 
 if __name__ == "__main__":

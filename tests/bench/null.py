@@ -204,23 +204,23 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each decision")
     parser.add_argument("--minutes", type=float, default=60, help="begin no decision later than this")
     parser.add_argument("--json", type=Path, help="write the figures of every decision")
-    wish = parser.parse_args()
+    options = parser.parse_args()
     start = time.monotonic()
-    world = World() if wish.model == "tiny" else Builtin()
+    world = World() if options.model == "tiny" else Builtin()
     arms: dict[str, list[Verdict]] = {}
     print(f"built {time.monotonic() - start:.0f} s", flush=True)
-    for name, shuffle, count in (("control", False, wish.controls), ("null", True, wish.decisions)):
+    for name, shuffle, count in (("control", False, options.controls), ("null", True, options.decisions)):
         arms[name] = []
         for number in range(count):
-            if time.monotonic() - start < 60 * wish.minutes:
-                arms[name].append(decide(world, number, shuffle, wish.steps))
+            if time.monotonic() - start < 60 * options.minutes:
+                arms[name].append(decide(world, number, shuffle, options.steps))
                 print(name, number, arms[name][-1].reason, f"{time.monotonic() - start:.0f} s", flush=True)
         print(
             name, json.dumps(summary(arms[name]) if arms[name] else {}), f"{time.monotonic() - start:.0f} s", flush=True
         )
-    if wish.json:
-        told = {name: {"summary": summary(arm), "verdicts": [v.numbers() for v in arm]} for name, arm in arms.items()}
-        wish.json.write_text(json.dumps(told, indent=1))
+    if options.json:
+        output = {name: {"summary": summary(arm), "verdicts": [v.numbers() for v in arm]} for name, arm in arms.items()}
+        options.json.write_text(json.dumps(output, indent=1))
     promoted = summary(arms["null"])["promoted"]
     seen = sum(verdict.low > 0 for verdict in arms["control"])
     return 0 if promoted <= max(1, len(arms["null"]) // 40) and 2 * seen > len(arms["control"]) else 1

@@ -68,10 +68,10 @@ def training(client: Client) -> dict:
     return asdict(trainer.training) if trainer else {}
 
 
-def begin(client: Client, wish: argparse.Namespace) -> None:
+def begin(client: Client, options: argparse.Namespace) -> None:
     """Collect a little, and have the run make its first steps."""
     for n, item in enumerate(prompt_sets.pick("code", COLLECTED)):
-        client.ask(item.messages, max_tokens=wish.tokens, conversation_id=conversation(n, HELD_OUT))
+        client.ask(item.messages, max_tokens=options.tokens, conversation_id=conversation(n, HELD_OUT))
     time.sleep(1.0)
     reply = client.train(now=True)
     end = time.monotonic() + BEGUN_S
@@ -90,24 +90,24 @@ def ask(client: Client, item: prompt_sets.BenchPrompt, tokens: int, into: Figure
     into.tokens.append(done.tokens)
 
 
-def compare(client: Client, wish: argparse.Namespace) -> dict:
+def compare(client: Client, options: argparse.Namespace) -> dict:
     """Every prompt twice, each way first in turn."""
     pid = holder_of(client.paths.run, "trainer")
     alone, beside = Figures(), Figures()
     steps, first = 0, training(client)["step"]
-    for number, item in enumerate(prompt_sets.pick("general", wish.requests)):
+    for number, item in enumerate(prompt_sets.pick("general", options.requests)):
         for halted in (True, False) if number % 2 else (False, True):
             if halted:
                 os.kill(pid, signal.SIGSTOP)
             try:
-                ask(client, item, wish.tokens, alone if halted else beside, IDLE_S + WORK_S)
+                ask(client, item, options.tokens, alone if halted else beside, IDLE_S + WORK_S)
             finally:
                 os.kill(pid, signal.SIGCONT)
     steps = training(client)["step"] - first
-    kept = estimate(lambda picks: beside.rate(picks) / alone.rate(picks), wish.requests)
-    whole = np.arange(wish.requests)
+    kept = estimate(lambda picks: beside.rate(picks) / alone.rate(picks), options.requests)
+    whole = np.arange(options.requests)
     return {
-        "requests": wish.requests, "tokens": wish.tokens, "steps_meanwhile": steps,
+        "requests": options.requests, "tokens": options.tokens, "steps_meanwhile": steps,
         "alone": round(alone.rate(whole), 2), "beside": round(beside.rate(whole), 2),
         "kept": round(kept.value, 3), "interval": [round(kept.low, 3), round(kept.high, 3)],
     }  # fmt: skip
@@ -119,16 +119,16 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)
-    wish = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sp-") as folder:
         draft = Path(folder) / "head"
         shutil.copytree(SHIPPED / "smollm2-135m-head", draft, ignore=shutil.ignore_patterns("replay.npz"))
         with scratch_daemons(settings_with(draft), find_paths().models) as client:
-            begin(client, wish)
-            found = compare(client, wish)
+            begin(client, options)
+            found = compare(client, options)
     print(json.dumps(found))
-    if wish.json:
-        wish.json.write_text(json.dumps(found, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
     return 0 if found["kept"] >= BAR and found["steps_meanwhile"] > 0 else 1
 
 

@@ -51,18 +51,18 @@ def main():
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--first", type=int, default=1000, help="tokens of the first turn's prompt")
     parser.add_argument("--draft")
-    wish = parser.parse_args()
+    options = parser.parse_args()
     settings, paths = load_settings(), find_paths()
     target = ensure_model(settings.models.target.name, paths.models)
     tokenizer = load(settings.models.target.name, paths.models, settings.models.precision).tokenizer
-    name = wish.draft or settings.models.draft.name
+    name = options.draft or settings.models.draft.name
     draft = str(draft_folder(name, paths.models) or name) if name else None
     ratios = []
     with ScratchDaemons(settings, target, draft, paths.models, paths.costs) as daemons, daemons.client() as client:
         client.ask([{"role": "user", "content": "hello"}], max_tokens=8, temperature=0.0)
-        for pair in range(wish.pairs):
+        for pair in range(options.pairs):
             client.command("inference", Purge([], None, ""))
-            messages = [{"role": "user", "content": paste(tokenizer, wish.first, pair)}]
+            messages = [{"role": "user", "content": paste(tokenizer, options.first, pair)}]
             first, answer, before = timed(client, messages, 64)
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": SECOND}]
             second, _, after = timed(client, messages, 8)

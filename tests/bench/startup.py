@@ -110,8 +110,8 @@ def slow_modules(arguments: list[str], environment: dict[str, str]) -> str:
     command = [sys.executable, "-X", "importtime", COMMAND, *arguments]
     said = subprocess.run(command, env=environment, capture_output=True, text=True).stderr
     found = [(int(own), name) for own, name in re.findall(r"import time:\s+(\d+) \|\s+\d+ \| \s*(\S+)", said)]
-    told = ", ".join(f"{name} {own / 1000:.0f}" for own, name in sorted(found, reverse=True)[:10])
-    return f"{len(found)} modules, {sum(own for own, _ in found) / 1000:.0f} ms in all; own ms: {told}"
+    output = ", ".join(f"{name} {own / 1000:.0f}" for own, name in sorted(found, reverse=True)[:10])
+    return f"{len(found)} modules, {sum(own for own, _ in found) / 1000:.0f} ms in all; own ms: {output}"
 
 
 def report(name: str, once: Callable[[], float], times: int, arguments: list[str], environment: dict[str, str]) -> None:

@@ -234,11 +234,11 @@ def main() -> int:
     parser.add_argument("--swaps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of each answer")
     parser.add_argument("--json", type=Path)
-    wish = parser.parse_args()
-    found = measure(wish.model == "tiny", wish.requests, wish.swaps, wish.tokens)
+    options = parser.parse_args()
+    found = measure(options.model == "tiny", options.requests, options.swaps, options.tokens)
     print(json.dumps(found, indent=1))
-    if wish.json:
-        wish.json.write_text(json.dumps(found, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
     good = found["failed"] == found["texts_changed"] == found["swaps_refused"] == 0 and found["base_identical"]
     return 0 if good else 1
 

@@ -5,7 +5,7 @@
 The draft is some layers of the target (`draft build --kind layers` makes such), LoRA stands on every linear layer of it, the
 loss is cross-entropy on every token but the first. Both sides train copies with AdamW in this process, in turn; mlx_lm's own `train`
 runs its compiled step. The first `--steps` of every turn are not counted. Seconds are processor time, which a busy machine stretches less;
-wall time is told beside it. Exit code 0: at least as fast as mlx-lm.
+wall time is printed beside it. Exit code 0: at least as fast as mlx-lm.
 """
 
 import argparse
@@ -60,10 +60,10 @@ class Clock:
 class Theirs(TrainingCallback):
     """mlx_lm.tuner.trainer.train; it tells of every `steps` steps, and the second telling is what counts."""
 
-    def __init__(self, draft: LanguageModel, texts: np.ndarray, wish: argparse.Namespace) -> None:
-        self.model, self.wish = draft.model, wish
+    def __init__(self, draft: LanguageModel, texts: np.ndarray, options: argparse.Namespace) -> None:
+        self.model, self.options = draft.model, options
         self.model.freeze()
-        linear_to_lora_layers(self.model, wish.layers, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
+        linear_to_lora_layers(self.model, options.layers, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
         self.texts = [(text.tolist(), 0) for text in texts]
         self.optimizer = optim.AdamW(learning_rate=RATE, weight_decay=DECAY)
         self.trained = count(self.model)
@@ -75,10 +75,10 @@ class Theirs(TrainingCallback):
 
     def turn(self) -> tuple[float, float]:
         self.clock, self.laps = Clock(), []
-        steps, batch = self.wish.steps, self.wish.batch
+        steps, batch = self.options.steps, self.options.batch
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             file = str(Path(folder) / "adapters.safetensors")
-            sizes = {"batch_size": batch, "iters": 2 * steps, "max_seq_length": 1 + self.wish.length}
+            sizes = {"batch_size": batch, "iters": 2 * steps, "max_seq_length": 1 + self.options.length}
             arguments = TrainingArgs(**sizes, steps_per_report=steps, steps_per_save=10**6, adapter_file=file)
             train(self.model, self.optimizer, self.texts, args=arguments, training_callback=self)
         return self.laps[1]
@@ -87,14 +87,14 @@ class Theirs(TrainingCallback):
 class Ours:
     """learning/steps.py, as the trainer runs it."""
 
-    def __init__(self, draft: LanguageModel, texts: np.ndarray, wish: argparse.Namespace) -> None:
-        self.wish, self.place = wish, 0
+    def __init__(self, draft: LanguageModel, texts: np.ndarray, options: argparse.Namespace) -> None:
+        self.options, self.place = options, 0
         self.examples = [to_example(text) for text in texts]
         module = draft.model
         module.freeze()
         attach(module, LoraShape(RANK, RANK * SCALE, 0.0, choose_layers(module, "all")))
         self.loop = StepLoop(
-            Learner(draft), LossSettings("ce"), StepSettings(RATE, 2 * wish.steps * wish.rounds, weight_decay=DECAY)
+            Learner(draft), LossSettings("ce"), StepSettings(RATE, 2 * options.steps * options.rounds, weight_decay=DECAY)
         )
         self.trained = count(module)
 
@@ -106,9 +106,9 @@ class Ours:
 
     def _steps(self) -> float:
         losses = []
-        for _ in range(self.wish.steps):
-            self.place = (self.place + self.wish.batch) % (len(self.examples) - self.wish.batch + 1)
-            losses.append(self.loop.step([self.examples[self.place : self.place + self.wish.batch]]))
+        for _ in range(self.options.steps):
+            self.place = (self.place + self.options.batch) % (len(self.examples) - self.options.batch + 1)
+            losses.append(self.loop.step([self.examples[self.place : self.place + self.options.batch]]))
         return float(np.mean(losses))
 
 
@@ -132,19 +132,19 @@ def texts_of(target: LanguageModel, number: int, length: int) -> np.ndarray:
     return tokens.reshape(number, length)
 
 
-def measure(wish: argparse.Namespace) -> dict:
+def measure(options: argparse.Namespace) -> dict:
     """Both sides in turn."""
     settings = load_settings()
     target = load(settings.models.target.name, find_paths().models, "auto", to_stderr)
-    layers = pick_layers(str(wish.layers), int(target.config["num_hidden_layers"]))
-    texts = texts_of(target, 4 * wish.batch, wish.length)
+    layers = pick_layers(str(options.layers), int(target.config["num_hidden_layers"]))
+    texts = texts_of(target, 4 * options.batch, options.length)
     sides = {
-        "mlx-lm": Theirs(new_layers(target, layers), texts, wish),
-        "ours": Ours(new_layers(target, layers), texts, wish),
+        "mlx-lm": Theirs(new_layers(target, layers), texts, options),
+        "ours": Ours(new_layers(target, layers), texts, options),
     }
-    tokens = wish.steps * wish.batch * (wish.length - 1)
+    tokens = options.steps * options.batch * (options.length - 1)
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for number in range(wish.rounds):
+    for number in range(options.rounds):
         for name in sorted(sides, reverse=number % 2 == 1):
             rates[name].append(tuple(tokens / seconds for seconds in sides[name].turn()))
             print(name, "tokens a second: wall {:.0f}, processor {:.0f}".format(*rates[name][-1]), flush=True)
@@ -169,12 +169,12 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    wish = parser.parse_args()
+    options = parser.parse_args()
     blas.set_threads(1)
-    found = measure(wish)
+    found = measure(options)
     print(json.dumps(found, indent=1))
-    if wish.json:
-        wish.json.write_text(json.dumps(found, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
     return 0 if found["ratio by processor time"] >= 1 else 1
 
 

@@ -69,7 +69,7 @@ def test_several_terminals_at_once_are_all_answered(system):
     outputs = [process.communicate(timeout=120) for process in asking]
     assert all(process.returncode == 0 for process in asking), outputs
     assert all(json.loads(out)["tokens"] for out, _ in outputs)
-    assert any("waiting" in err for _, err in outputs), "whoever had to wait was told"
+    assert any("waiting" in err for _, err in outputs), "waiting clients see that they wait"
 
 
 def test_ctrl_c_cancels_on_the_server(system):

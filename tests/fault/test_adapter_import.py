@@ -125,8 +125,8 @@ def test_daemons_import_good_and_refuse_bad_adapters(instance, tmp_path):
     assert done.returncode == 1 and "goes on from adapter 000007" in done.stdout
     from_mlx_lm(tmp_path / "theirs")
     done = control(instance, "--json", str(tmp_path / "theirs"))
-    told = json.loads(done.stdout)
-    assert done.returncode == 0 and told["verdict"] == "promoted" and told["adapter_id"] == "000001", told
+    output = json.loads(done.stdout)
+    assert done.returncode == 0 and output["verdict"] == "promoted" and output["adapter_id"] == "000001", output
     wait_until(lambda: instance.status("inference")["adapter"]["active"] == "000001", 10, "it drafts")
     assert instance.ask("and now?", temperature=0.8, max_tokens=8).adapter_id == "000001"
     wait_until(lambda: len(runs(instance)) == 3, 10, "all verdicts are stored")

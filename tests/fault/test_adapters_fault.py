@@ -66,7 +66,7 @@ def test_f12_the_trainer_itself_dies_and_goes_on(instance, point):
     trainer = instance.start("trainer", SPECL_TEST_CHECKPOINT_S="0")
     instance.ready("trainer")
     adapters = Adapters(instance.paths.adapters)
-    if point == "adapter.before_publish":  # it stands, though nobody was told
+    if point == "adapter.before_publish":  # it stands, though nothing was announced
         assert adapters.current() == "000001"
         wait_until(lambda: instance.status("inference")["adapter"]["active"] == "000001", 15, "the slow tick finds it")
         wait_until(lambda: instance.stored("adapters") == ["000001"], 15, "its record is in the store")

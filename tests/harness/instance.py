@@ -142,12 +142,12 @@ class Instance:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.output(role)[-3000:]}") from None
 
-    def ask(self, prompt: str = "hello", client: Client | None = None, **wish: Any) -> Done:
+    def ask(self, prompt: str = "hello", client: Client | None = None, **options: Any) -> Done:
         """One answer, noted in the oracle."""
         own = client or self.client()
         start = time.monotonic()
         try:
-            done = own.ask(prompt, **wish)
+            done = own.ask(prompt, **options)
         finally:
             if client is None:
                 own.close()
@@ -158,7 +158,7 @@ class Instance:
         return done
 
     def load(
-        self, stop: threading.Event, rate: float, workers: int = 2, hold: threading.Event | None = None, **wish: Any
+        self, stop: threading.Event, rate: float, workers: int = 2, hold: threading.Event | None = None, **options: Any
     ) -> list[threading.Thread]:
         """Ask `rate` times a second from `workers` threads until `stop`; refusals are counted by kind. Nobody asks while `hold`
         is set.
@@ -172,7 +172,7 @@ class Instance:
                     continue
                 began, count = time.monotonic(), count + 1
                 try:
-                    self.ask(f"worker {number} asks {count}", client, **wish)
+                    self.ask(f"worker {number} asks {count}", client, **options)
                 except SpecLoraError as error:
                     self.refusals[type(error).__name__] += 1
                     client.close()
