@@ -36,7 +36,9 @@ def main():
             for mode in order:
                 begun = time.perf_counter()
                 for item in items[start : start + options.block]:
-                    tokens[mode] += client.ask(item.messages, max_tokens=options.tokens, temperature=0.0, mode=mode).tokens
+                    tokens[mode] += client.ask(
+                        item.messages, max_tokens=options.tokens, temperature=0.0, mode=mode
+                    ).tokens
                 seconds[mode] += time.perf_counter() - begun
     rates = {mode: tokens[mode] / seconds[mode] for mode in seconds}
     print(

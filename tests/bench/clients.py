@@ -87,7 +87,9 @@ def main() -> int:
         url = system_status(client).gateway.address
     clients, start = [Seen() for _ in range(options.streams)], time.monotonic()
     threads = [
-        threading.Thread(target=work, args=(url, n, options.streams, start + 60 * options.minutes, options.tokens, seen))
+        threading.Thread(
+            target=work, args=(url, n, options.streams, start + 60 * options.minutes, options.tokens, seen)
+        )
         for n, seen in enumerate(clients)
     ]
     for thread in threads:

@@ -94,7 +94,9 @@ class Ours:
         module.freeze()
         attach(module, LoraShape(RANK, RANK * SCALE, 0.0, choose_layers(module, "all")))
         self.loop = StepLoop(
-            Learner(draft), LossSettings("ce"), StepSettings(RATE, 2 * options.steps * options.rounds, weight_decay=DECAY)
+            Learner(draft),
+            LossSettings("ce"),
+            StepSettings(RATE, 2 * options.steps * options.rounds, weight_decay=DECAY),
         )
         self.trained = count(module)
 
