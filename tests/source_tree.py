@@ -149,3 +149,31 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
+
+
+def names_of(module: str) -> set[str]:
+    """What a module defines or imports at its top level, and its submodules."""
+    names = {other.removeprefix(f"{module}.") for other in modules() if other.startswith(f"{module}.")}
+    for node in ast.walk(tree(modules()[module])):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def missing_names(path: Path) -> list[str]:
+    """Imports of our names, in a file outside the package, that lead nowhere."""
+    missing = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "specl":
+            known = names_of(node.module) if node.module in modules() else set()
+            missing += [
+                f"{name(path)}:{node.lineno} {node.module}.{alias.name}" for alias in node.names if alias.name not in known
+            ]
+        elif isinstance(node, ast.Import):
+            ours = [alias.name for alias in node.names if alias.name.split(".")[0] == "specl"]
+            missing += [f"{name(path)}:{node.lineno} {module}" for module in ours if module not in modules()]
+    return missing

@@ -14,7 +14,7 @@ import pytest
 from specl.shared.prompts import reserved
 from specl.shared.runtime.failpoints import POINTS
 from specl.shared.settings.load import load_settings, settings_document
-from tests.source_tree import FILES, ROOT, name
+from tests.source_tree import FILES, ROOT, missing_names, name
 
 HOME = os.environ["HOME"]  # pip's settings of the user who runs the tests
 
@@ -82,3 +82,9 @@ def test_no_draft_was_trained_on_reserved_kinds():
 def test_every_failpoint_is_known():
     used = {point for path in FILES for point in re.findall(r'failpoint\("([^"]+)"\)', path.read_text())}
     assert used == set(POINTS)
+
+
+def test_bench_scripts_import_what_exists():
+    # they run by hand only; a rename must not leave them behind
+    scripts = (ROOT / "tests" / "bench").glob("*.py")
+    assert not [missing for path in scripts for missing in missing_names(path)]
