@@ -7,6 +7,7 @@ names: a folder or a file of `shared`, a daemon's folder, `daemons` (what daemon
 import ast
 import io
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -137,11 +138,11 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
     return parts
 
 
-def identifiers(path: Path) -> Iterator[str]:
-    """Every NAME token of a file."""
-    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
-        if token.type == tokenize.NAME:
-            yield token.string
+@cache
+def identifiers(path: Path) -> Counter[str]:
+    """Every NAME token of a file, and how often it stands there."""
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+    return Counter(token.string for token in tokens if token.type == tokenize.NAME)
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -171,7 +172,9 @@ def missing_names(path: Path) -> list[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "specl":
             known = names_of(node.module) if node.module in modules() else set()
             missing += [
-                f"{name(path)}:{node.lineno} {node.module}.{alias.name}" for alias in node.names if alias.name not in known
+                f"{name(path)}:{node.lineno} {node.module}.{alias.name}"
+                for alias in node.names
+                if alias.name not in known
             ]
         elif isinstance(node, ast.Import):
             ours = [alias.name for alias in node.names if alias.name.split(".")[0] == "specl"]
