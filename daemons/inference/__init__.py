@@ -1,3 +1,1 @@
-"""The inference daemon: a queue, one MLX thread that runs the engine, and the delivery of what it
-learned.
-"""
+"""The inference daemon: a loop thread with the sockets, a decode thread with the models, a recorder."""

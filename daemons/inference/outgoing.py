@@ -7,6 +7,5 @@ from collections.abc import Callable
 from specl.shared.messaging.messages import Delta, Done, Failed, Queued, RecordBatch, RecordReady, Reply
 
 Outgoing = Queued | Delta | Done | Failed | Reply | RecordBatch | RecordReady
-Emit = Callable[
-    [bytes | None, Outgoing], None
-]  # to a peer, or to every subscriber where there is none; from any thread
+# sends to a peer, or to every subscriber where the peer is None; may be called from any thread
+Emit = Callable[[bytes | None, Outgoing], None]

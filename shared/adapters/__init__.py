@@ -1,1 +1,1 @@
-"""Adapter directories: written whole or not at all, verified, listed, loaded as tensors."""
+"""Adapter directories: published by rename, verified, listed, loaded as tensors."""

@@ -82,7 +82,7 @@ def _convert(gguf: Path, final: Path, models: Path, quantize: Quantize, report: 
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with builtin.exclusive(models):
-            if (final / "config.json").is_file():  # another process made it while this one waited
+            if (final / "config.json").is_file():  # another process converted it while this one waited
                 return final
             free = shutil.disk_usage(models).free
             if free < needed:

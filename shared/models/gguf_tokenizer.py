@@ -51,13 +51,13 @@ def _byte_level(header: Header, tokens: Sequence[str]) -> Tokenizer:
 
 def _sentence_piece(header: Header, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    whole = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (UNKNOWN, CONTROL, USER, BYTE)}
+    unmergeable = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (UNKNOWN, CONTROL, USER, BYTE)}
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
     scores = header.key("tokenizer.ggml.scores")
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=_merges(tokens, scores, whole),
+            merges=_merges(tokens, scores, unmergeable),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
@@ -71,11 +71,11 @@ def _sentence_piece(header: Header, tokens: Sequence[str], kinds: Sequence[int])
     return tokenizer
 
 
-def _merges(tokens: Sequence[str], scores: Sequence[float], whole: set[str]) -> list[tuple[str, str]]:
+def _merges(tokens: Sequence[str], scores: Sequence[float], unmergeable: set[str]) -> list[tuple[str, str]]:
     """BPE's merges from SentencePiece's scores: every pair of pieces that joins to a third one,
     best result first.
     """
-    ids = {token: id for id, token in enumerate(tokens) if token not in whole}
+    ids = {token: id for id, token in enumerate(tokens) if token not in unmergeable}
     merges = []
     for piece, id in ids.items():
         for cut in range(1, len(piece)):

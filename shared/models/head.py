@@ -92,7 +92,7 @@ class HeadDraft:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows that `step` takes best when there are many."""
+        """The rows of a step with which a long text is fed fastest."""
         return FEW_ROWS if self.native_step is not None else DENSE_ROWS
 
     def step(self, states: mx.array, ids: list[int], cache: Any) -> tuple[mx.array, np.ndarray, int, float]:

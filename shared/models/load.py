@@ -108,8 +108,8 @@ def _check_split(loaded: LanguageModel) -> None:
     cap in between.
     """
     ids = mx.array([[1, 2, 3]])
-    whole, split = loaded.model(ids), loaded.logits(loaded.hidden_states(ids))
-    if not mx.allclose(whole, split, rtol=1e-3, atol=1e-3).item():
+    direct, split = loaded.model(ids), loaded.logits(loaded.hidden_states(ids))
+    if not mx.allclose(direct, split, rtol=1e-3, atol=1e-3).item():
         raise ModelError(
             f"{loaded.name}: architecture {loaded.config.get('model_type')!r} is not supported: its head is not a plain product"
         )

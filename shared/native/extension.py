@@ -22,14 +22,14 @@ MAX_WIDTH = 16  # rows; wider inputs go to the ordinary product, which is faster
 
 
 @functools.cache
-def _load() -> tuple[ModuleType | None, str]:
+def load_extension() -> tuple[ModuleType | None, str]:
     """The extension and an empty text, or None and the reason."""
     if os.environ.get("SPECL_NATIVE", "1") == "0":
         return None, "turned off by SPECL_NATIVE=0"
     if sys.platform != "linux":
         return None, "built on Linux only"
     if mx.default_device().type != mx.DeviceType.cpu:
-        return None, "MLX runs on a GPU here"
+        return None, "MLX runs on a GPU"
     try:
         module = importlib.import_module("specl.shared.native._native")
     except ImportError as error:
@@ -83,7 +83,7 @@ def _self_test(module: ModuleType) -> str:
 
 def native() -> ModuleType:
     """The extension. Raises RuntimeError where `available()` is false."""
-    module, problem = _load()
+    module, problem = load_extension()
     if module is None:
         raise RuntimeError(problem)
     return module
@@ -91,12 +91,12 @@ def native() -> ModuleType:
 
 def available() -> bool:
     """Whether this process can use the native kernels."""
-    return _load()[0] is not None
+    return load_extension()[0] is not None
 
 
 def reason() -> str:
     """Why the native kernels cannot be used; empty where they can."""
-    return _load()[1]
+    return load_extension()[1]
 
 
 def instruction_sets() -> list[str]:

@@ -16,9 +16,9 @@ from specl.shared.native import extension
 @pytest.fixture
 def undecided():
     """The decision is made afresh inside the test and again after it."""
-    extension._load.cache_clear()
+    extension.load_extension.cache_clear()
     yield
-    extension._load.cache_clear()
+    extension.load_extension.cache_clear()
 
 
 class ExternalAdapter:
@@ -92,7 +92,7 @@ def test_disabled_extension_is_not_imported():
 
 def test_a_wrong_product_turns_the_extension_off(monkeypatch, undecided):
     right = extension.native()
-    extension._load.cache_clear()
+    extension.load_extension.cache_clear()
 
     class Wrong(ExternalAdapter):
         def __getattr__(self, name):
