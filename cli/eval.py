@@ -1,7 +1,6 @@
 """`specl-ctl eval`: does an adapter help on these prompts? Loads the models here; the daemons are not asked or disturbed."""
 
 import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ import click
 
 from specl.cli.files.prompts import read_prompts
 from specl.cli.options import TEMPERATURE
+from specl.cli.progress import ProgressReporter
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.paths import find_paths
@@ -64,7 +64,8 @@ def evaluate(
     sides = [compare_adapters.Side(name, _adapter(engine, name)) for name in names]
     sampling = SamplingParams(temperature=temperature)
     items = _fitting(engine, items, max_tokens)
-    plain = compare_adapters.duel(engine, items, max_tokens, sampling, sides, _tell)
+    with ProgressReporter() as report_progress:
+        plain = compare_adapters.duel(engine, items, max_tokens, sampling, sides, report_progress)
     report(sides, compare_adapters.difference(*sides), plain, len(items), as_object)
 
 
@@ -116,13 +117,6 @@ def _fitting(engine: "EngineCore", items: "list[BenchPrompt]", limit: int) -> "l
     if not kept:
         raise SpecLoraError("no prompt is left")
     return kept
-
-
-def _tell(done: int, total: int, left_s: float) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"\r\033[K{done} of {total}, {left_s / 60:.1f} min left", err=True, nl=done == total)
-    elif done % max(1, total // 10) == 0:
-        click.echo(f"{done} of {total}, {left_s / 60:.1f} min left", err=True)
 
 
 # ------------------------------------------------------------------------------------------------ the report

@@ -1,4 +1,5 @@
-"""The statistics of one answer, as the daemon and the Python API give them. A value only: engine/statistics.py makes it."""
+"""The statistics of one answer, as the daemon and the Python API give them, and their sum over answers. Values only:
+engine/statistics.py makes them."""
 
 from dataclasses import dataclass, field
 
@@ -30,3 +31,43 @@ class AnswerStats:
     ttft_ms: float = 0.0
     prompt_tokens: int = 0
     reused_prompt_tokens: int = 0
+
+
+@dataclass(slots=True)
+class AnswerTotals:
+    """Sums over answers. `drafted` and `accepted` count tokens of the model drafter alone; `seconds` are of decoding."""
+
+    answers: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    rounds: int = 0
+    prompt_tokens: int = 0
+    reused_prompt_tokens: int = 0
+
+    def add(self, tokens: int, stats: AnswerStats) -> None:
+        """Count one answer of `tokens` tokens."""
+        seconds = tokens / stats.tokens_per_second if stats.tokens_per_second else 0.0
+        self.add_counts(tokens, seconds, stats.model_drafted, stats.model_accepted, stats.rounds)
+        self.prompt_tokens += stats.prompt_tokens
+        self.reused_prompt_tokens += stats.reused_prompt_tokens
+
+    def add_counts(self, tokens: int, seconds: float, drafted: int, accepted: int, rounds: int = 0) -> None:
+        """Count one answer that was measured otherwise."""
+        self.answers += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.drafted += drafted
+        self.accepted += accepted
+        self.rounds += rounds
+
+    @property
+    def acceptance(self) -> float | None:
+        """accepted / drafted; None where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding; 0 where no time was measured."""
+        return self.tokens / self.seconds if self.seconds else 0.0

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from specl.cli.bench.learning import learning
 from specl.cli.options import TEMPERATURE, TOP_P
-from specl.cli.progress import Teller
+from specl.cli.progress import ProgressReporter
 from specl.shared.errors import ConfigError
 from specl.shared.paths import Paths, find_paths
 from specl.shared.settings.load import load_settings
@@ -160,7 +160,8 @@ class _Bench:
             f"{len(items)} prompts x {self.wish['iterations']}, {len(arms)} arms, up to {self.wish['tokens']} tokens an answer"
         )
         plan = Plan(items, self.wish["tokens"], self.wish["iterations"], arms)
-        runs = measure(engine, plan, self.sampling.greedy, Teller())
+        with ProgressReporter() as report_progress:
+            runs = measure(engine, plan, self.sampling.greedy, report_progress)
         report = as_json(runs)
         _print_tables(self.console, runs, report)
         self._write(report)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specl.cli.bench.learning import FIGURES, WAIT_FACTOR, WAIT_S, Learning, cells, one, spread
-from specl.cli.progress import Teller
-from specl.shared.bench.progress import Progress
+from specl.cli.progress import ProgressReporter
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.codes import RunVerdict
+from specl.shared.runtime.progress import ProgressMeter
 
 if TYPE_CHECKING:
     from specl.shared.bench.stream import Item, StreamRow
@@ -60,23 +60,27 @@ class Gain(Learning):
     def _collect(self, client: Client, wanted: "Sequence[Item]") -> None:
         from specl.shared.bench.stream import ask, conversation
 
-        start, tell, share = time.monotonic(), Teller(), self.small.training.heldout_share
-        for done, item in enumerate(wanted, 1):
-            ask(client, item, self.wish["tokens"], conversation_id=conversation(item.n, share))
-            tell(_progress(done, len(wanted), start, item.kind))
+        share = self.small.training.heldout_share
+        with ProgressReporter() as report:
+            meter = ProgressMeter("requests", len(wanted), report)
+            for item in wanted:
+                ask(client, item, self.wish["tokens"], conversation_id=conversation(item.n, share))
+                meter.advance(note=item.kind)
 
     def _pass(self, client: Client, name: str, wanted: "Sequence[Item]") -> None:
         """Each prompt three times: automatic k, plain beside it, fixed k. Nothing is recorded."""
         from specl.shared.bench.stream import FIXED_K, ask, plain_speed
 
-        start, tell, tokens = time.monotonic(), Teller(), self.wish["tokens"]
+        tokens = self.wish["tokens"]
         found = self.passes[name] = {way: [] for way in WAYS}
-        for done, item in enumerate(wanted, 1):
-            row = ask(client, item, tokens, record=False)
-            row.plain = plain_speed(client, item, tokens)
-            found["fixed"].append(ask(client, item, tokens, num_draft_tokens=FIXED_K, record=False))
-            found["auto"].append(row)
-            tell(_progress(done, len(wanted), start, f"{row.tokens_per_second:.1f} tok/s"))
+        with ProgressReporter() as report:
+            meter = ProgressMeter("prompts", len(wanted), report)
+            for item in wanted:
+                row = ask(client, item, tokens, record=False)
+                row.plain = plain_speed(client, item, tokens)
+                found["fixed"].append(ask(client, item, tokens, num_draft_tokens=FIXED_K, record=False))
+                found["auto"].append(row)
+                meter.advance(note=f"{row.tokens_per_second:.1f} tok/s")
 
     def score(self) -> None:
         """See Learning."""
@@ -125,7 +129,3 @@ def gain_lines(report: dict[str, Any]) -> Iterator[str]:
 def _way(figure: str) -> str:
     """Speeds are of the automatic k, the draft's own figures of the fixed one."""
     return "fixed" if figure in ("agreement", "acceptance") else "auto"
-
-
-def _progress(done: int, total: int, start: float, note: str) -> Progress:
-    return Progress(done, total, (time.monotonic() - start) / done * (total - done), note)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from specl.cli.progress import Teller
+from specl.cli.progress import ProgressReporter
 from specl.cli.version import lines as versions
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.messaging.client import Client
@@ -215,7 +215,9 @@ class Learning:
         teacher = Teacher(load_engine(self.settings, self.own.models))
         missing = 0
         for name, rows in parts:
-            missing += teacher.score(rows, Adapters(Paths(self.folder / name, self.own.models).adapters), Teller())
+            adapters = Adapters(Paths(self.folder / name, self.own.models).adapters)
+            with ProgressReporter() as report_progress:
+                missing += teacher.score(rows, adapters, report_progress)
         if missing:
             self.console.print(f"{missing} answers have no agreement: their adapters were pruned meanwhile")
 
@@ -268,8 +270,9 @@ class _Streams(Learning):
             for side in self.sides:
                 self.console.print(f"{column}, learning {side}: {len(wanted)} requests")
                 found = self.passes[column][side] = Pass()
-                with self.daemons(self._name(column, side), self._settings(column, side)) as client:
-                    stream(client, wanted, pace, found, Teller())
+                daemons = self.daemons(self._name(column, side), self._settings(column, side))
+                with daemons as client, ProgressReporter() as report_progress:
+                    stream(client, wanted, pace, found, report_progress)
                 wanted = wanted[: len(found.rows)]
 
     def _name(self, column: str, side: str) -> str:

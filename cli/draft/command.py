@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from specl.cli.progress import ProgressReporter
 from specl.shared.errors import ConfigError
 from specl.shared.paths import find_paths
 from specl.shared.settings.load import load_settings
@@ -17,7 +16,6 @@ from specl.shared.settings.schema import Settings
 if TYPE_CHECKING:
     from specl.shared.learning.build_draft import BuildSettings
     from specl.shared.models.language_model import LanguageModel
-    from specl.shared.runtime.progress import Progress
     from specl.shared.training_files.draft_build import BuildTexts, BuiltDraft
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -36,27 +34,6 @@ def seconds_of(text: str) -> float:
     if not match:
         raise ConfigError(f"a time is written like 90s, 45m or 2h, not {text!r}")
     return float(match[1]) * _UNITS[match[2]]
-
-
-class _Teller:
-    """Progress on stderr: a line that changes on a terminal, a line every 20 s elsewhere."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._said = 0.0
-        self._stage = ""
-
-    def __call__(self, progress: "Progress") -> None:
-        pause = 0.5 if self._terminal else 20.0
-        if progress.stage == self._stage and time.monotonic() - self._said < pause:
-            return
-        fresh = progress.stage != self._stage
-        self._said, self._stage = time.monotonic(), progress.stage
-        share = 100 * progress.done / max(progress.total, 1)
-        line = f"{progress.stage}: {progress.done} of {progress.total} ({share:.0f}%), {progress.left_s / 60:.1f} min left {progress.note}"
-        end = "" if self._terminal else "\n"
-        lead = "\n" if self._terminal and fresh else ("\r\033[K" if self._terminal else "")
-        click.echo(f"{lead}{line}{end}", err=True, nl=False)
 
 
 @click.group()
@@ -148,8 +125,8 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
     begin = load_head(Path(wish["begin"]), wish["begin"], loaded) if wish["begin"] else None
     about |= {"ancestors": _ancestors(Path(wish["begin"]))} if begin else {}
     workshop = Path(work) if work else folder.with_name(f".{folder.name}.work")
-    built = build_draft(loaded, texts, workshop, folder, chosen, about, _Teller(), begin, keep)
-    click.echo("", err=True)
+    with ProgressReporter() as report:
+        built = build_draft(loaded, texts, workshop, folder, chosen, about, report, begin, keep)
     _table(loaded, built, settings, paths.costs)
     click.echo(f"models:\n  draft: {{name: {folder}}}")
 

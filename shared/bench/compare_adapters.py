@@ -4,8 +4,7 @@ The n-gram drafter is off, so that every figure is the draft's own. Prompt by pr
 changes, so that a machine's moods hit both alike. Agreement is teacher-forced on the target's own text, made once.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.learning.recapture import recapture
+from specl.shared.runtime.progress import OnProgress, ProgressMeter, ignore_progress
 from specl.shared.sampling_params import SamplingParams
 
 FIXED_K = 4  # acceptance as a result is reported at this length
@@ -75,16 +75,13 @@ class Difference:
     high: float
 
 
-Tell = Callable[[int, int, float], None]  # done, total, seconds left
-
-
 def duel(
     engine: EngineCore,
     items: Sequence[BenchPrompt],
     limit: int,
     sampling: SamplingParams,
     sides: Sequence[Side],
-    tell: Tell = lambda done, total, left: None,
+    report: OnProgress = ignore_progress,
 ) -> float:
     """Measure every side on every prompt; results stand in `sides` afterwards. Tokens a second without any draft.
 
@@ -97,7 +94,8 @@ def duel(
     prompts = [engine.encode_chat(item.messages)[1] for item in items]
     for arm in (*served, plain_arm):  # once uncounted: caches and pages are warm
         arm.answer(items[0], prompts[0], min(8, limit))
-    start, examples = time.monotonic(), []
+    examples = []
+    meter = ProgressMeter("prompts", len(items), report)
     for place, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
         order = range(len(sides)) if place % 2 == 0 else reversed(range(len(sides)))
         for i in order:
@@ -106,8 +104,7 @@ def duel(
         plain.served.append(plain_arm.answer(item, prompt, limit))
         # greedy answers are the same whoever drafts; sampled ones are the target's all the same
         examples.append(example_of(engine, item.id, prompt, sides[0].fixed[-1].tokens, sampling))
-        done = place + 1
-        tell(done, len(items), (time.monotonic() - start) / done * (len(items) - done))
+        meter.advance()
     for side in sides:
         engine.use_adapter(side.adapter)
         found = agreement(Learner(engine.draft), examples, DEPTHS)

@@ -3,17 +3,16 @@
 Greedy texts are compared with mlx-lm plain's for the same prompt in the same run.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from specl.shared.bench.arms import PLAIN, Answer, Arm, top_two
-from specl.shared.bench.progress import Progress
 from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.bench.text_equality import TIE_FP32, TIE_HALF, Comparison, compare, copied_share, repeated_share
 from specl.shared.engine.core import EngineCore
+from specl.shared.runtime.progress import OnProgress, ProgressMeter, ignore_progress
 
 ENOUGH_DRAFTED, ENOUGH_REJECTED = 100, 20  # below these a run says nothing about equality
 
@@ -48,9 +47,7 @@ def tolerance(engine: EngineCore) -> float:
     return TIE_FP32 if engine.target.embed(mx.array([0])).dtype == mx.float32 else TIE_HALF
 
 
-def measure(
-    engine: EngineCore, plan: Plan, greedy: bool, tell: Callable[[Progress], None] = lambda progress: None
-) -> list[Run]:
+def measure(engine: EngineCore, plan: Plan, greedy: bool, report: OnProgress = ignore_progress) -> list[Run]:
     """Run everything. The first prompt is answered once by every arm beforehand, uncounted: caches and pages are warm."""
     arms, runs = plan.arms, []
     turns = [(iteration, item) for iteration in range(plan.iterations) for item in plan.prompts]
@@ -58,13 +55,11 @@ def measure(
         _, prompt = engine.encode_chat(turns[0][1].messages)
         for arm in arms:
             arm.answer(turns[0][1], prompt, min(8, plan.limit))
-    start, total = time.monotonic(), len(turns) * len(arms)
-    for place, (iteration, item) in enumerate(turns):
-        turn = place % len(arms)
+    meter = ProgressMeter("answers", len(turns) * len(arms), report)
+    for index, (iteration, item) in enumerate(turns):
+        turn = index % len(arms)
         runs.extend(_interleaved(engine, item, iteration, [*arms[turn:], *arms[:turn]], plan.limit, greedy))
-        done = len(runs)
-        left = (time.monotonic() - start) / done * (total - done)
-        tell(Progress(done, total, left, f"{item.set} {item.id}"))
+        meter.advance(len(arms), f"{item.set} {item.id}")
     return runs
 
 

@@ -3,18 +3,17 @@
 Every output position counts, whether drafting was parked there or not, which is what makes rows of any k comparable.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from specl.shared.adapters.registry import Adapters
 from specl.shared.adapters.tensors import load_adapter
 from specl.shared.bench.compare_adapters import example_of
-from specl.shared.bench.progress import Progress
 from specl.shared.bench.stream import StreamRow
 from specl.shared.engine.core import EngineCore
 from specl.shared.errors import AdapterRejected
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner, agreement
+from specl.shared.runtime.progress import OnProgress, ProgressMeter, ignore_progress
 from specl.shared.sampling_params import SamplingParams
 
 PIECE = 16  # rows between two words of progress
@@ -27,12 +26,11 @@ class Teacher:
         self.engine = engine
         self._read: dict[tuple[str, bytes], Example] = {}
 
-    def score(
-        self, rows: Sequence[StreamRow], adapters: Adapters, tell: Callable[[Progress], None] = lambda p: None
-    ) -> int:
+    def score(self, rows: Sequence[StreamRow], adapters: Adapters, report: OnProgress = ignore_progress) -> int:
         """Fill in hits and positions. How many rows could not be scored: their adapter is gone from the folder."""
-        missing, done, start = 0, 0, time.monotonic()
+        missing = 0
         rows = [row for row in rows if row.output]
+        meter = ProgressMeter("agreement", len(rows), report)
         for id in dict.fromkeys(row.adapter_id for row in rows):
             own = [row for row in rows if row.adapter_id == id]
             try:
@@ -42,10 +40,9 @@ class Teacher:
                 continue
             self.engine.use_adapter(adapter)
             for place in range(0, len(own), PIECE):
-                self._piece(own[place : place + PIECE])
-                done += len(own[place : place + PIECE])
-                left = (time.monotonic() - start) / done * (len(rows) - done)
-                tell(Progress(done, len(rows), left, "agreement"))
+                piece = own[place : place + PIECE]
+                self._piece(piece)
+                meter.advance(len(piece))
         return missing
 
     def _piece(self, rows: Sequence[StreamRow]) -> None:

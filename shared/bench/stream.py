@@ -4,18 +4,19 @@ What `demo` and `bench learning` share. Answers are greedy, so that the words ar
 beside a row is the same prompt answered once more without a draft: what the machine was able to do at that moment.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from specl.shared.bench.progress import Progress
 from specl.shared.errors import SpecLoraError
 from specl.shared.learning.examples import is_held_out
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.daemon_status import LastRun
 from specl.shared.prompts import reserved
+from specl.shared.runtime.progress import OnProgress, ProgressMeter, ignore_progress
 from specl.shared.settings.schema import Settings
 from specl.shared.status import system_status
 
@@ -23,7 +24,6 @@ FIXED_K = 4  # acceptance as a result is reported at this length
 STORED_S = 30.0
 ADAPTER_S = 30.0
 SETTLE_S = 15.0  # a run that was asked for has begun by then, and an older trouble is forgotten
-Tell = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +168,12 @@ def plain_speed(client: Client, item: Item, tokens: int) -> float:
     return ask(client, item, tokens, num_draft_tokens=0, ngram=False, record=False).tokens_per_second
 
 
-def stream(client: Client, wanted: Sequence[Item], pace: Pace, found: Pass, tell: Tell = lambda progress: None) -> None:
+def stream(
+    client: Client, wanted: Sequence[Item], pace: Pace, found: Pass, report: OnProgress = ignore_progress
+) -> None:
     """Send everything, filling `found` as it goes."""
     start, before, share = time.monotonic(), _verdict(client), client.settings.training.heldout_share
+    meter = ProgressMeter("requests", len(wanted), report)
     for item in wanted:
         if item.n:
             time.sleep(pace.gap_s)
@@ -187,16 +190,11 @@ def stream(client: Client, wanted: Sequence[Item], pace: Pace, found: Pass, tell
             fields = (verdict.verdict, verdict.reason, verdict.adapter_id)
             found.events.append(Event(item.n, round(now, 2), *fields))
             before = verdict  # a collector that is late for once says nothing, which is no new verdict
-        tell(Progress(len(found.rows), len(wanted), _left(now, len(found.rows), len(wanted), pace), _note(row)))
+        meter.advance(note=_note(row), at_most_s=math.inf if pace.minutes is None else 60 * pace.minutes - now)
 
 
 def _verdict(client: Client) -> LastRun | None:
     return system_status(client).training.last_verdict
-
-
-def _left(now: float, done: int, total: int, pace: Pace) -> float:
-    left = now / done * (total - done)
-    return left if pace.minutes is None else max(0.0, min(left, 60 * pace.minutes - now))
 
 
 def _note(row: StreamRow) -> str:
