@@ -46,10 +46,21 @@ class SamplingParams:
 class SamplingDefaults(Protocol):
     """Where a request's missing values come from: the settings."""
 
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
+    @property
+    def temperature(self) -> float:
+        """As in SamplingParams."""
+
+    @property
+    def top_p(self) -> float:
+        """As in SamplingParams."""
+
+    @property
+    def top_k(self) -> int:
+        """As in SamplingParams."""
+
+    @property
+    def min_p(self) -> float:
+        """As in SamplingParams."""
 
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))

@@ -1,40 +1,43 @@
-"""The routes: what is answered at which path. Reads requests, asks inference, writes answers; refuses in OpenAI's words."""
+"""The routes: which function answers at which path. Reads requests, asks inference, writes responses and errors in OpenAI's shapes."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, suppress
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specl.daemons.gateway.access_control import AccessControl
 from specl.daemons.gateway.dashboard import Dashboard
 from specl.daemons.gateway.errors import ApiError, api_error_of
 from specl.daemons.gateway.metrics import Metrics
-from specl.daemons.gateway.request_schema import Wish, parse_request, served_names
+from specl.daemons.gateway.request_schema import CompletionRequest, parse_request, served_names
 from specl.daemons.gateway.responses import END, ResponseBuilder, error_event
 from specl.daemons.gateway.upstream import Upstream
 from specl.shared.errors import SpecLoraError
+from specl.shared.messaging.codes import DaemonState
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import Delta, Done, PositionLogprobs
 from specl.shared.paths import Paths
 from specl.shared.settings.schema import Settings
 
-EVENT_STREAM = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}}
+EVENT_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+CLIENT_GONE = 499  # nobody reads it; nginx's code for it in our metrics
 STATIC = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.js": ("app.js", "text/javascript; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
-Steps = AsyncIterator[list[Delta | Done]]  # what came at once; the very last is Done
+Batches = AsyncGenerator[list[Delta | Done], None]  # the pieces that came together; the very last piece is Done
+T = TypeVar("T")
 
 
 async def _json(request: Request) -> Any:
@@ -49,7 +52,7 @@ class Completions:
 
     def __init__(self, settings: Settings, upstream: Upstream, metrics: Metrics) -> None:
         self._settings, self._upstream, self._metrics = settings, upstream, metrics
-        self._active = 0
+        self.active = 0  # answers under way
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -60,43 +63,43 @@ class Completions:
         return await self._answer(request, chat=False)
 
     async def _answer(self, request: Request, chat: bool) -> Response:
-        wish = parse_request(await _json(request), self._settings, chat)
-        wants_laws = wish.ask.logprobs is not None
-        shape = ResponseBuilder(wish.ask.request_id, served_names(self._settings)[0], chat, wants_laws)
+        completion = parse_request(await _json(request), self._settings, chat)
+        with_logprobs = completion.ask.logprobs is not None
+        builder = ResponseBuilder(completion.ask.request_id, served_names(self._settings)[0], chat, with_logprobs)
         try:
-            async with AsyncExitStack() as held:  # a seat and the request upstream: given back however this ends
-                self._take_seat()
-                held.callback(self._leave_seat)
-                pieces = self._pieces(wish)
-                held.push_async_callback(pieces.aclose)
-                # nothing is sent before the first piece: until then a failure still has a status of its own
-                first = await _unless_gone(request, anext(pieces))
-                if wish.stream:
-                    return _Stream(self._stream(wish, shape, first, pieces), held.pop_all())
-                done, logprobs = await _unless_gone(request, _last(first, pieces))
+            async with AsyncExitStack() as resources:  # a slot and the request upstream, given back however this ends
+                self._take_slot()
+                resources.callback(self._release_slot)
+                batches = self._batches(completion)
+                resources.push_async_callback(batches.aclose)
+                # nothing is sent before the first piece: until then a failure can still have a status of its own
+                first = await _unless_gone(request, anext(batches))
+                if completion.stream:
+                    return _EventStream(self._events(completion, builder, first, batches), resources.pop_all())
+                done, logprobs = await _unless_gone(request, _collect(first, batches))
         except SpecLoraError as error:
             raise api_error_of(error) from error
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it; nginx's word for it in our metrics
-        return JSONResponse(shape.whole(done, logprobs))
+            return Response(status_code=CLIENT_GONE)
+        return JSONResponse(builder.whole(done, logprobs))
 
-    def _take_seat(self) -> None:
-        """Counted at once: of a burst of requests, each must see those before it."""
-        if self._active >= self._settings.gateway.max_streams:
-            raise ApiError(429, f"{self._active} answers are being made (gateway.max_streams)", code="busy")
-        self._active += 1
-        self._metrics.active.set(self._active)
+    def _take_slot(self) -> None:
+        """Count the answer, synchronously and before any await, so that concurrent requests cannot exceed the limit."""
+        if self.active >= self._settings.gateway.max_streams:
+            raise ApiError(429, f"{self.active} answers are being made (gateway.max_streams)", code="busy")
+        self.active += 1
+        self._metrics.active.set(self.active)
 
-    def _leave_seat(self) -> None:
-        self._active -= 1
-        self._metrics.active.set(self._active)
+    def _release_slot(self) -> None:
+        self.active -= 1
+        self._metrics.active.set(self.active)
 
-    async def _pieces(self, wish: Wish) -> Steps:
+    async def _batches(self, completion: CompletionRequest) -> Batches:
         """The answer's pieces; closing it cancels."""
         ended = False
         try:
-            async with aclosing(self._upstream.pieces(wish.ask)) as pieces:
-                async for batch in pieces:
+            async with aclosing(self._upstream.pieces(completion.ask)) as batches:
+                async for batch in batches:
                     if isinstance(done := batch[-1], Done):
                         ended = True
                         self._metrics.answered(done)
@@ -108,45 +111,45 @@ class Completions:
             if not ended:
                 self._metrics.cancelled.inc()
 
-    async def _stream(
-        self, wish: Wish, shape: ResponseBuilder, batch: list[Delta | Done], pieces: Steps
+    async def _events(
+        self, completion: CompletionRequest, builder: ResponseBuilder, batch: list[Delta | Done], batches: Batches
     ) -> AsyncIterator[bytes]:
         try:
             while True:
-                events = shape.events(batch, wish.usage)
+                events = builder.events(batch, completion.include_usage)
                 if events:
                     yield events
                 if isinstance(batch[-1], Done):
                     break
-                batch = await anext(pieces)
+                batch = await anext(batches)
         except SpecLoraError as error:
             yield error_event(api_error_of(error)) + END
 
 
-class _Stream(StreamingResponse):
-    """Server-sent events; lets go of what it holds when it is over, begun or not."""
+class _EventStream(StreamingResponse):
+    """Server-sent events. Releases `resources` when it is over, whether it was ever begun or not."""
 
-    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack) -> None:
-        super().__init__(events, **EVENT_STREAM)
-        self._held = held
+    def __init__(self, events: AsyncIterator[bytes], resources: AsyncExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=EVENT_STREAM_HEADERS)
+        self._resources = resources
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it all, or as much as somebody reads."""
-        async with self._held:
+        """Send all events, or as many as the client reads."""
+        async with self._resources:
             await super().__call__(scope, receive, send)
 
 
-async def _last(batch: list[Delta | Done], pieces: Steps) -> tuple[Done, list[PositionLogprobs]]:
-    """The end of an answer, and the laws of all its tokens."""
+async def _collect(batch: list[Delta | Done], batches: Batches) -> tuple[Done, list[PositionLogprobs]]:
+    """The end of an answer, and the log-probabilities of all its tokens."""
     logprobs: list[PositionLogprobs] = []
     while True:
-        logprobs += [law for piece in batch if isinstance(piece, Delta) for law in piece.logprobs]
+        logprobs += [position for piece in batch if isinstance(piece, Delta) for position in piece.logprobs]
         if isinstance(done := batch[-1], Done):
             return done, logprobs
-        batch = await anext(pieces)
+        batch = await anext(batches)
 
 
-async def _unless_gone(request: Request, work: Any) -> Any:
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`; ClientDisconnect, and `work` cancelled, where the client leaves before."""
 
     async def gone() -> None:
@@ -166,27 +169,30 @@ async def _unless_gone(request: Request, work: Any) -> Any:
                 await task
 
 
-async def _as_coroutine(work: Any) -> Any:
+async def _as_coroutine(work: Awaitable[T]) -> T:
     return await work
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    return error.response()
+# ------------------------------------------------------------------------------------------------ errors as responses
+async def api_error_response(request: Request, error: Exception) -> Response:
+    """The response to an ApiError."""
+    return error.response() if isinstance(error, ApiError) else await _internal_error(request, error)
 
 
-async def _left(request: Request, error: Exception) -> Response:
+async def _client_gone(request: Request, error: Exception) -> Response:
     """The client went while its body was read; nobody reads this."""
-    return Response(status_code=499)
+    return Response(status_code=CLIENT_GONE)
 
 
-async def _broken(request: Request, error: Exception) -> Response:
+async def _internal_error(request: Request, error: Exception) -> Response:
     """A bug of ours: its traceback goes to the log, its shape is still one that clients read."""
     return ApiError(500, "an error inside the gateway; its log says more", code="internal").response()
 
 
-async def _not_there(request: Request, error: HTTPException) -> Response:
-    words = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
-    return ApiError(error.status_code, words.get(error.status_code, error.detail)).response()
+async def _no_route(request: Request, error: Exception) -> Response:
+    status, detail = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "")
+    texts = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
+    return ApiError(status, texts.get(status, detail)).response()
 
 
 def _static(name: str, kind: str) -> Callable[[Request], Response]:
@@ -199,10 +205,10 @@ def _static(name: str, kind: str) -> Callable[[Request], Response]:
 
 
 def _counted(app: ASGIApp, metrics: Metrics, paths: set[str]) -> ASGIApp:
-    """Count the answers of known paths; unknown ones share a label, or anybody could make the labels grow."""
+    """Count responses by path. Unknown paths share a label, or anybody could make the labels grow."""
 
-    async def counted(scope: Any, receive: Any, send: Any) -> None:
-        async def note(message: Any) -> None:
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        async def note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path = scope["path"] if scope["path"] in paths else "other"
                 metrics.requests.labels(path, str(message["status"])).inc()
@@ -214,23 +220,23 @@ def _counted(app: ASGIApp, metrics: Metrics, paths: set[str]) -> ASGIApp:
 
 
 def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Callable[[], bool]) -> ASGIApp:
-    """The whole server as one ASGI application; `stopping` ends what would stream for ever."""
+    """The whole server as one ASGI application; `stopping` ends what would stream forever."""
     metrics = Metrics()
     completions = Completions(settings, Upstream(paths, Addresses(paths, settings.bus)), metrics)
-    board = Dashboard(paths, settings, stopping)
+    dashboard = Dashboard(paths, settings, stopping)
     name = served_names(settings)[0]
 
     async def models(request: Request) -> Response:
         served = {"id": name, "object": "model", "created": 0, "owned_by": "speclora"}
-        wanted = request.path_params.get("model")
-        if wanted is not None and wanted not in served_names(settings):
-            raise ApiError(404, f"the model {wanted!r} is not served here; {name!r} is", "model", "model_not_found")
-        return JSONResponse(served if wanted is not None else {"object": "list", "data": [served]})
+        requested = request.path_params.get("model")
+        if requested is not None and requested not in served_names(settings):
+            raise ApiError(404, f"the model {requested!r} is not served here; {name!r} is", "model", "model_not_found")
+        return JSONResponse(served if requested is not None else {"object": "list", "data": [served]})
 
     async def health(request: Request) -> Response:
-        state = await board.inference_state()
-        well = state in ("ready", "busy")
-        return JSONResponse({"status": "ok" if well else "unavailable", "inference": state}, 200 if well else 503)
+        state = await dashboard.inference_state()
+        healthy = state in (DaemonState.READY, DaemonState.BUSY)
+        return JSONResponse({"status": "ok" if healthy else "unavailable", "inference": state}, 200 if healthy else 503)
 
     async def exposition(request: Request) -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -242,12 +248,17 @@ def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Call
         Route("/v1/models/{model:path}", models),
         Route("/health", health),
         Route("/metrics", exposition),
-        Route("/api/state", board.state),
-        Route("/api/events", board.events),
-        Route("/api/train", board.train, methods=["POST"]),
-        Route("/api/rollback", board.roll_back, methods=["POST"]),
+        Route("/api/state", dashboard.state),
+        Route("/api/events", dashboard.events),
+        Route("/api/train", dashboard.train, methods=["POST"]),
+        Route("/api/rollback", dashboard.roll_back, methods=["POST"]),
         *(Route(path, _static(*what)) for path, what in STATIC.items()),
     ]
-    handlers = {ApiError: _refused, HTTPException: _not_there, ClientDisconnect: _left, Exception: _broken}
+    handlers: Mapping[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+        ApiError: api_error_response,
+        HTTPException: _no_route,
+        ClientDisconnect: _client_gone,
+        Exception: _internal_error,
+    }
     app = Starlette(routes=routes, exception_handlers=handlers)
     return _counted(AccessControl(app, settings.gateway, token), metrics, {route.path for route in routes})

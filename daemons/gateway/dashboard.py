@@ -1,5 +1,5 @@
 """What the page shows, and its two buttons. Reads the bus and the store in a thread, at most every two seconds and only while
-somebody looks.
+a page is open.
 """
 
 import asyncio
@@ -7,7 +7,7 @@ import json
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
@@ -24,10 +24,10 @@ from specl.shared.settings.schema import Settings
 from specl.shared.status import state_of, system_status
 from specl.shared.store import Store
 
-LOOK_S = 2.0
+REFRESH_S = 2.0
 COSTLY_S = 60.0  # the costliest tokens are a sum over every disagreement there is
-HEALTH_S = 1.0  # monitors ask often, and several at once
-COMMENT_S = 15.0  # between signs of life, so that a broken connection is noticed
+HEALTH_S = 1.0  # health checks come often, and several at once
+KEEPALIVE_S = 15.0  # between comments on a quiet stream, so that a broken connection is noticed
 POINTS, ANSWERS, TOKENS, HISTORY = 400, 10, 12, 20
 
 SPEED = """SELECT created_at AS at, round(nullif(tokens_per_second, 0), 2) AS speed,
@@ -44,42 +44,42 @@ PAST = """SELECT created, verdict, adapter_id AS adapter, examples, steps, heldo
           FROM adapter_history LIMIT :n"""
 
 
-def _full(whose: str, most: int, setting: str) -> ApiError:
-    return ApiError(429, f"{most} pages are open{whose} already (gateway.{setting})", code="busy")
+def _too_many_pages(whose: str, limit: int, setting: str) -> ApiError:
+    return ApiError(429, f"{limit} pages are open{whose} already (gateway.{setting})", code="busy")
 
 
 class Dashboard:
-    """One view for every browser that looks."""
+    """One state for all open pages, read again every REFRESH_S while any is open."""
 
     def __init__(self, paths: Paths, settings: Settings, stopping: Callable[[], bool]) -> None:
         self._paths, self._settings, self._stopping = paths, settings, stopping
         self._lock = asyncio.Lock()
-        self._seen: dict[str, Any] = {}
-        self._seen_at = self._costly_at = float("-inf")
+        self._state: dict[str, Any] = {}
+        self._read_at = self._costly_at = float("-inf")
         self._costly: list[dict[str, Any]] = []
         self._health_lock = asyncio.Lock()
         self._health, self._health_at = "stopped", float("-inf")
-        self._watching: Counter[str] = Counter()
+        self._pages: Counter[str] = Counter()
 
-    async def _look(self) -> dict[str, Any]:
+    async def _fresh_state(self) -> dict[str, Any]:
         async with self._lock:
-            if time.monotonic() - self._seen_at >= LOOK_S * 0.9:
-                self._seen = await asyncio.to_thread(self._read)
-                self._seen_at = time.monotonic()
-        return self._seen
+            if time.monotonic() - self._read_at >= REFRESH_S * 0.9:
+                self._state = await asyncio.to_thread(self._read)
+                self._read_at = time.monotonic()
+        return self._state
 
     def _read(self) -> dict[str, Any]:
         with Client(self._paths, self._settings) as client:
-            found: dict[str, Any] = {"status": asdict(system_status(client))}
+            state: dict[str, Any] = {"status": asdict(system_status(client))}
         names = ("points", "answers", "costly", "marks", "history")
         try:
             store = Store(self._paths.store, read_only=True)
         except StoreError:
-            return found | {name: [] for name in names}
+            return state | {name: [] for name in names}
         try:
             if time.monotonic() - self._costly_at >= COSTLY_S:
                 self._costly, self._costly_at = store.sql(COSTLY, n=TOKENS), time.monotonic()
-            return found | {
+            return state | {
                 "points": store.sql(SPEED, n=POINTS)[::-1],
                 "answers": store.sql(LAST, n=ANSWERS),
                 "costly": self._costly,
@@ -87,13 +87,13 @@ class Dashboard:
                 "history": store.sql(PAST, n=HISTORY),
             }
         except (StoreError, sqlite3.Error) as error:
-            found["status"]["problems"].append(str(error))
-            return found | {name: [] for name in names}
+            state["status"]["problems"].append(str(error))
+            return state | {name: [] for name in names}
         finally:
             store.close()
 
     async def inference_state(self) -> str:
-        """One of status' states, from the daemon alone: a monitor must not cost what the page does."""
+        """The inference daemon's state, asked of that daemon alone: a health check must not cost what the page does."""
 
         def ask() -> str:
             with Client(self._paths, self._settings) as client:
@@ -106,18 +106,20 @@ class Dashboard:
         return self._health
 
     async def state(self, request: Request) -> Response:
-        """GET /api/state: everything once."""
-        return JSONResponse(await self._look())
+        """GET /api/state: the whole state once."""
+        return JSONResponse(await self._fresh_state())
 
     async def events(self, request: Request) -> Response:
-        """GET /api/events: everything again whenever it has changed, as server-sent events."""
+        """GET /api/events: the whole state whenever it has changed, as server-sent events."""
         address, limits = request.client.host if request.client else "", self._settings.gateway
-        if self._watching.total() >= limits.max_event_streams:
-            raise _full("", limits.max_event_streams, "max_event_streams")
-        if self._watching[address] >= limits.max_event_streams_per_address:
-            raise _full(" from this address", limits.max_event_streams_per_address, "max_event_streams_per_address")
-        pieces = self._seated(address)
-        # begun here, so that it is counted before anybody else is let in, and ended however its client goes
+        if self._pages.total() >= limits.max_event_streams:
+            raise _too_many_pages("", limits.max_event_streams, "max_event_streams")
+        if self._pages[address] >= limits.max_event_streams_per_address:
+            raise _too_many_pages(
+                " from this address", limits.max_event_streams_per_address, "max_event_streams_per_address"
+            )
+        pieces = self._counted_events(address)
+        # begun here, so that the page is counted before another request is let in, and uncounted however its client goes
         first = await anext(pieces, b"")
 
         async def stream() -> AsyncIterator[bytes]:
@@ -129,48 +131,47 @@ class Dashboard:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
 
-    async def _seated(self, address: str) -> AsyncIterator[bytes]:
-        self._watching[address] += 1
+    async def _counted_events(self, address: str) -> AsyncGenerator[bytes, None]:
+        self._pages[address] += 1
         try:
             async with aclosing(self._events()) as pieces:
                 async for piece in pieces:
                     yield piece
         finally:
-            self._watching[address] -= 1
-            if not self._watching[address]:
-                del self._watching[address]
+            self._pages[address] -= 1
+            if not self._pages[address]:
+                del self._pages[address]
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _events(self) -> AsyncGenerator[bytes, None]:
         sent, sent_at = "", 0.0
         while not self._stopping():
-            found = await self._look()
-            text = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+            text = json.dumps(await self._fresh_state(), ensure_ascii=False, separators=(",", ":"))
             if text != sent:
                 sent, sent_at = text, time.monotonic()
                 yield b"data: " + text.encode() + b"\n\n"
-            elif time.monotonic() - sent_at > COMMENT_S:
+            elif time.monotonic() - sent_at > KEEPALIVE_S:
                 sent_at = time.monotonic()
-                yield b": still here\n\n"
-            end = time.monotonic() + LOOK_S
+                yield b": keep-alive\n\n"
+            end = time.monotonic() + REFRESH_S
             while time.monotonic() < end and not self._stopping():
                 await asyncio.sleep(0.1)
 
     async def train(self, request: Request) -> Response:
-        """POST /api/train: a run now."""
+        """POST /api/train: start a training run now."""
         return await self._command(lambda client: client.train(True))
 
     async def roll_back(self, request: Request) -> Response:
-        """POST /api/rollback: the adapter before."""
+        """POST /api/rollback: draft with the previous adapter."""
         return await self._command(lambda client: client.set_adapter("previous"))
 
-    async def _command(self, wish: Callable[[Client], Reply]) -> Response:
+    async def _command(self, command: Callable[[Client], Reply]) -> Response:
         def run() -> Reply:
             with Client(self._paths, self._settings) as client:
-                return wish(client)
+                return command(client)
 
         try:
             reply = await asyncio.to_thread(run)
         except SpecLoraError as error:
             return api_error_of(error).response()
-        self._seen_at = float("-inf")
+        self._read_at = float("-inf")
         return JSONResponse({"ok": reply.ok, "message": reply.message}, 200 if reply.ok else 409)

@@ -1,4 +1,4 @@
-"""Refusals in the shape that OpenAI's clients read: {"error": {message, type, param, code}}. Knows no route."""
+"""Errors in the shape that OpenAI's clients read: {"error": {message, type, param, code}}. Knows no route."""
 
 from typing import Any
 
@@ -18,19 +18,19 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self) -> dict[str, Any]:
-        """The JSON."""
+        """The body of the response."""
         kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """The whole response."""
         headers = {429: {"Retry-After": BUSY_S}, 503: {"Retry-After": DOWN_S}, 401: {"WWW-Authenticate": "Bearer"}}
         return JSONResponse(self.body(), self.status, headers.get(self.status))
 
 
 def api_error_of(error: SpecLoraError) -> ApiError:
-    """What an error of ours means to an HTTP client."""
+    """An error of ours as a response to an HTTP client."""
     text = str(error) + (f" ({error.hint})" if error.hint else "")
     if isinstance(error, DaemonUnreachable):
         return ApiError(503, text, code="inference_unreachable")

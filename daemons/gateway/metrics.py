@@ -1,4 +1,4 @@
-"""What Prometheus is told. Knows nothing of requests but their ends."""
+"""The figures that Prometheus reads. Knows nothing of requests but their ends."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -6,25 +6,24 @@ from specl.shared.messaging.messages import Done
 
 
 class Metrics:
-    """The gateway's own figures since it started."""
+    """The gateway's figures since it started."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
+        registry = self.registry = CollectorRegistry()
         self.requests = Counter(
-            "speclora_requests", "Requests by endpoint and HTTP status", ["endpoint", "status"], **own
+            "speclora_requests", "Requests by endpoint and HTTP status", ["endpoint", "status"], registry=registry
         )
-        self.active = Gauge("speclora_active_streams", "Answers being made", **own)
-        self.cancelled = Counter("speclora_cancelled", "Answers whose client went away", **own)
-        self._prompt = Counter("speclora_prompt_tokens", "Tokens read", **own)
-        self._output = Counter("speclora_completion_tokens", "Tokens written", **own)
-        self._drafted = Counter("speclora_drafted_tokens", "Tokens guessed by any drafter", **own)
-        self._accepted = Counter("speclora_accepted_tokens", "Guesses that stood", **own)
+        self.active = Gauge("speclora_active_streams", "Answers being made", registry=registry)
+        self.cancelled = Counter("speclora_cancelled", "Answers whose client went away", registry=registry)
+        self._prompt = Counter("speclora_prompt_tokens", "Tokens read", registry=registry)
+        self._output = Counter("speclora_completion_tokens", "Tokens written", registry=registry)
+        self._drafted = Counter("speclora_drafted_tokens", "Tokens guessed by any drafter", registry=registry)
+        self._accepted = Counter("speclora_accepted_tokens", "Guesses that were accepted", registry=registry)
         self._ttft = Histogram(
             "speclora_ttft_seconds", "Time to the first token, in the inference daemon",
-            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60), **own,
+            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60), registry=registry,
         )  # fmt: skip
-        self._speed = Gauge("speclora_tokens_per_second", "Of the last answer", **own)
+        self._speed = Gauge("speclora_tokens_per_second", "Of the last answer", registry=registry)
 
     def answered(self, done: Done) -> None:
         """Count a finished answer."""

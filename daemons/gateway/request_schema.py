@@ -7,18 +7,17 @@ from typing import Any
 
 from specl.daemons.gateway.errors import ApiError
 from specl.shared.messaging.messages import Ask
-from specl.shared.sampling_params import merge_sampling
+from specl.shared.sampling_params import SEED_LIMIT, merge_sampling
 from specl.shared.settings.schema import Settings
 
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
-SEED_LIMIT = 2**63
 ALIASES = ("speclora", "default")
 # fields that change nothing about the answer here
 ACCOUNTING = {"user", "safety_identifier", "metadata", "prompt_cache_key", "service_tier"}
 # fields that may be sent as long as they ask for nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), 
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",),
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
     "modalities": (["text"],), "parallel_tool_calls": (True, False), "web_search_options": (),
@@ -30,17 +29,17 @@ COMMON = {
 }  # fmt: skip
 CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
 TEXT = COMMON | {"prompt"}
-OURS = {"mode": str, "record": bool, "num_draft_tokens": int, "ngram": bool, "conversation_id": str}
+SPECLORA_OPTIONS = {"mode": str, "record": bool, "num_draft_tokens": int, "ngram": bool, "conversation_id": str}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What is sent to inference, and how the answer is wanted."""
+class CompletionRequest:
+    """What is sent to inference, and how the answer is wanted: streamed, and with a chunk for the usage."""
 
     ask: Ask
     stream: bool
-    usage: bool
+    include_usage: bool
 
 
 def _bad(name: str, text: str) -> ApiError:
@@ -132,12 +131,12 @@ def _content(value: Any, where: str) -> str:
 
 
 def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
-    given = body.get("messages")
-    if not isinstance(given, list) or not given:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
         raise _bad("messages", "must be a list of messages, and not an empty one")
-    made = []
-    for place, message in enumerate(given):
-        where = f"messages[{place}]"
+    turns = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
         if not isinstance(message, dict):
             raise _bad(where, "must be an object")
         role = message.get("role")
@@ -146,8 +145,8 @@ def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
         for name, value in message.items():
             if name not in ("role", "content") and value not in (None, [], {}):
                 raise ApiError(400, f"`{where}.{name}` is not supported", f"{where}.{name}", "unsupported_parameter")
-        made.append({"role": ROLES[role], "content": _content(message.get("content"), f"{where}.content")})
-    return made
+        turns.append({"role": ROLES[role], "content": _content(message.get("content"), f"{where}.content")})
+    return turns
 
 
 def _prompt(body: dict[str, Any]) -> str:
@@ -159,16 +158,16 @@ def _prompt(body: dict[str, Any]) -> str:
     return prompt
 
 
-def _ours(body: dict[str, Any]) -> dict[str, Any]:
-    given = body.get("speclora") or {}
-    if not isinstance(given, dict):
+def _speclora_options(body: dict[str, Any]) -> dict[str, Any]:
+    options = body.get("speclora") or {}
+    if not isinstance(options, dict):
         raise _bad("speclora", "must be an object")
-    for name, value in given.items():
-        if name not in OURS:
-            raise _bad(f"speclora.{name}", f"is not known; known are {', '.join(OURS)}")
-        if type(value) is not OURS[name]:
-            raise _bad(f"speclora.{name}", f"must be a {OURS[name].__name__}")
-    return ({"record": False} if body.get("store") is not None and not _flag(body, "store") else {}) | given
+    for name, value in options.items():
+        if name not in SPECLORA_OPTIONS:
+            raise _bad(f"speclora.{name}", f"is not known; known are {', '.join(SPECLORA_OPTIONS)}")
+        if type(value) is not SPECLORA_OPTIONS[name]:
+            raise _bad(f"speclora.{name}", f"must be a {SPECLORA_OPTIONS[name].__name__}")
+    return ({"record": False} if body.get("store") is not None and not _flag(body, "store") else {}) | options
 
 
 def _usage(body: dict[str, Any], stream: bool) -> bool:
@@ -189,11 +188,11 @@ def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
     """How many alternatives of each token are wanted; None for no log-probabilities at all."""
     if not chat:
         return _whole(body, "logprobs", 0, MOST_LOGPROBS, None)
-    wanted = _flag(body, "logprobs")
+    requested = _flag(body, "logprobs")
     count = _whole(body, "top_logprobs", 0, MOST_LOGPROBS, 0)
-    if count and not wanted:
+    if count and not requested:
         raise _bad("top_logprobs", "needs `logprobs: true`")
-    return count if wanted else None
+    return count if requested else None
 
 
 def _client(body: dict[str, Any]) -> str:
@@ -202,8 +201,8 @@ def _client(body: dict[str, Any]) -> str:
     return f"gateway {name}" if isinstance(name, str) and name else ""
 
 
-def parse_request(body: Any, settings: Settings, chat: bool) -> Wish:
-    """The wish in a request's JSON. Raises ApiError that names the field."""
+def parse_request(body: Any, settings: Settings, chat: bool) -> CompletionRequest:
+    """The request in a body of JSON. Raises ApiError that names the field."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_body")
     _refuse_unsupported(body, CHAT if chat else TEXT)
@@ -219,7 +218,7 @@ def parse_request(body: Any, settings: Settings, chat: bool) -> Wish:
     limit = _whole(body, "max_tokens", 1, 1_000_000, None)
     if chat:
         limit = _whole(body, "max_completion_tokens", 1, 1_000_000, limit)
-    ours = {"mode": defaults.mode} | _ours(body)
+    speclora_options = {"mode": defaults.mode} | _speclora_options(body)
     ask = Ask(
         request_id=uuid.uuid4().hex,
         messages=_messages(body) if chat else [],
@@ -229,6 +228,6 @@ def parse_request(body: Any, settings: Settings, chat: bool) -> Wish:
         stop=_stops(body),
         client_id=_client(body),
         logprobs=_logprobs(body, chat),
-        **ours,
+        **speclora_options,
     )
-    return Wish(ask, stream, _usage(body, stream))
+    return CompletionRequest(ask, stream, _usage(body, stream))

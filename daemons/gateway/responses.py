@@ -1,4 +1,4 @@
-"""Answers of ours in OpenAI's shapes, with our statistics in `speclora`. Pure: records in, JSON out."""
+"""Answers in OpenAI's shapes, with our statistics in `speclora`. Pure: messages in, JSON out."""
 
 import itertools
 import json
@@ -48,24 +48,26 @@ def statistics(done: Done) -> dict[str, Any]:
     }
 
 
-def _weighed(token: TokenLogprob) -> dict[str, Any]:
+def _token(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw) or None}
 
 
 def chat_logprobs(logprobs: Sequence[PositionLogprobs]) -> dict[str, Any]:
     """`logprobs` of a chat choice."""
-    content = [_weighed(law.chosen) | {"top_logprobs": [_weighed(token) for token in law.top]} for law in logprobs]
+    content = [
+        _token(position.chosen) | {"top_logprobs": [_token(token) for token in position.top]} for position in logprobs
+    ]
     return {"content": content, "refusal": None}
 
 
 def text_logprobs(logprobs: Sequence[PositionLogprobs], start: int) -> dict[str, Any]:
     """`logprobs` of a plain completion whose text so far has `start` characters."""
-    offsets = itertools.accumulate((len(law.chosen.text) for law in logprobs), initial=start)
+    offsets = itertools.accumulate((len(position.chosen.text) for position in logprobs), initial=start)
     return {
-        "tokens": [law.chosen.text for law in logprobs],
-        "token_logprobs": [law.chosen.logprob for law in logprobs],
+        "tokens": [position.chosen.text for position in logprobs],
+        "token_logprobs": [position.chosen.logprob for position in logprobs],
         # of tokens with one text the likeliest counts
-        "top_logprobs": [{token.text: token.logprob for token in reversed(law.top)} for law in logprobs],
+        "top_logprobs": [{token.text: token.logprob for token in reversed(position.top)} for position in logprobs],
         "text_offset": list(offsets)[: len(logprobs)],
     }
 
@@ -73,26 +75,31 @@ def text_logprobs(logprobs: Sequence[PositionLogprobs], start: int) -> dict[str,
 class ResponseBuilder:
     """One answer's envelope: chat or plain completion, whole or in chunks."""
 
-    def __init__(self, request_id: str, model: str, chat: bool, logprobs: bool = False) -> None:
+    def __init__(self, request_id: str, model: str, chat: bool, with_logprobs: bool = False) -> None:
         self._chat, self._model, self._created = chat, model, int(time.time())
-        self._logprobs, self._offset = logprobs, 0
-        self._first, self._around = True, ()
+        self._with_logprobs, self._offset = with_logprobs, 0
+        self._first = True
+        self._around_text: tuple[bytes, bytes] | None = None  # a chunk's bytes before and behind its text
         self._id = ("chatcmpl-" if chat else "cmpl-") + request_id
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
-    def _laws(self, logprobs: Sequence[PositionLogprobs]) -> dict[str, Any] | None:
-        if not self._logprobs:
+    def _logprobs_of(self, logprobs: Sequence[PositionLogprobs]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
             return None
         if self._chat:
             return chat_logprobs(logprobs)
-        start, self._offset = self._offset, self._offset + sum(len(law.chosen.text) for law in logprobs)
+        start, self._offset = self._offset, self._offset + sum(len(position.chosen.text) for position in logprobs)
         return text_logprobs(logprobs, start)
 
     def whole(self, done: Done, logprobs: Sequence[PositionLogprobs]) -> dict[str, Any]:
         """The answer to a request without `stream`."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": self._laws(logprobs), "finish_reason": finish_reason(done)}
+        choice: dict[str, Any] = {
+            "index": 0,
+            "logprobs": self._logprobs_of(logprobs),
+            "finish_reason": finish_reason(done),
+        }
         if self._chat:
             choice["message"] = {"role": "assistant", "content": done.text, "refusal": None}
         else:
@@ -101,28 +108,32 @@ class ResponseBuilder:
         return self._envelope(kind, [choice]) | {"usage": usage(done), "speclora": statistics(done)}
 
     def events(self, pieces: Sequence[Delta | Done], wants_usage: bool) -> bytes:
-        """What a stream sends for `pieces`, which came together: one chunk for all their text, and the end where it is there."""
+        """The events for `pieces`, which came together: one chunk for all their text, and the end of the stream after Done."""
         deltas = [piece for piece in pieces if isinstance(piece, Delta)]
-        text, logprobs = "".join(piece.text for piece in deltas), [law for piece in deltas for law in piece.logprobs]
-        sent = self._piece(text, logprobs) if text or logprobs else b""
+        text, logprobs = (
+            "".join(piece.text for piece in deltas),
+            [position for piece in deltas for position in piece.logprobs],
+        )
+        chunks = self._piece(text, logprobs) if text or logprobs else b""
         if isinstance(done := pieces[-1], Done):
-            sent += b"".join(event(chunk) for chunk in self._last(done, wants_usage)) + END
-        return sent
+            chunks += b"".join(event(chunk) for chunk in self._last(done, wants_usage)) + END
+        return chunks
 
     def _piece(self, text: str, logprobs: Sequence[PositionLogprobs]) -> bytes:
-        if self._first or self._logprobs:
+        if self._first or self._with_logprobs:
             return event(self._chunk(text, logprobs=logprobs))
-        if not self._around:  # nothing but the text changes from here on
+        if self._around_text is None:  # from here on only the text changes
             mark = uuid.uuid4().hex
-            self._around = tuple(event(self._chunk(mark)).split(json.dumps(mark).encode()))
-        before, after = self._around
+            before, _, after = event(self._chunk(mark)).partition(json.dumps(mark).encode())
+            self._around_text = before, after
+        before, after = self._around_text
         return before + json.dumps(text, ensure_ascii=False).encode() + after
 
     def _chunk(self, text: str, reason: str | None = None, logprobs: Sequence[PositionLogprobs] = ()) -> dict[str, Any]:
         """One piece of a stream; the last has the reason."""
         choice: dict[str, Any] = {
             "index": 0,
-            "logprobs": None if reason else self._laws(logprobs),
+            "logprobs": None if reason else self._logprobs_of(logprobs),
             "finish_reason": reason,
         }
         if self._chat:
@@ -142,6 +153,6 @@ class ResponseBuilder:
         return [ending | {"usage": None}, self._envelope(kind, []) | {"usage": usage(done)}]
 
 
-def error_event(refusal: ApiError) -> bytes:
-    """A failure in the middle of a stream: the status has long been sent."""
-    return event(refusal.body())
+def error_event(error: ApiError) -> bytes:
+    """A failure in the middle of a stream, when the status has long been sent."""
+    return event(error.body())

@@ -13,6 +13,7 @@ import uvicorn
 from specl.daemons.gateway.app import make_app
 from specl.daemons.gateway.header_timeout import with_header_timeout
 from specl.shared.errors import ConfigError, SpecLoraError
+from specl.shared.messaging.codes import DaemonState
 from specl.shared.messaging.endpoints import check_exposure, gateway_token
 from specl.shared.paths import Paths
 from specl.shared.runtime import log
@@ -22,30 +23,30 @@ from specl.shared.settings.schema import Gateway, Settings
 from specl.shared.status import gateway_file
 
 RETRY_S = 5.0  # between tries for a port that another program has
-LOOK_S = 0.1
-LAST_WORDS_S = 1  # for answers on their way when stopped; honcho allows five in all
+POLL_S = 0.1
+SHUTDOWN_S = 1  # for answers on their way when stopped; honcho allows five in all
 _log = log.get("gateway")
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises SpecLoraError where the port is taken, ConfigError where the address is unusable."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # the protocol by name: only then asyncio turns Nagle off, and a token does not wait for the acknowledgement of the last
-    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # asyncio turns Nagle's algorithm off only where the protocol is named; with it a token would wait for the last one's ACK
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        made.bind((host, port))
-        made.listen(128)
+        listening.bind((host, port))
+        listening.listen(128)
     except OSError as error:
-        made.close()
+        listening.close()
         if error.errno == errno.EADDRINUSE:
             raise SpecLoraError(
                 f"port {port} of {host} is taken by another program",
                 "set gateway.port, or gateway.enabled to false; until then it is tried again",
             ) from error
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", "set gateway.host and port") from error
-    made.set_inheritable(False)
-    return made
+    listening.set_inheritable(False)
+    return listening
 
 
 def address_of(listening: socket.socket) -> str:
@@ -54,35 +55,35 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class _Teller:
-    """Keeps run/gateway.json true: what `specl-ctl status` reads."""
+class StateFile:
+    """run/gateway.json, from which `specl-ctl status` reads how the gateway is."""
 
     def __init__(self, paths: Paths) -> None:
         self._file, self._started = gateway_file(paths), time.time()
 
-    def say(self, state: str, address: str | None = None, problem: str | None = None) -> None:
+    def write(self, state: DaemonState, address: str | None = None, problem: str | None = None) -> None:
         """Write the state, whole or not at all."""
         body = {"pid": os.getpid(), "started": self._started, "state": state, "address": address, "problem": problem}
         with suppress(OSError):  # on a full disk the gateway serves on
             write_file(self._file, json.dumps(body), sync=False)
 
 
-def _wait_for_port(settings: Gateway, teller: _Teller, stop: StopFlag) -> socket.socket | None:
+def _wait_for_port(settings: Gateway, state_file: StateFile, stop: StopFlag) -> socket.socket | None:
     """The socket, tried for until stopped: a taken port is no reason to take the other daemons down."""
-    said = False
+    logged = False
     while not stop:
         try:
             return listen(settings.host, settings.port)
         except ConfigError:
             raise
         except SpecLoraError as error:
-            teller.say("failed", problem=f"{error}; {error.hint}")
-            if not said:
+            state_file.write(DaemonState.FAILED, problem=f"{error}; {error.hint}")
+            if not logged:
                 _log.error("gateway.port_taken", problem=str(error), remedy=error.hint)
-            said = True
+            logged = True
         end = time.monotonic() + RETRY_S
         while time.monotonic() < end and not stop:
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
     return None
 
 
@@ -93,14 +94,14 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._stop = stop
 
-    def capture_signals(self) -> AbstractContextManager[None]:
-        """Take none."""
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]  # a null context will do
+        """Leave every signal alone."""
         return nullcontext()
 
-    async def watch(self) -> None:
-        """Ask for the end once the flag is set."""
+    async def stop_when_told(self) -> None:
+        """Ask uvicorn to end once the flag is set."""
         while not self._stop:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_S)
         self.should_exit = True
 
 
@@ -108,26 +109,26 @@ def serve(paths: Paths, settings: Settings, stop: StopFlag) -> None:
     """Listen and answer until stopped. Raises ConfigError for settings that would expose the models unguarded."""
     token = gateway_token(settings.gateway)
     check_exposure(settings.gateway, token)
-    teller = _Teller(paths)
-    listening = _wait_for_port(settings.gateway, teller, stop)
+    state_file = StateFile(paths)
+    listening = _wait_for_port(settings.gateway, state_file, stop)
     if listening is None:
         return
     app = make_app(paths, settings, token, lambda: bool(stop))
     server = _Server(
         uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False, proxy_headers=False,
-            timeout_graceful_shutdown=LAST_WORDS_S, timeout_keep_alive=30, ws="none",
+            timeout_graceful_shutdown=SHUTDOWN_S, timeout_keep_alive=30, ws="none",
             http=with_header_timeout(settings.gateway.request_timeout_s),
         ),
         stop,
     )  # fmt: skip
     address = address_of(listening)
-    teller.say("ready", address)
+    state_file.write(DaemonState.READY, address)
     _log.info("gateway.ready", address=address, token=token is not None)
 
-    async def both() -> None:
-        watcher = asyncio.create_task(server.watch())
+    async def serve_until_stopped() -> None:
+        watcher = asyncio.create_task(server.stop_when_told())
         await server.serve(sockets=[listening])
         watcher.cancel()
 
-    asyncio.run(both())
+    asyncio.run(serve_until_stopped())

@@ -1,4 +1,4 @@
-"""gateway.max_streams under a burst, and what gives a seat back: the app in this process, inference played by a test."""
+"""gateway.max_streams under a burst, and what gives a slot back: the app in this process, inference played by a test."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from specl.daemons.gateway.app import Completions, _refused
+from specl.daemons.gateway.app import Completions, api_error_response
 from specl.daemons.gateway.errors import ApiError
 from specl.daemons.gateway.metrics import Metrics
 from specl.shared.errors import DaemonUnreachable
@@ -36,14 +36,14 @@ class Inference:
             self.closed += 1
 
 
-class Desk:
+class Server:
     """Completions behind one route; `ask` is a client."""
 
-    def __init__(self, seats):
+    def __init__(self, slots):
         self.inference = Inference()
-        self.completions = Completions(Settings(gateway=Gateway(max_streams=seats)), self.inference, Metrics())
+        self.completions = Completions(Settings(gateway=Gateway(max_streams=slots)), self.inference, Metrics())
         routes = [Route("/", self.completions.chat, methods=["POST"])]
-        self._app = Starlette(routes=routes, exception_handlers={ApiError: _refused})
+        self._app = Starlette(routes=routes, exception_handlers={ApiError: api_error_response})
 
     async def ask(self, stream=False, leaves=False, broken=False):
         """The status of one answer; the client `leaves` at once, or its connection is `broken` when the answer comes."""
@@ -68,12 +68,12 @@ class Desk:
 
 def test_burst_gets_as_many_slots_as_exist():
     async def burst():
-        desk = Desk(3)
-        asked = [asyncio.create_task(desk.ask()) for _ in range(8)]
+        server = Server(3)
+        asked = [asyncio.create_task(server.ask()) for _ in range(8)]
         await asyncio.sleep(0.1)
         refused = [task.result() for task in asked if task.done()]
-        desk.inference.go.set()
-        return refused, sorted(await asyncio.gather(*asked)), desk.completions._active
+        server.inference.go.set()
+        return refused, sorted(await asyncio.gather(*asked)), server.completions.active
 
     assert asyncio.run(burst()) == ([429] * 5, [*[429] * 5, *[503] * 3], 0)
 
@@ -81,19 +81,24 @@ def test_burst_gets_as_many_slots_as_exist():
 @pytest.mark.parametrize("stream", [False, True])
 def test_client_gone_before_any_piece_frees_its_slot(stream):
     async def come_and_go():
-        desk = Desk(1)
-        codes = [await desk.ask(stream, leaves=True) for _ in range(3)]
-        return codes, desk.completions._active, desk.inference.closed
+        server = Server(1)
+        codes = [await server.ask(stream, leaves=True) for _ in range(3)]
+        return codes, server.completions.active, server.inference.closed
 
     assert asyncio.run(come_and_go()) == ([499] * 3, 0, 3)
 
 
 def test_failed_stream_frees_its_slot():
     async def broken():
-        desk = Desk(1)
-        desk.inference.go.set()
+        server = Server(1)
+        server.inference.go.set()
         with pytest.raises(BaseException):  # noqa: B017 - whatever the server makes of a broken pipe
-            await desk.ask(stream=True, broken=True)
-        return desk.completions._active, desk.inference.closed, await desk.ask(stream=True), desk.completions._active
+            await server.ask(stream=True, broken=True)
+        return (
+            server.completions.active,
+            server.inference.closed,
+            await server.ask(stream=True),
+            server.completions.active,
+        )
 
     assert asyncio.run(broken()) == (0, 1, 200, 0)

@@ -6,7 +6,7 @@ import time
 import httpx2 as httpx
 import pytest
 
-from specl.daemons.gateway.access_control import Rate, host_name
+from specl.daemons.gateway.access_control import RateLimit, host_name
 from specl.shared.errors import ConfigError
 from specl.shared.messaging.endpoints import check_exposure
 from specl.shared.settings.schema import Gateway as Settings
@@ -139,14 +139,14 @@ def test_loopback_or_all_of_it_is_fine():
 
 
 def test_rate_limit_is_per_address_and_recovers():
-    rate = Rate(60)
+    rate = RateLimit(60)
     assert all(rate.allows("a", 0.0) for _ in range(60))
     assert not rate.allows("a", 0.0) and rate.allows("b", 0.0)
     assert rate.allows("a", 1.0) and not rate.allows("a", 1.0)
-    assert Rate(0).allows("a", 0.0)
+    assert RateLimit(0).allows("a", 0.0)
     for number in range(5000):
         rate.allows(str(number), 2.0)
-    assert len(rate._buckets) <= 4096
+    assert len(rate) <= 4096
 
 
 def test_too_many_requests_are_a_429(lone):
