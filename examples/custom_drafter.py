@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from specl import Engine
-from specl.shared.engine.drafters import NOTHING, Draft, DraftSampler
+from specl.shared.engine.drafters import NO_DRAFT, Draft, DraftSampler
 from specl.shared.engine.sampling import point_mass
 from specl.shared.models.language_model import LanguageModel
 
@@ -39,7 +39,7 @@ class Bigrams:
             last = self.after[last]
             tokens.append(last)
         if not tokens:
-            return NOTHING
+            return NO_DRAFT
         return Draft(tokens, [point_mass(token) for token in tokens], [1.0] * len(tokens), "model")
 
 

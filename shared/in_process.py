@@ -98,56 +98,55 @@ class Engine:
         core = self._ready()  # refused now, not at the first piece
         if unknown := sorted(set(wish) - set(WISHES)):
             raise RequestRejected(f"unknown: {', '.join(unknown)}", f"known are {', '.join(WISHES)}")
-        rendered, tokens = core.encode_chat(to_messages(prompt, wish.get("system")), splice=wish.get("seed") is None)
+        rendered, tokens = core.encode_chat(
+            to_messages(prompt, wish.get("system")), reuse_tokens=wish.get("seed") is None
+        )
         session = core.session(tokens, self._options(wish))
         stop = wish.get("stop") or ()
         return self._answer(core, session, rendered, (stop,) if isinstance(stop, str) else tuple(stop))
 
     def _options(self, wish: dict[str, Any]) -> Any:
-        from specl.shared.engine.decode import Options
+        from specl.shared.engine.request_options import RequestOptions
 
         defaults = self._settings.speculative
         given = {name: value for name, value in wish.items() if value is not None}
         sampling = merge_sampling(defaults, {name: given[name] for name in SAMPLING_FIELDS if name in given})
         fixed = defaults.num_draft_tokens if defaults.num_draft_tokens != "auto" else None
-        return Options(
-            sampling=sampling.validate(),
+        return RequestOptions(
+            sampling=sampling,
             max_tokens=given.get("max_tokens", defaults.max_tokens),
             num_draft_tokens=given.get("num_draft_tokens", fixed),
             ngram=given.get("ngram", defaults.ngram),
         )
 
     def _answer(self, core: "EngineCore", session: "Session", rendered: str, stop: tuple[str, ...]) -> Iterator[str]:
-        from specl.shared.engine.text import TextStream
+        from specl.shared.engine.text_output import TextOutput
 
         began, first = time.perf_counter(), 0.0
-        text = TextStream(core.target.tokenizer, stop)
+        text = TextOutput(session, stop)
         try:
             while not session.prefill():
                 pass
             while session.finish_reason is None:
-                before = len(session.output)
                 session.round()
                 first = first or time.perf_counter()
-                if piece := _new_text(session, before, text, core.target.stop_tokens):
+                if piece := text.read().text:
                     yield piece
-            if rest := text.finish():
-                yield rest
         except GeneratorExit:  # between two rounds: all that was made still stands
             session.finish_reason = session.finish_reason or "cancelled"
         self._finished(core, session, text.text, 1000 * (first - began) if first else 0.0)
         core.save_to_prefix_cache(session, core.adapter_id, rendered + text.text)
 
     def _finished(self, core: "EngineCore", session: "Session", text: str, ttft_ms: float) -> None:
-        from specl.shared.engine.statistics import statistics
+        from specl.shared.engine.statistics import answer_stats
 
-        stats = statistics(session, core.costs, ttft_ms)
+        stats = answer_stats(session, core.costs, ttft_ms)
         self.last = Answer(text, list(session.output), session.finish_reason or "", stats)
         self._totals["answers"] += 1
         self._totals["tokens"] += len(session.output)
         for name in ("rounds", "model_drafted", "model_accepted"):
             self._totals[name] += getattr(stats, name)
-        self._seconds += session.tally.decode_s
+        self._seconds += session.stats.decode_s
 
     def stats(self) -> dict[str, Any]:
         """Of all answers so far: how many, tokens, rounds, acceptance (null before anything was drafted), tokens per second."""
@@ -216,16 +215,3 @@ def _with_models(settings: Settings, target: str | None, draft: str | None) -> S
         }
     )
     return settings.model_copy(update={"models": changed})
-
-
-def _new_text(session: "Session", before: int, text: Any, stops: frozenset[int]) -> str:
-    """What a round's tokens add to the text; ends the answer where a stop string stood."""
-    pieces = []
-    for place, token in enumerate(session.output[before:]):
-        if token in stops:
-            break
-        pieces.append(text.add(token))
-        if text.stopped:
-            session.cut(before + place + 1, "stop")
-            break
-    return "".join(pieces)

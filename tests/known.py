@@ -9,7 +9,6 @@ KNOWN: dict[str, set[str]] = {
         "specl.daemons.inference.adapter_monitor -> pydantic",
     },
     "long files": {
-        "shared/engine/decode.py",
         "shared/messaging/bus.py",
         "shared/prompts/build_prompts.py",
         "shared/prompts/reserved.py",

@@ -208,7 +208,7 @@ def _table(target: "LanguageModel", built: "BuiltDraft", settings: Settings, cos
     """What was made, and what it does here: measured on held-out prompts, plain and drafted in turn."""
     from specl.shared import prompts
     from specl.shared.engine.core import EngineCore
-    from specl.shared.engine.decode import Options
+    from specl.shared.engine.request_options import RequestOptions
     from specl.shared.learning.gate import expected_rate
     from specl.shared.loading.costs import load_or_calibrate
     from specl.shared.loading.engine import engine_options
@@ -220,12 +220,12 @@ def _table(target: "LanguageModel", built: "BuiltDraft", settings: Settings, cos
         _, ids = engine.encode_chat(prompt.messages)
         for k in (0, None):
             engine.prefixes.purge()
-            session = engine.session(ids, Options(max_tokens=MEASURED_TOKENS, num_draft_tokens=k, ngram=False))
+            session = engine.session(ids, RequestOptions(max_tokens=MEASURED_TOKENS, num_draft_tokens=k, ngram=False))
             while not session.prefill():
                 pass
             while session.finish_reason is None:
                 session.round()
-            seconds[k] += session.tally.decode_s
+            seconds[k] += session.stats.decode_s
             tokens[k] += len(session.output)
     plain, drafted = tokens[0] / seconds[0], tokens[None] / seconds[None]
     expected = expected_rate(measured, built.by_depth.acceptance, settings.speculative.max_draft_tokens)

@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from specl.cli.options import wants_colour
-from specl.shared.engine.text import TextStream
+from specl.shared.engine.text_output import TextStream
 from specl.shared.errors import SpecLoraError
 from specl.shared.paths import find_paths
 from specl.shared.store import Store, StoredGeneration

@@ -9,7 +9,7 @@ from typing import Any
 
 from specl.daemons.inference.job import Job
 from specl.shared.engine.core import EngineCore
-from specl.shared.engine.decode import Options
+from specl.shared.engine.request_options import RequestOptions
 from specl.shared.errors import RequestRejected
 from specl.shared.messaging.messages import Ask
 from specl.shared.settings.schema import Settings
@@ -51,19 +51,19 @@ def _encode(ask: Ask, engine: EngineCore) -> tuple[str, list[int]]:
         return ask.prompt, engine.encode(ask.prompt, special=True)
     if not any(_has_user_text(message) for message in ask.messages):
         raise RequestRejected("the prompt is empty")
-    return engine.encode_chat(ask.messages, splice=ask.sampling.seed is None)
+    return engine.encode_chat(ask.messages, reuse_tokens=ask.sampling.seed is None)
 
 
 def _has_user_text(message: dict[str, Any]) -> bool:
     return message.get("role") == "user" and bool(str(message.get("content", "")).strip())
 
 
-def _options(ask: Ask, max_tokens: int, settings: Settings) -> Options:
+def _options(ask: Ask, max_tokens: int, settings: Settings) -> RequestOptions:
     num_draft_tokens = ask.num_draft_tokens
     if num_draft_tokens is None and settings.speculative.num_draft_tokens != "auto":
         num_draft_tokens = settings.speculative.num_draft_tokens
     keeps_details = ask.mode == "detailed" and ask.record and settings.records.keep == "content"
-    return Options(
+    return RequestOptions(
         sampling=ask.sampling,
         max_tokens=max_tokens,
         num_draft_tokens=num_draft_tokens,

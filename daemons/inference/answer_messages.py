@@ -14,7 +14,7 @@ from specl.shared.answer_stats import AnswerStats
 from specl.shared.conversations import conversation_of
 from specl.shared.engine.capture import Capture, TokenLogprobs
 from specl.shared.engine.core import EngineCore
-from specl.shared.engine.text import HOLD
+from specl.shared.engine.text_output import INCOMPLETE
 from specl.shared.messaging.messages import Disagreement, Done, Generation, PositionLogprobs, TokenLogprob, TopK
 from specl.shared.models.language_model import LanguageModel
 
@@ -121,7 +121,7 @@ def position_logprobs(
 
     def token_logprob(token: int, logprob: float) -> TokenLogprob:
         text = target.tokenizer.decode([token])
-        return TokenLogprob(text, b"" if HOLD in text else text.encode(), round(logprob, 6))
+        return TokenLogprob(text, b"" if INCOMPLETE in text else text.encode(), round(logprob, 6))
 
     return [
         PositionLogprobs(

@@ -22,7 +22,7 @@ from specl.daemons.inference.swap import AdapterSwap
 from specl.shared.answer_stats import AnswerStats
 from specl.shared.engine.answer_history import AnswerHistory
 from specl.shared.engine.core import EngineCore
-from specl.shared.engine.statistics import statistics
+from specl.shared.engine.statistics import answer_stats
 from specl.shared.errors import SpecLoraError
 from specl.shared.loading.costs import load_or_calibrate
 from specl.shared.loading.engine import load_engine
@@ -145,7 +145,7 @@ class DecodeThread(threading.Thread):
             self._history_purges += 1
             if (engine := self.engine) is not None:
                 engine.prefixes.purge()
-                engine.past.forget()
+                engine.answer_history.forget()
             self.recorder.purge(peer, purge, matches, self._answer_files)
 
         if self.scheduler is None:  # nothing is cached, and the inbox may wait for the models
@@ -227,7 +227,7 @@ class DecodeThread(threading.Thread):
         self._expire_at = now + min(EXPIRE_S, 86400 * days / 10)
         before = now - 86400 * days
         if (engine := self.engine) is not None:
-            engine.past.expire(before)
+            engine.answer_history.expire(before)
         self.recorder.expire_answers(self._answer_files, before)
 
     # ------------------------------------------------------------------------------------------------ models
@@ -245,7 +245,7 @@ class DecodeThread(threading.Thread):
         )
         load_or_calibrate(engine, self.paths.costs)
         self._answer_files = AnswerFiles(self.paths.answers, engine.target.tokenizer_fingerprint)
-        engine.past = AnswerHistory(self._answer_files.read)
+        engine.answer_history = AnswerHistory(self._answer_files.read)
         swap = self._attach_swap(engine)
         scheduler = Scheduler(engine, self.settings, self._emit, self.monitor.forces, self._finished)
         self.scheduler = scheduler
@@ -316,7 +316,7 @@ class DecodeThread(threading.Thread):
         that drafted them.
         """
         engine, session = scheduler.engine, running.session
-        stats = statistics(session, engine.costs, running.ttft_ms)
+        stats = answer_stats(session, engine.costs, running.ttft_ms)
         self._record(running, engine, stats)
         self.served += 1
         self._idle_since = time.monotonic()
@@ -357,16 +357,16 @@ class DecodeThread(threading.Thread):
         def add() -> None:
             engine = self.engine
             if client_id and engine is not None and purges == self._history_purges:
-                engine.past.add(client_id, tokens)
-                self.recorder.write_answers(self._answer_files, client_id, engine.past.answers(client_id))
+                engine.answer_history.add(client_id, tokens)
+                self.recorder.write_answers(self._answer_files, client_id, engine.answer_history.answers(client_id))
 
         return lambda: self.call(add)
 
     # ------------------------------------------------------------------------------------------------ adapters
     def _count_drafts(self, running: RunningJob) -> None:
         """Count one more answer of the active adapter; it is rolled back when it disappoints."""
-        tally = running.session.tally
-        if self.swap is not None and (reason := self.monitor.saw(tally.tested_by_depth, tally.accepted_by_depth)):
+        stats = running.session.stats
+        if self.swap is not None and (reason := self.monitor.saw(stats.tested_by_depth, stats.accepted_by_depth)):
             self.swap.roll_back(reason)
 
     def _adapter_changed(self, change: Activation) -> None:

@@ -6,8 +6,9 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from specl.shared.engine.decode import Options, Session
-from specl.shared.engine.text import TextStream
+from specl.shared.engine.decode import Session
+from specl.shared.engine.request_options import RequestOptions
+from specl.shared.engine.text_output import TextOutput
 from specl.shared.messaging.messages import Ask
 
 
@@ -22,7 +23,7 @@ class Job:
     arrived: float
     prompt_text: str
     prompt: list[int]
-    options: Options
+    options: RequestOptions
     reserved: int
     generation_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created_at: float = field(default_factory=time.time)
@@ -47,7 +48,7 @@ class RunningJob:
 
     job: Job
     session: Session
-    text: TextStream
+    text: TextOutput
     first_adapter_id: str
     adapter_id: str
     prefilled: bool = False

@@ -16,7 +16,7 @@ from specl.daemons.inference.job import Job, RunningJob
 from specl.daemons.inference.outgoing import Emit
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.decode import decode_rounds
-from specl.shared.engine.text import TextStream
+from specl.shared.engine.text_output import TextOutput
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.codes import FailureCode
 from specl.shared.messaging.messages import Ask, Delta, Failed, Queued
@@ -132,44 +132,30 @@ class Scheduler:
         except SpecLoraError as error:
             self._emit(job.peer, Failed(job.request_id, FailureCode.REJECTED, str(error), error.hint))
             return False
-        text = TextStream(self.engine.target.tokenizer, tuple(job.ask.stop))
+        text = TextOutput(session, tuple(job.ask.stop))
         adapter_id = self.engine.adapter_id
         self.running.append(RunningJob(job, session, text, adapter_id, adapter_id))
         return True
 
     def _decode_round(self, batch: list[RunningJob]) -> None:
-        lengths = [len(running.session.output) for running in batch]
         for running in batch:
             if self._must_draft():
-                estimate = running.session.chooser.estimate
-                estimate.since_probe = estimate.pause
+                running.session.force_draft()
         decode_rounds([running.session for running in batch])
-        for running, length in zip(batch, lengths, strict=True):
-            self._send_round(running, length)
+        for running in batch:
+            self._send_round(running)
 
-    def _send_round(self, running: RunningJob, before: int) -> None:
-        """Send what a round has added to the first `before` tokens of an answer."""
-        session, text = running.session, running.text
+    def _send_round(self, running: RunningJob) -> None:
+        """Send what a round has added to an answer."""
         if running.first_token_at is None:
             running.first_token_at = time.monotonic()
         running.adapter_id = self.engine.adapter_id
-        parts: list[str] = []
-        for index, token in enumerate(session.output[before:], before):
-            if token in self.engine.target.stop_tokens:
-                break
-            parts.append(text.add(token))
-            if text.stopped:
-                session.cut(index + 1, "stop")
-                break
-        lengths = [len(part) for part in parts]
-        if session.finish_reason:
-            parts.append(text.finish())
-        if tokens := session.output[before:]:
-            sources = bytes(session.sources[before:])
-            logprobs = position_logprobs(self.engine.target, tokens, session.told[before:])
-            delta = Delta(running.job.request_id, "".join(parts), tokens, sources, lengths, logprobs)
+        new = running.text.read()
+        if new.tokens:
+            logprobs = position_logprobs(self.engine.target, new.tokens, new.logprobs)
+            delta = Delta(running.job.request_id, new.text, new.tokens, new.sources, new.lengths, logprobs)
             self._emit(running.job.peer, delta)
-        if session.finish_reason:
+        if running.session.finish_reason:
             self._finish(running)
 
     def _finish(self, running: RunningJob, ended_by: FailureCode | None = None) -> None:

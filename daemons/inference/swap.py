@@ -192,7 +192,7 @@ class AdapterSwap:
         failpoint("swap.before_activate")
         self._before_switch = self.engine.adapter_id or self._drafted_before or ""
         try:
-            yield from self.engine.taking(adapter)
+            yield from self.engine.switch_adapter(adapter)
         except MemoryError:
             raise
         except Exception as error:

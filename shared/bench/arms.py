@@ -18,8 +18,10 @@ from mlx_lm.sample_utils import make_sampler
 
 from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.bench.text_equality import TopTwo
-from specl.shared.engine.core import EngineCore, LoadedAdapter, new_request_history
-from specl.shared.engine.decode import Options, Tally
+from specl.shared.engine.acceptance_history import RequestHistory
+from specl.shared.engine.core import EngineCore, LoadedAdapter
+from specl.shared.engine.decoding_stats import DecodingStats
+from specl.shared.engine.request_options import RequestOptions
 from specl.shared.engine.sampling import top_indices
 from specl.shared.models.language_model import LanguageModel
 from specl.shared.models.load import load
@@ -53,7 +55,7 @@ class Answer:
         """Of decoding: prompt and first piece left out."""
         return (len(self.tokens) - self.first) / self.decode_s if self.decode_s > 0 else 0.0
 
-    def count(self, tally: Tally) -> None:
+    def count(self, tally: DecodingStats) -> None:
         """Take the engine's counts."""
         self.rounds = tally.rounds
         self.drafted, self.accepted = sum(tally.drafted.values()), sum(tally.accepted.values())
@@ -172,7 +174,7 @@ class EngineArm:
             "ngram": ngram,
             "capture_k": capture_k,
         }
-        self._known = new_request_history()
+        self._history = RequestHistory()
 
     def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
         """See Arm. No prefix is reused: every arm reads the whole prompt."""
@@ -180,9 +182,9 @@ class EngineArm:
         engine.prefixes.purge()
         if engine.adapter_id != (self.adapter.id if self.adapter else ""):
             engine.use_adapter(self.adapter)
-        engine.known = self._known
+        engine.request_history = self._history
         answer = timed(self._pieces(prompt, limit))
-        answer.count(self._session.tally)
+        answer.count(self._session.stats)
         return answer
 
     def resume(self, tokens: list[int], limit: int) -> list[int] | None:
@@ -191,7 +193,7 @@ class EngineArm:
         return timed(self._pieces(tokens, limit)).tokens
 
     def _pieces(self, prompt: list[int], limit: int) -> Iterable[list[int]]:
-        self._session = session = self.engine.session(prompt, Options(max_tokens=limit, **self.options))
+        self._session = session = self.engine.session(prompt, RequestOptions(max_tokens=limit, **self.options))
         while not session.prefill():
             pass
         while session.finish_reason is None:

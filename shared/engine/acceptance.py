@@ -1,11 +1,14 @@
-"""Which drafted tokens stand, and what replaces the first that does not. Pure: laws and tokens in, a count and a token out.
+"""The acceptance rules: how many drafted tokens stand, and which token follows them.
 
-Whatever the drafts are, the tokens that come out follow the target's law exactly: greedy emits its argmax; `rejection` is
-Leviathan et al. 2023 (arXiv 2211.17192, algorithm 1); `block` judges all drafts of a round together and accepts at least
-as many (Sun et al. 2024, arXiv 2403.10444, algorithm 2); `coupled` emits argmax(log p + noise), a draw by the Gumbel-max trick
-whose noise belongs to the position, so that the text of a seed does not depend on the drafts at all.
+Pure: distributions and tokens in, a count and a token out. Whatever the drafts are, the output has
+exactly the target's distribution. `greedy` emits the target's argmax. `rejection` is Leviathan et al.
+2023 (arXiv 2211.17192, algorithm 1). `block` verifies all drafts of a round together and accepts at
+least as many (Sun et al. 2024, arXiv 2403.10444, algorithm 2). `coupled` emits argmax(log p + noise), a
+draw by the Gumbel-max trick whose noise belongs to the position, so that the text of a seed does not
+depend on the drafts at all.
 
-`target` is called with a row number only as far as rows are needed: a row after the first rejection is never looked at.
+`target` is called with a row number only as far as rows are needed: `rejection` and `coupled` never
+read a row after the first rejection.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,51 +22,59 @@ TargetRow = Callable[[int], Distribution]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """The first `accepted` drafts stand and `token` follows them: a correction, or the bonus after all of them."""
+class VerifyResult:
+    """The first `accepted` drafts stand and `token` follows them: a correction after a rejection, or
+    the bonus token after all drafts.
+    """
 
     accepted: int
     token: int
 
 
-def greedy(target_argmax: Sequence[int], drafts: Sequence[int]) -> Verdict:
-    """Accept while the draft is the target's argmax. `target_argmax` has one row more than there are drafts."""
+def greedy(target_argmax: Sequence[int], drafts: Sequence[int]) -> VerifyResult:
+    """Accept while the draft is the target's argmax. `target_argmax` has one row more than `drafts`."""
     accepted = 0
     while accepted < len(drafts) and drafts[accepted] == target_argmax[accepted]:
         accepted += 1
-    return Verdict(accepted, int(target_argmax[accepted]))
+    return VerifyResult(accepted, int(target_argmax[accepted]))
 
 
 def left_over(target_p: Distribution, draft_p: Distribution, weight: float = 1.0) -> np.ndarray:
     """max(weight * target_p - draft_p, 0) over the target's tokens."""
     left = weight * target_p.p
-    place = np.searchsorted(target_p.ids, draft_p.ids)
-    place = np.minimum(place, len(target_p.ids) - 1)
-    shared = target_p.ids[place] == draft_p.ids
-    left[place[shared]] -= draft_p.p[shared]
+    index = np.searchsorted(target_p.ids, draft_p.ids)
+    index = np.minimum(index, len(target_p.ids) - 1)
+    shared = target_p.ids[index] == draft_p.ids
+    left[index[shared]] -= draft_p.p[shared]
     return np.maximum(left, 0.0)
 
 
 def residual(target_p: Distribution, draft_p: Distribution, weight: float = 1.0) -> Distribution:
-    """norm(max(weight * target_p - draft_p, 0)): what a rejection draws from. The target's own law where nothing is left."""
+    """norm(max(weight * target_p - draft_p, 0)): the distribution to draw from after a rejection.
+
+    `target_p` itself where nothing is left.
+    """
     left = left_over(target_p, draft_p, weight)
     mass = left.sum()
     return Distribution(target_p.ids, left / mass) if mass > 0 else target_p
 
 
 def rejection(
-    target: TargetRow, drafts: Sequence[int], draft_probs: Sequence[Distribution], uniform: Callable[[], float]
-) -> Verdict:
-    """Accept draft x with probability min(1, target_p(x) / draft_p(x)); on rejection draw from the residual."""
+    target: TargetRow,
+    drafts: Sequence[int],
+    draft_probs: Sequence[Distribution],
+    uniform: Callable[[], float],
+) -> VerifyResult:
+    """Accept draft x with probability min(1, target_p(x) / draft_p(x)); then draw from the residual."""
     for i, (token, draft_p) in enumerate(zip(drafts, draft_probs, strict=True)):
         target_p = target(i)
         if uniform() * draft_p.of(token) >= target_p.of(token):
-            return Verdict(i, residual(target_p, draft_p).draw(uniform()))
-    return Verdict(len(drafts), target(len(drafts)).draw(uniform()))
+            return VerifyResult(i, residual(target_p, draft_p).draw(uniform()))
+    return VerifyResult(len(drafts), target(len(drafts)).draw(uniform()))
 
 
 def run_weights(target: TargetRow, drafts: Sequence[int], draft_probs: Sequence[Distribution]) -> list[float]:
-    """The chance that the first i drafts stand, given them, for i = 0 ..: min(previous * target_p / draft_p, 1)."""
+    """P(the first i drafts stand | these drafts), i = 0..k: min(previous * target_p / draft_p, 1)."""
     weights = [1.0]
     for i, (token, draft_p) in enumerate(zip(drafts, draft_probs, strict=True)):
         weights.append(min(1.0, weights[-1] * target(i).of(token) / draft_p.of(token)))
@@ -71,8 +82,9 @@ def run_weights(target: TargetRow, drafts: Sequence[int], draft_probs: Sequence[
 
 
 def run_chance(weight: float, target_p: Distribution, draft_p: Distribution | None) -> float:
-    """The chance to stop after a run of this weight, given that no longer one stood. `draft_p` is what the next draft was
-    drawn from, None after the last.
+    """P(accept exactly i drafts | not more than i accepted), for the run of i drafts with this weight.
+
+    `draft_p`: the distribution the next draft was drawn from, None after the last draft.
     """
     if draft_p is None:
         return weight
@@ -81,26 +93,30 @@ def run_chance(weight: float, target_p: Distribution, draft_p: Distribution | No
 
 
 def block(
-    target: TargetRow, drafts: Sequence[int], draft_probs: Sequence[Distribution], uniform: Callable[[], float]
-) -> Verdict:
-    """Accept the longest run of drafts that a draw of its own lets stand; what follows comes from the run's residual.
+    target: TargetRow,
+    drafts: Sequence[int],
+    draft_probs: Sequence[Distribution],
+    uniform: Callable[[], float],
+) -> VerifyResult:
+    """Accept the longest run of drafts that its own draw lets stand; then draw from its residual.
 
-    Whether a draft goes on may depend on the tokens before, never on the one drawn next: then the runs' chances add up to
-    their weights, whatever the lengths (the paper's proof, by induction from the last draft back).
+    Whether a draft goes on may depend on the tokens before it, never on the token drawn next. The
+    runs' chances then add up to their weights, whatever the lengths (proved in the paper by induction
+    from the last draft back).
     """
     weights = run_weights(target, drafts, draft_probs)
     for i in range(len(drafts), 0, -1):
         draft_p = draft_probs[i] if i < len(drafts) else None
         if uniform() < run_chance(weights[i], target(i), draft_p):
             probs = residual(target(i), draft_p, weights[i]) if draft_p is not None else target(i)
-            return Verdict(i, probs.draw(uniform()))
-    return Verdict(0, residual(target(0), draft_probs[0]).draw(uniform()))
+            return VerifyResult(i, probs.draw(uniform()))
+    return VerifyResult(0, residual(target(0), draft_probs[0]).draw(uniform()))
 
 
-def coupled(target: TargetRow, drafts: Sequence[int], noise: Callable[[int], np.ndarray]) -> Verdict:
+def coupled(target: TargetRow, drafts: Sequence[int], noise: Callable[[int], np.ndarray]) -> VerifyResult:
     """Emit argmax(log target_p + noise) at every row and accept while the draft is that token."""
     for i, token in enumerate(drafts):
         chosen = target(i).argmax_with(noise(i))
         if chosen != token:
-            return Verdict(i, chosen)
-    return Verdict(len(drafts), target(len(drafts)).argmax_with(noise(len(drafts))))
+            return VerifyResult(i, chosen)
+    return VerifyResult(len(drafts), target(len(drafts)).argmax_with(noise(len(drafts))))

@@ -14,8 +14,9 @@ import mlx.core as mx
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.custom_drafter import CustomDrafter
-from specl.shared.engine.decode import Options
+from specl.shared.engine.decode import verify
 from specl.shared.engine.drafters import DraftSampler
+from specl.shared.engine.request_options import RequestOptions
 from specl.shared.sampling_params import SamplingParams
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)  # rows of a target step that are measured
@@ -88,9 +89,7 @@ class _WarmSession:
 
     def __init__(self, engine: EngineCore) -> None:
         prompt = [1 + i % 97 for i in range(WARM_CONTEXT)]
-        self._session = engine.session(
-            prompt, Options(sampling=SamplingParams(), num_draft_tokens=1 if engine.drafts else 0)
-        )
+        self._session = engine.session(prompt, RequestOptions(num_draft_tokens=1 if engine.drafts else 0))
         while not self._session.prefill():
             pass
         self._drafter = self._session.state.drafter
@@ -103,18 +102,16 @@ class _WarmSession:
     def verify_once(self, rows: int) -> None:
         state = self._session.state
         cached = state.cached
-        self._session._verify([5] * (rows - 1))
-        for layer in state.cache:
-            layer.trim(state.cached - cached)
-        state.cached = cached
+        verify([self._session], [[5] * (rows - 1)])
+        state.trim_cache(cached)
 
     def draft_once(self, k: int) -> None:
         if self._drafter is None:
             return
-        text, last = len(self._session.state.text), self._session.state.text[-1]
+        tokens = self._session.state.tokens
         states = None
         if self._drafter.reads_states:  # a round's usual catch-up: two accepted tokens
             states = mx.zeros((2, self._session.target.hidden_size))
-        self._drafter.extend([last, last], states)
+        self._drafter.extend([tokens[-1], tokens[-1]], states)
         self._drafter.propose(k, self._sampler)
-        self._drafter.rewind(text)
+        self._drafter.rewind(len(tokens))

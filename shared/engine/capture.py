@@ -1,7 +1,7 @@
-"""What a round tells, kept for training: the target's top-k at every emitted position, and the disagreements.
+"""What is kept of a round for training: the target's top-k at every output position, and rejected drafts.
 
-Only rows up to and including the first rejection: what follows is conditioned on a wrong prefix and is kept nowhere. All
-rows of a round are read at once.
+Only rows up to and including the first rejection count: what follows them is conditioned on a wrong
+prefix. All rows of a round are read at once.
 """
 
 from collections.abc import Sequence
@@ -14,24 +14,30 @@ from specl.shared.engine.sampling import largest
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """What a client may see of one position: the emitted token's log-probability, and the likeliest tokens with theirs."""
+    """What a client may see of one position: the log-probability of the output token, and the most
+    likely tokens with theirs.
+    """
 
     logprob: float
     ids: list[int]
     logprobs: list[float]
 
 
-def told(logits: np.ndarray, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
-    """For rows [n, vocabulary] that predicted `tokens` [n]: natural log-probabilities at temperature 1, `count` alternatives."""
+def token_logprobs(logits: np.ndarray, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """Of rows [n, vocabulary] that predicted `tokens` [n], with `count` alternatives each.
+
+    Natural log-probabilities at temperature 1.
+    """
     ids, values, totals = largest(logits, max(count, 1))
     chosen = logits[np.arange(len(tokens)), list(tokens)] - totals
-    rows = zip(chosen.tolist(), ids[:, :count].tolist(), (values - totals[:, None])[:, :count].tolist(), strict=True)
+    logprobs = (values - totals[:, None])[:, :count]
+    rows = zip(chosen.tolist(), ids[:, :count].tolist(), logprobs.tolist(), strict=True)
     return [TokenLogprobs(*row) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedDraft:
-    """The first draft of a round that did not stand. `position` counts output tokens from 0, `depth` drafts from 1."""
+    """The first rejected draft of a round. `position` counts output tokens from 0, `depth` drafts from 1."""
 
     position: int
     draft_token: int
@@ -44,8 +50,10 @@ class RejectedDraft:
 
 @dataclass(slots=True)
 class Capture:
-    """Grows with the output. Arrays have one row an output token: ids [n, k], log-probabilities [n, k] (natural,
-    temperature 1), tail mass [n], entropy [n] (nats, the tail as one outcome: a lower bound).
+    """Grows with the output: one row an output token.
+
+    Arrays: ids [n, k], logprobs [n, k] (natural, temperature 1), tail mass [n], entropy [n] (nats; the
+    tail counts as one outcome, so it is a lower bound).
     """
 
     k: int
@@ -55,7 +63,7 @@ class Capture:
     entropy: list[float] = field(default_factory=list)
     rejected: list[RejectedDraft] = field(default_factory=list)
 
-    def rows(self, logits: np.ndarray) -> None:
+    def add_rows(self, logits: np.ndarray) -> None:
         """Keep the rows [n, vocabulary] that predicted the tokens just emitted."""
         ids, values, totals = largest(logits, self.k)
         logprobs = (values - totals[:, None]).astype(np.float32)
@@ -67,13 +75,12 @@ class Capture:
         self.tail.extend(tail.tolist())
         self.entropy.extend(entropy.tolist())
 
-    def confidence(self, row: int, token: int) -> float:
-        """The target's probability of a token at an output position, 0 where it is outside the top k."""
-        hit = np.flatnonzero(self.ids[row] == token)
-        return float(np.exp(self.logprobs[row][hit[0]])) if len(hit) else 0.0
+    def confidence(self, position: int, token: int) -> float:
+        """The target's probability of a token at an output position; 0 outside the top k."""
+        hits = np.flatnonzero(self.ids[position] == token)
+        return float(np.exp(self.logprobs[position][hits[0]])) if len(hits) else 0.0
 
     def cut(self, length: int) -> None:
-        """Forget positions from `length` on (the answer ended inside a round)."""
-        for rows in (self.ids, self.logprobs, self.tail, self.entropy):
-            del rows[length:]
+        """Drop positions from `length` on (the answer ended inside a round)."""
+        del self.ids[length:], self.logprobs[length:], self.tail[length:], self.entropy[length:]
         self.rejected = [item for item in self.rejected if item.position < length]

@@ -1,12 +1,13 @@
-"""Caches that outlive their request, so that the next turn does not pay for the last one again. Least recently used go first.
+"""Caches of finished requests, so that a chat's next turn need not read its earlier turns again.
 
-An entry is handed out by moving: while a request runs on it, it is nobody else's. Only a small part of a long one is copied
-out, so that a shared beginning (a system prompt) does not cost another conversation its caches; a request of which nothing
-may be kept gives back what it was lent. The drafter's cache travels with the target's, but only to a request with the same
-adapter; the target's fits whatever drafts.
+`take` moves an entry out of the cache, or copies a prefix shorter than half of it, so that a common
+beginning (a system prompt) does not cost another conversation its caches. A request of which nothing
+may be kept returns the entry unchanged (`put_back`). The drafter's cache travels with the target's, but
+only to a request with the same adapter; the target's fits any drafter. Least recently used entries go
+first.
 
-A chat's next turn is text again, and its tokens may differ from those that were generated. So an entry knows the text that
-it stands for, and `splice` gives the same ids back for the same text.
+A chat's next turn arrives as text, and its tokens may differ from those that were generated. So an
+entry knows the text of its tokens, and `reuse_tokens` returns the same ids for the same text.
 """
 
 import time
@@ -15,158 +16,179 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, trim_prompt_cache
+from mlx_lm.models.cache import KVCache
 
-from specl.shared.engine.decode import PrefixOrigin, State
+from specl.shared.engine.sequence_state import PrefixOrigin, SequenceState
 
-WORTH = 16  # shared tokens below which an entry is left alone
+MIN_SHARED = 16  # shared tokens below which an entry is not used
 COPY_BELOW = 0.5  # share of an entry below which its beginning is copied
-SLACK = 0.25  # share of an entry's slots that may stand empty; caches grow by 256, so 768 tokens and more seldom need a copy
+SLACK = (
+    0.25  # share of an entry's slots that may be empty; caches grow by 256, so 768 tokens and more seldom need a copy
+)
 
 
 @dataclass(slots=True)
 class Entry:
-    """A finished request's state; `rendered` is the text of its first `said` tokens, or empty where that is not known."""
+    """A finished request's state. `text` is the text of its first `text_tokens` tokens, or empty where
+    that is not known.
+    """
 
-    state: State
+    state: SequenceState
     adapter_id: str
-    rendered: str = ""
-    said: int = 0
-    used: float = field(default_factory=time.monotonic)
+    text: str = ""
+    text_tokens: int = 0
+    last_used: float = field(default_factory=time.monotonic)
 
     @property
     def slots(self) -> int:
-        """Tokens that its memory has room for."""
-        return max([len(self.state.text), *(_capacity(layer) for layer in self.state.cache)])
+        """Tokens that fit into its memory."""
+        return max([len(self.state.tokens), *(_capacity(layer) for layer in self.state.cache)])
 
 
 class PrefixCache:
-    """At most `budget` tokens' memory of finished requests: what their caches have room for, not what stands in them."""
+    """Finished requests with room for at most `budget` tokens: counted is memory, not what fills it."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._entries: list[Entry] = []
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     @property
     def tokens(self) -> int:
-        """Tokens that the memory held has room for."""
+        """Tokens that fit into the memory of all entries."""
         return sum(entry.slots for entry in self._entries)
 
-    def take(self, prompt: list[int], adapter_id: str) -> State | None:
-        """A state that holds the longest shared prefix of `prompt`, cut to it; None where too little is shared.
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the entries whose text is known."""
+        return [entry.text for entry in self._entries if entry.text]
+
+    def take(self, prompt: list[int], adapter_id: str) -> SequenceState | None:
+        """A state with the longest shared prefix of `prompt`, cut to it; None where too little is shared.
 
         At least the prompt's last token is left to feed.
         """
-        best = max(self._entries, key=lambda entry: _shared(entry.state.text, prompt), default=None)
+        best = max(self._entries, key=lambda entry: _shared(entry.state.tokens, prompt), default=None)
         if best is None:
             return None
-        keep = min(_shared(best.state.text, prompt), len(prompt)) - 1
-        if keep < WORTH:
+        count = min(_shared(best.state.tokens, prompt), len(prompt)) - 1
+        if count < MIN_SHARED:
             return None
-        if keep < COPY_BELOW * len(best.state.text) and all(type(layer) is KVCache for layer in best.state.cache):
-            best.used = time.monotonic()
-            return _beginning(best.state, keep)
+        if count < COPY_BELOW * len(best.state.tokens) and _is_plain(best.state):
+            best.last_used = time.monotonic()
+            return _copy_prefix(best.state, count)
         self._entries.remove(best)
         state = best.state
-        state.lent = PrefixOrigin(best.adapter_id, best.rendered, best.said)
-        keep = min(keep, state.cached)
-        trim_prompt_cache(state.cache, state.cached - keep)
-        state.cached = keep
-        state.keep_states(keep)
-        del state.text[keep:]
+        state.origin = PrefixOrigin(best.adapter_id, best.text, best.text_tokens)
+        count = min(count, state.cached)
+        state.trim_cache(count)
+        state.trim_states(count)
+        del state.tokens[count:]
         if state.drafter is not None:
-            if best.adapter_id == adapter_id and state.drafter.length >= keep:
-                state.drafter.rewind(keep)
+            if best.adapter_id == adapter_id and state.drafter.length >= count:
+                state.drafter.rewind(count)
             else:
                 state.drafter = None
         return state
 
     def put(self, entry: Entry, reserved: int = 0) -> None:
-        """Keep a finished request's state if it fits beside `reserved` tokens of running ones."""
+        """Keep a finished request's state if it fits beside `reserved` tokens of running requests."""
         state = entry.state
-        state.lent = None
-        if len(state.text) + reserved > self.budget:
+        state.origin = None
+        if len(state.tokens) + reserved > self.budget:
             return
-        if entry.slots - len(state.text) > SLACK * entry.slots or entry.slots + reserved > self.budget:
-            _cut(state, state.cached)
+        if entry.slots - len(state.tokens) > SLACK * entry.slots or entry.slots + reserved > self.budget:
+            _shrink_memory(state, state.cached)
         if entry.slots + reserved <= self.budget:
             self._entries.append(entry)
             self.shrink(reserved)
 
-    def restore(self, state: State, cached: int, reserved: int = 0) -> None:
-        """Take back what was lent: the first `cached` tokens that `state` came with, in memory that never held another text.
+    def put_back(self, state: SequenceState, cached: int, reserved: int = 0) -> None:
+        """Return an entry that `take` moved out: the first `cached` tokens, which `state` came with.
 
-        The drafter is not taken: its caches may hold more. A next turn makes one anew.
+        They are copied into memory that never held another text. The drafter is dropped, because its
+        caches may hold more; the next turn makes a new one.
         """
-        lent = state.lent
-        if lent is None or any(type(layer) is not KVCache for layer in state.cache):
+        origin = state.origin
+        if origin is None or not _is_plain(state):
             return
-        text = state.text[: cached + 1]  # the token after them was the entry's, too
-        back = _beginning(state, cached)
-        back.text = text
-        kept_whole = lent.said <= len(text)
-        self.put(Entry(back, lent.adapter_id, lent.rendered if kept_whole else "", lent.said), reserved)
+        tokens = state.tokens[: cached + 1]  # the token behind the cached ones was the entry's, too
+        returned = _copy_prefix(state, cached)
+        returned.tokens = tokens
+        text = origin.text if origin.text_tokens <= len(tokens) else ""
+        self.put(Entry(returned, origin.adapter_id, text, origin.text_tokens), reserved)
 
-    def splice(self, text: str, encode: Callable[[str], list[int]], special: Sequence[str]) -> list[int]:
+    def reuse_tokens(self, text: str, encode: Callable[[str], list[int]], special: Sequence[str]) -> list[int]:
         """Tokens of `text`: those of the longest entry it begins with, then the encoding of the rest.
 
-        Only where the rest begins with a special token, which no token reaches across: the ids then say the same text.
+        Only where the rest begins with a special token, which no token reaches across: the ids then
+        decode to the same text.
         """
         best: Entry | None = None
         for entry in self._entries:
-            size = len(entry.rendered)
-            if size > (len(best.rendered) if best else 0) and text.startswith(entry.rendered):
+            size = len(entry.text)
+            if size > (len(best.text) if best else 0) and text.startswith(entry.text):
                 best = entry if text.startswith(tuple(special), size) else best
         if best is None:
             return encode(text)
-        return [*best.state.text[: best.said], *encode(text[len(best.rendered) :])]
+        return [*best.state.tokens[: best.text_tokens], *encode(text[len(best.text) :])]
 
     def shrink(self, reserved: int) -> None:
         """Drop the least recently used until everything fits beside `reserved` tokens."""
-        self._entries.sort(key=lambda entry: entry.used)
+        self._entries.sort(key=lambda entry: entry.last_used)
         while self._entries and self.tokens + reserved > self.budget:
             self._entries.pop(0)
 
     def purge(self) -> None:
-        """Forget every text. The purge hook of this room."""
+        """Forget every text: the prefix cache's part of a purge."""
         self._entries.clear()
 
 
-def _beginning(state: State, keep: int) -> State:
-    """A state of one's own with the first `keep` tokens; a drafter is made anew, from the states."""
+def _is_plain(state: SequenceState) -> bool:
+    """Whether every layer's cache is one whose beginning can be copied."""
+    return all(type(layer) is KVCache for layer in state.cache)
+
+
+def _copy_prefix(state: SequenceState, count: int) -> SequenceState:
+    """An independent state with the first `count` tokens; a drafter is made anew, from the states."""
     cache = []
     for layer in state.cache:
-        copy = KVCache()
+        copy = KVCache()  # type: ignore[no-untyped-call]  # mlx-lm's caches have no annotations
         copy.keys, copy.values, copy.offset = layer.keys, layer.values, layer.offset
         cache.append(copy)
-    made = State(state.text[:keep], cache, None, None if state.states is None else list(state.states), keep)
-    _cut(made, keep)
-    return made
+    states = None if state.states is None else list(state.states)
+    copied = SequenceState(state.tokens[:count], cache, None, states, count)
+    _shrink_memory(copied, count)
+    return copied
 
 
-def _cut(state: State, keep: int) -> None:
-    """Copy the first `keep` tokens of its caches and states into memory of just that size.
+def _shrink_memory(state: SequenceState, count: int) -> None:
+    """Copy the first `count` tokens of its caches and states into memory of just that size.
 
-    By a product: `mx.contiguous` gives a view of the same memory where little more than 16 KB would be saved.
+    By a product: `mx.contiguous` gives a view of the same memory where little more than 16 KB would be
+    saved.
     """
     plain = [layer for layer in state.cache if type(layer) is KVCache and layer.keys is not None]
     for layer in plain:
-        layer.keys, layer.values = (part[..., :keep, :] * 1 for part in (layer.keys, layer.values))
-        layer.offset = keep
+        layer.keys, layer.values = (part[..., :count, :] * 1 for part in (layer.keys, layer.values))
+        layer.offset = count
     if state.states is not None:
-        state.states = [mx.concatenate(state.states)[:keep] * 1] if state.states else []
+        state.states = [mx.concatenate(state.states)[:count] * 1] if state.states else []
     mx.eval([layer.keys for layer in plain], [layer.values for layer in plain], state.states or [])
 
 
 def _capacity(layer: Any) -> int:
-    """Positions that a layer's memory has room for."""
+    """Tokens that fit into a layer's memory."""
     keys = layer.keys
     if isinstance(keys, (tuple, list)):  # quantised: packed values, scales, biases
         keys = keys[0]
-    return 0 if keys is None else keys.shape[-2]
+    return 0 if keys is None else int(keys.shape[-2])
 
 
 def _shared(a: list[int], b: list[int]) -> int:
+    """Leading tokens that are equal."""
     count = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

@@ -1,8 +1,9 @@
-"""The law a token is drawn from: filters and temperature over one row of logits, sparse where filters make it so.
+"""The distribution a token is drawn from: filters and temperature over one row of logits.
 
-Filters act on the untempered distribution and temperature last, in mlx-lm's order (sample_utils.make_sampler: top-p, min-p,
-top-k, then 1/T). The same law is applied to draft and target. On the host: a row of 49,152 takes tenths of a
-millisecond here and 4.7 ms through MLX's sort on CPU.
+Sparse where filters leave tokens out. Filters act on the untempered distribution and temperature last,
+in mlx-lm's order (sample_utils.make_sampler: top-p, min-p, top-k, then 1/T). Draft and target use the
+same function. On the host: a row of 49,152 takes tenths of a millisecond here and 4.7 ms through MLX's
+sort on CPU.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from specl.shared.native import available, row_stats
 from specl.shared.sampling_params import SamplingParams
 
 CHUNK = 64
-NATIVE_MOST = 512  # of the k largest; beyond it numpy's partition is faster
+MAX_NATIVE_K = 512  # beyond it numpy's partition is faster
 NUCLEUS_CANDIDATES = (64, 256, 2048)  # tried before the whole vocabulary is sorted, which takes milliseconds
 
 
@@ -27,14 +28,14 @@ class Distribution:
 
     def of(self, token: int) -> float:
         """The probability of one token."""
-        place = int(np.searchsorted(self.ids, token))
-        return float(self.p[place]) if place < len(self.ids) and self.ids[place] == token else 0.0
+        index = int(np.searchsorted(self.ids, token))
+        return float(self.p[index]) if index < len(self.ids) and self.ids[index] == token else 0.0
 
     def draw(self, uniform: float) -> int:
         """The token at this quantile in [0, 1)."""
         cumulative = np.cumsum(self.p)
-        place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-        return int(self.ids[min(place, len(self.ids) - 1)])
+        index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+        return int(self.ids[min(index, len(self.ids) - 1)])
 
     def argmax_with(self, noise: np.ndarray) -> int:
         """argmax of log p + noise[token]: with Gumbel noise an exact draw (the Gumbel-max trick)."""
@@ -48,34 +49,41 @@ def point_mass(token: int) -> Distribution:
 
 
 def log_sum_exp(logits: np.ndarray) -> np.ndarray:
-    """Along the last axis, in float64 where it matters (the sum)."""
+    """Along the last axis; the sum is in float64."""
     top = logits.max(axis=-1, keepdims=True)
-    return np.log(np.exp(logits - top).sum(axis=-1, dtype=np.float64)) + top[..., 0]
+    total: np.ndarray = np.log(np.exp(logits - top).sum(axis=-1, dtype=np.float64)) + top[..., 0]
+    return total
 
 
 def top_indices(logits: np.ndarray, k: int) -> np.ndarray:
-    """Places of the `k` largest of one row, largest first.
+    """Indices of the `k` largest of one row, largest first.
 
-    The k largest lie in the k chunks with the largest maxima, so most of the row is only ever compared in bulk.
+    The k largest lie in the k chunks with the largest maxima, so most of the row is only ever compared
+    in bulk.
     """
     size = len(logits)
     k = min(k, size)
     chunks = size // CHUNK
     if chunks < 2 * k:
-        found = np.argpartition(logits, size - k)[size - k :]
-        return found[np.argsort(-logits[found], kind="stable")]
+        return _by_value(logits, np.argpartition(logits, size - k)[size - k :])
     body = logits[: chunks * CHUNK].reshape(chunks, CHUNK)
     best = np.argpartition(body.max(axis=1), chunks - k)[chunks - k :]
-    places = (best[:, None] * CHUNK + np.arange(CHUNK)).ravel()
-    places = np.concatenate([places, np.arange(chunks * CHUNK, size)])
-    values = logits[places]
-    found = places[np.argpartition(values, len(values) - k)[len(values) - k :]]
-    return found[np.argsort(-logits[found], kind="stable")]
+    indices = (best[:, None] * CHUNK + np.arange(CHUNK)).ravel()
+    indices = np.concatenate([indices, np.arange(chunks * CHUNK, size)])
+    values = logits[indices]
+    return _by_value(logits, indices[np.argpartition(values, len(values) - k)[len(values) - k :]])
+
+
+def _by_value(logits: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    return indices[np.argsort(-logits[indices], kind="stable")]
 
 
 def largest(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places and values of the k largest of every row, largest first, [n, k], and log-sum-exp [n]; in C++ where built."""
-    if available() and logits.dtype == np.float32 and k <= NATIVE_MOST:
+    """Of every row: indices and values of the k largest, largest first, [n, k]; log-sum-exp [n].
+
+    In C++ where the extension is built.
+    """
+    if available() and logits.dtype == np.float32 and k <= MAX_NATIVE_K:
         stats = row_stats(mx.array(logits), min(k, logits.shape[1]))
         return np.array(stats.ids), np.array(stats.logits), np.array(stats.logsumexp)
     ids = np.stack([top_indices(row, k) for row in logits])
@@ -83,7 +91,7 @@ def largest(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _nucleus(logits: np.ndarray, top_p: float) -> np.ndarray:
-    """The fewest most likely tokens that weigh `top_p` together, most likely first."""
+    """The fewest most likely tokens whose probabilities sum to `top_p`, most likely first."""
     for count in (*NUCLEUS_CANDIDATES, len(logits)):
         (order,), (values,), (total,) = largest(logits[None], count)
         mass = np.cumsum(np.exp(values.astype(np.float64) - total))
@@ -93,26 +101,28 @@ def _nucleus(logits: np.ndarray, top_p: float) -> np.ndarray:
 
 
 def distribution(logits: np.ndarray, sampling: SamplingParams) -> Distribution:
-    """The law of one row of logits [vocabulary]. Temperature must be above 0; greedy needs only the argmax."""
-    kept: np.ndarray | None = None
+    """The distribution of one row of logits [vocabulary]. Temperature must be above 0 (greedy: argmax)."""
+    allowed: np.ndarray | None = None  # None: every token
     if sampling.top_p < 1:
-        kept = _nucleus(logits, sampling.top_p)
-    if sampling.top_k and (kept is None or len(kept) > sampling.top_k):
-        kept = kept[: sampling.top_k] if kept is not None else top_indices(logits, sampling.top_k)
+        allowed = _nucleus(logits, sampling.top_p)
+    if sampling.top_k and (allowed is None or len(allowed) > sampling.top_k):
+        allowed = allowed[: sampling.top_k] if allowed is not None else top_indices(logits, sampling.top_k)
     if sampling.min_p > 0:
         floor = logits.max() + np.log(sampling.min_p)
-        kept = np.flatnonzero(logits >= floor) if kept is None else kept[logits[kept] >= floor]
-    ids = np.arange(len(logits)) if kept is None else np.sort(kept)
+        allowed = np.flatnonzero(logits >= floor) if allowed is None else allowed[logits[allowed] >= floor]
+    ids = np.arange(len(logits)) if allowed is None else np.sort(allowed)
     scaled = logits[ids].astype(np.float64) / sampling.temperature
     weights = np.exp(scaled - scaled.max())
     return Distribution(ids, weights / weights.sum())
 
 
 def position_noise(seed: int, position: int, size: int) -> np.ndarray:
-    """Gumbel noise of every token at one text position: a function of nothing but these three.
+    """Gumbel noise of every token at one output position: a function of these three arguments only.
 
-    Philox is counter-based, so any position is reached directly; numpy keeps its stream stable between versions.
+    Philox is counter-based, so any position is reached directly; numpy keeps its stream stable between
+    versions.
     """
     bits = np.random.Philox(key=seed, counter=[0, 0, position, 0])
     uniform = np.random.Generator(bits).random(size)
-    return -np.log(-np.log(np.maximum(uniform, 1e-300)))
+    noise: np.ndarray = -np.log(-np.log(np.maximum(uniform, 1e-300)))
+    return noise

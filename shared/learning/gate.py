@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from specl.shared.engine.costs import PRIOR, AcceptanceEstimate, Costs
+from specl.shared.engine.acceptance_estimate import PRIOR, AcceptanceEstimate
+from specl.shared.engine.costs import Costs
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95

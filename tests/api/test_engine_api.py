@@ -8,7 +8,7 @@ import pytest
 
 from specl import Engine
 from specl.shared.engine.acceptance import block
-from specl.shared.engine.drafters import NOTHING, Draft
+from specl.shared.engine.drafters import NO_DRAFT, Draft
 from specl.shared.engine.sampling import Distribution, point_mass
 from specl.shared.errors import AdapterRejected, ConfigError, ModelError, RequestRejected, SpecLoraError
 from tests.fakes import run_python
@@ -135,7 +135,7 @@ class Oracle:
         # the first emitted token comes after the prompt and before any text is emitted
         tokens = self.tokens[self.length - self.prompt :][:k]
         draft = Draft(tokens, [point_mass(t) for t in tokens], [1.0] * len(tokens), "whatever")
-        return self.spoil(draft) if tokens else NOTHING
+        return self.spoil(draft) if tokens else NO_DRAFT
 
 
 def with_oracle(model_folder, plain, spoil=lambda draft: draft):
@@ -154,7 +154,7 @@ def test_custom_drafter_counts_as_model_drafter(engine, model_folder):
     "spoil, word",
     [
         (lambda d: replace(d, tokens=[9999] * len(d.tokens)), "vocabulary"),
-        (lambda d: replace(d, draft_probs=[point_mass(t + 1) for t in d.tokens]), "does not hold it"),
+        (lambda d: replace(d, draft_probs=[point_mass(t + 1) for t in d.tokens]), "does not contain it"),
         (lambda d: replace(d, draft_probs=d.draft_probs[1:]), "distributions"),
         (lambda d: d.tokens, "not a Draft"),
         (
@@ -196,7 +196,7 @@ def test_fixed_drafts_keep_the_sampling_distribution():
 
 def test_broken_drafter_costs_a_daemon_only_speed(engine, model_folder):
     from specl.shared.engine.core import EngineCore as Core
-    from specl.shared.engine.decode import Options
+    from specl.shared.engine.request_options import RequestOptions
     from specl.shared.models.load import load
 
     def fail(draft):
@@ -207,5 +207,9 @@ def test_broken_drafter_costs_a_daemon_only_speed(engine, model_folder):
     target = load(str(model_folder), model_folder)
     core = Core(target, None, drafter_factory=lambda t, d: Oracle(plain.tokens, fail), on_error=heard.append)
     _, prompt = core.encode_chat([{"role": "user", "content": "hello"}])
-    made = [t for part in core.generate(prompt, Options(max_tokens=12, num_draft_tokens=3, ngram=False)) for t in part]
+    made = [
+        t
+        for part in core.generate(prompt, RequestOptions(max_tokens=12, num_draft_tokens=3, ngram=False))
+        for t in part
+    ]
     assert made == plain.tokens and [str(error) for error in heard] == ["'a bug'"]

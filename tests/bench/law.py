@@ -22,7 +22,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 from scipy.stats import chisquare
 from specl.shared.engine import acceptance
 from specl.shared.engine.costs import Costs
-from specl.shared.engine.decode import Options
+from specl.shared.engine.request_options import RequestOptions
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.sampling import distribution
 from specl.shared.sampling_params import SamplingParams
@@ -64,14 +64,14 @@ def draw_all(engine, sampling, draws, others):
     counts, k_used = {}, {}
     engine.prefixes.budget = 0
     for n in range(draws):
-        session = engine.session(PROMPT, Options(sampling=sampling, max_tokens=LENGTH, ngram=n % 2 == 0))
+        session = engine.session(PROMPT, RequestOptions(sampling=sampling, max_tokens=LENGTH, ngram=n % 2 == 0))
         while not session.prefill():
             pass
         while session.finish_reason is None:
             session.round()
             if n % 7 == 0:  # a swap in the middle of the answer
                 engine.draft.model.update(others[(n // 7) % len(others)])
-        for k, count in session.tally.k_histogram.items():
+        for k, count in session.stats.k_histogram.items():
             k_used[k] = k_used.get(k, 0) + count
         key = tuple(session.output)
         counts[key] = counts.get(key, 0) + 1

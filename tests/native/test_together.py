@@ -8,7 +8,8 @@ import pytest
 from specl.shared.engine import decode
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.costs import Costs
-from specl.shared.engine.decode import Options, decode_rounds
+from specl.shared.engine.decode import decode_rounds
+from specl.shared.engine.request_options import RequestOptions
 from specl.shared.models.head import new_head
 from specl.shared.sampling_params import SamplingParams
 
@@ -56,7 +57,7 @@ def together(sessions):
 
 
 MIXED = [
-    Options(max_tokens=30, num_draft_tokens=k, ngram=ngram, sampling=sampling, capture_k=capture)
+    RequestOptions(max_tokens=30, num_draft_tokens=k, ngram=ngram, sampling=sampling, capture_k=capture)
     for k, ngram, sampling, capture in [
         (None, True, SamplingParams(), 0),
         (0, False, SamplingParams(), 4),
@@ -77,27 +78,27 @@ def test_each_says_what_it_says_alone(engine, count):
 
 
 def test_fixed_draft_length_is_exact_in_a_batch(engine):
-    sessions = start(engine, [Options(max_tokens=20, num_draft_tokens=4, ngram=False)] * 6)
+    sessions = start(engine, [RequestOptions(max_tokens=20, num_draft_tokens=4, ngram=False)] * 6)
     together(sessions)
     for session in sessions:
-        shorter = sum(n for k, n in session.tally.k_histogram.items() if k != 4)
-        assert session.tally.k_histogram[4] and shorter <= 5, (
+        shorter = sum(n for k, n in session.stats.k_histogram.items() if k != 4)
+        assert session.stats.k_histogram[4] and shorter <= 5, (
             "only the end may be shorter, and the start of a one-token prompt"
         )
 
 
 def test_one_step_serves_all_of_them(engine, monkeypatch):
     sizes = []
-    step = decode._step_of_many
-    monkeypatch.setattr(decode, "_step_of_many", lambda sessions: (sizes.append(len(sessions)), step(sessions)))
-    together(start(engine, [Options(max_tokens=5, num_draft_tokens=0, ngram=False)] * 4))
+    decode_round = decode.decode_round
+    monkeypatch.setattr(decode, "decode_round", lambda batch: (sizes.append(len(batch)), decode_round(batch)))
+    together(start(engine, [RequestOptions(max_tokens=5, num_draft_tokens=0, ngram=False)] * 4))
     assert sizes[0] == 4 and sizes == sorted(sizes, reverse=True)
 
 
 def test_rows_of_others_make_drafting_less_worth():
     steep = Costs({1: 1.0, 2: 1.0, 3: 2.0, 16: 15.0}, {1: 0.1})
-    from specl.shared.engine.costs import AcceptanceEstimate
+    from specl.shared.engine.acceptance_estimate import AcceptanceEstimate
 
     hopeful = AcceptanceEstimate(prior=0.9)
     assert steep.best_k(hopeful, 1)[0] == 1
-    assert steep.beside(2).best_k(hopeful, 1)[0] == 0
+    assert steep.with_batch_rows(2).best_k(hopeful, 1)[0] == 0

@@ -12,7 +12,7 @@ EVERYTHING = Purge([], time.time() + 1e6, "")
 
 
 def kept(decoding):
-    return decoding.engine.past.of("me").texts
+    return decoding.engine.answer_history.of("me").texts
 
 
 @pytest.mark.parametrize("records, count", [("{}", 1), ("{keep: statistics}", 0), ("{redact: ['secret']}", 0), ("{redact: ['other']}", 1)])  # fmt: skip
@@ -45,7 +45,7 @@ def test_purge_takes_answers_that_finished_before_it(decoding):
 
 def test_answers_older_than_the_retention_go(new_decoding):
     decoding, day = new_decoding("records: {retention_days: 2}"), 86400
-    past = decoding.engine.past
+    past = decoding.engine.answer_history
     files = AnswerFiles(decoding.paths.answers, decoding.engine.target.tokenizer_fingerprint)
     past.add("me", [1, 2, 3, 4], time.time() - 3 * day)
     past.add("me", [5, 6, 7, 8], time.time() - day)

@@ -74,7 +74,7 @@ def test_long_chat_continues_from_its_own_caches(new_decoding):
     decoding = new_decoding("memory: {max_kv_cache_tokens: 1024}")
     first = decoding.serve("a", LONG)
     again = decoding.start("b", LONG + text_of(first) + "and then?", max_tokens=500)
-    assert again.session.tally.reused_tokens >= 600
+    assert again.session.stats.reused_tokens >= 600
     assert decoding.engine.prefixes.tokens == 0
 
 
@@ -94,16 +94,16 @@ def test_request_cancelled_in_its_prompt_leaves_its_cache(decoding):
     decoding.thread.cancel("a", "no longer needed", CLIENT)
     decoding.turn()
     assert decoding.outcomes()[-1] == ("Failed", "a", "cancelled")
-    assert decoding.serve("b", LONG + LONG).session.tally.reused_tokens == 512
+    assert decoding.serve("b", LONG + LONG).session.stats.reused_tokens == 512
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_unrecorded_request_returns_only_the_caches_it_took(decoding, cancelled):
     first = decoding.serve("a", LONG)
-    known = list(first.session.state.text)
+    known = list(first.session.state.tokens)
     prompt = LONG + text_of(first) + "my private words"
     running = decoding.start("b", prompt, record=False)
-    taken = running.session.tally.reused_tokens
+    taken = running.session.stats.reused_tokens
     assert taken > 500
     if cancelled:
         decoding.scheduler.cancel("b", "no longer needed", CLIENT)
@@ -111,16 +111,18 @@ def test_unrecorded_request_returns_only_the_caches_it_took(decoding, cancelled)
         decoding.turn()
     (entry,) = decoding.engine.prefixes._entries
     state = entry.state
-    assert state.text == known[: taken + 1] and state.cached == taken and state.drafter is None
+    assert state.tokens == known[: taken + 1] and state.cached == taken and state.drafter is None
     for layer, used in zip(state.cache, running.session.state.cache, strict=True):
         assert not np.shares_memory(np.array(layer.keys, copy=False), np.array(used.keys, copy=False))
         assert layer.keys.shape[2] == layer.values.shape[2] == layer.offset == taken, "no space that could hold more"
-    assert decoding.serve("c", prompt).session.tally.reused_tokens == taken
+    assert decoding.serve("c", prompt).session.stats.reused_tokens == taken
 
 
 def test_seeded_request_has_the_tokens_of_its_text(decoding):
-    spliced, encode = [], decoding.engine.encode_chat
-    decoding.engine.encode_chat = lambda messages, splice: spliced.append(splice) or encode(messages, splice)
+    reused, encode = [], decoding.engine.encode_chat
+    decoding.engine.encode_chat = lambda messages, reuse_tokens: (
+        reused.append(reuse_tokens) or encode(messages, reuse_tokens)
+    )
     for sampling in ({}, {"seed": 4}):
         decoding.ask("a", messages=[{"role": "user", "content": "hi"}], sampling=sampling)
-    assert spliced == [True, False]
+    assert reused == [True, False]

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from specl.shared.engine.acceptance import Verdict, block, coupled, greedy, rejection, residual, run_chance, run_weights
+from specl.shared.engine.acceptance import (
+    VerifyResult,
+    block,
+    coupled,
+    greedy,
+    rejection,
+    residual,
+    run_chance,
+    run_weights,
+)
 from specl.shared.engine.sampling import Distribution, point_mass, position_noise
 
 SIZE = 12
@@ -147,7 +156,7 @@ def test_greedy_accepts_the_common_beginning_and_adds_one(drafts, argmax):
     common = 0
     while common < len(drafts) and drafts[common] == argmax[common]:
         common += 1
-    assert verdict == Verdict(common, argmax[common])
+    assert verdict == VerifyResult(common, argmax[common])
 
 
 def test_rows_after_the_first_rejection_are_not_read():
@@ -157,10 +166,10 @@ def test_rows_after_the_first_rejection_are_not_read():
         asked.append(i)
         return point_mass(5)
 
-    assert rejection(target, [5, 1, 5, 5], [point_mass(t) for t in (5, 1, 5, 5)], lambda: 0.5) == Verdict(1, 5)
+    assert rejection(target, [5, 1, 5, 5], [point_mass(t) for t in (5, 1, 5, 5)], lambda: 0.5) == VerifyResult(1, 5)
     assert asked == [0, 1]
     asked.clear()
-    assert coupled(target, [5, 1, 5, 5], lambda i: np.zeros(SIZE)) == Verdict(1, 5)
+    assert coupled(target, [5, 1, 5, 5], lambda i: np.zeros(SIZE)) == VerifyResult(1, 5)
     assert asked == [0, 1]
 
 

@@ -4,16 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specl.shared.engine.costs import (
-    GREEDY_PRIOR,
-    PACE_LEAST,
-    PROBE_EVERY,
-    SAMPLED_PRIOR,
-    AcceptanceEstimate,
-    Costs,
-    DraftLengthPolicy,
-    Pace,
-)
+from specl.shared.engine.acceptance_estimate import GREEDY_PRIOR, PROBE_EVERY, SAMPLED_PRIOR, AcceptanceEstimate
+from specl.shared.engine.costs import Costs
+from specl.shared.engine.draft_length import DraftLengthPolicy
+from specl.shared.engine.timing_correction import ENOUGH_ROUNDS, TimingCorrection
 
 MOST = 6
 
@@ -28,11 +22,11 @@ def sure(acceptance):
 
 
 @given(st.floats(0, 1), st.floats(0, 1.5), st.floats(0, 1.5), st.floats(0.8, 2))
-def test_the_best_k_is_the_best_of_all(acceptance, row, draft, surcharge):
+def test_the_best_k_is_the_best_of_all(acceptance, row, draft, slowdown):
     table, estimate = costs(row, draft), sure(acceptance)
-    k, rate = table.best_k(estimate, MOST, surcharge=surcharge)
+    k, rate = table.best_k(estimate, MOST, draft_slowdown=slowdown)
     by_hand = [
-        (1 + sum(acceptance**i for i in range(1, n + 1))) / ((1 + (row + draft) * n) * (surcharge if n else 1))
+        (1 + sum(acceptance**i for i in range(1, n + 1))) / ((1 + (row + draft) * n) * (slowdown if n else 1))
         for n in range(MOST + 1)
     ]
     assert rate == pytest.approx(max(by_hand)) and by_hand[k] == pytest.approx(max(by_hand))
@@ -61,42 +55,42 @@ def test_what_is_met_outweighs_the_prior():
 
 
 def test_slow_draft_rounds_make_drafting_dearer():
-    pace = Pace()
-    for _ in range(PACE_LEAST - 1):
-        pace.took(True, 1.5, 1.0)
-        pace.took(False, 1.0, 1.0)
-    assert pace.surcharge == 1.0  # too few to say
-    pace.took(True, 1.5, 1.0)
-    pace.took(False, 1.0, 1.0)
-    assert pace.surcharge == pytest.approx(1.5)
+    timing = TimingCorrection()
+    for _ in range(ENOUGH_ROUNDS - 1):
+        timing.add_round(True, 1.5, 1.0)
+        timing.add_round(False, 1.0, 1.0)
+    assert timing.draft_slowdown == 1.0  # too few to say
+    timing.add_round(True, 1.5, 1.0)
+    timing.add_round(False, 1.0, 1.0)
+    assert timing.draft_slowdown == pytest.approx(1.5)
     for _ in range(400):
-        pace.took(True, 2.0, 1.0)
-        pace.took(False, 2.0, 1.0)
-    assert pace.surcharge == pytest.approx(1.0, abs=0.02)  # all is slower alike
-    pace.took(True, 1000.0, 1.0)
-    assert pace.surcharge < 1.05  # one round that was held up
+        timing.add_round(True, 2.0, 1.0)
+        timing.add_round(False, 2.0, 1.0)
+    assert timing.draft_slowdown == pytest.approx(1.0, abs=0.02)  # all is slower alike
+    timing.add_round(True, 1000.0, 1.0)
+    assert timing.draft_slowdown < 1.05  # one round that was held up
 
 
 def test_costly_draft_is_parked_and_probed():
-    pace = Pace()
-    for _ in range(PACE_LEAST):
-        pace.took(True, 1.9, 1.0)
-        pace.took(False, 1.0, 1.0)
+    timing = TimingCorrection()
+    for _ in range(ENOUGH_ROUNDS):
+        timing.add_round(True, 1.9, 1.0)
+        timing.add_round(False, 1.0, 1.0)
     assert DraftLengthPolicy(costs(), MOST, None, sure(0.5)).choose() > 0
-    chooser = DraftLengthPolicy(costs(), MOST, None, sure(0.5), pace)
+    policy = DraftLengthPolicy(costs(), MOST, None, sure(0.5), timing)
     chosen = []
     for _ in range(3 * PROBE_EVERY):
-        k = chooser.choose()
+        k = policy.choose()
         chosen.append(k)
         if k:
-            chooser.learn(None, k, 0)
-    assert "of plain decoding" in chooser.parked_reason
+            policy.update(None, k, 0)
+    assert "of plain decoding" in policy.parked_reason
     assert set(chosen) == {0, 1} and chosen.count(1) < 4 and chosen[0] == 0
 
 
 def test_batched_and_uncosted_rounds_correct_no_timing():
-    chooser = DraftLengthPolicy(None, MOST, None, sure(0.5))
-    chooser.took(1, 0, 5.0)
-    crowded = DraftLengthPolicy(costs().beside(3), MOST, None, sure(0.5))
-    crowded.took(2, 1, 50.0)
-    assert chooser.pace._seen == crowded.pace._seen == {True: 0, False: 0}
+    policy = DraftLengthPolicy(None, MOST, None, sure(0.5))
+    policy.add_time(1, 0, 5.0)
+    crowded = DraftLengthPolicy(costs().with_batch_rows(3), MOST, None, sure(0.5))
+    crowded.add_time(2, 1, 50.0)
+    assert policy.timing.rounds == crowded.timing.rounds == {True: 0, False: 0}

@@ -9,8 +9,8 @@ import pytest
 from specl.shared.engine import acceptance
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.costs import Costs
-from specl.shared.engine.decode import Options
 from specl.shared.engine.drafters import DraftSampler, ModelDrafter
+from specl.shared.engine.request_options import RequestOptions
 from specl.shared.engine.sampling import distribution
 from specl.shared.errors import RequestRejected
 from specl.shared.models.head import new_head
@@ -59,23 +59,23 @@ def test_greedy_output_is_the_targets_own_whatever_drafts(tiny, family, kind):
     expected = plain_greedy(target, PROMPT, 40)
     for k, ngram in itertools.product((0, 1, 2, 4, 7, None), (False, True)):
         engine = EngineCore(target, drafts(tiny, family)[kind])
-        session = run(engine, Options(max_tokens=40, num_draft_tokens=k, ngram=ngram, capture_k=8))
+        session = run(engine, RequestOptions(max_tokens=40, num_draft_tokens=k, ngram=ngram, capture_k=8))
         assert session.output == expected, (k, ngram)
 
 
 def test_draft_equal_to_the_target_is_always_accepted(tiny):
-    session = run(EngineCore(tiny(), tiny()), Options(max_tokens=24, num_draft_tokens=4, ngram=False))
-    assert session.tally.accepted["model"] == session.tally.drafted["model"] > 0
+    session = run(EngineCore(tiny(), tiny()), RequestOptions(max_tokens=24, num_draft_tokens=4, ngram=False))
+    assert session.stats.accepted["model"] == session.stats.drafted["model"] > 0
 
 
 def test_length_limit_is_exact_and_eos_ends(tiny):
     target = tiny()
     for limit in range(1, 9):
-        session = run(EngineCore(target, target), Options(max_tokens=limit, num_draft_tokens=4, ngram=False))
+        session = run(EngineCore(target, target), RequestOptions(max_tokens=limit, num_draft_tokens=4, ngram=False))
         assert len(session.output) <= limit
     stopped = tiny(seed=11)
     stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[5:6])
-    session = run(EngineCore(stopped, stopped), Options(max_tokens=30, num_draft_tokens=7, ngram=False))
+    session = run(EngineCore(stopped, stopped), RequestOptions(max_tokens=30, num_draft_tokens=7, ngram=False))
     assert session.finish_reason == "stop" and session.output[-1] in stopped.stop_tokens
     assert session.output == plain_greedy(stopped, PROMPT, 30)
     stopped.tokenizer.eos_token_ids = {3}
@@ -85,8 +85,8 @@ def test_draft_behind_an_end_token_is_not_rejected(tiny):
     stopped = tiny(seed=11)
     for place in range(1, 8):
         stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[place : place + 1])
-        options = Options(max_tokens=30, num_draft_tokens=4, ngram=False)
-        tally = run(EngineCore(stopped, stopped), options).tally
+        options = RequestOptions(max_tokens=30, num_draft_tokens=4, ngram=False)
+        tally = run(EngineCore(stopped, stopped), options).stats
         assert tally.tested_by_depth == tally.accepted_by_depth and tally.rejected == 0
         assert sum(tally.accepted_by_depth) == tally.accepted["model"] > 0
     stopped.tokenizer.eos_token_ids = {3}
@@ -98,7 +98,7 @@ def test_one_seed_gives_one_text_with_any_drafter(tiny):
     for draft, k, ngram in itertools.product(drafts(tiny, "llama").values(), (0, 1, 4, None), (False, True)):
         session = run(
             EngineCore(target, draft),
-            Options(sampling=sampling, max_tokens=24, num_draft_tokens=k, ngram=ngram),
+            RequestOptions(sampling=sampling, max_tokens=24, num_draft_tokens=k, ngram=ngram),
         )
         texts.add(tuple(session.output))
     assert len(texts) == 1
@@ -111,8 +111,8 @@ def test_padded_vocabulary_drafts_only_existing_tokens(tiny, sampling):
     target = tiny()
     engine = EngineCore(target, tiny(seed=5, vocabulary=160, sharp=0.1))
     for _ in range(3):
-        session = run(engine, Options(sampling=sampling, max_tokens=12, num_draft_tokens=4, ngram=False))
-        assert session.tally.drafted["model"] > 0 and max(session.output) < 97
+        session = run(engine, RequestOptions(sampling=sampling, max_tokens=12, num_draft_tokens=4, ngram=False))
+        assert session.stats.drafted["model"] > 0 and max(session.output) < 97
 
 
 def test_draft_cache_is_compared_from_the_last_match(tiny):
@@ -129,10 +129,10 @@ def test_draft_cache_is_compared_from_the_last_match(tiny):
     drafter.propose(3, draw)
     drafter.extend([5, 6], None)
     drafter.propose(3, draw)
-    drafter._in_cache = Watched(drafter._in_cache)
+    drafter._cached = Watched(drafter._cached)
     drafter.extend([7], None)
     drafter.propose(3, draw)
-    assert drafter._in_cache.seen < 8, "of more than eighty tokens"
+    assert drafter._cached.seen < 8, "of more than eighty tokens"
     drafter.rewind(40)
     drafter.extend([9, 9], None)
     again = ModelDrafter(tiny(), 97)
@@ -146,21 +146,21 @@ def test_next_turn_reuses_the_caches(tiny, kind):
     engine = EngineCore(target, drafts(tiny, "llama")[kind])
     prompt = np.random.default_rng(0).integers(4, 97, 40).tolist()
     for turn in range(3):
-        options = Options(max_tokens=12, num_draft_tokens=3, ngram=False)
+        options = RequestOptions(max_tokens=12, num_draft_tokens=3, ngram=False)
         session = run(engine, options, prompt)
         assert session.output == plain_greedy(target, prompt, 12)
-        assert (session.tally.reused_tokens > 30) == (turn > 0)
+        assert (session.stats.reused_tokens > 30) == (turn > 0)
         if kind == "head":
             states = session.all_states()
-            whole = target.hidden_states(mx.array([session.state.text[:-1]]))[0]
+            whole = target.hidden_states(mx.array([session.state.tokens[:-1]]))[0]
             assert np.abs(states - np.array(whole)).max() < 5e-3, "spooled states are those of the whole text"
         engine.save_to_prefix_cache(session, "")
-        prompt = [*session.state.text, 9, 10, 11]
+        prompt = [*session.state.tokens, 9, 10, 11]
 
 
 def test_cut_answer_leaves_cache_and_text_in_step(tiny):
     engine = EngineCore(tiny(), tiny())
-    session = run(engine, Options(max_tokens=20, num_draft_tokens=4, ngram=False, capture_k=4))
+    session = run(engine, RequestOptions(max_tokens=20, num_draft_tokens=4, ngram=False, capture_k=4))
     session.cut(7, "stop")
     session.check_in_step()
     assert len(session.output) == 7 == len(session.capture.ids)
@@ -170,7 +170,7 @@ def test_capture_has_one_row_an_output_token(tiny):
     target = tiny()
     session = run(
         EngineCore(target, tiny(seed=5, layers=1)),
-        Options(max_tokens=30, num_draft_tokens=4, ngram=False, capture_k=16),
+        RequestOptions(max_tokens=30, num_draft_tokens=4, ngram=False, capture_k=16),
     )
     capture = session.capture
     assert len(capture.ids) == len(capture.tail) == len(session.output)
@@ -178,7 +178,7 @@ def test_capture_has_one_row_an_output_token(tiny):
     assert capture.rejected
     for item in capture.rejected:
         assert session.output[item.position] == item.target_token != item.draft_token
-    whole = np.array(target.model(mx.array([session.state.text]))[0])
+    whole = np.array(target.model(mx.array([session.state.tokens]))[0])
     row = whole[len(PROMPT) - 1 + 3].astype(np.float64)
     exact = row - np.log(np.exp(row - row.max()).sum()) - row.max()
     assert np.allclose(capture.logprobs[3], exact[capture.ids[3].astype(int)], atol=1e-4)
@@ -187,10 +187,10 @@ def test_capture_has_one_row_an_output_token(tiny):
 def test_bad_requests_are_refused(tiny):
     engine = EngineCore(tiny(), None)
     for prompt, options in (
-        ([], Options()),
-        ([1] * 256, Options()),
-        (PROMPT, Options(max_tokens=0)),
-        (PROMPT, Options(sampling=SamplingParams(temperature=-1))),
+        ([], RequestOptions()),
+        ([1] * 256, RequestOptions()),
+        (PROMPT, RequestOptions(max_tokens=0)),
+        (PROMPT, RequestOptions(sampling=SamplingParams(temperature=-1))),
     ):
         with pytest.raises(RequestRejected):
             engine.session(prompt, options)
@@ -237,7 +237,7 @@ def sampled(tiny, sampling, draws=DRAWS, k=2):
     for i in range(draws):
         session = run(
             engine,
-            Options(sampling=sampling, max_tokens=3, num_draft_tokens=(k if i % 3 else None), ngram=i % 2 == 0),
+            RequestOptions(sampling=sampling, max_tokens=3, num_draft_tokens=(k if i % 3 else None), ngram=i % 2 == 0),
             [1, 2, 1, 2],
         )
         key = tuple(session.output)

@@ -13,7 +13,7 @@ from specl.shared.engine.sampling import (
     position_noise,
     top_indices,
 )
-from specl.shared.engine.text import TextStream
+from specl.shared.engine.text_output import TextStream
 from specl.shared.sampling_params import SamplingParams
 
 rows = st.integers(2, 700).flatmap(

@@ -9,8 +9,8 @@ import pytest
 
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.custom_drafter import CustomDrafter
-from specl.shared.engine.decode import Options
-from specl.shared.engine.drafters import NOTHING, Draft, DraftSampler
+from specl.shared.engine.drafters import NO_DRAFT, Draft, DraftSampler
+from specl.shared.engine.request_options import RequestOptions
 from specl.shared.engine.sampling import Distribution, point_mass
 from specl.shared.loading.costs import costs_key, load_or_calibrate
 from specl.shared.sampling_params import SamplingParams
@@ -79,7 +79,7 @@ def test_an_array_without_a_token_is_no_draft():
 )
 def test_draft_that_would_change_the_distribution_is_refused(token, ids, p, confidence):
     draft, heard = proposed([token], [Distribution(np.array(ids), np.array(p))], [confidence])
-    assert draft is NOTHING and len(heard) == 1
+    assert draft is NO_DRAFT and len(heard) == 1
 
 
 class FailsOnce:
@@ -108,15 +108,15 @@ def test_failure_ends_with_its_request(tiny):
     engine = EngineCore(tiny(), None, drafter_factory=lambda target, draft: FailsOnce(), on_error=heard.append)
     prompt, drafted = list(range(4, 44)), []
     for _ in range(2):
-        session = engine.session(prompt, Options(max_tokens=6, num_draft_tokens=1, ngram=False))
+        session = engine.session(prompt, RequestOptions(max_tokens=6, num_draft_tokens=1, ngram=False))
         while not session.prefill():
             pass
         while session.finish_reason is None:
             session.round()
-        drafted.append(session.tally.drafted["model"])
+        drafted.append(session.stats.drafted["model"])
         engine.save_to_prefix_cache(session, "")
-        prompt = [*session.state.text, 9, 10]
-    assert session.tally.reused_tokens > 30
+        prompt = [*session.state.tokens, 9, 10]
+    assert session.stats.reused_tokens > 30
     assert len(heard) == 1 and drafted[0] == 0 and drafted[1] > 0
 
 

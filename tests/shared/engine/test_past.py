@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from specl.shared.engine.answer_history import MATCH, AnswerHistory, ClientAnswers
 from specl.shared.engine.core import EngineCore
-from specl.shared.engine.decode import Options
 from specl.shared.engine.drafters import DraftSampler, NgramDrafter
+from specl.shared.engine.request_options import RequestOptions
 from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.sampling_params import SamplingParams
 
@@ -89,23 +89,23 @@ def test_longer_of_context_and_history_match_is_drafted():
 
 def test_repeated_question_drafts_the_last_answer(tiny):
     engine = EngineCore(tiny(), None)
-    engine.past = AnswerHistory()
+    engine.answer_history = AnswerHistory()
 
     def answer(client_id):
         engine.prefixes.purge()
-        session = engine.session(PROMPT, Options(max_tokens=40, client_id=client_id))
+        session = engine.session(PROMPT, RequestOptions(max_tokens=40, client_id=client_id))
         while not session.prefill():
             pass
         while session.finish_reason is None:
             session.round()
             session.check_in_step()
-        engine.past.add(client_id, session.output)
+        engine.answer_history.add(client_id, session.output)
         return session
 
     first, again, stranger = answer("a"), answer("a"), answer("b")
     assert first.output == again.output == stranger.output
-    assert again.tally.rounds < first.tally.rounds
-    assert stranger.tally.rounds == first.tally.rounds
+    assert again.stats.rounds < first.stats.rounds
+    assert stranger.stats.rounds == first.stats.rounds
 
 
 def test_retention_reaches_answers_in_memory_and_disk(tmp_path):

@@ -7,8 +7,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import AutoTokenizer
 
 from specl.shared.engine.core import EngineCore
-from specl.shared.engine.decode import Options
 from specl.shared.engine.prefix_cache import Entry, PrefixCache
+from specl.shared.engine.request_options import RequestOptions
 from specl.shared.models.head import new_head
 from tests.conftest import tiny_model
 from tests.fakes import END, write_tokenizer
@@ -27,14 +27,14 @@ def engine(tmp_path_factory):
 
 def say(engine, prompt, ids, output):
     """A finished request whose answer was these tokens."""
-    session = engine.session(ids, Options(max_tokens=100, num_draft_tokens=0))
+    session = engine.session(ids, RequestOptions(max_tokens=100, num_draft_tokens=0))
     while not session.prefill():
         pass
     state = session.state
-    state.text.extend(output)
-    rows = engine.target.hidden_states(mx.array([state.text[state.cached : -1]]), state.cache)[0]
-    state.cached = len(state.text) - 1
-    session._take_states(rows)
+    state.tokens.extend(output)
+    rows = engine.target.hidden_states(mx.array([state.tokens[state.cached : -1]]), state.cache)[0]
+    state.cached = len(state.tokens) - 1
+    state.append_states(rows)
     session.output.extend(output)
     session.finish_reason = "stop" if output[-1] == END else "length"
     return session
@@ -79,7 +79,7 @@ def test_broken_bytes_and_cut_texts_are_not_spliced(engine):
     cut = say(engine, text, ids, engine.encode("so it"))
     cut.finish_reason = "stop"
     engine.save_to_prefix_cache(cut, "", text + "so")
-    assert not any(entry.rendered for entry in engine.prefixes._entries)
+    assert not engine.prefixes.texts
 
 
 def test_common_prefix_is_copied_and_the_original_stays(engine):
@@ -87,15 +87,15 @@ def test_common_prefix_is_copied_and_the_original_stays(engine):
     text = list(range(4, 104))
     engine.save_to_prefix_cache(say(engine, "", text[:60], text[60:]), "")
     state = engine.prefixes.take([*text[:30], 200, 201], "")
-    assert state.cached == 29 and state.text == text[:29]
+    assert state.cached == 29 and state.tokens == text[:29]
     assert engine.prefixes.tokens == 100, "the long one is still there"
     fresh = engine.target.new_cache()
     mx.eval(engine.target.hidden_states(mx.array([text[:29]]), fresh))
     for copy, layer in zip(state.cache, fresh, strict=True):
         assert mx.allclose(copy.keys[..., :29, :], layer.keys[..., :29, :], atol=1e-5).item()
     engine.prefixes.put(Entry(state, ""))
-    session = engine.session([*text, 5], Options(max_tokens=8, num_draft_tokens=2))
-    assert session.tally.reused_tokens == 99
+    session = engine.session([*text, 5], RequestOptions(max_tokens=8, num_draft_tokens=2))
+    assert session.stats.reused_tokens == 99
     while not session.prefill():
         pass
     while session.finish_reason is None:
@@ -123,12 +123,12 @@ def test_short_texts_stay_within_the_memory_budget(engine):
         cache.put(Entry(say(engine, "", ids, [7] * 8).state, ""))
         held = sum(entry.state.cache[0].keys.shape[2] for entry in cache._entries)
         assert held <= cache.tokens <= 1024
-    assert len(cache._entries) == 32, "room is used, too"
+    assert len(cache) == 32, "room is used, too"
 
 
 def test_trimmed_state_continues_as_if_untrimmed(engine):
     def turn(prompt):
-        session = engine.session(prompt, Options(max_tokens=8, num_draft_tokens=2))
+        session = engine.session(prompt, RequestOptions(max_tokens=8, num_draft_tokens=2))
         while not session.prefill():
             pass
         while session.finish_reason is None:
@@ -141,9 +141,9 @@ def test_trimmed_state_continues_as_if_untrimmed(engine):
     assert first.state.cache[0].keys.shape[2] == 256
     engine.save_to_prefix_cache(first, "")
     assert first.state.cache[0].keys.shape[2] == first.state.cached < 80
-    prompt = [*first.state.text, 5, 6]
+    prompt = [*first.state.tokens, 5, 6]
     again = turn(prompt)
-    assert again.tally.reused_tokens == len(prompt) - 3
+    assert again.stats.reused_tokens == len(prompt) - 3
     engine.prefixes.purge()
     assert again.output == turn(prompt).output
 
@@ -155,5 +155,5 @@ def test_seeded_prompt_ignores_cached_tokenization(engine):
     engine.save_to_prefix_cache(say(engine, text, ids, output), "", text + " therefore")
     messages = [*ASK, {"role": "assistant", "content": " therefore"}, {"role": "user", "content": "And?"}]
     rendered, spliced = engine.encode_chat(messages)
-    assert engine.encode_chat(messages, splice=False) == (rendered, engine.encode(rendered))
+    assert engine.encode_chat(messages, reuse_tokens=False) == (rendered, engine.encode(rendered))
     assert spliced != engine.encode(rendered), "or this test would say nothing"

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
-from specl.shared.engine.text import TextStream
+from specl.shared.engine.text_output import TextStream
 from tests.fakes import write_tokenizer
 
 HOLD = "\N{REPLACEMENT CHARACTER}"
