@@ -81,13 +81,12 @@ def texts_of_store(path: Path, settings: Settings, fingerprint: str, name: str) 
     store = Store(path, read_only=True)
     try:
         for row in store.each():
-            values = row.values
-            if reason := _unusable(values, fingerprint, since):
+            if reason := _unusable(row, fingerprint, since):
                 counts[reason] += 1
                 continue
             text = _text(row)
             key = text.tokens[:LONGEST].tobytes()  # what is left out of a long text makes no difference
-            if is_held_out(values["conversation_id"], settings.training.heldout_share):
+            if is_held_out(row.conversation_id, settings.training.heldout_share):
                 held.add(key)
                 counts["held"] += 1
             else:
@@ -101,12 +100,12 @@ def texts_of_store(path: Path, settings: Settings, fingerprint: str, name: str) 
     return list(found.values())
 
 
-def _unusable(values: dict[str, Any], fingerprint: str, since: float) -> str:
-    if len(values["output_tokens"]) <= 4 or not values["prompt_tokens"]:
+def _unusable(row: "StoredGeneration", fingerprint: str, since: float) -> str:
+    if len(row.output_tokens) <= 4 or not row.prompt_tokens:
         return "bare"
-    if values["target_fingerprint"] != fingerprint:
+    if row.target_fingerprint != fingerprint:
         return "other"
-    return "old" if values["created_at"] < since else ""
+    return "old" if row.created_at < since else ""
 
 
 def _text(row: "StoredGeneration") -> "WrittenText":
@@ -114,9 +113,8 @@ def _text(row: "StoredGeneration") -> "WrittenText":
 
     from specl.shared.learning.recapture import WrittenText
 
-    values = row.values
-    prompt, output = (np.frombuffer(values[name], "<u4") for name in ("prompt_tokens", "output_tokens"))
-    return WrittenText(values["id"], np.concatenate([prompt, output]), len(prompt), values["temperature"] == 0)
+    prompt, output = (np.frombuffer(tokens, "<u4") for tokens in (row.prompt_tokens, row.output_tokens))
+    return WrittenText(row.id, np.concatenate([prompt, output]), len(prompt), row.temperature == 0)
 
 
 def _nothing(counts: dict[str, int], settings: Settings, name: str) -> ConfigError:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from specl.cli.store.export import export
 from specl.cli.store.import_command import import_
@@ -17,14 +18,15 @@ from specl.cli.store.purge import parse_time, purge
 from specl.cli.store.show import show
 from specl.shared.paths import find_paths
 from specl.shared.store import Store
+from specl.shared.store.failure import score_sql
 
 LONG = ("prompt", "output")
-WIDE = 140  # columns of a table that goes to a file or a pipe
-WIDE_ENOUGH = 110  # for the answers beside the prompts
+PIPE_WIDTH = 140  # columns of a table that goes to a file or a pipe
+OUTPUT_WIDTH = 110  # from here on answers stand beside the prompts
 SORTS = {
     "newest": "g.created_at DESC",
     "oldest": "g.created_at",
-    "acceptance": "coalesce(g.acceptance_rate, g.agreement)",
+    "acceptance": score_sql("g."),
     "disagreements": "f.disagreements DESC",
     "tokens": "g.output_count DESC",
     "speed": "g.tokens_per_second",
@@ -41,24 +43,20 @@ def _open() -> Store:
 
 
 def _print(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """Figures whole; the text columns share what is left of the line."""
-    long = [column for column in columns if column in LONG]
-    table = Table(box=None, padding=(0, 2, 0, 0), expand=bool(long))
+    """Print a table: numbers in full; the text columns share the rest of the line."""
+    table = Table(box=None, padding=(0, 2, 0, 0), expand=any(column in LONG for column in columns))
     for column in columns:
-        ratio = {"ratio": 1, "overflow": "ellipsis"} if column in long else {}
-        table.add_column(column.replace("_", " "), no_wrap=True, **ratio)
+        table.add_column(column.replace("_", " "), no_wrap=True, ratio=1 if column in LONG else None)
     for row in rows:
         table.add_row(*("-" if row[column] is None else _one_line(row[column]) for column in columns))
     Console(width=_width()).print(table)
 
 
 def _width() -> int:
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
 
 
-def _one_line(value: Any) -> Any:
-    from rich.text import Text
-
+def _one_line(value: object) -> Text:
     return Text(" ".join(str(value).split()))  # Text: what models write is no markup
 
 
@@ -94,14 +92,14 @@ def summary(as_object: bool) -> None:
 @click.option("--below", type=click.FloatRange(0, 1), help="Only below this acceptance.")
 @click.option("--since", help="Only newer than e.g. 90m, 12h or 30d, or than a date (2026-01-31).")
 @click.option("--json", "as_object", is_flag=True, help="A JSON list.")
-def failures(limit: int, page: int, sort: str, as_object: bool, **wish: Any) -> None:
+def failures(limit: int, page: int, sort: str, as_object: bool, **filters: Any) -> None:
     """Generations whose acceptance fell below the threshold.
 
     \b
     specl-ctl store failures --sort acceptance --limit 5
     specl-ctl store failures --contains SELECT --since 7d --page 2
     """
-    where, values = _filter(**wish)
+    where, values = _filter(**filters)
     source = f"FROM failures f JOIN generations g ON g.id = f.id WHERE {where}"
     opened = _open()
     total = opened.sql(f"SELECT count(*) AS n {source}", **values)[0]["n"]
@@ -115,7 +113,7 @@ def failures(limit: int, page: int, sort: str, as_object: bool, **wish: Any) -> 
             row["accept"], row["agree"], row["wrong"] = row["acceptance"], row["agreement"], row["disagreements"]
             row["adapter"] = row["adapter_id"] or "none"
         columns = ("id", "created", "accept", "agree", "wrong", "tokens", "adapter", "prompt")
-        _print(rows, columns if _width() < WIDE_ENOUGH else (*columns, "output"))
+        _print(rows, columns if _width() < OUTPUT_WIDTH else (*columns, "output"))
         if total > len(rows):
             more = f"; `--page {page + 1}` goes on" if page * limit < total else ""
             click.echo(f"page {page} of {-(-total // limit)}, {total} failures{more}", err=True)
@@ -123,7 +121,9 @@ def failures(limit: int, page: int, sort: str, as_object: bool, **wish: Any) -> 
         click.echo(f"page {page} is beyond the last of {total} failures" if total else "no such failures are stored")
 
 
-def _filter(contains: str | None, adapter: str | None, below: float | None, since: str | None) -> tuple[str, dict]:
+def _filter(
+    contains: str | None, adapter: str | None, below: float | None, since: str | None
+) -> tuple[str, dict[str, Any]]:
     """The options as a condition and its values."""
     parts: list[str] = []
     values: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def _filter(contains: str | None, adapter: str | None, below: float | None, sinc
         parts.append("g.adapter_id = :adapter")
         values["adapter"] = "" if adapter == "none" else adapter
     if below is not None:
-        parts.append("coalesce(g.acceptance_rate, g.agreement) < :below")
+        parts.append(f"{score_sql('g.')} < :below")
         values["below"] = below
     if since:
         parts.append("g.created_at >= :since")

@@ -43,7 +43,7 @@ def export(as_jsonl: bool, as_parquet: bool, out: str, only_failures: bool) -> N
     from specl.cli.store.parquet import write
 
     with _output(out) as file:
-        count = write(file, (row for row in store.each() if ids is None or row.values["id"] in ids))
+        count = write(file, (row for row in store.each() if ids is None or row.id in ids))
     click.echo(f"{count} generations written to {out}", err=True)
 
 

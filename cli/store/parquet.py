@@ -1,7 +1,7 @@
 """The store as a Parquet file: one row a generation, lists for tokens, the target's top-k and disagreements."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -62,12 +62,10 @@ def _schema(pa: Any) -> Any:
 
 def to_row(row: StoredGeneration) -> dict[str, Any]:
     """One generation as plain values; blobs become lists, log-probabilities of a position one list each."""
-    values = row.values
-    found: dict[str, Any] = {name: values[name] for name in (*_TEXT, *_REAL, *_INT)}
-    found |= {name: _numbers(values[name], kind) for name, kind in _ARRAYS.items()}
-    found |= {name: _table(values[name], kind, values["top_k"]) for name, kind in _TABLES.items()}
-    found["disagreements"] = list(_disagreements(row.disagreements))
-    return found
+    values: dict[str, Any] = {name: getattr(row, name) for name in (*_TEXT, *_REAL, *_INT)}
+    values |= {name: _numbers(getattr(row, name), kind) for name, kind in _ARRAYS.items()}
+    values |= {name: _table(getattr(row, name), kind, row.top_k) for name, kind in _TABLES.items()}
+    return values | {"disagreements": [asdict(item) for item in row.disagreements]}
 
 
 def _numbers(blob: bytes | None, kind: str) -> list[Any] | None:
@@ -76,10 +74,3 @@ def _numbers(blob: bytes | None, kind: str) -> list[Any] | None:
 
 def _table(blob: bytes | None, kind: str, k: int | None) -> list[list[Any]] | None:
     return np.frombuffer(blob, kind).reshape(-1, k).tolist() if blob and k else None
-
-
-def _disagreements(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        yield {k: v for k, v in line.items() if k not in ("n", "generation_id")} | {
-            "context_tokens": json.loads(line["context_tokens"])
-        }

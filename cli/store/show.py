@@ -1,13 +1,13 @@
-"""`specl-ctl store show`: one generation with the text as it came, drafted tokens and disagreements marked in it.
+"""`specl-ctl store show`: one generation with its text, in which drafted tokens and disagreements are marked.
 
-Tokens become places in the text through the target's own tokenizer file, without loading a model.
+The target's own tokenizer file says which characters a token stands for; no model is loaded.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import numpy as np
@@ -23,16 +23,23 @@ COLOURS = {"target": None, "model": "green", "ngram": "cyan"}
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """The text of one output token, who guessed it, and the draft's wrong guess where the target disagreed."""
+class MarkedToken:
+    """The text of one output token, what drafted it, and the draft's rejected token where the target disagreed."""
 
     text: str
     source: str
-    wrong: str | None = None
+    rejected: str | None = None
 
 
-class _Tokenizer:
-    """A tokenizer.json as TextStream wants it: what is special is no text."""
+class Tokenizer(Protocol):
+    """Turns token ids into text."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of `tokens`."""
+
+
+class _TokenizerFile:
+    """A tokenizer.json; special tokens are no text."""
 
     def __init__(self, file: Path) -> None:
         from tokenizers import Tokenizer
@@ -40,48 +47,47 @@ class _Tokenizer:
         self._inner = Tokenizer.from_file(str(file))
 
     def decode(self, tokens: list[int]) -> str:
-        return self._inner.decode(tokens, skip_special_tokens=True)
+        return str(self._inner.decode(tokens, skip_special_tokens=True))
 
 
-def pieces(row: StoredGeneration, tokenizer: Any) -> list[Piece]:
+def marked_tokens(row: StoredGeneration, tokenizer: Tokenizer) -> list[MarkedToken]:
     """The output token by token; empty where `tokenizer` does not spell the stored text."""
-    tokens = np.frombuffer(row.values["output_tokens"], "<u4").tolist()
+    tokens = np.frombuffer(row.output_tokens, "<u4").tolist()
     stream = TextStream(tokenizer)
     texts = [stream.add(token) for token in tokens]
     if texts:
         texts[-1] += stream.finish()
-    output = row.values["output"]
-    if not texts or not stream.text.startswith(output):
+    if not texts or not stream.text.startswith(row.output):
         return []
-    wrong = {line["position"]: line["draft_text"] for line in row.disagreements}
-    found, left = [], len(output)  # a stop string is in the tokens and not in the text
-    for place, (text, source) in enumerate(zip(texts, row.values["sources"], strict=True)):
-        found.append(Piece(text[:left], SOURCES[source], wrong.get(place)))
+    rejected = {item.position: item.draft_text for item in row.disagreements}
+    marked, left = [], len(row.output)  # a stop string is in the tokens and not in the text
+    for position, (text, source) in enumerate(zip(texts, row.sources, strict=True)):
+        marked.append(MarkedToken(text[:left], SOURCES[source], rejected.get(position)))
         left = max(0, left - len(text))
-    return found
+    return marked
 
 
-def marked(found: list[Piece], colour: bool) -> str:
+def marked(tokens: list[MarkedToken], colour: bool) -> str:
     """The text with its marks: drafted tokens coloured, a disagreement as `[-draft's-]{+target's+}`."""
-    return "".join(_mark(piece, colour) for piece in found)
+    return "".join(_mark(token, colour) for token in tokens)
 
 
-def _mark(piece: Piece, colour: bool) -> str:
-    text = piece.text
-    if piece.wrong is None:
-        return click.style(text, fg=COLOURS[piece.source]) if colour and COLOURS[piece.source] else text
+def _mark(token: MarkedToken, colour: bool) -> str:
+    text = token.text
+    if token.rejected is None:
+        return click.style(text, fg=COLOURS[token.source]) if colour and COLOURS[token.source] else text
     if not colour:
-        return f"[-{piece.wrong}-]{{+{text}+}}"
-    return click.style(piece.wrong, fg="red", strikethrough=True) + click.style(text, fg="yellow", bold=True)
+        return f"[-{token.rejected}-]{{+{text}+}}"
+    return click.style(token.rejected, fg="red", strikethrough=True) + click.style(text, fg="yellow", bold=True)
 
 
-def target_tokenizer(name: str) -> Any | None:
+def target_tokenizer(name: str) -> Tokenizer | None:
     """The tokenizer of the model `name`, or None where it is not on this machine."""
     from specl.cli.models import model_folder
 
     folder = model_folder(name, find_paths().models, is_draft=False)
     file = folder / "tokenizer.json" if folder else None
-    return _Tokenizer(file) if file is not None and file.is_file() else None
+    return _TokenizerFile(file) if file is not None and file.is_file() else None
 
 
 @click.command()
@@ -104,42 +110,35 @@ def show(generation_id: str, as_object: bool) -> None:
 
 
 def as_json(row: StoredGeneration) -> dict[str, Any]:
-    """The row without its blobs."""
-    plain = {name: value for name, value in row.values.items() if not isinstance(value, bytes) and name != "n"}
-    for name in ("messages", "sampling", "stats"):
-        plain[name] = json.loads(plain[name])
-    lines = [{k: v for k, v in line.items() if k not in ("n", "generation_id")} for line in row.disagreements]
-    for line in lines:
-        line["context_tokens"] = json.loads(line["context_tokens"])
-    return plain | {"disagreements": lines}
+    """The row without its blobs, JSON columns as values."""
+    values = {name: value for name, value in asdict(row).items() if not isinstance(value, bytes)}
+    return values | {name: json.loads(values[name]) for name in ("messages", "sampling", "stats")}
 
 
 def _lines(row: StoredGeneration) -> Iterator[str]:
-    values = row.values
-    acceptance, agreement = ("-" if values[n] is None else f"{values[n]:.3f}" for n in ("acceptance_rate", "agreement"))
-    yield f"{values['id']}  {values['created']}  {values['target_model']} drafted by {values['draft_model'] or 'nothing'}"
+    acceptance, agreement = ("-" if rate is None else f"{rate:.3f}" for rate in (row.acceptance_rate, row.agreement))
+    yield f"{row.id}  {row.created}  {row.target_model} drafted by {row.draft_model or 'nothing'}"
     yield (
-        f"acceptance {acceptance}, agreement {agreement}, {values['model_accepted']} of {values['model_drafted']} drafted by "
-        f"the model, {values['output_count']} tokens, {values['tokens_per_second']:.1f} tok/s, "
-        f"adapter {values['adapter_id'] or 'none'}, {values['finish_reason']}"
+        f"acceptance {acceptance}, agreement {agreement}, {row.model_accepted} of {row.model_drafted} drafted by "
+        f"the model, {row.output_count} tokens, {row.tokens_per_second:.1f} tok/s, "
+        f"adapter {row.adapter_id or 'none'}, {row.finish_reason}"
     )
-    for message in json.loads(values["messages"]):
+    for message in json.loads(row.messages):
         yield ""
         yield click.style(f"{message.get('role')}:", bold=True)
         yield str(message.get("content"))
     yield ""
     yield click.style("assistant:", bold=True)
-    tokenizer = target_tokenizer(values["target_model"])
-    found = pieces(row, tokenizer) if tokenizer is not None else []
-    yield marked(found, wants_colour()) if found else values["output"]
+    tokenizer = target_tokenizer(row.target_model)
+    tokens = marked_tokens(row, tokenizer) if tokenizer is not None else []
+    yield marked(tokens, wants_colour()) if tokens else row.output
     if not row.disagreements:
         return
     yield ""
-    yield f"{len(row.disagreements)} disagreements" + (
-        "" if found else " (not marked: no tokenizer here spells this text)"
-    )
-    for line in row.disagreements:
+    unmarked = "" if tokens else " (not marked: no tokenizer on this machine spells this text)"
+    yield f"{len(row.disagreements)} disagreements{unmarked}"
+    for item in row.disagreements:
         yield (
-            f"{line['position']:>5}  {line['draft_text']!r} ({line['draft_confidence']:.2f}) -> "
-            f"{line['target_text']!r} ({line['target_confidence']:.2f})  {line['drafter']}, depth {line['depth']}"
+            f"{item.position:>5}  {item.draft_text!r} ({item.draft_confidence:.2f}) -> "
+            f"{item.target_text!r} ({item.target_confidence:.2f})  {item.drafter}, depth {item.depth}"
         )

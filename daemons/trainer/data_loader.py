@@ -20,6 +20,7 @@ from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.runtime import log
 from specl.shared.settings.schema import Settings
 from specl.shared.store import Outline, Store, StoredGeneration
+from specl.shared.store.failure import is_failure
 from specl.shared.training_files.shards import load_or_discard, save_shard
 
 LONGEST = 512  # tokens of an example: the last of a long text
@@ -61,30 +62,26 @@ class Sorted:
 
 def to_example(row: StoredGeneration, error_weight: float) -> Example:
     """One stored generation; positions where the draft was wrong weigh more."""
-    values = row.values
-    prompt = np.frombuffer(values["prompt_tokens"], "<u4")
-    output = np.frombuffer(values["output_tokens"], "<u4")
-    k = int(values["top_k"])
-    rows = min(len(output), len(values["top_ids"]) // (4 * k))
+    prompt = np.frombuffer(row.prompt_tokens, "<u4")
+    output = np.frombuffer(row.output_tokens, "<u4")
+    if row.top_k is None or row.top_ids is None or row.top_logprobs is None:
+        raise ValueError(f"{row.id} has no top-k to learn from")
+    k = row.top_k
+    rows = min(len(output), len(row.top_ids) // (4 * k))
     weights = np.ones(rows, np.float32)
     for item in row.disagreements:
-        if item["position"] < rows:
-            weights[item["position"]] = error_weight
+        if item.position < rows:
+            weights[item.position] = error_weight
     return Example(
-        id=values["id"],
+        id=row.id,
         tokens=np.concatenate([prompt, output[:rows]]),
         prompt_length=len(prompt),
-        ids=np.frombuffer(values["top_ids"], "<u4").reshape(-1, k)[:rows],
-        logprobs=np.frombuffer(values["top_logprobs"], "<f2").reshape(-1, k)[:rows],
+        ids=np.frombuffer(row.top_ids, "<u4").reshape(-1, k)[:rows],
+        logprobs=np.frombuffer(row.top_logprobs, "<f2").reshape(-1, k)[:rows],
         weights=weights,
         states=None,
-        greedy=values["temperature"] == 0,
+        greedy=row.temperature == 0,
     )
-
-
-def is_failure(row: Outline, threshold: float) -> bool:
-    """Acceptance decides, agreement where acceptance is null; with neither, nobody knows, and it is no failure yet."""
-    return row.figure is not None and row.figure < threshold
 
 
 class DataLoader:
@@ -105,7 +102,7 @@ class DataLoader:
         for row in rows:
             if is_held_out(row.conversation_id, training.heldout_share):
                 held_out.append(row)
-            elif is_failure(row, threshold):
+            elif is_failure(row.score, threshold):
                 failures.append(row)
             else:
                 successes.append(row)
@@ -138,7 +135,7 @@ class DataLoader:
 
     def _examples(self, rows: Sequence[Outline], most: int) -> list[Example]:
         """At most so many of them, without repeats."""
-        chosen = self.store.whole([row.id for row in stratified_sample(rows, most)])
+        chosen = self.store.generations([row.id for row in stratified_sample(rows, most)])
         return _distinct([self.example(row) for row in chosen])
 
     def example(self, row: StoredGeneration) -> Example:

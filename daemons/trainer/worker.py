@@ -274,7 +274,7 @@ class Worker(threading.Thread):
             for row in rows:
                 self.throttle.wait_for_turn()
                 score = agreement(Learner(engine.draft), [data_loader.example(row)])
-                self.facts.add(scored(row.values["id"], adapter.id if adapter else "", score))
+                self.facts.add(scored(row.id, adapter.id if adapter else "", score))
             if not rows:  # what is left was written by another target
                 self.no_score_before = time.monotonic() + RETRY_S
         finally:

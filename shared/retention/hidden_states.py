@@ -61,7 +61,8 @@ class HiddenSpool:
         if path is None:
             return None
         try:
-            return np.load(path, allow_pickle=False)
+            states: np.ndarray = np.load(path, allow_pickle=False)
+            return states
         except (OSError, ValueError, EOFError):  # a power cut can leave it empty or torn
             return None
 

@@ -158,7 +158,7 @@ quarantine = sa.Table(
     _column("reason", _Text),
     _column("raw", _Blob),
 )
-thresholds = sa.Table("settings", metadata, sa.Column("name", _Text, primary_key=True), _column("value", _Text))
+settings = sa.Table("settings", metadata, sa.Column("name", _Text, primary_key=True), _column("value", _Text))
 TABLES: dict[type, sa.Table] = {
     Generation: generations,
     Activation: activations,

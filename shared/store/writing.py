@@ -1,4 +1,4 @@
-"""What the collector writes: fetched records, each once, in one transaction with what is found out about them."""
+"""What the collector writes: fetched records, each once, in one transaction with what was found out about them."""
 
 from collections.abc import Iterable
 
@@ -7,73 +7,75 @@ from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, Programmin
 
 from specl.shared.messaging.messages import Envelope
 from specl.shared.runtime.failpoints import failpoint
+from specl.shared.store.failure import THRESHOLD
 from specl.shared.store.file import StoreFile
-from specl.shared.store.rows import Incoming, quarantined, read
-from specl.shared.store.schema import TABLES, disagreements, generations, quarantine, thresholds
+from specl.shared.store.rows import Incoming, incoming, quarantined
+from specl.shared.store.schema import TABLES, disagreements, generations, quarantine, settings
 
-# what a record's contents are to blame for; a full disk or a lock are OperationalError, and are waited out
+# errors that a record's contents cause; a full disk or a lock is an OperationalError, and is waited out
 UNSTORABLE = (IntegrityError, DataError, InterfaceError, ProgrammingError, ValueError, TypeError, OverflowError)
+TABLE_ORDER = (*TABLES.values(), quarantine)  # generations before what was found out about them
 
 
 class Writing(StoreFile):
     """The writer's part of the store."""
 
     def set_threshold(self, threshold: float) -> None:
-        """What the `failures` view compares with."""
+        """Write down what the `failures` view compares with."""
         with self._errors(), self._engine.begin() as connection:
-            connection.execute(sa.delete(thresholds))
-            connection.execute(sa.insert(thresholds).values(name="acceptance_threshold", value=str(threshold)))
+            connection.execute(sa.delete(settings))
+            connection.execute(sa.insert(settings).values(name=THRESHOLD, value=str(threshold)))
 
-    def add_rows(self, rows: Iterable[Envelope]) -> list[str]:
-        """Store fetched records in one transaction; the ids that are now committed, old ones included.
+    def add_rows(self, envelopes: Iterable[Envelope]) -> list[str]:
+        """Store fetched records in one transaction; the ids that are now committed, those of earlier calls included.
 
-        A body that is no record goes to quarantine in the same transaction, so that it blocks nothing. Raises StoreError
-        (nothing stored, nothing to acknowledge) where the disk refuses.
+        A body that is no record goes to quarantine in that transaction, so that it blocks nothing. Raises StoreError (nothing
+        stored, nothing to acknowledge) where the disk refuses.
         """
-        rows = list(rows)
-        incoming = [read(row) for row in rows]
+        envelopes = list(envelopes)
+        items = [incoming(envelope) for envelope in envelopes]
         with self._errors():
             try:
                 with self._engine.begin() as connection:
-                    self._add_all(connection, incoming)
+                    self._add_all(connection, items)
                     failpoint("store.before_commit")
             except UNSTORABLE:
                 with self._engine.begin() as connection:
-                    self._add_singly(connection, rows, incoming)
+                    self._add_singly(connection, envelopes, items)
                     failpoint("store.before_commit")
         failpoint("store.after_commit")
-        return [row.id for row in rows]
+        return [envelope.id for envelope in envelopes]
 
-    def _add_all(self, connection: sa.Connection, incoming: list[Incoming]) -> None:
-        for table in (*TABLES.values(), quarantine):  # generations before what was found out about them
-            self._add(connection, table, [item for item in incoming if item.table is table])
+    def _add_all(self, connection: sa.Connection, items: list[Incoming]) -> None:
+        for table in TABLE_ORDER:
+            self._add(connection, table, [item for item in items if item.table is table])
 
-    def _add_singly(self, connection: sa.Connection, rows: list[Envelope], incoming: list[Incoming]) -> None:
-        """One by one, as one of them is refused for what it holds: that one goes to quarantine, the others stand."""
-        order = [*TABLES.values(), quarantine]
-        for row, item in sorted(zip(rows, incoming, strict=True), key=lambda pair: order.index(pair[1].table)):
+    def _add_singly(self, connection: sa.Connection, envelopes: list[Envelope], items: list[Incoming]) -> None:
+        """Add one by one, where SQLite refuses a record for its contents: that one goes to quarantine, the others are stored."""
+        pairs = zip(envelopes, items, strict=True)
+        for envelope, item in sorted(pairs, key=lambda pair: TABLE_ORDER.index(pair[1].table)):
             try:
                 with connection.begin_nested():
                     self._add(connection, item.table, [item])
             except UNSTORABLE as error:
-                self._add(connection, quarantine, [quarantined(row, getattr(error, "orig", None) or error)])
+                self._add(connection, quarantine, [quarantined(envelope, getattr(error, "orig", None) or error)])
 
     def _add(self, connection: sa.Connection, table: sa.Table, items: list[Incoming]) -> None:
         """Insert what is not there yet. One statement for all: a statement each costs five times the CPU."""
         if not items:
             return
         ids = [item.columns["id"] for item in items]
-        present = set(connection.execute(sa.select(table.c.id).where(table.c.id.in_(ids))).scalars())
-        new = {item.columns["id"]: item for item in reversed(items) if item.columns["id"] not in present}
-        fresh = list(reversed(new.values()))
-        if not fresh:
+        stored = set(connection.execute(sa.select(table.c.id).where(table.c.id.in_(ids))).scalars())
+        first_of_id = {item.columns["id"]: item for item in reversed(items) if item.columns["id"] not in stored}
+        new = list(reversed(first_of_id.values()))
+        if not new:
             return
-        connection.execute(sa.insert(table), [item.columns for item in fresh])
-        if lines := [line for item in fresh for line in item.lines]:
-            connection.execute(sa.insert(disagreements), lines)
-        if scores := [item.columns for item in fresh if item.columns.get("subject") == "generation"]:
-            update = sa.update(generations).where(generations.c.id == sa.bindparam("of"))
+        connection.execute(sa.insert(table), [item.columns for item in new])
+        if rows := [row for item in new for row in item.disagreements]:
+            connection.execute(sa.insert(disagreements), rows)
+        if scores := [item.columns for item in new if item.columns.get("subject") == "generation"]:
+            update = sa.update(generations).where(generations.c.id == sa.bindparam("scored_id"))
             connection.execute(
                 update.values(agreement=sa.bindparam("score")),
-                [{"of": score["generation_id"], "score": score["agreement"]} for score in scores],
+                [{"scored_id": score["generation_id"], "score": score["agreement"]} for score in scores],
             )

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from specl.cli.store.import_jsonl import parse
-from specl.cli.store.show import marked, pieces
+from specl.cli.store.show import marked, marked_tokens
 from specl.shared.learning.imported_texts import text_logprobs, to_generation, with_token_texts
 from specl.shared.paths import find_paths
 from specl.shared.runtime.locks import is_locked
-from specl.shared.store import Store, StoredGeneration
+from specl.shared.store import Store
+from specl.shared.store.rows import row_of, stored_generation
 from tests.fakes import make_disagreement, make_generation, to_row
 
 LINE = {
@@ -74,9 +75,7 @@ class Letters:
 
 def stored(**changes):
     record = make_generation("x", **changes)
-    values = {name: getattr(record, name) for name in ("output", "output_tokens", "sources")}
-    lines = [{"position": d.position, "draft_text": d.draft_text} for d in record.disagreements]
-    return StoredGeneration(values, lines)
+    return stored_generation(row_of(record), record.disagreements)
 
 
 def test_marks_stand_where_the_target_disagreed():
@@ -84,19 +83,19 @@ def test_marks_stand_where_the_target_disagreed():
         output="abcd", output_ids=[0, 1, 2, 3, 99], sources=bytes([0, 1, 0, 2, 0]),
         disagreements=[make_disagreement(2, draft_text="z")],
     )  # fmt: skip
-    found = pieces(row, Letters())
-    assert marked(found, colour=False) == "ab[-z-]{+c+}d"
-    assert [piece.source for piece in found] == ["target", "model", "target", "ngram", "target"]
-    assert "\x1b[32mb" in marked(found, colour=True) and "\x1b[36md" in marked(found, colour=True)
+    tokens = marked_tokens(row, Letters())
+    assert marked(tokens, colour=False) == "ab[-z-]{+c+}d"
+    assert [piece.source for piece in tokens] == ["target", "model", "target", "ngram", "target"]
+    assert "\x1b[32mb" in marked(tokens, colour=True) and "\x1b[36md" in marked(tokens, colour=True)
 
 
 def test_text_cut_at_a_stop_string_is_annotated():
     row = stored(output="ab", output_ids=[0, 1, 2], sources=bytes(3), disagreements=[])
-    assert marked(pieces(row, Letters()), colour=False) == "ab"
+    assert marked(marked_tokens(row, Letters()), colour=False) == "ab"
 
 
 def test_another_tokenizer_marks_nothing():
-    assert pieces(stored(output="hello", output_ids=[0, 1, 2], sources=bytes(3)), Letters()) == []
+    assert marked_tokens(stored(output="hello", output_ids=[0, 1, 2], sources=bytes(3)), Letters()) == []
 
 
 def test_show_finds_by_beginning_and_lists_disagreements(specl, filled):
@@ -167,8 +166,8 @@ def test_import_without_a_collector_stores_under_its_lock(specl, tmp_path):
     assert outcome.exit_code == 0, outcome.stderr
     assert "2 generations stored, 0 of them to learn from" in outcome.stdout
     row = Store(find_paths().store, read_only=True).generation("from-elsewhere")
-    assert row.values["acceptance_rate"] == 0.35 and row.values["created"] == "2026-01-31T12:00:00Z"
-    assert row.disagreements[0]["target_token"] == 6
+    assert row.acceptance_rate == 0.35 and row.created == "2026-01-31T12:00:00Z"
+    assert row.disagreements[0].target_token == 6
     assert not is_locked(find_paths().run, "collector")
 
 
@@ -200,7 +199,7 @@ def test_imports_obey_redaction(specl, tmp_path, monkeypatch):
     monkeypatch.setenv("SPECL_CONFIG", str(settings))
     specl("store", "import", "--jsonl", write(tmp_path / "in.jsonl", LINE), "--text-only")
     row = Store(find_paths().store, read_only=True).generation("from-elsewhere")
-    assert row.values["output"] == "[redacted] of it." and row.disagreements == []
+    assert row.output == "[redacted] of it." and row.disagreements == []
 
 
 def test_target_probs_make_an_import_trainable(tiny):
@@ -222,7 +221,7 @@ def test_target_probs_make_an_import_trainable(tiny):
     store = Store(find_paths().create().store)
     assert store.add_rows([to_row(record)]) == ["from-elsewhere"]
     assert [row.id for row in store.outlines(5)] == ["from-elsewhere"]
-    assert store.whole(["from-elsewhere"])[0].values["temperature"] == 0.0
+    assert store.generations(["from-elsewhere"])[0].temperature == 0.0
     store.close()
 
 

@@ -80,8 +80,8 @@ def test_senseless_values_go_to_quarantine_with_their_reason(store, changes, rea
 
 
 def test_record_refused_by_sqlite_is_quarantined(store, monkeypatch):
-    real = rows._row_of
-    monkeypatch.setattr(rows, "_row_of", lambda record: real(record) | ({"mode": None} if record.id == "bad" else {}))
+    real = rows.row_of
+    monkeypatch.setattr(rows, "row_of", lambda record: real(record) | ({"mode": None} if record.id == "bad" else {}))
     late = make_evaluation("e", subject="generation", generation_id="before", agreement=0.25)
     stored, bad = between(store, late, make_generation("bad"))
     assert list(bad) == ["bad"] and "NOT NULL" in bad["bad"] and stored == {"before", "behind"}
@@ -144,5 +144,5 @@ def test_thousand_senseless_records_end_no_reader(store):
     assert 0 < bad < len(sent)
     encode(CollectorStatus("ready", 1.0, 1, "", 0, {}, store.summary()))
     ids = [row["id"] for row in store.sql("SELECT id FROM generations")]
-    store.texts(ids), list(store.written()), list(store.export())
+    store.texts(ids), list(store.export())
     assert store.purge(store.matching([], 9e18, "")) >= len(ids)

@@ -274,9 +274,9 @@ def test_questions_are_answered_from_an_old_store(schema, store):
     # after g5, the last that a run has learned from: the record without its text, and the imported one
     assert summary.pending_failures == store.pending_failures() == 2
     records = EXPECTED[f"schema{schema}"]["records"]["Generation"]
-    assert [row.values["id"] for row in store.unscored(10)] == [records[5]["id"]]
+    assert [row.id for row in store.unscored(10)] == [records[5]["id"]]
     assert [row.id for row in store.outlines(20)] == [records[place]["id"] for place in (6, 5, 4, 1, 0)]
-    assert store.generation(records[0]["id"]).values["output"] == " the sky is blue because light scatters grün"
+    assert store.generation(records[0]["id"]).output == " the sky is blue because light scatters grün"
     assert len(store.generation(records[0]["id"]).disagreements) == 2
 
 

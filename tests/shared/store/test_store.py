@@ -384,11 +384,11 @@ def test_outlines_and_full_rows_are_ordered(store):
         make_evaluation("e1", subject="generation", generation_id="g1", agreement=0.25),
     )
     found = store.outlines(10)
-    assert [(row.id, row.figure, row.output_count) for row in found] == [("g2", 0.4, 5), ("g1", 0.25, 5)]
+    assert [(row.id, row.score, row.output_count) for row in found] == [("g2", 0.4, 5), ("g1", 0.25, 5)]
     assert [row.id for row in store.outlines(1)] == ["g2"]
-    whole = store.whole(["g2", "gone", "g1"])
-    assert [row.values["id"] for row in whole] == ["g2", "g1"] and len(whole[0].disagreements) == 1
-    assert whole[1].values["output_tokens"] == tokens_blob([1, 2, 3, 4, 5])
+    whole = store.generations(["g2", "gone", "g1"])
+    assert [row.id for row in whole] == ["g2", "g1"] and len(whole[0].disagreements) == 1
+    assert whole[1].output_tokens == tokens_blob([1, 2, 3, 4, 5])
     assert list(store.tokens(["g1", "gone"])) == [tokens_blob([5, 6, 7, 1, 2, 3, 4, 5])]
 
 
@@ -455,7 +455,7 @@ def test_a_summary_counts_and_rates(store):
 
 def test_a_generation_is_found_by_an_unambiguous_beginning(store):
     add(store, make_generation("abc1"), make_generation("abd2"))
-    assert store.generation("abc").values["id"] == "abc1"
+    assert store.generation("abc").id == "abc1"
     assert len(store.generation("abc").disagreements) == 1
     assert store.generation("ab") is None
     assert store.generation("%") is None
@@ -468,6 +468,6 @@ def test_unscored_rows_have_something_to_score(store):
         make_generation("parked", acceptance_rate=None),
         make_generation("fast", acceptance_rate=None, top_k=None),
     )
-    assert [item.values["id"] for item in store.unscored(10)] == ["parked"]
+    assert [item.id for item in store.unscored(10)] == ["parked"]
     add(store, make_evaluation("e", subject="generation", generation_id="parked"))
     assert store.unscored(10) == []
