@@ -39,5 +39,5 @@ def test_the_frozen_view_has_the_definition():
     assert f"WHERE {IS_FAILURE_SQL}\n" in view
 
 
-def test_the_score_can_be_asked_of_a_joined_table():
+def test_the_score_reads_a_joined_table():
     assert score_sql("g.") == "coalesce(g.acceptance_rate, g.agreement)"
