@@ -35,7 +35,7 @@ def prompts_of(file: str) -> tuple[list[Any], str]:
     items = [
         prompts.ShippedPrompt(f"line-{item.line}", "own", item.messages)
         for item in found
-        if not any(prompts.is_judge(str(message["content"])) for message in item.messages)
+        if not any(prompts.is_evaluation_text(str(message["content"])) for message in item.messages)
     ]
     if not items:
         raise ConfigError(f"every prompt of {file} is one that drafts are judged by")

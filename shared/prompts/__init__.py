@@ -1,4 +1,4 @@
-"""The shipped prompt sets, frozen (README.md here says how they were made). Reads files, knows nothing of models."""
+"""The shipped prompt sets, which are frozen (README.md in this folder says how they were made). Reads files, knows no models."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from specl.shared.prompts.reserved import TRACES
 
-GRAM = 8  # words in a row that no training text shares with what judges
+GRAM = 8  # words in a row that no training text shares with an evaluation set
 SETS = ("train", "heldout", "regression", "bench/general", "bench/code", "bench/copy", "bench/adversarial")
 
 
@@ -50,16 +50,16 @@ def runs(text: str) -> set[tuple[str, ...]]:
 
 
 @cache
-def _judging() -> frozenset[tuple[str, ...]]:
+def _evaluation_runs() -> frozenset[tuple[str, ...]]:
     messages = [message for name in SETS if name != "train" for prompt in load(name) for message in prompt.messages]
     return frozenset().union(*(runs(message["content"]) for message in messages))
 
 
 def may_train(text: str) -> bool:
-    """Whether an invented prompt shares no eight words with a judging set and has no trace of a reserved kind."""
-    return not TRACES.search(text) and not is_judge(text)
+    """Whether a synthetic prompt shares no eight words with an evaluation set and has no trace of a reserved kind."""
+    return not TRACES.search(text) and not is_evaluation_text(text)
 
 
-def is_judge(text: str) -> bool:
-    """Whether a text shares eight words in a row with a judging set: who learns it is not judged by it."""
-    return not _judging().isdisjoint(runs(text))
+def is_evaluation_text(text: str) -> bool:
+    """Whether a text shares eight words in a row with an evaluation set: a draft that learns it cannot be evaluated on it."""
+    return not _evaluation_runs().isdisjoint(runs(text))

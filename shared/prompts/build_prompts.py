@@ -1,14 +1,13 @@
-"""Builds the prompt files from the hand-written sources in ``source/``; the same sources always give the same files.
+"""Builds the prompt files from the hand-written sources in `source/`; the same sources always give the same files.
 
-Templates, slot values, passages and code samples are plain text. Slot values and samples are cut into disjoint parts,
-one for each split, so that a held-out prompt has another template *and* other content than every training prompt.
-A prompt is dropped when it repeats another one, when it is too similar to one of the same file, or when it shares
-eight words in a row with another file.
+Templates, slot values, passages and code samples are plain text. Slot values and samples are cut into disjoint parts, one for
+each split, so that a held-out prompt has another template and other content than every training prompt. A prompt is dropped
+when it repeats another one, when it is too similar to one of the same file, or when it shares eight words in a row with another
+file.
 
-Run ``python build_prompts.py`` in this folder, then ``python check.py``.
+Run `python build_prompts.py` in this folder, then `python check.py`. Long because it is the record of how the frozen files were
+made: it stands alone, needs nothing that is installed, and changes only together with the files.
 """
-
-from __future__ import annotations
 
 import json
 import random
@@ -88,8 +87,8 @@ def read_values(path: Path) -> dict[str, list[str]]:
     """The sections of a file whose lines hold values separated by `` | ``."""
     values: dict[str, list[str]] = {}
     for name, lines in read_sections(path).items():
-        found = [part.strip() for line in lines for part in line.split(" | ") if part.strip()]
-        values[name] = found if name in SHARED_SLOTS else list(dict.fromkeys(found))
+        parts = [part.strip() for line in lines for part in line.split(" | ") if part.strip()]
+        values[name] = parts if name in SHARED_SLOTS else list(dict.fromkeys(parts))
     return values
 
 
@@ -125,8 +124,8 @@ def text_of(messages: list[Message]) -> str:
 
 def grams(text: str, size: int) -> set[tuple[str, ...]]:
     """All runs of ``size`` words; the whole text when it is shorter."""
-    found = words(text)
-    return {tuple(found[i : i + size]) for i in range(max(1, len(found) - size + 1))}
+    all_words = words(text)
+    return {tuple(all_words[i : i + size]) for i in range(max(1, len(all_words) - size + 1))}
 
 
 def sentences(passage: str) -> list[str]:
@@ -138,7 +137,6 @@ class Similarity:
     """Finds prompts of one file that are nearly the same."""
 
     def __init__(self) -> None:
-        """Start with no texts."""
         self._sizes: list[int] = []
         self._where: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
 
@@ -148,8 +146,8 @@ class Similarity:
         shared: Counter[int] = Counter()
         for triple in triples:
             shared.update(self._where.get(triple, ()))
-        for place, count in shared.items():
-            if count / (len(triples) + self._sizes[place] - count) > SIMILAR:
+        for index, count in shared.items():
+            if count / (len(triples) + self._sizes[index] - count) > SIMILAR:
                 return False
         for triple in triples:
             self._where[triple].append(len(self._sizes))
@@ -163,7 +161,6 @@ class Filler:
     def __init__(
         self, split: str, slots: dict[str, dict[str, list[str]]], passages: list[str], rng: random.Random
     ) -> None:
-        """Keep the values of one split."""
         self._slots = {name: parts[split] for name, parts in slots.items()}
         self._passages = passages
         self._rng = rng
@@ -191,29 +188,29 @@ class Filler:
         """The template with every alternative chosen and every slot filled."""
         draw = self._rng.random()
 
-        def either(found: re.Match[str]) -> str:
-            options = found[1].split("~")
+        def either(match: re.Match[str]) -> str:
+            options = match[1].split("~")
             return options[int(draw * len(options))]
 
         text = re.sub(r"\[\[(.+?)\]\]", either, template)
         taken: defaultdict[str, list[str]] = defaultdict(list)
         chosen: dict[str, str] = {}
 
-        def value(found: re.Match[str]) -> str:
-            slot, name = found[0], found[1]
+        def value(match: re.Match[str]) -> str:
+            slot, name = match[0], match[1]
             if slot not in chosen:
                 picked = self._pick(name, taken["passage" if name == "part" else name])
                 taken["passage" if name == "part" else name].append(picked)
                 chosen[slot] = self._part(picked) if name == "part" else picked
-            before = text[: found.start()].rstrip(' "\n')
+            before = text[: match.start()].rstrip(' "\n')
             opens = not before or before[-1] in ".!?|" or before.endswith("SYS:")
             result = chosen[slot]
-            if name in ("problem", "chatopen") and (before.endswith(":") or text[: found.start()].endswith('"')):
+            if name in ("problem", "chatopen") and (before.endswith(":") or text[: match.start()].endswith('"')):
                 opens = True
             return result[0].upper() + result[1:] if opens else result
 
         filled = re.sub(r"\{([a-z]+)\d?\}", value, text)
-        filled = re.sub(r"([.!?])\"?\.(?=\s|$)", lambda found: found[0][:-1], filled.replace("\\n", "\n"))
+        filled = re.sub(r"([.!?])\"?\.(?=\s|$)", lambda match: match[0][:-1], filled.replace("\\n", "\n"))
         return re.sub(r"([?!])\?", r"\1", filled)
 
 
@@ -223,9 +220,9 @@ def to_messages(kind: str, text: str) -> list[Message]:
     messages: list[Message] = []
     if turns[0].startswith("SYS: "):
         messages.append({"role": "system", "content": turns.pop(0)[5:]})
-    for place, turn in enumerate(turns):
+    for index, turn in enumerate(turns):
         content = turn.strip()
-        messages.append({"role": "assistant" if place % 2 else "user", "content": content[0].upper() + content[1:]})
+        messages.append({"role": "assistant" if index % 2 else "user", "content": content[0].upper() + content[1:]})
     return messages
 
 
@@ -233,7 +230,6 @@ class Builder:
     """Builds one file after another and keeps them apart."""
 
     def __init__(self) -> None:
-        """Read the sources and cut them into parts."""
         slots = read_values(SOURCE / "slots.txt")
         samples = (SOURCE / "snippets.txt").read_text(encoding="utf-8").strip().split("\n---\n")
         self.slots = {
@@ -268,19 +264,19 @@ class Builder:
         templates = read_sections(SOURCE / f"templates_{short}.txt")
         number = 0
         for kind, count in counts.items():
-            made = tries = 0
-            while made < count:
-                place = tries % len(templates[kind])
+            count_made = tries = 0
+            while count_made < count:
+                index = tries % len(templates[kind])
                 tries += 1
                 if tries > 60 * count:
                     raise RuntimeError(f"{file}: cannot make {count} prompts of kind {kind}")
-                messages = to_messages(kind, filler.fill(templates[kind][place]))
+                messages = to_messages(kind, filler.fill(templates[kind][index]))
                 self._vary(kind, split, messages, rng)
                 if not self.accept(file, messages):
                     continue
-                made += 1
+                count_made += 1
                 number += 1
-                name = f"{short}-{kind}-{place + 1:02d}"
+                name = f"{short}-{kind}-{index + 1:02d}"
                 yield {"id": f"{short}-{number:04d}", "kind": kind, "template": name, "messages": messages}
 
     def _vary(self, kind: str, split: str, messages: list[Message], rng: random.Random) -> None:
@@ -293,10 +289,10 @@ class Builder:
         if kind in CASUAL_KINDS and rng.random() < 0.08:
             last["content"] = last["content"].lower()
 
-    def from_list(self, file: str, made: list[tuple[str, str, str]]) -> Iterator[Prompt]:
+    def from_list(self, file: str, rows: list[tuple[str, str, str]]) -> Iterator[Prompt]:
         """Prompts that were written out as (kind, template, text)."""
         short = file.rsplit("/", 1)[-1]
-        for number, (kind, template, text) in enumerate(made, start=1):
+        for number, (kind, template, text) in enumerate(rows, start=1):
             messages = [{"role": "user", "content": text}]
             if not self.accept(file, messages):
                 raise RuntimeError(f"{file}: prompt {number} ({template}) is too close to another one:\n{text}")
@@ -322,7 +318,7 @@ ENDINGS = (
 
 def typo(text: str, rng: random.Random) -> str:
     """The text with two letters of one longer word swapped."""
-    spots = [found for found in re.finditer(r"\b[a-z]{6,}\b", text) if found[0][2] != found[0][3]]
+    spots = [match for match in re.finditer(r"\b[a-z]{6,}\b", text) if match[0][2] != match[0][3]]
     at = rng.choice(spots).start() + 2
     return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
 
@@ -331,36 +327,36 @@ def copy_prompts() -> list[tuple[str, str, str]]:
     """Edits whose answer repeats most of the prompt; each passage serves at most three quite different edits."""
     rng = random.Random(f"{SEED}/copy")
     passages = read_passages("bench")
-    made: list[tuple[str, str, str]] = []
-    for place, passage in enumerate(passages):
-        old, new = CHANGES[place]
+    rows: list[tuple[str, str, str]] = []
+    for index, passage in enumerate(passages):
+        old, new = CHANGES[index]
         if not re.search(rf"\b{old}\b", passage):
-            raise RuntimeError(f"passage {place} has no {old!r}")
-        if place % 2:
+            raise RuntimeError(f"passage {index} has no {old!r}")
+        if index % 2:
             text = f'Rewrite the following text exactly, changing only "{old}" to "{new}".\n\n{passage}'
         else:
             text = f'{passage}\n\nCopy the text above word for word, but write "{new}" wherever it says "{old}".'
-        made.append(("editing", f"replace-{place % 2 + 1}", text))
-    for place in range(0, 16, 2):
-        lines = "\n".join(f"- {line}" for line in sentences(passages[place]))
+        rows.append(("editing", f"replace-{index % 2 + 1}", text))
+    for index in range(0, 16, 2):
+        lines = "\n".join(f"- {line}" for line in sentences(passages[index]))
         text = f"Repeat this list with a number in front of each item instead of the dash.\n\n{lines}"
-        made.append(("lists", "number", text))
-    for place in range(1, 16, 4):
-        flawed = typo(passages[place], rng)
+        rows.append(("lists", "number", text))
+    for index in range(1, 16, 4):
+        flawed = typo(passages[index], rng)
         text = f"There is a single typo in here. Fix it and return the full text.\n\n{flawed}"
-        made.append(("editing", "typo", text))
-    for place, ending in zip(range(3, 16, 4), ENDINGS[1:], strict=False):
-        text = f'Return this text unchanged and add one more sentence at its end: "{ending}"\n\n{passages[place]}'
-        made.append(("editing", "append", text))
-    for place in (5, 9, 11, 13):
-        text = f"Put every sentence of this on a line of its own. Change no word.\n\n{passages[place]}"
-        made.append(("editing", "lines", text))
+        rows.append(("editing", "typo", text))
+    for index, ending in zip(range(3, 16, 4), ENDINGS[1:], strict=False):
+        text = f'Return this text unchanged and add one more sentence at its end: "{ending}"\n\n{passages[index]}'
+        rows.append(("editing", "append", text))
+    for index in (5, 9, 11, 13):
+        text = f"Put every sentence of this on a line of its own. Change no word.\n\n{passages[index]}"
+        rows.append(("editing", "lines", text))
     for sample in (SOURCE / "copy_code.txt").read_text(encoding="utf-8").strip().split("\n---\n"):
         change, code = sample.split("\n", 1)
         old, new = change.split()
         text = f"Rename `{old}` to `{new}` everywhere and give back all of the code.\n\n{code}"
-        made.append(("code", "rename", text))
-    return made
+        rows.append(("code", "rename", text))
+    return rows
 
 
 def adversarial_prompts() -> list[tuple[str, str, str]]:
@@ -370,41 +366,41 @@ def adversarial_prompts() -> list[tuple[str, str, str]]:
     plain = list(values["words"])
     rng.shuffle(plain)
     letters = "abcdefghijkmnpqrstuvwxyz23456789"
-    made: list[tuple[str, str, str]] = []
-    for place in range(4):
+    rows: list[tuple[str, str, str]] = []
+    for index in range(4):
         strings = " ".join("".join(rng.choice(letters) for _ in range(rng.randint(7, 16))) for _ in range(4))
-        made.append(("spelling", "spell", f"Spell these strings one character at a time, with hyphens: {strings}"))
+        rows.append(("spelling", "spell", f"Spell these strings one character at a time, with hyphens: {strings}"))
         codes = ", ".join("".join(rng.choice(letters.upper()) for _ in range(6)) for _ in range(5))
-        made.append(("spelling", "backwards", f"Write each of these codes backwards: {codes}"))
-        mixed = " ".join("".join(rng.sample(word, len(word))) for word in plain[place * 4 : place * 4 + 4])
-        made.append(("shuffled", "unscramble", f"Unscramble these four words: {mixed}"))
+        rows.append(("spelling", "backwards", f"Write each of these codes backwards: {codes}"))
+        mixed = " ".join("".join(rng.sample(word, len(word))) for word in plain[index * 4 : index * 4 + 4])
+        rows.append(("shuffled", "unscramble", f"Unscramble these four words: {mixed}"))
         bag = rng.sample(plain, 9)
-        made.append(("shuffled", "sort-last", f"Sort by last letter, then by first letter: {' '.join(bag)}"))
+        rows.append(("shuffled", "sort-last", f"Sort by last letter, then by first letter: {' '.join(bag)}"))
         step, grow, start = rng.randint(3, 17), rng.randint(2, 6), rng.randint(11, 400)
         series = [start]
         for _ in range(6):
             series.append(series[-1] + step)
             step += grow
-        made.append(("numbers", "series", f"Continue with ten further numbers: {', '.join(map(str, series))}, ..."))
+        rows.append(("numbers", "series", f"Continue with ten further numbers: {', '.join(map(str, series))}, ..."))
         digits = " ".join(str(rng.randint(100, 9999)) for _ in range(12))
         text = f"Put these from largest to smallest, then give the sum of the odd ones: {digits}"
-        made.append(("numbers", "order", text))
+        rows.append(("numbers", "order", text))
         odd = ", ".join(rng.sample(values["nonsense"], 5))
         text = f"Compose an eight-line nonsense poem that uses {odd} and three new words of your own."
-        made.append(("nonsense", "poem", text))
-        made.append(("mixed", "languages", f"Go on in the same jumble of languages: {values['mixed'][place]}"))
-        text = f"Reply with a sentence in five languages at once, like this one: {values['mixed'][place + 4]}"
-        made.append(("mixed", "imitate", text))
+        rows.append(("nonsense", "poem", text))
+        rows.append(("mixed", "languages", f"Go on in the same jumble of languages: {values['mixed'][index]}"))
+        text = f"Reply with a sentence in five languages at once, like this one: {values['mixed'][index + 4]}"
+        rows.append(("mixed", "imitate", text))
         rare = ", ".join(rng.sample(values["rare"], 6))
-        made.append(("names", "rare", f"{rare}: add ten equally rare names, none of them English."))
-    return made
+        rows.append(("names", "rare", f"{rare}: add ten equally rare names, none of them English."))
+    return rows
 
 
-def write(file: str, made: list[Prompt]) -> None:
+def write(file: str, rows: list[Prompt]) -> None:
     """Write one prompt a line."""
     path = HERE / f"{file}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    lines = (json.dumps(prompt, ensure_ascii=False) for prompt in made)
+    lines = (json.dumps(prompt, ensure_ascii=False) for prompt in rows)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 

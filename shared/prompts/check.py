@@ -101,7 +101,8 @@ def main() -> int:
         print(f"{name}: {len(prompts)} prompts from {len(templates[name])} templates ({kinds})")
         print(f"  words: {lengths[0]} at least, {middle} median, {high} at 95 %, {lengths[-1]} at most")
         print(f"  sha256 {hashlib.sha256((HERE / name).read_bytes()).hexdigest()}")
-    print(f"reserved.py: sha256 {hashlib.sha256((HERE / 'reserved.py').read_bytes()).hexdigest()}")
+    for name in ("reserved.py", "source/reserved_values.json"):
+        print(f"{name}: sha256 {hashlib.sha256((HERE / name).read_bytes()).hexdigest()}")
     for problem in problems[:50]:
         print("PROBLEM", problem)
     print("failed" if problems else "passed", f"({len(problems)} problems)")

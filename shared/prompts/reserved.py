@@ -1,23 +1,19 @@
-"""Seeded generator of the three reserved kinds of prompt.
+"""Seeded generator of the three reserved kinds of prompt, which stand for daily work that no draft saw when it was built.
 
-The reserved kinds stand for a piece of daily work that no draft saw when it was distilled. They must not appear in any
-training file; ``check.py`` looks for them. Every kind has a handful of schemas with one fixed instruction each, as from
-a user who does the same work every day, filled with new values every time.
+They must not appear in any training file; `check.py` looks for them. Every kind has a few schemas with one fixed instruction
+each, as from a user who does the same work every day, filled with new values (source/reserved_values.json) every time.
 
-Two splits are offered. They use the same schemas but disjoint names, towns, products, hosts and so on, so that no
-instance is ever shared:
-
-* ``live``: the traffic a draft may learn from while the server runs;
-* ``unseen``: the prompts its gain is measured on.
-
-Only ``random.Random.random`` is used, whose sequence for a given string seed is the same in every Python 3 version.
+The two splits use the same schemas with disjoint names, towns, products, hosts and so on, so that they share no prompt: `live`
+is traffic that a draft may learn from while the server runs, `unseen` are the prompts that its gain is measured on. Only
+`random.Random.random` is used, whose sequence for a given string seed is the same in every Python 3 version.
 """
 
-from __future__ import annotations
-
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 
 __all__ = ["KINDS", "SPLITS", "TRACES", "prompts"]
 
@@ -25,472 +21,13 @@ KINDS: tuple[str, ...] = ("record-to-json", "sql-from-a-sentence", "log-line-sum
 SPLITS: tuple[str, ...] = ("live", "unseen")
 TRACES = re.compile(r"json|sql|select .* from|log line|log entr|stack trace|yaml|csv", re.IGNORECASE)
 
-# Every list below is cut in two: of each four neighbours, three belong to "live" and one to "unseen".
-_VALUES: dict[str, list[str]] = {
-    "first": [
-        "Adele",
-        "Amir",
-        "Agnes",
-        "Albin",
-        "Bianca",
-        "Boris",
-        "Britta",
-        "Basil",
-        "Camila",
-        "Cedric",
-        "Clara",
-        "Conrad",
-        "Daria",
-        "Darius",
-        "Doris",
-        "Dorian",
-        "Elif",
-        "Emil",
-        "Edith",
-        "Enzo",
-        "Fatou",
-        "Ferdinand",
-        "Flora",
-        "Franz",
-        "Gemma",
-        "Gilles",
-        "Greta",
-        "Gareth",
-        "Heidi",
-        "Henrik",
-        "Hilda",
-        "Homer",
-        "Ilse",
-        "Imran",
-        "Isolde",
-        "Igor",
-        "Jasmin",
-        "Joel",
-        "Judith",
-        "Jonas",
-        "Karin",
-        "Kaspar",
-        "Klara",
-        "Kamil",
-        "Linnea",
-        "Leon",
-        "Lotte",
-        "Luca",
-        "Maren",
-        "Mateo",
-        "Mina",
-        "Magnus",
-        "Nela",
-        "Nils",
-        "Noemi",
-        "Nestor",
-        "Odile",
-        "Omar",
-        "Orla",
-        "Otto",
-        "Paloma",
-        "Pavel",
-        "Petrine",
-        "Piet",
-        "Rada",
-        "Rashid",
-        "Romy",
-        "Ruben",
-        "Sabine",
-        "Stefan",
-        "Signe",
-        "Soren",
-        "Tamara",
-        "Tobias",
-        "Thea",
-        "Timur",
-        "Ulla",
-        "Urban",
-        "Valerie",
-        "Vincent",
-        "Wilma",
-        "Werner",
-        "Yasmin",
-        "Yann",
-        "Zora",
-        "Zoltan",
-    ],
-    "last": [
-        "Abbott",
-        "Almeida",
-        "Baker",
-        "Bergman",
-        "Castillo",
-        "Conti",
-        "Dahl",
-        "Dumont",
-        "Eriksen",
-        "Evans",
-        "Fischer",
-        "Fontaine",
-        "Garcia",
-        "Gruber",
-        "Hansen",
-        "Horvat",
-        "Ibrahim",
-        "Ito",
-        "Jansen",
-        "Jovanovic",
-        "Kaya",
-        "Keller",
-        "Larsen",
-        "Lindgren",
-        "Marino",
-        "Moreau",
-        "Nakamura",
-        "Novak",
-        "Okoye",
-        "Olsen",
-        "Papadakis",
-        "Peters",
-        "Quinn",
-        "Quiroga",
-        "Rossi",
-        "Ryan",
-        "Sandoval",
-        "Schmidt",
-        "Tanaka",
-        "Torres",
-        "Ueda",
-        "Ulrich",
-        "Vargas",
-        "Vogel",
-        "Walsh",
-        "Weber",
-        "Yilmaz",
-        "Young",
-        "Zeller",
-        "Zhang",
-        "Banerjee",
-        "Carver",
-        "Delgado",
-        "Ekberg",
-        "Farouk",
-        "Gallo",
-        "Huang",
-        "Ivanova",
-        "Jensen",
-        "Koch",
-    ],
-    "town": [
-        "Aarhus",
-        "Antwerp",
-        "Basel",
-        "Bergen",
-        "Bilbao",
-        "Bristol",
-        "Cork",
-        "Dresden",
-        "Durban",
-        "Faro",
-        "Geneva",
-        "Genoa",
-        "Graz",
-        "Halifax",
-        "Hobart",
-        "Izmir",
-        "Kobe",
-        "Leeds",
-        "Lille",
-        "Linz",
-        "Ljubljana",
-        "Malmo",
-        "Mainz",
-        "Memphis",
-        "Nantes",
-        "Odense",
-        "Ottawa",
-        "Padua",
-        "Porto",
-        "Quebec",
-        "Rouen",
-        "Salzburg",
-        "Sapporo",
-        "Sofia",
-        "Split",
-        "Tampere",
-        "Toledo",
-        "Trieste",
-        "Uppsala",
-        "Valencia",
-        "Verona",
-        "Warsaw",
-        "Winnipeg",
-        "Zadar",
-        "Boise",
-        "Tucson",
-        "Omaha",
-        "Fresno",
-    ],
-    "job": [
-        "welder",
-        "teacher",
-        "chemist",
-        "driver",
-        "lawyer",
-        "cook",
-        "pilot",
-        "painter",
-        "nurse",
-        "clerk",
-        "editor",
-        "mason",
-        "designer",
-        "farmer",
-        "plumber",
-        "tailor",
-        "analyst",
-        "porter",
-        "optician",
-        "cashier",
-        "singer",
-        "trainer",
-        "roofer",
-        "guard",
-    ],
-    "product": [
-        "desk lamps",
-        "coffee mugs",
-        "steel shelves",
-        "garden chairs",
-        "winter jackets",
-        "bike helmets",
-        "yoga mats",
-        "paper folders",
-        "water bottles",
-        "door mats",
-        "wall clocks",
-        "rain boots",
-        "table fans",
-        "wool socks",
-        "picture frames",
-        "storage boxes",
-        "kitchen knives",
-        "ink pens",
-        "bath towels",
-        "pillow cases",
-        "hand drills",
-        "tool belts",
-        "phone cases",
-        "seed packs",
-        "lunch bags",
-        "tea pots",
-        "salt mills",
-        "wine glasses",
-    ],
-    "device": [
-        "laptop",
-        "printer",
-        "router",
-        "tablet",
-        "scanner",
-        "projector",
-        "monitor",
-        "camera",
-        "label maker",
-        "card reader",
-        "headset",
-        "docking station",
-        "phone",
-        "keyboard",
-        "file server",
-        "touch panel",
-    ],
-    "maker": [
-        "Orbis",
-        "Lumatek",
-        "Veltron",
-        "Quorax",
-        "Nordlys",
-        "Pelican",
-        "Axiom",
-        "Brightway",
-        "Corvus",
-        "Deltra",
-        "Enkei",
-        "Fablo",
-        "Gravik",
-        "Helios",
-        "Indigo",
-        "Juniper Works",
-    ],
-    "room": [
-        "room 101",
-        "room 114",
-        "room 120",
-        "room 133",
-        "room 202",
-        "room 215",
-        "room 226",
-        "room 238",
-        "room 304",
-        "room 317",
-        "room 322",
-        "room 340",
-        "the lobby",
-        "the archive",
-        "the lab",
-        "the canteen",
-    ],
-    "hotel": [
-        "Hotel Aurora",
-        "Hotel Bellevue",
-        "Hotel Central",
-        "Hotel Diana",
-        "Park Inn Ost",
-        "Harbour House",
-        "The Old Mill",
-        "Villa Rosa",
-        "Hotel Europa",
-        "Hotel Firenze",
-        "Lake Lodge",
-        "The Anchor",
-        "Hotel Globus",
-        "Casa Verde",
-        "Hill Top Inn",
-        "Pension Ruth",
-    ],
-    "dish": [
-        "tomato soup",
-        "grilled trout",
-        "onion tart",
-        "beef stew",
-        "rice salad",
-        "bean chili",
-        "leek pie",
-        "cheese toast",
-        "fish cakes",
-        "corn fritters",
-        "plum cake",
-        "noodle soup",
-        "mushroom pasta",
-        "egg curry",
-        "potato gratin",
-        "lamb kebab",
-    ],
-    "pet": ["cat", "dog", "rabbit", "parrot", "hamster", "ferret", "tortoise", "guinea pig"],
-    "petname": [
-        "Biscuit",
-        "Cocoa",
-        "Domino",
-        "Fidget",
-        "Ginger",
-        "Hazel",
-        "Jinx",
-        "Kiwi",
-        "Lucky",
-        "Maple",
-        "Nugget",
-        "Olive",
-        "Pepper",
-        "Quincy",
-        "Rusty",
-        "Shadow",
-        "Tango",
-        "Waffle",
-        "Ziggy",
-        "Bandit",
-        "Clover",
-        "Dusty",
-        "Ember",
-        "Freckles",
-    ],
-    "genre": ["crime", "travel", "poetry", "history", "fantasy", "science", "cooking", "art"],
-    "department": ["sales", "support", "finance", "research", "legal", "logistics", "design", "marketing"],
-    "subject": ["maths", "biology", "physics", "music", "French", "geography", "drama", "chemistry"],
-    "host": [
-        "alder",
-        "aspen",
-        "birch",
-        "cedar",
-        "cypress",
-        "elm",
-        "fir",
-        "ginkgo",
-        "hazelnut",
-        "holly",
-        "juniper",
-        "larch",
-        "laurel",
-        "linden",
-        "magnolia",
-        "maple-a",
-        "oak",
-        "palm",
-        "pine",
-        "poplar",
-        "rowan",
-        "spruce",
-        "sycamore",
-        "willow",
-        "yew",
-        "acacia",
-        "baobab",
-        "catalpa",
-        "ebony",
-        "hemlock",
-        "mahogany",
-        "teak",
-    ],
-    "service": [
-        "billing",
-        "mailer",
-        "search",
-        "checkout",
-        "uploads",
-        "catalog",
-        "reports",
-        "invoices",
-        "login",
-        "images",
-        "exports",
-        "webhooks",
-        "archive",
-        "alerts",
-        "backup",
-        "ledger",
-    ],
-    "user": [
-        "akim",
-        "bdahl",
-        "cruz",
-        "dlee",
-        "efox",
-        "fgray",
-        "hpark",
-        "ihall",
-        "jroy",
-        "kmoss",
-        "lnash",
-        "mpope",
-        "nreed",
-        "opaz",
-        "prao",
-        "qwest",
-        "rsoto",
-        "sbell",
-        "tcole",
-        "uboyd",
-        "vlane",
-        "wford",
-        "xchen",
-        "ymoon",
-        "zhart",
-        "abird",
-        "bcook",
-        "dhunt",
-        "eking",
-        "fmarsh",
-        "gstone",
-        "hwood",
-    ],
-    "month": ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October"],
-}
+
+@cache
+def _values() -> dict[str, list[str]]:
+    """The lists of values. Each is cut in two: of each four neighbours, three belong to "live" and one to "unseen"."""
+    path = Path(__file__).parent / "source" / "reserved_values.json"
+    values: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    return values
 
 
 class _Source:
@@ -511,7 +48,7 @@ class _Source:
     def value(self, name: str) -> str:
         """One value of the named list, from this split's part of it."""
         unseen = self._split == "unseen"
-        return self.any([item for place, item in enumerate(_VALUES[name]) if (place % 4 == 3) == unseen])
+        return self.any([item for index, item in enumerate(_values()[name]) if (index % 4 == 3) == unseen])
 
     def person(self) -> str:
         """A first and a last name."""
@@ -519,7 +56,7 @@ class _Source:
 
     def date(self) -> str:
         """A day and a month; months are shared by the splits."""
-        return f"{self.number(1, 28)} {self.any(_VALUES['month'])}"
+        return f"{self.number(1, 28)} {self.any(_values()['month'])}"
 
     def clock(self) -> tuple[str, str, str, str]:
         """Four rising times of one morning or afternoon, as hh:mm:ss."""
@@ -606,7 +143,7 @@ def _record_pet(s: _Source) -> str:
         )
     ).format(
         pet_name=s.value("petname"),
-        pet=s.any(_VALUES["pet"]),
+        pet=s.any(_values()["pet"]),
         age=s.number(2, 14),
         name=s.person(),
         weight=f"{s.number(1, 29)}.{s.number(1, 9)}",
@@ -650,7 +187,7 @@ def _sql_books(s: _Source) -> str:
             "Which {genre} books by {name} have fewer than {pages} pages?",
             "List the titles by {name} from the year {year}, in alphabetical order.",
         )
-    ).format(name=s.person(), year=s.number(1950, 2024), genre=s.any(_VALUES["genre"]), pages=s.number(9, 60) * 10)
+    ).format(name=s.person(), year=s.number(1950, 2024), genre=s.any(_values()["genre"]), pages=s.number(9, 60) * 10)
     columns = "id, title, author, genre, pages and year"
     return f"The table books has the columns {columns}. Write one SQL query.\n\nQuestion: {question}"
 
@@ -665,7 +202,7 @@ def _sql_employees(s: _Source) -> str:
             "Who in {town} was hired before {year}, sorted by salary?",
         )
     ).format(
-        department=s.any(_VALUES["department"]),
+        department=s.any(_values()["department"]),
         town=s.value("town"),
         pay=s.number(24, 95) * 1000,
         job=s.value("job"),
@@ -684,7 +221,7 @@ def _sql_grades(s: _Source) -> str:
             "In which subjects did {name} get more than {grade} points?",
             "How many grades does {name} have in {subject} since {year}?",
         )
-    ).format(name=s.person(), subject=s.any(_VALUES["subject"]), year=s.number(2010, 2025), grade=s.number(40, 95))
+    ).format(name=s.person(), subject=s.any(_values()["subject"]), year=s.number(2010, 2025), grade=s.number(40, 95))
     columns = "id, student, subject, points and year"
     return f"The table grades has the columns {columns}. Write one SQL query.\n\nQuestion: {question}"
 
@@ -767,18 +304,10 @@ _SCHEMAS: dict[str, tuple[Callable[[_Source], str], ...]] = {
 
 
 def prompts(kind: str, count: int, *, seed: int = 0, split: str = "live") -> list[str]:
-    """Return ``count`` distinct prompts of a reserved kind.
+    """`count` distinct prompts of a reserved kind. The same arguments always give the same list, and a shorter list is the
+    beginning of a longer one; thousands are possible. Another seed gives other prompts, of which a few may occur under both.
 
-    The same arguments always give the same list, and a shorter list is the beginning of a longer one.
-
-    Args:
-        kind: one of ``KINDS``.
-        count: how many prompts; thousands are possible for each kind and split.
-        seed: another seed gives other prompts, a few of which may occur under both seeds.
-        split: ``"live"`` or ``"unseen"``; they never share a prompt.
-
-    Raises:
-        ValueError: the kind or the split is unknown, the count is negative, or so large that no new prompt is found.
+    Raises ValueError for an unknown kind or split, and for a count that is negative or so large that no new prompt is found.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
@@ -788,15 +317,14 @@ def prompts(kind: str, count: int, *, seed: int = 0, split: str = "live") -> lis
         raise ValueError("count must not be negative")
     source = _Source(split, random.Random(f"speclora/{split}/{kind}/{seed}"))
     schemas = _SCHEMAS[kind]
-    found: dict[str, None] = {}
-    misses = 0
-    while len(found) < count:
+    texts: dict[str, None] = {}
+    repeats = 0
+    while len(texts) < count:
         schema = schemas[source.number(0, len(schemas) - 1)]
         prompt = schema(source)
-        if prompt in found:
-            misses += 1
-            if misses > 1000 + 10 * count:
+        if prompt in texts:
+            repeats += 1
+            if repeats > 1000 + 10 * count:
                 raise ValueError(f"cannot make {count} distinct prompts of kind {kind!r}")
-            continue
-        found[prompt] = None
-    return list(found)
+        texts[prompt] = None
+    return list(texts)
