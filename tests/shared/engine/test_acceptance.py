@@ -125,7 +125,7 @@ def test_block_verification_keeps_the_target_distribution(tree):
 
 
 @given(distributions(), distributions(), st.integers(0, 99))
-def test_a_run_of_one_is_evaluation_textd_as_alone(target_p, draft_p, seed):
+def test_a_run_of_one_is_judged_as_alone(target_p, draft_p, seed):
     rng = np.random.default_rng(seed)
     token, uniforms = int(rng.choice(draft_p.ids, p=draft_p.p)), rng.random(2)
     assume(abs(uniforms[0] * draft_p.of(token) - target_p.of(token)) > 1e-12)

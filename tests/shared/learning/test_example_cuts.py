@@ -96,7 +96,7 @@ def test_top_k_padding_has_no_loss_or_gradient(kind, temperature):
     assert mx.allclose(slope, filled_slope, atol=1e-7).item() and mx.abs(slope).max().item() > 1e-3
 
 
-def test_draft_is_evaluation_textd_on_rows_of_any_k():
+def test_draft_is_judged_on_rows_of_any_k():
     learner, texts = Learner(tiny_model()), [text(n, k) for n, k in enumerate((2, 7, 4, 1))]
     together, alone = agreement(learner, texts, 2), [agreement(learner, [one], 2) for one in texts]
     assert together.hits == pytest.approx([one.hits[0] for one in alone], rel=1e-4)
