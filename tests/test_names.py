@@ -1,4 +1,4 @@
-"""Words: identifiers that were given up stay given up, test names are short claims, tests keep out of other objects' private parts."""
+"""Words and manners: retired identifiers stay retired, test names are short claims, tests read no private attribute and no clock."""
 
 import ast
 import re
@@ -79,3 +79,14 @@ def test_no_code_reads_anothers_private_attributes():
 def test_the_glossary_is_short():
     rows = re.findall(r"^\| (?!word \||-)", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
     assert 0 < len(rows) <= GLOSSARY
+
+
+def durations_asserted(path):
+    """Assertions on how long something took: a busy machine fails them. Limits belong into `wait_until` or a timeout."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Assert) and re.search(r"(monotonic|perf_counter|process_time)\(\) - ", ast.unparse(node)):
+            yield f"{name(path)}:{node.lineno}"
+
+
+def test_no_assertion_measures_time():
+    assert not [place for path in TEST_FILES if "bench" not in path.parts for place in durations_asserted(path)]
