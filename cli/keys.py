@@ -16,7 +16,7 @@ def keys() -> None:
 @click.option("--force", is_flag=True, help="Replace existing keys; clients with the old ones are refused.")
 def make(force: bool) -> None:
     """Make keys for this run directory (0600). Every socket requires them once the daemons are restarted."""
-    from specl.shared.messaging.bus import new_keys
+    from specl.shared.messaging.sockets import new_keys
 
     paths = find_paths().create()
     if not force and read_keys(paths.keys) is not None:

@@ -23,6 +23,9 @@ class ConfigError(SpecLoraError):
     exit_code = 2
 
 
+START_HINT = "start it with `honcho start`"
+
+
 class DaemonUnreachable(SpecLoraError):
     """No answer from a daemon."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specl.shared.messaging.answer_stream import START
+from specl.shared.errors import START_HINT, StoreError
 from specl.shared.messaging.client import Client, DaemonStatuses
 from specl.shared.messaging.codes import DaemonState
 from specl.shared.messaging.daemon_status import (
@@ -217,7 +217,6 @@ def _store_summary(daemons: DaemonStatuses, paths: Paths, problems: list[str]) -
         return daemons.collector.summary
     if not paths.store.exists():
         return StoreSummary()
-    from specl.shared.errors import StoreError
     from specl.shared.store import Store
 
     try:
@@ -232,7 +231,7 @@ def _store_summary(daemons: DaemonStatuses, paths: Paths, problems: list[str]) -
 
 
 def _problems(daemons: DaemonStatuses, states: dict[str, DaemonState], summary: StoreSummary) -> list[str]:
-    problems = [f"{role} does not run; {START}" for role in DAEMONS if states.get(role) == DaemonState.STOPPED]
+    problems = [f"{role} does not run; {START_HINT}" for role in DAEMONS if states.get(role) == DaemonState.STOPPED]
     inference, collector, trainer = daemons.inference, daemons.collector, daemons.trainer
     if inference is not None:
         if not inference.blas.fast:

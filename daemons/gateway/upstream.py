@@ -3,10 +3,10 @@
 import time
 from collections.abc import AsyncGenerator
 
-from specl.shared.errors import DaemonUnreachable
-from specl.shared.messaging.answer_stream import START, AnswerStream
-from specl.shared.messaging.bus import AsyncConnection
+from specl.shared.errors import START_HINT, DaemonUnreachable
+from specl.shared.messaging.answer_stream import AnswerStream
 from specl.shared.messaging.client import send_request
+from specl.shared.messaging.connections import AsyncConnection
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import Ask, Delta, Done, Queued
 from specl.shared.paths import Paths
@@ -30,7 +30,7 @@ class Upstream:
         Raises DaemonUnreachable, RequestRejected, SpecLoraError.
         """
         if not self.may_live():
-            raise DaemonUnreachable("the inference daemon does not run", START)
+            raise DaemonUnreachable("the inference daemon does not run", START_HINT)
         connection = AsyncConnection(self._addresses.answer("inference"), "inference")
         stream = AnswerStream(ask, time.monotonic(), self.may_live)
         try:

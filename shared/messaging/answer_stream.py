@@ -7,11 +7,10 @@ hand them to `feed` with the time. It reads no clock and knows no socket.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specl.shared.errors import DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError
+from specl.shared.errors import START_HINT, DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError
 from specl.shared.messaging.codes import FailureCode
 from specl.shared.messaging.messages import Ask, Cancel, Delta, Done, Failed, GetStatus, Heartbeat, Queued
 
-START = "start it with `honcho start`"
 FIRST_ANSWER_S = 1.5  # a daemon that runs answers GetStatus at once, whatever it is doing
 HEARTBEAT_S = 1.0
 SILENCE_S = 20.0  # a daemon that runs answers GetStatus at once; one that died is back well before
@@ -61,7 +60,7 @@ class AnswerStream:
 
     def _check_silence(self, now: float) -> None:
         if not self._heard or now - self._heard_at > SILENCE_S or not self._may_live():
-            raise DaemonUnreachable("the inference daemon does not answer", START)
+            raise DaemonUnreachable("the inference daemon does not answer", START_HINT)
 
     def _pieces(self, messages: Sequence[Any]) -> list[Queued | Delta | Done]:
         pieces: list[Queued | Delta | Done] = []
@@ -82,7 +81,7 @@ def error_of(failed: Failed) -> SpecLoraError:
     """The error that a client raises for a request without an answer."""
     match failed.code:
         case FailureCode.LOST | FailureCode.STOPPED:
-            return DaemonUnreachable(failed.message, failed.hint or START)
+            return DaemonUnreachable(failed.message, failed.hint or START_HINT)
         case FailureCode.BUSY:
             return ServerBusy(failed.message, failed.hint)
         case FailureCode.REJECTED:

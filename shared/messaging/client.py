@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from specl.shared.conversations import Messages, to_messages
 from specl.shared.errors import RequestRejected, SpecLoraError, WireError
 from specl.shared.messaging.answer_stream import FIRST_ANSWER_S, AnswerStream
-from specl.shared.messaging.bus import Connection, gather
+from specl.shared.messaging.connections import Connection, gather
 from specl.shared.messaging.daemon_status import CollectorStatus, DaemonStatus, InferenceStatus, TrainerStatus
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
@@ -40,7 +40,7 @@ from specl.shared.sampling_params import merge_sampling
 from specl.shared.settings.load import load_settings
 
 if TYPE_CHECKING:
-    from specl.shared.messaging.bus import AsyncConnection
+    from specl.shared.messaging.connections import AsyncConnection
     from specl.shared.settings.schema import Settings
 
 COMMAND_S = 60.0

@@ -1,4 +1,4 @@
-"""Records and messages as bytes: msgpack in and out, with a version and limits. The only file that knows the format.
+"""Records and messages as bytes: msgpack with a version and limits. The only file that knows the format.
 
 A value that `decode` returns has exactly its declared fields and types, finite numbers and bounded sizes; everything
 else raises WireError. Records of
@@ -15,7 +15,7 @@ from enum import StrEnum
 from functools import cache, partial
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]  # it has no stubs
 
 from specl.shared.errors import WireError
 from specl.shared.messaging.messages import MESSAGES, RECORDS
@@ -25,8 +25,8 @@ VERSION = 2
 MAX_FRAME = 16 * 1024 * 1024
 MAX_RECORD = MAX_FRAME - 65_536  # a record must fit into the batch that carries it
 MAX_ITEMS = 262_144
-MOST_ITEMS = 1_048_576  # in all lists and maps of a frame together: a byte of it may become 60 in memory
-MOST_CONTAINERS = 131_072  # lists and maps; an empty one is a byte on the wire and 64 here
+MAX_TOTAL_ITEMS = 1_048_576  # in all lists and maps of a frame together: a byte of it may become 60 in memory
+MAX_CONTAINERS = 131_072  # lists and maps; an empty one is a byte on the wire and 64 in memory
 MAX_TEXT = 4 * 1024 * 1024
 MAX_DEPTH = 12
 _KINDS = {cls.__name__: cls for cls in (*RECORDS, *MESSAGES)}
@@ -42,7 +42,7 @@ def encode(value: Any) -> bytes:
     if kind_of(value) not in _KINDS:
         raise WireError(f"{kind_of(value)} is no kind of record or message")
     try:
-        data = msgpack.packb([VERSION, kind_of(value), _plain(value)], use_bin_type=True)
+        data: bytes = msgpack.packb([VERSION, kind_of(value), _plain(value)], use_bin_type=True)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise WireError(f"{kind_of(value)} cannot be encoded: {error}") from error
     limit = MAX_RECORD if isinstance(value, RECORDS) else MAX_FRAME
@@ -56,16 +56,16 @@ def decode(data: bytes) -> Any:
     """The record or message in `data`. Raises WireError; the text never repeats what the bytes held."""
     if len(data) > MAX_FRAME:
         raise WireError(f"a frame of {len(data)} bytes; the limit is {MAX_FRAME}")
-    tally = _Tally()
+    budget = _Budget()
     try:
         outer = msgpack.unpackb(
             data,
             raw=False,
             strict_map_key=True,
-            object_pairs_hook=tally.take_map,
-            list_hook=tally.take_list,
+            object_pairs_hook=budget.take_map,
+            list_hook=budget.take_list,
             ext_hook=_no_extension,
-            max_array_len=min(MAX_ITEMS, len(data)),  # room is made for as many as a list says that it has
+            max_array_len=min(MAX_ITEMS, len(data)),  # msgpack allocates as many items as a list claims to have
             max_map_len=min(MAX_ITEMS, len(data)),
             max_str_len=MAX_TEXT,
             max_bin_len=MAX_FRAME,
@@ -95,10 +95,12 @@ _SCALARS = {str, bytes, int, float, bool, type(None)}
 
 
 def _plain(value: Any) -> Any:
-    if type(value) in _SCALARS:
+    """A record or message as the scalars, lists and maps that msgpack knows."""
+    cls = type(value)
+    if cls in _SCALARS:
         return value
-    if dataclasses.is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in _hints(type(value))}
+    if dataclasses.is_dataclass(cls):
+        return {name: _plain(getattr(value, name)) for name in _hints(cls)}
     if isinstance(value, (list, tuple)):
         return [item if type(item) in _SCALARS else _plain(item) for item in value]
     if isinstance(value, dict):
@@ -106,8 +108,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class _Tally:
-    """Counts what a frame makes in memory while it is read. Raises ValueError for too much, and for a key that comes twice."""
+class _Budget:
+    """Bounds what a frame becomes in memory while it is read. Raises ValueError for too much, and for a key that comes twice."""
 
     __slots__ = ("containers", "items")
 
@@ -115,11 +117,11 @@ class _Tally:
         self.containers = self.items = 0
 
     def take_map(self, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
             raise ValueError("duplicate key")
         self._count(2 * len(pairs))
-        return made
+        return fields
 
     def take_list(self, items: Any) -> Any:
         self._count(len(items))
@@ -128,7 +130,7 @@ class _Tally:
     def _count(self, items: int) -> None:
         self.containers += 1
         self.items += items
-        if self.containers > MOST_CONTAINERS or self.items > MOST_ITEMS:
+        if self.containers > MAX_CONTAINERS or self.items > MAX_TOTAL_ITEMS:
             raise ValueError("too many items")
 
 
@@ -145,24 +147,24 @@ def _build(cls: type, body: Any, where: str) -> Any:
     checks = _checks(cls, where)
     if not isinstance(body, dict) or body.keys() != checks.keys():
         raise WireError(f"{where}: wrong fields")
-    return cls(**{name: check(body[name], place) for name, (check, place) in checks.items()})
+    return cls(**{name: check(body[name], path) for name, (check, path) in checks.items()})
 
 
 @cache
 def _checks(cls: type, where: str) -> dict[str, tuple[Callable[[Any, str], Any], str]]:
-    """By field: what checks it, and how it is named in an error (never by anything that came in)."""
+    """By field: its checker, and its name in errors. The name is never taken from what came in."""
     return {name: (_checker(hint), f"{where}.{name}") for name, hint in _hints(cls).items()}
 
 
 @cache
 def _checker(hint: Any) -> Callable[[Any, str], Any]:
-    """What gives a value back if it is what `hint` declares, and raises WireError if not; integers stand for floats."""
+    """A function that returns a value of the type `hint`, and raises WireError for any other. An integer may stand for a float."""
     if isinstance(hint, types.UnionType):
         check = _checker(next(arm for arm in hint.__args__ if arm is not type(None)))
         may_lack = type(None) in hint.__args__
         return lambda value, where: None if value is None and may_lack else check(value, where)
-    if dataclasses.is_dataclass(hint):
-        return lambda value, where: _build(hint, value, where)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return partial(_check_record, hint)
     if typing.get_origin(hint) is list:
         return partial(_check_list, *typing.get_args(hint))
     if typing.get_origin(hint) is dict:
@@ -171,6 +173,10 @@ def _checker(hint: Any) -> Callable[[Any, str], Any]:
     if issubclass(hint, StrEnum):
         return partial(_check_code, hint)
     return partial(_check_scalar, hint)
+
+
+def _check_record(cls: type, value: Any, where: str) -> Any:
+    return _build(cls, value, where)
 
 
 def _check_list(item: Any, value: Any, where: str) -> list[Any]:
@@ -209,9 +215,9 @@ def _check_scalar(hint: type, value: Any, where: str) -> Any:
         value = float(value)
     if type(value) is not hint:
         raise WireError(f"{where}: not {hint.__name__}")
-    if hint is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise WireError(f"{where}: not finite")
-    if hint is int and not -(2**63) <= value < 2**63:  # msgpack knows larger ones, SQLite does not
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:  # msgpack knows larger ones, SQLite does not
         raise WireError(f"{where}: out of range")
     return value
 

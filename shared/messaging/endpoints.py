@@ -1,5 +1,5 @@
-"""Where daemons listen, and who may connect: addresses from the settings, CURVE keys from var/keys, the gateway's token. Knows
-no socket.
+"""Where daemons listen, and who may connect: addresses from the settings, CURVE keys from var/keys, the gateway's token.
+Knows no socket.
 
 ipc in a private folder is the default: whoever is this user may talk to the daemons, nobody else. TCP reaches further, so
 beyond loopback it needs keys; once keys are made, every socket uses them, ipc too. `server.json` stays with the daemons;
@@ -56,23 +56,23 @@ def is_elsewhere(keys: Keys | None) -> bool:
 
 def read_keys(folder: Path) -> Keys | None:
     """The keys in `folder`, or None where there are none. Raises ConfigError for unreadable, exposed or broken ones."""
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for name in ("client.json", "server.json"):
         path = folder / name
         try:
             if path.stat().st_mode & 0o077:
                 raise ConfigError(f"others may read the key file {path}", f"chmod 600 {path}")
-            found |= {key: str(value) for key, value in json.loads(path.read_text()).items()}
+            fields |= {key: str(value) for key, value in json.loads(path.read_text()).items()}
         except FileNotFoundError:
             continue
         except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"the key file {path} cannot be used: {error}", "make new ones: `specl-ctl keys make --force`"
             ) from error
-    if not found:
+    if not fields:
         return None
     try:
-        return Keys(**found)
+        return Keys(**fields)
     except TypeError as error:
         raise ConfigError(
             f"the keys in {folder} are incomplete", "make new ones: `specl-ctl keys make --force`"
@@ -80,7 +80,7 @@ def read_keys(folder: Path) -> Keys | None:
 
 
 def write_keys(folder: Path, keys: Keys) -> None:
-    """Keep new keys (0700, 0600). Raises OSError."""
+    """Write new keys, the folder as 0700 and the files as 0600. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     client = {
@@ -101,7 +101,7 @@ def gateway_token(settings: "Gateway") -> str | None:
 
 
 def check_exposure(settings: "Gateway", token: str | None) -> None:
-    """Raises ConfigError where other machines could connect without that being wanted and guarded."""
+    """Raises ConfigError where other machines could connect without the settings allowing it and a token guarding it."""
     if is_loopback(settings.host):
         return
     missing = []
@@ -138,8 +138,8 @@ class Addresses:
         """Where `role` publishes hints."""
         return self._endpoint(role, 1)
 
-    def _endpoint(self, role: str, place: int) -> Endpoint:
+    def _endpoint(self, role: str, offset: int) -> Endpoint:
         if self._bus.transport == "ipc":
-            return Endpoint(self._paths.socket(role + ("-pub" if place else "")), self.keys)
+            return Endpoint(self._paths.socket(role + ("-pub" if offset else "")), self.keys)
         host = f"[{self._bus.host}]" if ":" in self._bus.host else self._bus.host
-        return Endpoint(f"tcp://{host}:{self._bus.port + 2 * ROLES.index(role) + place}", self.keys)
+        return Endpoint(f"tcp://{host}:{self._bus.port + 2 * ROLES.index(role) + offset}", self.keys)

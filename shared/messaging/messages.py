@@ -1,7 +1,7 @@
 """What travels between processes: frozen records and messages. `codec.py` turns them into bytes and back.
 
-Records are facts that are kept (`Generation`, `Activation`, `TrainingRun`, `Evaluation`, `Adapter`); each has an `id`
-made by its producer, so that storing one twice is storing it once. Messages are everything else.
+Records (`Generation`, `Activation`, `TrainingRun`, `Evaluation`, `Adapter`) are stored; each has an `id` made by its
+producer, so that storing one twice is storing it once. Messages are everything else.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ Json = dict[str, Any]  # plain scalars, lists and maps; depth and size are bound
 # ---------------------------------------------------------------------------------------------------- records
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """One rejected draft token: the first of its round that did not stand. `position` counts output tokens from 0."""
+    """The first rejected draft token of a round. `position` counts output tokens from 0."""
 
     position: int
     draft_token: int
@@ -37,9 +37,9 @@ class Disagreement:
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The target's law at each output position: `k` best ids and natural log-probabilities (temperature 1), and what
-    the rest weighs. Arrays are little-endian: ids u32 [n, k], logprobs f16 [n, k], tail f16 [n] (mass outside the k),
-    entropy f16 [n] (nats, the tail as one outcome: a lower bound).
+    """The target's distribution at each of n output positions. Arrays are little-endian: `ids` u32 [n, k], the likeliest
+    tokens; `logprobs` f16 [n, k], natural, at temperature 1; `tail` f16 [n], the probability of all other tokens;
+    `entropy` f16 [n] in nats, with the tail as one outcome: a lower bound.
     """
 
     k: int
@@ -160,8 +160,8 @@ class Adapter:
 @dataclass(frozen=True, slots=True)
 class Ask:
     """Generate. `messages` go through the chat template; `prompt` alone is sent as it is (no template).
-    `client_id` says whose past answers may draft this one; nobody's where it is empty. `logprobs` asks for each token's
-    log-probability and so many alternatives; None for neither.
+    The past answers of `client_id` may draft this one; none where it is empty. `logprobs` asks for each token's
+    log-probability and that many alternatives; None for neither.
     """
 
     request_id: str
@@ -189,14 +189,14 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop this request and free its place."""
+    """Stop this request."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The request waits; `position` 0 is next."""
+    """The request waits in the queue; `position` 0 is next."""
 
     request_id: str
     position: int
@@ -204,7 +204,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token as text and bytes (none where it is part of a character), and what the target gives it: a natural logarithm,
+    """A token as text and bytes (none where it is part of a character), and its natural log-probability under the target,
     at temperature 1.
     """
 
@@ -215,7 +215,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """An emitted token and the target's likeliest ones in its place, best first."""
+    """An emitted token and the target's likeliest tokens at its position, best first."""
 
     chosen: TokenLogprob
     top: list[TokenLogprob]
@@ -223,9 +223,9 @@ class PositionLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Text that is now certain, and the tokens it came from with their sources. `lengths` has the characters of `text` that
-    each token made certain; what is left over came with the end. `laws`, where they were asked for, leave out a token that
-    ends the answer.
+    """Text that is now certain, and its tokens with their sources. `lengths[i]`: characters of `text` contributed by token i;
+    any remainder was flushed at the end of the answer. `logprobs`, where they were asked for, leave out a token that ends
+    the answer.
     """
 
     request_id: str
@@ -263,7 +263,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Request, acknowledgement, replay and heartbeat in one: these ids are committed, give me the oldest others."""
+    """Request, acknowledgement, replay and heartbeat in one: `done` ids are committed; send the oldest others."""
 
     done: list[str]
     limit: int = FETCH_LIMIT
@@ -280,7 +280,7 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class RecordBatch:
-    """The answer to Fetch; `left` counts what is still behind these rows."""
+    """The answer to Fetch; `left` counts the records behind these rows."""
 
     rows: list[Envelope]
     left: int
@@ -317,7 +317,7 @@ class SetAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Purge:
-    """Ask a daemon to forget. Any of: these generation ids, older than a time, text that contains a pattern."""
+    """Ask a daemon to remove generations: by id, older than a time, or whose text contains a pattern."""
 
     ids: list[str]
     before: float | None
@@ -344,17 +344,17 @@ class Reply:
     adapter_id: str = ""
 
 
-# Published hints. Losing one costs a second of delay and nothing else.
+# Published hints. A lost one costs a second of delay and nothing else.
 @dataclass(frozen=True, slots=True)
 class RecordReady:
-    """An outbox has something."""
+    """An outbox has a new record."""
 
     id: str
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterReady:
-    """A new adapter directory stands at `path`, inside the adapters folder."""
+    """A new adapter directory is at `path`, inside the adapters folder."""
 
     id: str
     path: str
@@ -362,7 +362,7 @@ class AdapterReady:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """Inference is busy, or idle again."""
+    """Inference has become busy or idle."""
 
     busy: bool
 

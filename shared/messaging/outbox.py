@@ -1,4 +1,4 @@
-"""What a producer has recorded and the collector has not yet committed. One SQLite file a producer; survives kill -9.
+"""Records that a producer has accepted and the collector has not yet committed. One SQLite file a producer; survives kill -9.
 
 The promise: a record is *accepted* when `append` returns, and stays here until its id comes back as done. Order is that
 of acceptance. A disk that refuses now is asked again with the next record, so nothing needs a restart. Knows nothing of
@@ -31,9 +31,10 @@ class Outbox:
     tries again.
     """
 
-    def __init__(self, path: Path, limit_bytes: int = 1024**3) -> None:
+    def __init__(self, path: Path, limit_bytes: int = 1024**3, lock_timeout_s: float = 5.0) -> None:
         self.path = path
         self.limit_bytes = limit_bytes
+        self._lock_timeout_s = lock_timeout_s  # another process may read the file
         self.trouble = ""
         self._lock = threading.Lock()
         self._opened: sqlite3.Connection | None = None
@@ -44,7 +45,7 @@ class Outbox:
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch(mode=0o600)
-        db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=5.0)
+        db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=self._lock_timeout_s)
         try:
             # FULL: `append` returns after the commit is on disk; secure_delete: a purged text leaves no free pages
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=ON", "secure_delete=ON"):
@@ -88,19 +89,19 @@ class Outbox:
             failpoint("outbox.after_commit")
 
     def discard(self, ids: Iterable[str]) -> None:
-        """Let go of what the collector has committed. Raises OutboxFull, with nothing changed, where the disk refuses."""
-        wanted = list(ids)
-        if not wanted:
+        """Remove what the collector has committed. Raises OutboxFull, with nothing changed, where the disk refuses."""
+        ids = list(ids)
+        if not ids:
             return
         with self._use() as db:
             failpoint("outbox.before_delete")
             db.execute("BEGIN IMMEDIATE")
-            gone = 0, 0
-            for id in wanted:
+            removed_bytes = removed = 0
+            for id in ids:
                 for (size,) in db.execute("DELETE FROM outbox WHERE id = ? RETURNING length(body)", (id,)).fetchall():
-                    gone = gone[0] + size, gone[1] + 1
+                    removed_bytes, removed = removed_bytes + size, removed + 1
             db.execute("COMMIT")
-            self._bytes, self._count = self._bytes - gone[0], self._count - gone[1]
+            self._bytes, self._count = self._bytes - removed_bytes, self._count - removed
             failpoint("outbox.after_delete")
 
     def oldest(self, limit: int = FETCH_LIMIT, max_bytes: int = FETCH_BYTES) -> list[Envelope]:
@@ -121,7 +122,7 @@ class Outbox:
         return rows
 
     def answer(self, fetch: Fetch) -> RecordBatch:
-        """Let go of what the fetch acknowledges; the oldest others.
+        """Remove what the fetch acknowledges; the oldest others as a batch.
 
         Where the disk refuses, `trouble` says so and the batch is empty: nothing is lost, but the same rows, sent again at once,
         would go round and round.
@@ -136,22 +137,22 @@ class Outbox:
 
     @property
     def pending(self) -> int:
-        """Records that wait."""
+        """Records that are not acknowledged yet."""
         return self._count
 
     @property
     def bytes(self) -> int:
-        """Their size."""
+        """The size of all records."""
         return self._bytes
 
-    def matching(self, wanted: Callable[[Envelope], bool]) -> list[str]:
-        """Ids of the records that `wanted` is true of."""
+    def matching(self, matches: Callable[[Envelope], bool]) -> list[str]:
+        """Ids of the records for which `matches` is true."""
         with self._use() as db:
             rows = db.execute("SELECT id, kind, body FROM outbox ORDER BY n")
-            return [row.id for row in (Envelope(*values) for values in rows) if wanted(row)]
+            return [row.id for row in (Envelope(*values) for values in rows) if matches(row)]
 
     def purge(self, ids: Iterable[str]) -> None:
-        """Forget these records, accepted or not: a user's wish stands above the promise."""
+        """Remove these records, delivered or not, from the file and its write-ahead log. Raises OutboxFull where the disk refuses."""
         self.discard(ids)
         with self._use() as db:
             (busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()

@@ -10,11 +10,12 @@ import pytest
 import zmq
 
 from specl.shared.errors import ConfigError, DaemonUnreachable
-from specl.shared.messaging.bus import Server, new_keys
+from specl.shared.messaging.bus import Server
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.codec import encode
 from specl.shared.messaging.endpoints import Addresses, is_loopback, read_keys, write_keys
 from specl.shared.messaging.messages import GetStatus
+from specl.shared.messaging.sockets import new_keys
 from specl.shared.paths import ROLES, Paths
 from specl.shared.settings.schema import Bus
 from tests.fakes import ROOT

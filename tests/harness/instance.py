@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from specl.shared.errors import SpecLoraError
-from specl.shared.messaging.bus import gather
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.connections import gather
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import Done, GetStatus
 from specl.shared.paths import Paths

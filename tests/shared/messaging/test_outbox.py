@@ -118,9 +118,8 @@ def test_non_database_file_is_an_error(path):
 
 
 def test_a_locked_file_refuses_in_its_own_words(path):
-    outbox = Outbox(path)
+    outbox = Outbox(path, lock_timeout_s=0.0)
     outbox.append("a", "Generation", b"x")
-    outbox._opened.execute("PRAGMA busy_timeout = 0")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(OutboxFull):

@@ -5,7 +5,7 @@ import time
 import pytest
 import zmq
 
-from specl.shared.messaging import bus
+from specl.shared.messaging import bus, sockets
 from specl.shared.messaging.codec import decode, encode
 from specl.shared.messaging.endpoints import Endpoint
 from specl.shared.messaging.messages import Fetch, RecordReady, Reply
@@ -35,7 +35,7 @@ def peer(tmp_path, context):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(bus, "MAX_FRAME", LIMIT)
+    monkeypatch.setattr(sockets, "MAX_FRAME", LIMIT)
     server = bus.Server(Endpoint(f"ipc://{tmp_path}/answer"), Endpoint(f"ipc://{tmp_path}/publish"))
     yield server
     server.close()
@@ -99,4 +99,4 @@ def test_abusive_peer_costs_little(server, peer, there):
         server.poll(0.05, lambda peer, message: None)
         turns += 1
     assert turns < 120 and time.process_time() - used < 1.5
-    assert len(server._lines) == 1
+    assert len(server.outgoing) == 1
