@@ -17,9 +17,9 @@ PROCESS_FIXTURES = {"forkserver", "cli_instance", "system"}  # whoever asks for 
 
 
 def pytest_collection_modifyitems(items):
-    """Tests whose fixtures start processes need no marker of their own."""
+    """Tests whose fixtures start processes need no marker of their own; slow ones are no part of the fast tier either."""
     for item in items:
-        if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.process)
 
 
