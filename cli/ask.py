@@ -1,4 +1,6 @@
-"""`specl-ctl ask`: one question. The text goes to stdout as it is generated, a line of statistics to stderr; or one JSON object."""
+"""`specl-ctl ask`: one question. The text goes to stdout as it is generated, a line of statistics
+to stderr; or one JSON object.
+"""
 
 import json
 from dataclasses import asdict
@@ -62,7 +64,7 @@ def ask(prompt: str, as_object: bool, no_record: bool, stop: tuple[str, ...], **
     if not prompt.strip():
         raise RequestRejected("the prompt is empty")
     with Client() as client:
-        pieces = client.stream(prompt, on_position=report_position, stop=list(stop), record=not no_record, **options)
+        pieces = client.stream(prompt, on_position=_report_position, stop=list(stop), record=not no_record, **options)
         for text in pieces:
             if not as_object:
                 click.echo(text, nl=False)
@@ -75,7 +77,10 @@ def ask(prompt: str, as_object: bool, no_record: bool, stop: tuple[str, ...], **
             click.echo(click.style(summary_line(done), dim=True), err=True)
 
 
-def report_position(position: int) -> None:
-    """Say on stderr how many requests are served before this one."""
-    text = f"waiting: {position} requests before this one" if position else "waiting: next"
-    click.echo(click.style(text, dim=True), err=True)
+def position_text(position: int) -> str:
+    """How many requests are served before this one, for people."""
+    return f"waiting: {position} before this request" if position else "waiting: next"
+
+
+def _report_position(position: int) -> None:
+    click.echo(click.style(position_text(position), dim=True), err=True)

@@ -1,15 +1,15 @@
-"""`specl-ctl collect`: a file of prompts through the running daemons, so that there is something to learn from.
+"""`specl-ctl collect`: sends a file of prompts through the running daemons, so that there is
+something to learn from.
 
-The answers are recorded like all others. With `--output` each is also a line of a file, and `--resume` goes on where that
-file ends, whatever ended it.
+The answers are recorded like all others. With `--output` each is also a line of a file, and
+`--resume` continues that file, whatever stopped the run before. Knows the client and files; the
+daemons do the rest.
 """
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -18,51 +18,50 @@ import click
 
 from specl.cli.files.prompts import FilePrompt, read_prompts
 from specl.cli.options import sampling_options
+from specl.cli.progress import ProgressReporter
+from specl.shared.answer_stats import AnswerTotals
 from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Done
+from specl.shared.runtime.progress import ProgressMeter
 
-PATIENCE_S = 60.0  # for a daemon that is being restarted
-BUSY_S = 0.5
-TELL_S = 20.0  # between lines where nobody watches
+RESTART_TIMEOUT_S = 60.0  # how long a daemon that answered before may be away
+RESTART_POLL_S = 1.0
+BUSY_POLL_S = 0.5
 
 
 @dataclass(slots=True)
-class Tally:
-    """What came so far. Acceptance is the model drafter's alone."""
+class Counts:
+    """What the run has done so far."""
 
-    answers: int = 0
+    totals: AnswerTotals = field(default_factory=AnswerTotals)
     refused: int = 0
     unrecorded: int = 0
-    tokens: int = 0
-    decode_s: float = 0.0
-    drafted: int = 0
-    accepted: int = 0
 
     def add(self, done: Done) -> None:
         """Count one answer."""
-        stats = done.stats
-        self.answers += 1
-        self.tokens += done.tokens
-        self.decode_s += done.tokens / stats.tokens_per_second if stats.tokens_per_second else 0.0
-        self.drafted += stats.model_drafted
-        self.accepted += stats.model_accepted
+        self.totals.add(done.tokens, done.stats)
         self.unrecorded += not done.recorded
 
-    @property
-    def acceptance(self) -> float | None:
-        """Of everything drafted so far."""
-        return self.accepted / self.drafted if self.drafted else None
-
-    @property
-    def speed(self) -> float:
-        """Tokens a second of decoding."""
-        return self.tokens / self.decode_s if self.decode_s else 0.0
-
     def line(self) -> str:
-        """For a person."""
-        share = "-" if self.acceptance is None else f"{self.acceptance:.3f}"
-        return f"acceptance {share}, {self.speed:.1f} tok/s"
+        """Acceptance and speed, for people."""
+        acceptance = self.totals.acceptance
+        rate = "-" if acceptance is None else f"{acceptance:.3f}"
+        return f"acceptance {rate}, {self.totals.tokens_per_second:.1f} tok/s"
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        totals = self.totals
+        return {
+            "answers": totals.answers,
+            "refused": self.refused,
+            "unrecorded": self.unrecorded,
+            "tokens": totals.tokens,
+            "drafted": totals.drafted,
+            "accepted": totals.accepted,
+            "acceptance": totals.acceptance,
+            "tokens_per_second": round(totals.tokens_per_second, 2),
+        }
 
 
 @click.command()
@@ -74,179 +73,156 @@ class Tally:
 @sampling_options("temperature", "max-tokens", "seed")
 @click.option("--system", help="A system message before every prompt.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Also write the answers here, one JSON object a line.")
-@click.option("--resume", is_flag=True, help="Go on with --output: what it holds is not asked again.")
+@click.option("--resume", is_flag=True, help="Continue --output: the prompts that it holds are not sent again.")
 @click.option("--json", "as_object", is_flag=True, help="One JSON object at the end.")
 def collect(
-    file: str, limit: int | None, column: str | None, output: str | None, resume: bool, as_object: bool, **wish: Any
+    file: str, limit: int | None, column: str | None, output: str | None, resume: bool, as_object: bool, **options: Any
 ) -> None:
-    """Answer every prompt of FILE: text (one a line), .jsonl, .json (a list) or .csv; `-` reads lines from stdin.
+    """Answer every prompt of FILE: text (one a line), .jsonl, .json (a list) or .csv; `-` reads
+    lines from stdin.
 
     \b
     specl-ctl collect prompts.txt --limit 100
     specl-ctl collect tickets.csv --column subject --output answers.jsonl
     specl-ctl collect tickets.csv --column subject --output answers.jsonl --resume
 
-    A JSON line is a string, or has `messages` (as chat models take them) or `prompt` and perhaps `system`.
+    A JSON line is a string, or has `messages` (as chat models take them) or `prompt` and perhaps
+    `system`.
     """
     if resume and not output:
-        raise click.UsageError("--resume needs the --output file to go on with")
+        raise click.UsageError("--resume needs the --output file to continue")
     prompts = read_prompts(file, column, limit)
-    with _Output(output, resume) as kept, Client() as client:
-        todo = [item for item in prompts if item.key not in kept.done]
-        if len(todo) < len(prompts):
-            click.echo(f"{len(prompts) - len(todo)} of {len(prompts)} are answered already", err=True)
-        run = _Run(client, wish, kept)
+    with AnswersFile(output, resume) as answers, Client() as client:
+        missing = [prompt for prompt in prompts if prompt.key not in answers.done]
+        if len(missing) < len(prompts):
+            click.echo(f"{len(prompts) - len(missing)} of {len(prompts)} are answered already", err=True)
+        run = _Run(client, options, answers)
         try:
-            run.all(todo)
+            run.answer_all(missing)
         except KeyboardInterrupt:
-            hint = "; the same command with --resume goes on" if output else ""
-            click.echo(f"stopped after {run.tally.answers} of {len(todo)}: {run.tally.line()}{hint}", err=True)
+            hint = "; the same command with --resume continues" if output else ""
+            answered = run.counts.totals.answers
+            click.echo(f"stopped after {answered} of {len(missing)}: {run.counts.line()}{hint}", err=True)
             raise click.Abort from None
-    _report(run.tally, as_object)
+    _report(run.counts, as_object)
 
 
-def _report(tally: Tally, as_object: bool) -> None:
+def _report(counts: Counts, as_object: bool) -> None:
     if as_object:
-        names = ("answers", "refused", "unrecorded", "tokens", "drafted", "accepted")
-        found = {name: getattr(tally, name) for name in names}
-        click.echo(json.dumps(found | {"acceptance": tally.acceptance, "tokens_per_second": round(tally.speed, 2)}))
+        click.echo(json.dumps(counts.as_json()))
     else:
-        click.echo(f"{tally.answers} prompts answered, {tally.tokens} tokens, {tally.line()}")
-    if tally.unrecorded:
-        click.echo(f"{tally.unrecorded} answers were not recorded; `specl-ctl status` says why", err=True)
-    if tally.refused:
-        raise SpecLoraError(f"{tally.refused} prompts were refused")
+        click.echo(f"{counts.totals.answers} prompts answered, {counts.totals.tokens} tokens, {counts.line()}")
+    if counts.unrecorded:
+        click.echo(f"{counts.unrecorded} answers were not recorded; `specl-ctl status` says why", err=True)
+    if counts.refused:
+        raise SpecLoraError(f"{counts.refused} prompts were refused")
 
 
 class _Run:
-    """The prompts, one after the other."""
+    """Sends prompts one after the other and counts what comes back."""
 
-    def __init__(self, client: Client, wish: dict[str, Any], output: "_Output") -> None:
-        self.client, self.output = client, output
-        self.wish = wish
-        self.tally = Tally()
+    def __init__(self, client: Client, options: dict[str, Any], answers: "AnswersFile") -> None:
+        self.client, self.options, self.answers = client, options, answers
+        self.counts = Counts()
 
-    def all(self, prompts: list[FilePrompt]) -> None:
-        """Ask them all; refusals are told and counted. Raises DaemonUnreachable once patience ends."""
-        with _Progress(len(prompts)) as tell:
-            for item in prompts:
+    def answer_all(self, prompts: list[FilePrompt]) -> None:
+        """Send all prompts. Refusals are reported and counted; raises DaemonUnreachable if the
+        daemon stays away.
+        """
+        with ProgressReporter() as report:
+            meter = ProgressMeter("", len(prompts), report)
+            for prompt in prompts:
                 try:
-                    done = self._patiently(item)
+                    done = self._ask_with_retries(prompt)
                 except RequestRejected as error:
-                    self.tally.refused += 1
-                    click.echo(f"prompt {item.line}: {error}", err=True)
+                    self.counts.refused += 1
+                    click.echo(f"prompt {prompt.line}: {error}", err=True)
                 else:
-                    self.tally.add(done)
-                    self.output.write(item, done)
-                tell(self.tally)
+                    self.counts.add(done)
+                    self.answers.write(prompt, done)
+                meter.advance(note=self.counts.line())
 
-    def _patiently(self, item: FilePrompt) -> Done:
-        """Ask again while the queue is full, or while a daemon that was there is away for a moment."""
-        end = time.monotonic() + PATIENCE_S
+    def _ask_with_retries(self, prompt: FilePrompt) -> Done:
+        """Ask again while the server is busy, and for RESTART_TIMEOUT_S while a daemon that has
+        answered before is away.
+        """
+        end = time.monotonic() + RESTART_TIMEOUT_S
         while True:
             try:
-                return self.client.ask(item.messages, **self.wish)
+                return self.client.ask(prompt.messages, **self.options)
             except ServerBusy:
-                pause = BUSY_S
+                time.sleep(BUSY_POLL_S)
             except DaemonUnreachable:
-                if not self.tally.answers or time.monotonic() > end:
+                if not self.counts.totals.answers or time.monotonic() > end:
                     raise
                 self.client.close()
-                pause = 1.0
-            time.sleep(pause)
+                time.sleep(RESTART_POLL_S)
 
 
-class _Output:
-    """Answers as JSON lines, each on disk before the next prompt is asked; `done` has the prompts that it held before."""
+class AnswersFile:
+    """Answers as JSON lines; each is in the file before the next prompt is sent. `done`: keys of
+    the prompts it held at first.
+    """
 
     def __init__(self, path: str | None, resume: bool) -> None:
+        """Open the file, or none without a path. Raises ConfigError for a file that exists, unless
+        `resume`.
+        """
         self.path = Path(path) if path else None
         self.done: set[str] = set()
         self._file: IO[str] | None = None
         if self.path is None:
             return
         if self.path.exists() and not resume:
-            raise ConfigError(f"{self.path} exists", "--resume goes on with it; or name another file")
+            raise ConfigError(f"{self.path} exists", "--resume continues it; or name another file")
         try:
             if self.path.exists():
-                self._read()
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close
+                self._read(self.path)
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be written: {error.strerror}") from error
 
-    def _read(self) -> None:
-        """The prompts answered; a last line that was cut off is taken away. Raises ConfigError for another kind of file."""
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+    def _read(self, path: Path) -> None:
+        """Read which prompts are answered, and cut off an incomplete last line. Raises ConfigError
+        for another kind of file.
+        """
+        data = path.read_bytes()
+        complete = data[: data.rfind(b"\n") + 1]
+        for number, line in enumerate(complete.splitlines(), 1):
             try:
                 self.done.add(json.loads(line)["prompt_key"])
             except (ValueError, KeyError, TypeError):
-                raise ConfigError(f"{self.path}:{number} was not written by `collect`, so it is left alone") from None
-        if len(whole) < len(data):
-            os.truncate(self.path, len(whole))
+                raise ConfigError(f"{path}:{number} was not written by `collect`, so it is left alone") from None
+        if len(complete) < len(data):
+            os.truncate(path, len(complete))
 
-    def write(self, item: FilePrompt, done: Done) -> None:
-        """One answer: what `store import` reads, and what `--resume` needs."""
+    def write(self, prompt: FilePrompt, done: Done) -> None:
+        """Append an answer, with the fields that `store import` and `--resume` read."""
         if self._file is None:
             return
         row = {
             "id": done.generation_id,
-            "prompt": item.messages[-1]["content"],
+            "prompt": prompt.messages[-1]["content"],
             "target_output": done.text,
             "acceptance_rate": done.stats.acceptance_rate,
             "timestamp": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             "tokens": done.tokens,
             "tokens_per_second": done.stats.tokens_per_second,
             "adapter_id": done.adapter_id,
-            "line": item.line,
-            "prompt_key": item.key,
+            "line": prompt.line,
+            "prompt_key": prompt.key,
         }
         try:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise SpecLoraError(f"{self.path} cannot be written: {error.strerror}", "--resume goes on later") from error
+            raise SpecLoraError(
+                f"{self.path} cannot be written: {error.strerror}", "--resume continues later"
+            ) from error
 
-    def __enter__(self) -> "_Output":
+    def __enter__(self) -> "AnswersFile":
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
-
-
-# ---------------------------------------------------------------------------------------------------- progress
-class _Progress:
-    """`with _Progress(n) as tell`: a bar with time left on a terminal, a line now and then elsewhere; on stderr."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self._bar, self._task = total, None, None
-        self._started = self._said = time.monotonic()
-
-    def __enter__(self) -> Callable[[Tally], None]:
-        if not sys.stderr.isatty():
-            return self._line
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-        self._bar = Progress(*columns, console=Console(stderr=True))
-        self._bar.start()
-        self._task = self._bar.add_task("", total=self.total, note="")
-        return self._draw
-
-    def _draw(self, tally: Tally) -> None:
-        self._bar.update(self._task, completed=tally.answers + tally.refused, note=tally.line())
-
-    def _line(self, tally: Tally) -> None:
-        now, done = time.monotonic(), tally.answers + tally.refused
-        if now - self._said < TELL_S:
-            return
-        self._said = now
-        left = (now - self._started) / done * (self.total - done)
-        click.echo(f"{done} of {self.total}, {left / 60:.1f} min left, {tally.line()}", err=True)
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

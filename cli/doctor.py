@@ -1,4 +1,9 @@
-"""`specl-ctl doctor`: what this machine has, what is wrong, and what to do about it."""
+"""`specl-ctl doctor`: checks of this machine, the settings and the run directory; each problem
+comes with what to do about it.
+
+A check is a function that yields findings. It changes nothing, except that the run directory is
+made.
+"""
 
 import errno
 import json
@@ -9,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
+from typing import NamedTuple
 
 import click
 
@@ -20,93 +26,100 @@ from specl.shared.settings.load import load_settings, settings_file
 from specl.shared.settings.plugins import is_plugin, load_plugin
 
 OK, WARN, BAD = "ok", "warn", "bad"
-Finding = tuple[str, str, str]
 
 
-def _machine() -> Iterator[Finding]:
-    yield (
-        OK,
-        "machine",
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-    )
+class Finding(NamedTuple):
+    """One line of the report: OK, WARN or BAD, what was checked, and a sentence."""
+
+    level: str
+    name: str
+    text: str
+
+
+def check_machine() -> Iterator[Finding]:
+    """System, processor cores, Python and the libraries that matter."""
+    system = f"{platform.system()} {platform.machine()}"
+    yield Finding(OK, "machine", f"{system}, {os.cpu_count()} cores, Python {platform.python_version()}")
     libraries = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "pyzmq", "sqlalchemy"))
-    yield OK, "libraries", libraries
+    yield Finding(OK, "libraries", libraries)
 
 
-def _blas() -> Iterator[Finding]:
+def check_blas() -> Iterator[Finding]:
+    """The BLAS that matrix products use, the device and the native kernels."""
     from specl.shared.models import blas
 
     bound = blas.BOUND
     if bound.fast:
-        yield OK, "blas", bound.name
+        yield Finding(OK, "blas", bound.name)
     else:
-        yield WARN, "blas", f"{bound.name}: products are 5 to 30 times slower ({bound.note}). {blas.REMEDY}"
+        text = f"{bound.name}: matrix products are 5 to 30 times slower ({bound.note}). {blas.REMEDY}"
+        yield Finding(WARN, "blas", text)
     import mlx.core as mx
 
-    yield _device(platform.system(), mx.default_device().type.name)
+    yield device_finding(platform.system(), mx.default_device().type.name)
     yield from _native()
 
 
-def _device(system: str, kind: str) -> Finding:
-    """Where models run: `cpu` or `gpu`, as MLX chose."""
+def device_finding(system: str, kind: str) -> Finding:
+    """Where MLX runs models: `kind` is `cpu` or `gpu`."""
     if system != "Darwin":
-        return OK, "device", kind
+        return Finding(OK, "device", kind)
     if kind == "gpu":
-        return OK, "device", "gpu (Metal)"
-    return (
+        return Finding(OK, "device", "gpu (Metal)")
+    return Finding(
         WARN,
         "device",
-        "cpu: MLX does not use this Mac's Metal, and answers will be slow. It needs Apple silicon and a Python of its own kind: "
-        "`python -c 'import platform; print(platform.machine())'` says arm64; then `pip install --force-reinstall mlx`",
+        "cpu: MLX does not use the Metal of this Mac, and answers will be slow. It needs Apple silicon and a Python for arm64: "
+        "if `python -c 'import platform; print(platform.machine())'` prints arm64, run `pip install --force-reinstall mlx`",
     )
 
 
 def _native() -> Iterator[Finding]:
-    """The C++ kernels; on a GPU and on macOS nothing is missing without them."""
+    """The C++ kernels for the CPU. A GPU and macOS do without them."""
     from specl.shared import native
     from specl.shared.models.cpu_kernels import on_cpu
 
     if native.available():
-        yield OK, "kernels", f"native {native.instruction_set()}, {native.threads()} threads"
+        yield Finding(OK, "kernels", f"native {native.instruction_set()}, {native.threads()} threads")
     elif on_cpu():
-        yield WARN, "kernels", native.reason()
+        yield Finding(WARN, "kernels", native.reason())
 
 
-def _folders() -> Iterator[Finding]:
+def check_folders() -> Iterator[Finding]:
+    """Disk space, which daemons run, and the models folder."""
     paths = find_paths().create()
     free = shutil.disk_usage(paths.root).free / 2**30
-    yield (OK if free > 2 else WARN), "disk", f"{free:.1f} GiB free at {paths.root}"
+    yield Finding(OK if free > 2 else WARN, "disk", f"{free:.1f} GiB free at {paths.root}")
     for role in DAEMONS if load_settings().gateway.enabled else ROLES:
         if is_locked(paths.run, role):
-            yield OK, role, f"runs (pid {holder_of(paths.run, role)})"
+            yield Finding(OK, role, f"runs (pid {holder_of(paths.run, role)})")
         else:
-            yield WARN, role, "does not run; start it with `honcho start`"
-    paths.socket("inference-pub")
+            yield Finding(WARN, role, "does not run; start it with `honcho start`")
+    paths.socket("inference-pub")  # raises where the path is too long
     models = [path for path in paths.models.iterdir() if path.is_dir()] if paths.models.is_dir() else []
-    taken = sum(file.stat().st_size for folder in models for file in folder.rglob("*") if file.is_file()) / 1e9
-    yield OK, "models", f"{len(models)} folders, {taken:.1f} GB at {paths.models}"
+    size = sum(file.stat().st_size for folder in models for file in folder.rglob("*") if file.is_file()) / 1e9
+    yield Finding(OK, "models", f"{len(models)} folders, {size:.1f} GB at {paths.models}")
 
 
-def _access() -> Iterator[Finding]:
-    """Who may connect: the very checks that end a daemon at its start."""
+def check_access() -> Iterator[Finding]:
+    """Who may connect to the daemons, by the checks that daemons make when they start."""
     settings, paths = load_settings(), find_paths()
     if settings.gateway.enabled:
         token = gateway_token(settings.gateway)
         check_exposure(settings.gateway, token)
-        yield OK, "gateway", f"{settings.gateway.host}, {'with' if token else 'without'} a token"
+        yield Finding(OK, "gateway", f"{settings.gateway.host}, {'with' if token else 'without'} a token")
     keys = Addresses(paths, settings.bus).keys
     if keys is not None and not keys.server_secret:
-        yield (
-            WARN,
-            "bus",
-            f"the keys in {paths.keys} are a client's: this machine can ask daemons elsewhere, and run none",
-        )
+        text = f"the keys in {paths.keys} are a client's: this machine can use daemons on another machine, and run none"
+        yield Finding(WARN, "bus", text)
     else:
-        yield OK, "bus", f"{settings.bus.transport}, {'with' if keys else 'without'} keys"
+        yield Finding(OK, "bus", f"{settings.bus.transport}, {'with' if keys else 'without'} keys")
 
 
-def _hooks() -> Iterator[Finding]:
-    """Programs of the user's own that the settings name, imported as the daemons started in this folder would."""
+def check_plugins() -> Iterator[Finding]:
+    """The custom code that the settings name, imported as daemons import it that are started in
+    this folder.
+    """
     settings = load_settings()
     named = {"speculative.drafter": settings.speculative.drafter, "training.loss.type": settings.training.loss.type}
     sys.path.insert(0, os.getcwd())
@@ -114,35 +127,38 @@ def _hooks() -> Iterator[Finding]:
         for setting, name in named.items():
             if name is not None and is_plugin(name):
                 load_plugin(name, setting)
-                yield OK, "hook", f"{setting}: {name}"
+                yield Finding(OK, "plugin", f"{setting}: {name}")
     finally:
         sys.path.remove(os.getcwd())
 
 
-def _ports() -> Iterator[Finding]:
-    """The TCP ports that the settings name: ours, free, or another program's."""
+def check_ports() -> Iterator[Finding]:
+    """The TCP ports in the settings: ours, free, or used by another program."""
     settings, paths = load_settings(), find_paths()
-    wanted: list[tuple[str, str, int, bool]] = []
+    ports: list[tuple[str, str, int, bool]] = []  # setting, host, port, whether our daemon runs
     if settings.gateway.enabled and settings.gateway.port:
-        wanted.append(("gateway.port", settings.gateway.host, settings.gateway.port, is_locked(paths.run, "gateway")))
+        ports.append(("gateway.port", settings.gateway.host, settings.gateway.port, is_locked(paths.run, "gateway")))
     if settings.bus.transport == "tcp":
-        for place, role in enumerate(role for role in ROLES for _ in range(2)):
-            wanted.append(("bus.port", settings.bus.host, settings.bus.port + place, is_locked(paths.run, role)))
-    for setting, host, port, ours in wanted:
+        for offset, role in enumerate(role for role in ROLES for _ in range(2)):
+            ports.append(("bus.port", settings.bus.host, settings.bus.port + offset, is_locked(paths.run, role)))
+    for setting, host, port, ours in ports:
         taken = _is_taken(host, port)
         if taken and not ours:
-            level = WARN if setting == "gateway.port" else BAD  # the others do without the gateway
-            yield level, "port", f"{port} of {host} is taken by another program: set {setting}, or end that program"
+            level = WARN if setting == "gateway.port" else BAD  # the other daemons run without the gateway
+            text = f"{port} of {host} is taken by another program: set {setting}, or end that program"
+            yield Finding(level, "port", text)
         else:
-            yield OK, "port", f"{port} of {host} is {'ours' if taken else 'free'}"
+            yield Finding(OK, "port", f"{port} of {host} is {'ours' if taken else 'free'}")
 
 
 def _is_taken(host: str, port: int) -> bool:
-    """Whether somebody listens there. Raises ConfigError for an address that this machine does not have."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Whether a program listens there. Raises ConfigError for an address that this machine does not
+    have.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            tried.bind((host, port))
+            probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return True
@@ -150,9 +166,10 @@ def _is_taken(host: str, port: int) -> bool:
     return False
 
 
-def _settings() -> Iterator[Finding]:
+def check_settings() -> Iterator[Finding]:
+    """The settings file, and whether its models are on this machine."""
     settings = load_settings()
-    yield OK, "settings", str(settings_file())
+    yield Finding(OK, "settings", str(settings_file()))
     from specl.cli.models import model_folder
 
     folder = find_paths().models
@@ -162,13 +179,13 @@ def _settings() -> Iterator[Finding]:
     ):
         where = model_folder(name, folder, is_draft)
         if name is None:
-            yield OK, role, "none"
+            yield Finding(OK, role, "none")
         else:
-            yield (OK if where else WARN), role, f"{name}: {where or 'not here yet, `specl-ctl models fetch`'}"
+            yield Finding(OK if where else WARN, role, f"{name}: {where or 'not here yet, `specl-ctl models fetch`'}")
 
 
-def _memory() -> Iterator[Finding]:
-    """What the settings' models will take, where they are here."""
+def check_memory() -> Iterator[Finding]:
+    """The memory that the settings' models will take, if they are on this machine."""
     from specl.cli.memory_check import local_pair
     from specl.shared.loading.engine import estimate_pair
     from specl.shared.models import memory
@@ -176,44 +193,55 @@ def _memory() -> Iterator[Finding]:
     settings = load_settings()
     target, draft = local_pair(settings, find_paths().models)
     if target is None or (settings.models.draft.name and draft is None):
-        yield OK, "memory", "told when the models are here: `specl-ctl models fetch`"
+        yield Finding(OK, "memory", "estimated once the models are here: `specl-ctl models fetch`")
         return
-    found, machine = estimate_pair(settings, target, draft)
+    estimate, machine = estimate_pair(settings, target, draft)
     allowed = memory.limit(settings, machine)
-    room = "any amount" if allowed == float("inf") else f"{allowed / 1e9:.1f} GB"
-    yield OK, "memory", f"estimated {found.describe()}; {room} may be taken of {machine.memory / 1e9:.1f} GB"
-    memory.check(found, settings, machine, training=False)
-    if found.total(training=True) > allowed:
-        yield WARN, "memory", "serving fits, training beside it does not: the draft will not learn here"
+    limit = "any amount" if allowed == float("inf") else f"{allowed / 1e9:.1f} GB"
+    text = f"estimated {estimate.describe()}; {limit} may be taken of {machine.memory / 1e9:.1f} GB"
+    yield Finding(OK, "memory", text)
+    memory.check(estimate, settings, machine, training=False)
+    if estimate.total(training=True) > allowed:
+        yield Finding(WARN, "memory", "serving fits, training beside it does not: the draft will not learn here")
 
 
-def _costs() -> Iterator[Finding]:
-    """The calibrated curve, where inference has measured one."""
+def check_costs() -> Iterator[Finding]:
+    """The measured times of steps, if inference has measured them."""
     for path in sorted(find_paths().costs.glob("*.json"), key=lambda p: p.stat().st_mtime)[-1:]:
         try:
-            kept = json.loads(path.read_text())
+            costs = json.loads(path.read_text())
             verify, draft = (
-                ", ".join(f"{n}: {1000 * s:.0f}" for n, s in kept[name].items()) for name in ("verify", "draft")
+                ", ".join(f"{n}: {1000 * s:.0f}" for n, s in costs[name].items()) for name in ("verify", "draft")
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            yield WARN, "costs", f"{path} cannot be read; inference measures them anew when it starts"
+            yield Finding(WARN, "costs", f"{path} cannot be read; inference measures them again when it starts")
         else:
-            yield OK, "costs", f"target step by width {verify} ms; draft by depth {draft or '-'} ms"
+            yield Finding(OK, "costs", f"target step by width {verify} ms; draft by depth {draft or '-'} ms")
 
 
-CHECKS = (_machine, _blas, _folders, _access, _hooks, _ports, _settings, _memory, _costs)
+CHECKS = (
+    check_machine,
+    check_blas,
+    check_folders,
+    check_access,
+    check_plugins,
+    check_ports,
+    check_settings,
+    check_memory,
+    check_costs,
+)
 
 
 def examine(checks: Iterable[Callable[[], Iterator[Finding]]] = CHECKS) -> Iterator[Finding]:
-    """What every check finds. One that fails is a finding itself: a doctor who dies of what it finds helps nobody."""
+    """The findings of all checks. A check that raises becomes a finding, and the others go on."""
     for check in checks:
-        name = check.__name__.strip("_")
+        name = check.__name__.removeprefix("check_")
         try:
             yield from check()
         except SpecLoraError as error:
-            yield BAD, name, f"{error}" + (f"; {error.hint}" if error.hint else "")
-        except Exception as error:  # a broken library or file may raise anything: told, and the other checks go on
-            yield BAD, name, f"this check failed: {type(error).__name__}: {error}"
+            yield Finding(BAD, name, f"{error}" + (f"; {error.hint}" if error.hint else ""))
+        except Exception as error:  # a broken library or file may raise anything
+            yield Finding(BAD, name, f"this check failed: {type(error).__name__}: {error}")
 
 
 @click.command()
@@ -221,18 +249,19 @@ def examine(checks: Iterable[Callable[[], Iterator[Finding]]] = CHECKS) -> Itera
     "--json", "as_object", is_flag=True, help="One JSON object: `ok`, and findings with level, name and text."
 )
 def doctor(as_object: bool) -> None:
-    """Check machine, BLAS, disk, locks, who may connect, settings and models, and say what to do. Exit code 1 where
-    something is broken.
+    """Check machine, BLAS, disk, locks, who may connect, settings and models, and say what to do.
+
+    Exit code 1 if something is broken.
     """
-    worst = OK
-    told = []
-    for level, name, text in examine():
-        worst = level if level == BAD else worst
-        told.append({"level": level, "name": name, "text": text})
+    findings = []
+    for finding in examine():
+        findings.append(finding)
         if not as_object:
-            colour = {OK: "green", WARN: "yellow", BAD: "red"}[level]
-            click.echo(f"{click.style(f'{level:<5}', fg=colour)}{name:<11}{text}")
+            colour = {OK: "green", WARN: "yellow", BAD: "red"}[finding.level]
+            click.echo(f"{click.style(f'{finding.level:<5}', fg=colour)}{finding.name:<11}{finding.text}")
+    healthy = all(finding.level != BAD for finding in findings)
     if as_object:
-        click.echo(json.dumps({"ok": worst != BAD, "findings": told}, ensure_ascii=False))
-    if worst == BAD:
+        rows = [{"level": finding.level, "name": finding.name, "text": finding.text} for finding in findings]
+        click.echo(json.dumps({"ok": healthy, "findings": rows}, ensure_ascii=False))
+    if not healthy:
         raise SystemExit(1)

@@ -1,4 +1,6 @@
-"""`specl-ctl keys`: CURVE keys, with which daemons accept clients on other machines and refuse everybody else."""
+"""`specl-ctl keys`: CURVE keys, with which daemons accept clients on other machines and refuse
+everybody else.
+"""
 
 import click
 
@@ -15,7 +17,9 @@ def keys() -> None:
 @keys.command()
 @click.option("--force", is_flag=True, help="Replace existing keys; clients with the old ones are refused.")
 def make(force: bool) -> None:
-    """Make keys for this run directory (0600). Every socket requires them once the daemons are restarted."""
+    """Make keys for this run directory (0600). Every socket requires them once the daemons are
+    restarted.
+    """
     from specl.shared.messaging.sockets import new_keys
 
     paths = find_paths().create()

@@ -1,4 +1,5 @@
-"""`specl-ctl`: the command line. Each command's module is imported when it is used, so that `status` never waits for MLX.
+"""`specl-ctl`: the command line. Each command's module is imported when it is used, so that
+`status` never waits for MLX.
 
 Knows the commands by name, and how errors are printed; nothing of what a command does.
 """
@@ -75,16 +76,20 @@ def _print_version(ctx: click.Context, option: click.Parameter, value: bool) -> 
     help="Version, commit, libraries.",
 )
 def cli() -> None:
-    """A local model server that gets faster the more it is used and never changes a word of what it says.
+    """A local model server that gets faster the more it is used and never changes a word of what it
+    says.
 
-    Start the daemons with `honcho start`, then `specl-ctl ask "..."`. The run directory is SPECL_VAR (default: var/ of
-    the checkout, else ~/.local/share/speclora), the settings file SPECL_CONFIG. Exit codes: 0 done, 1 the work failed,
-    2 bad usage or settings, 3 a daemon is not reachable.
+    Start the daemons with `honcho start`, then `specl-ctl ask "..."`. The run directory is
+    SPECL_VAR (default: var/ of the checkout, else ~/.local/share/speclora), the settings file
+    SPECL_CONFIG. Exit codes: 0 done, 1 the work failed, 2 bad usage or settings, 3 a daemon is not
+    reachable.
     """
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run a command. An error of the user's is one line on stderr; any other is a bug and shows its traceback."""
+    """Run a command. An error of the user's is one line on stderr; any other is a bug and shows its
+    traceback.
+    """
     try:
         return cli(args=arguments, prog_name="specl-ctl", standalone_mode=False, color=False if no_colour() else None)
     except click.exceptions.Exit as error:

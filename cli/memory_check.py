@@ -1,4 +1,5 @@
-"""Whether models that a command loads into its own process fit into memory beside those of the running daemons.
+"""Whether models that a command loads into its own process fit into memory beside those of the
+running daemons.
 
 Knows settings, folders and estimates; loads nothing.
 """
@@ -17,7 +18,7 @@ from specl.shared.settings.schema import Settings
 
 
 def local_pair(settings: Settings, models: Path) -> tuple[Path | None, Path | None]:
-    """The folders of the settings' target and draft; None for one that is not on this machine yet."""
+    """The folders of the settings' target and draft; None for one that is not here yet."""
     name = settings.models.draft.name
     draft = (draft_folder(name, models) or local_path(name, models)) if name else None
     return local_path(settings.models.target.name, models), draft
@@ -30,9 +31,11 @@ def local_path(name: str, models: Path) -> Path | None:
 
 
 def check_memory(settings: Settings, paths: Paths, target: Path | None, draft: Path | None, purpose: str) -> None:
-    """Raise ModelError if the models in these folders do not fit beside those of the daemons. `purpose` begins its sentence.
+    """Raise ModelError if the models in these folders do not fit beside those of the daemons.
+    `purpose` begins its sentence.
 
-    Nothing is checked for a target that is not on this machine yet. A model whose size cannot be estimated is reported on stderr.
+    Nothing is checked for a target that is not on this machine yet. A model whose size cannot be
+    estimated is reported on stderr.
     """
     if target is None:
         return
@@ -54,7 +57,7 @@ def check_memory(settings: Settings, paths: Paths, target: Path | None, draft: P
 
 
 def _used_by_daemons(settings: Settings, paths: Paths) -> float:
-    """Bytes that the inference daemon uses, or may use with its next request; 0 if it does not run."""
+    """Bytes that the inference daemon uses or may use later; 0 if it does not run."""
     target, draft = local_pair(settings, paths.models)
     if target is None or not is_locked(paths.run, "inference"):
         return 0.0

@@ -1,4 +1,6 @@
-"""Options that several commands have: those of sampling, each with one meaning everywhere; and whether output is coloured."""
+"""Options that several commands have: those of sampling, each with one meaning everywhere; and
+whether output is coloured.
+"""
 
 import math
 import os
@@ -12,7 +14,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Number(click.FloatRange):
-    """A range of numbers that refuses `nan`, which click lets pass because it compares with nothing."""
+    """A range of numbers that refuses `nan`, which click lets pass because it compares with
+    nothing.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The number. Fails for one outside of the range."""
@@ -35,7 +39,9 @@ _SAMPLING = {
 
 
 def sampling_options(*names: str) -> Callable[[Command], Command]:
-    """A decorator that adds these options (all of them without names), in this order. An option left out is None."""
+    """A decorator that adds these options (all of them without names), in this order. An option
+    left out is None.
+    """
 
     def add(command: Command) -> Command:
         for name in reversed(names or tuple(_SAMPLING)):

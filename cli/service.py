@@ -1,4 +1,5 @@
-"""`specl-ctl service`: units for systemd and launchd, which start the daemons at login and keep them running.
+"""`specl-ctl service`: units for systemd and launchd, which start the daemons at login and keep
+them running.
 
 Writes text; starts nothing itself.
 """
@@ -32,7 +33,8 @@ TOKEN = "SPECL_GATEWAY_TOKEN"
 @click.argument("role", type=click.Choice(DAEMONS), required=False)
 @click.option("--write", is_flag=True, help="Write the units where the manager looks for them, instead of printing.")
 def service(manager: str, role: str | None, write: bool) -> None:
-    """Print a unit that keeps a daemon running. It names this program, run directory and settings file.
+    """Print a unit that keeps a daemon running. It names this program, run directory and settings
+    file.
 
     \b
     specl-ctl service systemd                # one template unit for all four daemons
@@ -40,8 +42,9 @@ def service(manager: str, role: str | None, write: bool) -> None:
     specl-ctl service launchd inference      # the property list of one role
     specl-ctl service launchd --write        # all of them into ~/Library/LaunchAgents
 
-    The units hold the environment variables that say where models and modules are. The gateway's token belongs in the settings
-    file (gateway.token), not in SPECL_GATEWAY_TOKEN, because a unit is no place for a secret.
+    The units hold the environment variables that say where models and modules are. The gateway's
+    token belongs in the settings file (gateway.token), not in SPECL_GATEWAY_TOKEN, because a unit
+    is no place for a secret.
     """
     if manager == "systemd":
         units = {"speclora@.service": systemd_unit()}
@@ -136,13 +139,13 @@ def launchd_list(role: str) -> str:
         "ProgramArguments": [sys.executable, "-m", "specl.daemons.supervise", role],
         "EnvironmentVariables": environment(),
         "RunAtLoad": True,
-        # launchd cannot tell a crash from a settings error (both exit codes differ from 0), so it starts the daemon again after
-        # either, with a minute between attempts
+        # launchd cannot tell a crash from a settings error (neither exit code is 0), so it starts
+        # the daemon again after either, with a minute between attempts
         "KeepAlive": {"SuccessfulExit": False},
         "ThrottleInterval": 60,
         "ExitTimeOut": 10,
         "ProcessType": "Interactive" if role == "inference" else "Background",
-        # logs/ROLE.log has the same events and is rotated; `specl-ctl doctor` names a settings error
+        # logs/ROLE.log has the same events, rotated; `specl-ctl doctor` names a settings error
         "StandardErrorPath": "/dev/null",
         "StandardOutPath": "/dev/null",
         "WorkingDirectory": str(paths.root),

@@ -1,13 +1,14 @@
-"""`specl-ctl status`: who runs, how well drafting does, what is being learned, and what is wrong. Imports no MLX.
+"""`specl-ctl status`: the daemons, acceptance and speed, what is being learned, and what is wrong.
+Imports no MLX.
 
-Useful with every daemon down: `shared/status.py` then reads the disk.
+Shows what `shared/status.py` collects, which reads the disk where a daemon does not run.
 """
 
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-Row = tuple[str, str]
+REFRESH_S = 1.0
+Row = tuple[str, str]  # label and text
 _COLOURS = {
     DaemonState.READY: "green",
     DaemonState.BUSY: "green",
@@ -35,19 +37,19 @@ def _coloured(state: DaemonState) -> str:
     return f"[{_COLOURS[state]}]{state}[/]"
 
 
-def _share(value: float | None) -> str:
+def _rate(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _watched(watch: WatchStatus) -> str:
-    """How a promoted adapter does on live traffic."""
-    seen = f"acceptance {_share(watch.acceptance)} of {watch.drafted} tokens in {watch.requests} requests"
-    return f"{watch.adapter} {watch.state.replace('_', ' ')}: {seen}, before it {_share(watch.before)}"
+def _watch_text(watch: WatchStatus) -> str:
+    """The live acceptance of a promoted adapter, and of the adapter before it."""
+    acceptance = f"acceptance {_rate(watch.acceptance)} of {watch.drafted} tokens in {watch.requests} requests"
+    return f"{watch.adapter} {watch.state.replace('_', ' ')}: {acceptance}, before it {_rate(watch.before)}"
 
 
 def render(status: SystemStatus) -> "Table":
     """The status as a table for people."""
-    from rich.table import Table  # --json goes without
+    from rich.table import Table  # --json does not need it
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
@@ -75,9 +77,9 @@ def _serving_rows(status: SystemStatus) -> Iterator[Row]:
     idle = " (unloaded while idle)" if status.inference.state == DaemonState.READY and not models.loaded else ""
     yield "models", f"{models.target} drafted by {models.draft or 'nothing'}{idle}"
     yield "queue", f"{queue.in_flight} in flight, {queue.depth} waiting"
-    yield "acceptance", f"rolling {_share(acceptance.rolling)}, lifetime {_share(acceptance.lifetime)}"
+    yield "acceptance", f"rolling {_rate(acceptance.rolling)}, lifetime {_rate(acceptance.lifetime)}"
     for adapter, value in acceptance.by_adapter.items():
-        yield "", f"adapter {adapter}: {_share(value)}"
+        yield "", f"adapter {adapter}: {_rate(value)}"
     speed = status.tokens_per_second.rolling
     yield "speed", f"{speed:.1f} tokens a second (last 50)" if speed else "-"
 
@@ -89,7 +91,7 @@ def _learning_rows(status: SystemStatus) -> Iterator[Row]:
     yield "store", f"{store.generations} generations, {store.disagreements} disagreements, {pending} on the way"
     yield "adapter", f"{adapter.active or 'none'}, before it {adapter.previous or 'none'}"
     if adapter.watch is not None:
-        yield "", _watched(adapter.watch)
+        yield "", _watch_text(adapter.watch)
     yield "training", _training(status.training)
     if last := status.training.last_verdict:
         yield "last verdict", f"{last.verdict}: {last.reason} ({last.created})"
@@ -108,24 +110,31 @@ def _training(training: TrainingView) -> str:
 @click.option("--json", "as_object", is_flag=True, help="One JSON object.")
 @click.option("--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
 def status(as_object: bool, watch: bool) -> None:
-    """Who runs, queue, acceptance, failures, training, adapter, and what is wrong."""
+    """Daemons, queue, acceptance, failures, training, adapter, and what is wrong."""
     with Client() as client:
         if not watch:
-            found = system_status(client)
-            if as_object:
-                click.echo(json.dumps(asdict(found)))
-                return
-            from rich.console import Console
-
-            Console().print(render(found))
-            return
-        if as_object:
+            _print(system_status(client), as_object)
+        elif as_object:
             while True:
-                click.echo(json.dumps(asdict(system_status(client))))
-                time.sleep(1)
-        from rich.live import Live
+                _print(system_status(client), as_object)
+                time.sleep(REFRESH_S)
+        else:
+            _watch(client)
 
-        with Live(render(system_status(client)), refresh_per_second=2) as live:
-            while True:
-                time.sleep(1)
-                live.update(render(system_status(client)))
+
+def _print(status: SystemStatus, as_object: bool) -> None:
+    if as_object:
+        click.echo(json.dumps(asdict(status)))
+        return
+    from rich.console import Console
+
+    Console().print(render(status))
+
+
+def _watch(client: Client) -> NoReturn:
+    from rich.live import Live
+
+    with Live(render(system_status(client)), refresh_per_second=2) as live:
+        while True:
+            time.sleep(REFRESH_S)
+            live.update(render(system_status(client)))

@@ -1,4 +1,4 @@
-"""`specl-ctl train`: ask the trainer for a run, and watch it if wanted."""
+"""`specl-ctl train`: ask the trainer for a run, and follow it with --wait."""
 
 import time
 
@@ -14,14 +14,14 @@ from specl.shared.status import system_status
 @click.option(
     "--now",
     is_flag=True,
-    help="Train on what there is: not waiting for training.min_failure_cases, on battery or hot too.",
+    help="Train on the failures there are, without waiting for training.min_failure_cases, on battery or hot too.",
 )
-@click.option("--wait", is_flag=True, help="Stay until the run has ended, and print its verdict.")
+@click.option("--wait", is_flag=True, help="Wait until the run has ended, and print its verdict.")
 def train(now: bool, wait: bool) -> None:
     """Ask the trainer for a run; `status` shows how it goes.
 
-    A run trains LoRA on stored disagreements and publishes the adapter only if agreement with the target rose on
-    conversations that were held out.
+    A run trains a LoRA adapter on stored disagreements. It publishes the adapter only if agreement
+    with the target rose on held-out conversations.
     """
     with Client() as client:
         last = system_status(client).training.last_verdict
@@ -34,8 +34,8 @@ def train(now: bool, wait: bool) -> None:
 
 
 def _follow(client: Client, before: str | None) -> None:
-    """Print where the run is until a new verdict is stored."""
-    said = ""
+    """Print the progress of the run until a verdict other than the one of `before` is stored."""
+    printed = ""
     while True:
         status = system_status(client)
         training, last = status.training, status.training.last_verdict
@@ -50,7 +50,7 @@ def _follow(client: Client, before: str | None) -> None:
         line = f"{training.state} {training.step}/{training.total}{loss}"
         if training.waits:
             line += f"; training waits: {training.waits}"
-        if line != said:
+        if line != printed:
             click.echo(line, err=True)
-            said = line
+            printed = line
         time.sleep(1)

@@ -1,4 +1,6 @@
-"""The version of the program: release, commit, Python and the libraries that matter. Imports none of them."""
+"""The version of the program: release, commit, Python and the libraries that matter. Imports none
+of them.
+"""
 
 import json
 import platform
@@ -30,7 +32,9 @@ def _version(name: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout that runs, or of the repository it was installed from; empty if neither is known."""
+    """The commit of the checkout that runs, or of the repository it was installed from; empty if
+    neither is known.
+    """
     root = Path(__file__).resolve().parent.parent
     if (root / ".git").exists():
         head = _git(root, "rev-parse", "--short=12", "HEAD")

@@ -1,9 +1,11 @@
-"""The engine in one's own process, for notebooks and scripts: `from specl import Engine`. No daemons, no sockets, no records.
+"""The engine in the caller's process, for notebooks and scripts: `from specl import Engine`. No
+daemons, no sockets, no records.
 
 with Engine.load() as engine:
     print(engine.generate("Why is the sky blue?", max_tokens=64, temperature=0).text)
 
-One thread: MLX's arrays belong to the thread that made them.
+An Engine is used by the thread that loaded it, because an MLX array belongs to the thread that made
+it.
 """
 
 import threading
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from specl.shared.answer_stats import AnswerStats
+from specl.shared.answer_stats import AnswerStats, AnswerTotals
 from specl.shared.conversations import Messages, to_messages
 from specl.shared.errors import AdapterRejected, RequestRejected, SpecLoraError
 from specl.shared.paths import Paths, find_paths
@@ -24,14 +26,15 @@ if TYPE_CHECKING:
     from specl.shared.engine.core import EngineCore
     from specl.shared.engine.custom_drafter import DrafterFactory
     from specl.shared.engine.decode import Session
+    from specl.shared.engine.request_options import RequestOptions
 
-WISHES = (*SAMPLING_FIELDS, "max_tokens", "stop", "system", "num_draft_tokens", "ngram")
+OPTIONS = (*SAMPLING_FIELDS, "max_tokens", "stop", "system", "num_draft_tokens", "ngram")
 AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer. `finish_reason` is stop, length or cancelled; `stats` are those that the daemon gives."""
+    """One answer. `finish_reason` is stop, length or cancelled; the daemon gives the same `stats`."""
 
     text: str
     tokens: list[int]
@@ -40,16 +43,15 @@ class Answer:
 
 
 class Engine:
-    """A target with at most one draft, loaded here. `last` is the answer that was given last."""
+    """A target and at most one draft, loaded in this process. `last` is the last answer."""
 
     def __init__(self, core: "EngineCore", settings: Settings | None = None, paths: Paths | None = None) -> None:
-        """From an engine that is loaded already; people call `Engine.load`."""
+        """Wrap an engine that is already loaded; users call `Engine.load`."""
         self._core: EngineCore | None = core
         self._settings, self._paths = settings or load_settings(), paths
         self._thread = threading.get_ident()
         self.last: Answer | None = None
-        self._totals = dict.fromkeys(("answers", "tokens", "rounds", "model_drafted", "model_accepted"), 0)
-        self._seconds = 0.0
+        self._totals = AnswerTotals()
 
     @classmethod
     def load(
@@ -63,11 +65,14 @@ class Engine:
         paths: Paths | None = None,
         calibrate: bool = True,
     ) -> "Engine":
-        """Load models by the names that the settings know (a folder, a hub name, a GGUF file, the built-in model).
+        """Load models by the names that the settings know (a folder, a hub name, a GGUF file, the
+        built-in model).
 
-        Without `target` the settings' own pair. `draft` "auto" is the settings' draft for the settings' target and none for
-        another; None is none. `adapter`: an id, `current`, `best` or `latest` of the run directory. `drafter`: your own (see
-        docs/api.md). Without `calibrate` four tokens are drafted a round, whatever that costs. Raises ModelError, AdapterRejected.
+        Without `target`, the settings' pair is loaded. `draft`: "auto" is the settings' draft if
+        the target is the settings' target, and no draft for any other target; None is no draft.
+        `adapter`: an id, `current`, `best` or `latest` of the run directory. `drafter` makes a
+        custom drafter (docs/api.md). Without `calibrate`, every round drafts four tokens, whatever
+        that costs. Raises ModelError and AdapterRejected.
         """
         from specl.shared.loading.costs import load_or_calibrate
         from specl.shared.loading.engine import load_engine
@@ -81,35 +86,40 @@ class Engine:
             engine.use_adapter(adapter)
         return engine
 
-    # ------------------------------------------------------------------------------------------------ answers
-    def generate(self, prompt: str | Messages, **wish: Any) -> Answer:
-        """The whole answer. A text is a user's message; messages are taken as they are; the chat template is applied.
+    # -------------------------------------------------------------------------------------- answers
+    def generate(self, prompt: str | Messages, **options: Any) -> Answer:
+        """The complete answer. `prompt` is the user's message, or a list of chat messages; the chat
+        template is applied.
 
-        wish: system, max_tokens, temperature, top_p, top_k, min_p, seed, stop (a text or several), num_draft_tokens, ngram.
-        Raises RequestRejected for one that cannot be.
+        options: system, max_tokens, temperature, top_p, top_k, min_p, seed, stop (a text or
+        several), num_draft_tokens, ngram. Raises RequestRejected for an unknown option and for a
+        value that is not allowed.
         """
-        for _ in self.stream(prompt, **wish):
+        for _ in self.stream(prompt, **options):
             pass
         assert self.last is not None
         return self.last
 
-    def stream(self, prompt: str | Messages, **wish: Any) -> Iterator[str]:
-        """Text as it is made; `last` is set at the end, also where the caller stops early."""
-        core = self._ready()  # refused now, not at the first piece
-        if unknown := sorted(set(wish) - set(WISHES)):
-            raise RequestRejected(f"unknown: {', '.join(unknown)}", f"known are {', '.join(WISHES)}")
+    def stream(self, prompt: str | Messages, **options: Any) -> Iterator[str]:
+        """The text of the answer, piece by piece. `last` is set at the end, also if the caller
+        stops early. Options: see `generate`.
+        """
+        core = self._ready()  # errors are raised here, not at the first piece
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise RequestRejected(f"unknown: {', '.join(unknown)}", f"known are {', '.join(OPTIONS)}")
         rendered, tokens = core.encode_chat(
-            to_messages(prompt, wish.get("system")), reuse_tokens=wish.get("seed") is None
+            to_messages(prompt, options.get("system")), reuse_tokens=options.get("seed") is None
         )
-        session = core.session(tokens, self._options(wish))
-        stop = wish.get("stop") or ()
+        session = core.session(tokens, self._engine_options(options))
+        stop = options.get("stop") or ()
         return self._answer(core, session, rendered, (stop,) if isinstance(stop, str) else tuple(stop))
 
-    def _options(self, wish: dict[str, Any]) -> Any:
+    def _engine_options(self, options: dict[str, Any]) -> "RequestOptions":
+        """Options of the engine: those of the caller, and the defaults of the settings."""
         from specl.shared.engine.request_options import RequestOptions
 
         defaults = self._settings.speculative
-        given = {name: value for name, value in wish.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None}
         sampling = merge_sampling(defaults, {name: given[name] for name in SAMPLING_FIELDS if name in given})
         fixed = defaults.num_draft_tokens if defaults.num_draft_tokens != "auto" else None
         return RequestOptions(
@@ -122,7 +132,7 @@ class Engine:
     def _answer(self, core: "EngineCore", session: "Session", rendered: str, stop: tuple[str, ...]) -> Iterator[str]:
         from specl.shared.engine.text_output import TextOutput
 
-        began, first = time.perf_counter(), 0.0
+        start, first = time.perf_counter(), 0.0
         text = TextOutput(session, stop)
         try:
             while not session.prefill():
@@ -132,9 +142,9 @@ class Engine:
                 first = first or time.perf_counter()
                 if piece := text.read().text:
                     yield piece
-        except GeneratorExit:  # between two rounds: all that was made still stands
+        except GeneratorExit:  # the caller left between two rounds: the tokens so far are valid
             session.finish_reason = session.finish_reason or "cancelled"
-        self._finished(core, session, text.text, 1000 * (first - began) if first else 0.0)
+        self._finished(core, session, text.text, 1000 * (first - start) if first else 0.0)
         core.save_to_prefix_cache(session, core.adapter_id, rendered + text.text)
 
     def _finished(self, core: "EngineCore", session: "Session", text: str, ttft_ms: float) -> None:
@@ -142,30 +152,32 @@ class Engine:
 
         stats = answer_stats(session, core.costs, ttft_ms)
         self.last = Answer(text, list(session.output), session.finish_reason or "", stats)
-        self._totals["answers"] += 1
-        self._totals["tokens"] += len(session.output)
-        for name in ("rounds", "model_drafted", "model_accepted"):
-            self._totals[name] += getattr(stats, name)
-        self._seconds += session.stats.decode_s
+        self._totals.add(len(session.output), stats)
 
     def stats(self) -> dict[str, Any]:
-        """Of all answers so far: how many, tokens, rounds, acceptance (null before anything was drafted), tokens per second."""
+        """Totals of all answers so far. Acceptance is None before anything was drafted, the speed
+        before anything was decoded.
+        """
         core, totals = self._ready(), self._totals
-        drafted, seconds = totals["model_drafted"], self._seconds
         return {
-            **totals,
-            "acceptance_rate": round(totals["model_accepted"] / drafted, 4) if drafted else None,
-            "tokens_per_second": round(totals["tokens"] / seconds, 2) if seconds else None,
+            "answers": totals.answers,
+            "tokens": totals.tokens,
+            "rounds": totals.rounds,
+            "model_drafted": totals.drafted,
+            "model_accepted": totals.accepted,
+            "acceptance_rate": None if totals.acceptance is None else round(totals.acceptance, 4),
+            "tokens_per_second": round(totals.tokens_per_second, 2) or None,
             "target": core.target.name,
             "draft": core.draft.name if core.draft is not None else None,
             "adapter_id": core.adapter_id,
         }
 
-    # ------------------------------------------------------------------------------------------------ adapters, the end
+    # ---------------------------------------------------------------------------- adapters, the end
     def use_adapter(self, name: str) -> None:
-        """Draft with an adapter of the run directory (an id, `current`, `best`, `latest`), or with none where `name` is empty.
+        """Draft with an adapter of the run directory (an id, `current`, `best` or `latest`); with
+        an empty name, without any.
 
-        Raises AdapterRejected for one that is not there or does not fit.
+        Raises AdapterRejected for an adapter that does not exist or does not fit the draft.
         """
         from specl.shared.adapters.registry import Adapters
         from specl.shared.adapters.tensors import load_adapter
@@ -188,7 +200,7 @@ class Engine:
         return self._core
 
     def close(self) -> None:
-        """Let the models go. Closing twice does no harm."""
+        """Free the models. Closing twice is allowed."""
         if self._core is not None:
             from specl.shared.models.free_memory import free_memory
 
@@ -203,7 +215,7 @@ class Engine:
 
 
 def _with_models(settings: Settings, target: str | None, draft: str | None) -> Settings:
-    """Settings with these models in place of their own."""
+    """The settings with these models in place of those that they name."""
     models = settings.models
     name = target or models.target.name
     if draft == AUTO:

@@ -1,7 +1,9 @@
-"""The run directory (`var/`): every file and folder in it by name. Knows layout and permissions, nothing of contents.
+"""The run directory (`var/`): every file and folder in it by name. Knows layout and permissions,
+nothing of contents.
 
-The run directory is `SPECL_VAR`; without it `var/` of the checkout that this package runs from, or of the checkout that is
-the current folder; without a checkout `~/.local/share/speclora`. Daemons with different run directories share nothing.
+The run directory is `SPECL_VAR`; without it `var/` of the checkout that this package runs from, or
+of the checkout that is the current folder; without a checkout `~/.local/share/speclora`. Daemons
+with different run directories share nothing.
 """
 
 import errno
@@ -99,7 +101,8 @@ class Paths:
     def create(self) -> "Paths":
         """Make the folders, private to this user.
 
-        Raises ConfigError where permissions forbid it, SpecLoraError where the disk refuses: a full disk may have space again.
+        Raises ConfigError where permissions forbid it, SpecLoraError where the disk refuses: a full
+        disk may have space again.
         """
         folders = (self.run, self.logs, self.adapters, self.hidden, self.training, self.costs, self.root / "outbox")
         try:
@@ -122,7 +125,9 @@ def _is_checkout(folder: Path) -> bool:
 
 
 def default_root(environ: Mapping[str, str], package: Path, cwd: Path) -> Path:
-    """The run directory by the rule at the top of this module. `package` is the `shared` folder of this package."""
+    """The run directory by the rule at the top of this module. `package` is the `shared` folder of
+    this package.
+    """
     if environ.get("SPECL_VAR"):
         return Path(environ["SPECL_VAR"]).expanduser().absolute()
     for folder in (package.parent, cwd):

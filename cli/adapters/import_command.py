@@ -1,7 +1,8 @@
-"""`specl-ctl adapters import`: an adapter made elsewhere goes through the gate that every trained one goes through.
+"""`specl-ctl adapters import`: has an external adapter judged by the gate that judges every trained
+one.
 
-The files are copied beside the adapters, where the trainer reads them; it scores, promotes or refuses. Nothing of the source
-directory is changed.
+Copies its files into the adapters folder, where the trainer reads them. The trainer evaluates the
+adapter, and promotes or refuses it. The source directory is not changed.
 """
 
 import json
@@ -20,22 +21,23 @@ from specl.shared.messaging.codes import RunVerdict
 from specl.shared.messaging.daemon_status import EvaluationStatus
 from specl.shared.paths import find_paths
 
-SILENCE_S = 10.0  # a trainer that loads models may be slow to answer
+TRAINER_TIMEOUT_S = 10.0  # a trainer that loads models may be slow to answer
 
 
 @click.command("import")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--json", "as_object", is_flag=True, help="The verdict as one JSON object.")
 def import_(directory: Path, as_object: bool) -> None:
-    """Judge the adapter in DIRECTORY; draft with it if it proves better.
+    """Judge the adapter in DIRECTORY, and draft with it if it is better.
 
-    DIRECTORY holds adapters.safetensors and adapter_config.json: an adapter of SpecLoRA's, or what mlx-lm's LoRA trainer wrote
-    for the same draft. It is scored against the adapter in force on held-out conversations and on general text, as a trained
-    one is. Whatever the verdict, it is stored; `adapters list --all` shows it. Exit code 1 where it was not promoted.
+    DIRECTORY holds adapters.safetensors and adapter_config.json: an adapter of SpecLoRA, or one
+    that mlx-lm's LoRA trainer wrote for the same draft. It is compared with the active adapter on
+    held-out conversations and on general text, as a trained one is. The verdict is stored;
+    `adapters list --all` shows it. Exit code 1 if it was not promoted.
     """
-    known = Adapters(find_paths().create().adapters)
+    registry = Adapters(find_paths().create().adapters)
     try:
-        staged = known.stage(directory, uuid.uuid4().hex)
+        staged = registry.stage(directory, uuid.uuid4().hex)
     except AdapterRejected as error:
         raise ConfigError(str(error), "mlx-lm writes adapters.safetensors and adapter_config.json") from error
     except OSError as error:
@@ -54,36 +56,36 @@ def import_(directory: Path, as_object: bool) -> None:
             shutil.rmtree(staged, ignore_errors=True)
             raise
         outcome = _follow(client, reply.run_id)
-    _tell(outcome, reply.run_id, as_object)
+    _print_outcome(outcome, reply.run_id, as_object)
 
 
 def _follow(client: Client, run_id: str) -> EvaluationStatus:
-    """Wait for the verdict, saying on stderr where it is."""
-    said, heard = "", time.monotonic()
+    """Wait for the verdict, and report the trainer's state on stderr."""
+    reported, last_answer = "", time.monotonic()
     while True:
         trainer = client.status().trainer
         if trainer is None:
-            if time.monotonic() - heard < SILENCE_S:
+            if time.monotonic() - last_answer < TRAINER_TIMEOUT_S:
                 continue
             raise SpecLoraError("the trainer stopped before a verdict", "look into var/logs/trainer.log")
-        heard = time.monotonic()
+        last_answer = time.monotonic()
         outcome = trainer.evaluations.get(run_id)
         if outcome is None:
             raise SpecLoraError("the trainer was restarted before a verdict", "import the directory again")
         if outcome.verdict is not None:
             return outcome
         state = trainer.training.state
-        if state not in (said, "idle"):
+        if state not in (reported, "idle"):
             click.echo(state, err=True)
-            said = state
+            reported = state
         time.sleep(0.5)
 
 
-def _tell(outcome: EvaluationStatus, run_id: str, as_object: bool) -> None:
+def _print_outcome(outcome: EvaluationStatus, run_id: str, as_object: bool) -> None:
     if as_object:
         click.echo(json.dumps(asdict(outcome) | {"run": run_id}))
     else:
-        named = f" (adapter {outcome.adapter_id})" if outcome.adapter_id else ""
-        click.echo(f"{outcome.verdict}: {outcome.reason}{named}")
+        suffix = f" (adapter {outcome.adapter_id})" if outcome.adapter_id else ""
+        click.echo(f"{outcome.verdict}: {outcome.reason}{suffix}")
     if outcome.verdict != RunVerdict.PROMOTED:
-        raise SpecLoraError("the adapter was not promoted; what drafts is unchanged")
+        raise SpecLoraError("the adapter was not promoted; the active adapter is unchanged")

@@ -1,6 +1,8 @@
-"""Where a chat's messages come from: a terminal with line editing and history, or standard input, one message a line.
+"""The messages of a chat: from a terminal with line editing and history, or from standard input,
+one message a line.
 
-Both know `\"\"\"`: from a line that begins with it to one that ends with it is one message.
+In both, the lines from one that begins with `\"\"\"` to one that ends with it are one message.
+Knows lines, not commands.
 """
 
 import os
@@ -14,11 +16,11 @@ from specl.shared.paths import Paths
 from specl.shared.retention.chat_history import FENCE, history_file, history_is_kept
 from specl.shared.settings.schema import Records
 
-PROMPT, MORE = "> ", ". "
+PROMPT, CONTINUATION = "> ", ". "
 
 
 def messages(lines: Callable[[str], str]) -> Iterator[str]:
-    """Messages out of `lines(prompt)`, which raises EOFError at the end."""
+    """The messages in the lines that `lines(prompt)` returns; it raises EOFError at the end."""
     while True:
         try:
             line = lines(PROMPT)
@@ -31,14 +33,14 @@ def _fenced(first: str, lines: Callable[[str], str]) -> str:
     text = first.lstrip()[len(FENCE) :]
     while not text.rstrip().endswith(FENCE):
         try:
-            text += "\n" + lines(MORE)
+            text += "\n" + lines(CONTINUATION)
         except EOFError:
             return text.strip("\n")
     return text.rstrip()[: -len(FENCE)].strip("\n")
 
 
-def piped(source: Iterable[str]) -> Callable[[str], str]:
-    """Lines of a pipe or file, without their ends; the prompt is shown to nobody."""
+def from_pipe(source: Iterable[str]) -> Callable[[str], str]:
+    """A reader of the lines of a pipe or file, without their ends. It shows no prompt."""
     iterator = iter(source)
 
     def read(prompt: str) -> str:
@@ -49,8 +51,11 @@ def piped(source: Iterable[str]) -> Callable[[str], str]:
     return read
 
 
-def terminal(paths: Paths, records: Records, remember: bool, commands: list[str]) -> Callable[[str], str]:
-    """Lines from a terminal. Enter sends, Alt-Enter begins a new line, arrows walk the history, Tab completes commands."""
+def from_terminal(paths: Paths, records: Records, remember: bool, commands: list[str]) -> Callable[[str], str]:
+    """A reader of lines from a terminal. Enter sends, Alt-Enter begins a new line, arrows move in
+    the history, Tab completes commands. With `remember` the history is kept on disk, where the
+    settings allow it.
+    """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.key_binding import KeyBindings
@@ -64,7 +69,7 @@ def terminal(paths: Paths, records: Records, remember: bool, commands: list[str]
 
     completer = WordCompleter(commands, sentence=True)
     session: Any = PromptSession(
-        history=_history(paths, records, remember),
+        history=open_history(paths, records, remember),
         key_bindings=keys,
         completer=completer,
         complete_while_typing=False,
@@ -74,8 +79,10 @@ def terminal(paths: Paths, records: Records, remember: bool, commands: list[str]
     return lambda prompt: session.prompt(prompt)
 
 
-def _history(paths: Paths, records: Records, remember: bool) -> Any:
-    """On disk only where the settings keep text whole and for ever; where a purge looks."""
+def open_history(paths: Paths, records: Records, remember: bool) -> Any:
+    """The history of messages: a file, which a purge erases too, only where the settings keep text
+    complete and without limit.
+    """
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     if not remember or not history_is_kept(records):
@@ -83,16 +90,18 @@ def _history(paths: Paths, records: Records, remember: bool) -> Any:
     path = history_file(paths)
     try:
         os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
-    except OSError:  # no run directory yet, or a full disk: talking matters more
+    except OSError:  # no run directory yet, or a full disk: the chat matters more
         return InMemoryHistory()
 
     class History(FileHistory):
-        """The file, as long as the disk takes it; after that memory alone."""
+        """The file as long as the disk accepts it, after that memory alone."""
 
         full = False
 
         def store_string(self, string: str) -> None:
-            """Append; said once where that cannot be, since prompt_toolkit would show a traceback for every message."""
+            """Append. A failure is reported once, because prompt_toolkit would show a traceback for
+            every message.
+            """
             try:
                 if not self.full:
                     super().store_string(string)
@@ -104,5 +113,5 @@ def _history(paths: Paths, records: Records, remember: bool) -> Any:
 
 
 def is_interactive() -> bool:
-    """Whether somebody sits there."""
+    """Whether a person types: standard input and output are terminals."""
     return sys.stdin.isatty() and sys.stdout.isatty()

@@ -1,4 +1,6 @@
-"""A conversation as `chat` keeps it: the message list that is sent whole each turn, and what the answers cost. No terminal here."""
+"""A conversation of `chat`: its messages, all of which are sent each turn, and the totals of its
+answers. Knows no terminal.
+"""
 
 import json
 import uuid
@@ -6,85 +8,64 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specl.shared.answer_stats import AnswerTotals
 from specl.shared.errors import SpecLoraError
-from specl.shared.messaging.messages import Done
 
 
-@dataclass(slots=True)
-class Totals:
-    """Over the answers of one conversation. Acceptance is the model drafter's alone."""
-
-    answers: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    drafted: int = 0
-    accepted: int = 0
-    reused: int = 0
-    prompt: int = 0
-
-    def add(self, done: Done) -> None:
-        """Count one answer."""
-        stats = done.stats
-        self.answers += 1
-        self.tokens += done.tokens
-        if stats.tokens_per_second:
-            self.seconds += done.tokens / stats.tokens_per_second
-        self.drafted += stats.model_drafted
-        self.accepted += stats.model_accepted
-        self.reused += stats.reused_prompt_tokens
-        self.prompt += stats.prompt_tokens
-
-    def line(self) -> str:
-        """One line for a person."""
-        if not self.answers:
-            return "no answer yet"
-        speed = f", {self.tokens / self.seconds:.1f} tok/s" if self.seconds else ""
-        accepted = f"{self.accepted} of {self.drafted} drafted accepted"
-        share = f" ({self.accepted / self.drafted:.2f})" if self.drafted else ""
-        return (
-            f"{self.answers} answers, {self.tokens} tokens{speed}; by the draft model {accepted}{share}; "
-            f"{self.reused} of {self.prompt} prompt tokens reused from turns before"
-        )
+def totals_line(totals: AnswerTotals) -> str:
+    """The totals of a conversation in one line, for people."""
+    if not totals.answers:
+        return "no answer yet"
+    speed = f", {totals.tokens_per_second:.1f} tok/s" if totals.seconds else ""
+    acceptance = "" if totals.acceptance is None else f" ({totals.acceptance:.2f})"
+    return (
+        f"{totals.answers} answers, {totals.tokens} tokens{speed}; by the draft model "
+        f"{totals.accepted} of {totals.drafted} drafted accepted{acceptance}; "
+        f"{totals.reused_prompt_tokens} of {totals.prompt_tokens} prompt tokens reused from turns before"
+    )
 
 
 @dataclass(slots=True)
 class Conversation:
-    """Turns of one conversation, and its id."""
+    """The messages of one conversation, and its id."""
 
     system: str = ""
     turns: list[dict[str, Any]] = field(default_factory=list)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    totals: Totals = field(default_factory=Totals)
+    totals: AnswerTotals = field(default_factory=AnswerTotals)
 
     def messages(self) -> list[dict[str, Any]]:
-        """What is sent: the system message, if any, and every turn."""
+        """The messages to send: the system message, if there is one, and every turn."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
-    def say(self, text: str) -> None:
-        """The user's turn."""
+    def add_question(self, text: str) -> None:
+        """Add the user's turn."""
         self.turns.append({"role": "user", "content": text})
 
-    def answer(self, text: str) -> None:
-        """The assistant's turn; without any text the question is taken back, so that turns keep alternating."""
+    def add_answer(self, text: str) -> None:
+        """Add the assistant's turn. Without text the question is removed instead, so that the roles
+        keep alternating.
+        """
         if text:
             self.turns.append({"role": "assistant", "content": text})
         else:
-            self.take_back()
+            self.remove_question()
 
-    def take_back(self) -> None:
-        """Forget a question that has no answer."""
+    def remove_question(self) -> None:
+        """Remove a question that has no answer."""
         if self.turns and self.turns[-1]["role"] == "user":
             self.turns.pop()
 
     def reset(self) -> None:
-        """Begin anew; the system message stays."""
+        """Begin a new conversation with the same system message."""
         self.turns.clear()
-        self.id, self.totals = uuid.uuid4().hex, Totals()
+        self.id, self.totals = uuid.uuid4().hex, AnswerTotals()
 
     def save(self, path: Path) -> None:
-        """Write to `path`: `.json` and `.jsonl` get the messages (one prompt of `collect`), anything else Markdown.
+        """Write the conversation to `path`: `.json` and `.jsonl` as messages (one prompt of
+        `collect`), others as Markdown.
 
-        Raises SpecLoraError where that cannot be.
+        Raises SpecLoraError if the file cannot be written.
         """
         messages = self.messages()
         if path.suffix == ".json":

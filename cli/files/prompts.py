@@ -1,6 +1,8 @@
-"""Prompts in a file: text (one a line), JSON lines, a JSON list, or CSV with a header. Used by `collect`, `eval` and `draft build`.
+"""Prompts in a file: text (one a line), JSON lines, a JSON list, or CSV with a header. Used by
+`collect`, `eval` and `draft build`.
 
-Knows the forms of prompts, nothing of what becomes of them. All problems of a file are collected and raised together.
+Knows the forms of prompts, nothing of what becomes of them. All problems of a file are collected
+and raised together.
 """
 
 import csv
@@ -36,10 +38,12 @@ class FilePrompt:
 def read_prompts(
     file: str, column: str | None = None, limit: int | None = None, *, json_in_text: bool = False
 ) -> list[FilePrompt]:
-    """The prompts in `file` (`-`: text from standard input), the first `limit` of them. The suffix of its name decides the form.
+    """The prompts in `file` (`-`: text from standard input), the first `limit` of them. The suffix
+    of its name decides the form.
 
-    `column` is the column (CSV) or key (JSON) that holds the prompt. With `json_in_text` a line of a text file that begins with
-    `{` is JSON. Raises ConfigError, which names file and line, for what is no prompt, and for a file without any.
+    `column` is the column (CSV) or key (JSON) that holds the prompt. With `json_in_text` a line of
+    a text file that begins with `{` is JSON. Raises ConfigError, which names file and line, for
+    what is no prompt, and for a file without any.
     """
     suffix = Path(file).suffix.lower()
     if suffix in (".csv", ".tsv"):
@@ -52,7 +56,7 @@ def read_prompts(
 
 
 def raise_problems(problems: Sequence[str], hint: str = "") -> None:
-    """Raise ConfigError that names the first few problems and counts the rest; nothing without any."""
+    """Raise ConfigError that names the first few problems and counts the rest, if there are any."""
     if problems:
         more = f"\nand {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
         raise ConfigError("\n".join(problems[:MOST_PROBLEMS]) + more, hint)
@@ -62,7 +66,7 @@ def _user_message(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-# ---------------------------------------------------------------------------------------------------- CSV
+# ---------------------------------------------------------------------------------------------- CSV
 def _from_csv(file: str, text: str, column: str | None, delimiter: str) -> list[FilePrompt]:
     limit = csv.field_size_limit(max(len(text), 1))  # the default of 128 KB a field is less than a long document
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
@@ -85,10 +89,12 @@ def _rows(file: str, reader: "csv.DictReader[str]", column: str | None) -> Itera
             yield FilePrompt(reader.line_num, _user_message(row[chosen].strip()))
 
 
-# ---------------------------------------------------------------------------------------------------- text and JSON
+# ------------------------------------------------------------------------------------ text and JSON
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """A prompt before it is checked: `json` is a JSON text still to be parsed, or `value` is the parsed value."""
+    """A prompt before it is checked: `json` is a JSON text still to be parsed, or `value` is the
+    parsed value.
+    """
 
     line: int
     value: Any = None
@@ -129,9 +135,11 @@ def _from_values(file: str, values: Iterator[_Value], column: str | None) -> lis
 
 
 def to_messages(value: Any, column: str | None = None) -> list[dict[str, Any]]:
-    """The chat messages of a JSON value: a text, or an object with `messages` or with one of the known keys.
+    """The chat messages of a JSON value: a text, or an object with `messages` or with one of the
+    known keys.
 
-    Assistant messages at the end are left out, because the model is to write them. Raises ValueError.
+    Assistant messages at the end are left out, because the model is to write them. Raises
+    ValueError.
     """
     if isinstance(value, str) and value.strip():
         return _user_message(value)

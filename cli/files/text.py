@@ -1,7 +1,9 @@
-"""Text from a file or standard input: UTF-8 whatever the locale, with or without a byte order mark; and JSON in such text.
+"""Text from a file or standard input: UTF-8 whatever the locale, with or without a byte order mark;
+and JSON in such text.
 
-A line ends at a newline and nowhere else. A form feed, U+0085 and U+2028 are characters of a prompt, although `str.splitlines`
-ends lines at them. Text that cannot be read is an error of one sentence, which names file and line.
+A line ends at a newline and nowhere else. A form feed, U+0085 and U+2028 are characters of a
+prompt, although `str.splitlines` ends lines at them. Text that cannot be read is an error of one
+sentence, which names file and line.
 """
 
 import json
@@ -17,7 +19,9 @@ STDIN = "-"
 
 
 def read_lines(file: str) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of every line of `file` (`-`: standard input), as they arrive. Raises ConfigError."""
+    """Number (from 1) and text of every line of `file` (`-`: standard input), as they arrive.
+    Raises ConfigError.
+    """
     for number, line in _decode(file):
         yield number, line.rstrip("\r\n")
 
@@ -41,7 +45,8 @@ def _decode(file: str) -> Iterator[tuple[int, str]]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError, also for deep nesting and for half a surrogate pair.
+    """The value of a JSON text. Raises ValueError, also for deep nesting and for half a surrogate
+    pair.
 
     Python's own reader lets the latter pass, and it raises RecursionError for the former.
     """

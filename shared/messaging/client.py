@@ -12,7 +12,7 @@ cancelled answer, can never be taken for the answer to the next. So threads may 
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -160,7 +160,7 @@ class Client:
                 return piece
         raise SpecLoraError("the inference daemon ended the request without an answer")
 
-    def deltas(self, ask: Ask, on_position: OnPosition = _ignore) -> Iterator[Delta]:
+    def deltas(self, ask: Ask, on_position: OnPosition = _ignore) -> Generator[Delta, None, None]:
         """Pieces of one answer, until it is done. `on_position` hears the position in the queue whenever it changes."""
         self.last = None
         for piece in self._pieces(ask, on_position):

@@ -1,4 +1,6 @@
-"""SpecLoRA: a local model server that gets faster the more it is used and never changes a word of what it says."""
+"""SpecLoRA: a local model server that gets faster the more it is used and never changes a word of
+what it says.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,1 +1,3 @@
-"""What every process needs of its machine: locks, supervision, signals, logs, atomic files, progress, power, failpoints."""
+"""What every process needs of its machine: locks, supervision, signals, logs, atomic files,
+progress, power, failpoints.
+"""

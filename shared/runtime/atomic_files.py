@@ -1,11 +1,13 @@
-"""Files and folders that appear complete or not at all: content goes to a scratch name beside the target, which is then renamed.
+"""Files and folders that appear complete or not at all: content goes to a scratch name beside the
+target, which is then renamed.
 
-Knows names and the disk, nothing of contents. A process that is killed leaves the previous file or folder, or none, never half of one;
-its scratch file may stay (`leftovers`).
+Knows names and the disk, nothing of contents. A process that is killed leaves the previous file or
+folder, or none, never half of one; its scratch file may stay (`leftovers`).
 
-Syncing has one rule. What another process or a restart relies on is synced (`sync=True`): first the content, then the rename in its
-folder, so that it survives a power cut. What can be measured or made again is not synced: a power cut may leave it empty, and its
-reader must take an unreadable file for a missing one.
+Syncing has one rule. What another process or a restart relies on is synced (`sync=True`): first the
+content, then the rename in its folder, so that it survives a power cut. What can be measured or
+made again is not synced: a power cut may leave it empty, and its reader must take an unreadable
+file for a missing one.
 """
 
 import os
@@ -18,7 +20,8 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_file(path: Path, *, sync: bool, mode: int = 0o600) -> Iterator[BinaryIO]:
-    """A scratch file to write into (its path is `.name`). It replaces `path` at the end of the block and is removed if that raises.
+    """A scratch file to write into (its path is `.name`). It replaces `path` at the end of the
+    block and is removed if that raises.
 
     `mode` passes through the umask. Raises OSError where the disk refuses.
     """
@@ -39,9 +42,11 @@ def atomic_file(path: Path, *, sync: bool, mode: int = 0o600) -> Iterator[Binary
 
 
 def write_file(path: Path, data: bytes | str, *, sync: bool, mode: int = 0o600) -> None:
-    """Replace `path` by a file with this content (text as UTF-8). Raises OSError; then `path` is as it was.
+    """Replace `path` by a file with this content (text as UTF-8). Raises OSError; then `path` is as
+    it was.
 
-    Syncing: what another process or a restart relies on is synced with its folder; what can be measured or made again is not.
+    Syncing: what another process or a restart relies on is synced with its folder; what can be
+    measured or made again is not.
     """
     with atomic_file(path, sync=sync, mode=mode) as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -54,7 +59,8 @@ def leftovers(path: Path) -> list[Path]:
 
 @contextmanager
 def atomic_dir(folder: Path, *, sync: bool) -> Iterator[Path]:
-    """A scratch folder to write into. It replaces `folder` at the end of the block and is removed if that raises.
+    """A scratch folder to write into. It replaces `folder` at the end of the block and is removed
+    if that raises.
 
     One writer at a time. Raises OSError where the disk refuses.
     """
@@ -77,7 +83,9 @@ def atomic_dir(folder: Path, *, sync: bool) -> Iterator[Path]:
 
 
 def copies_of(folder: Path) -> tuple[Path, Path, Path]:
-    """`folder`, and the scratch folder and the previous folder that a kill inside `atomic_dir` can leave beside it."""
+    """`folder`, and the scratch folder and the previous folder that a kill inside `atomic_dir` can
+    leave beside it.
+    """
     return folder, folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
 
 

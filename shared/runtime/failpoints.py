@@ -1,7 +1,9 @@
-"""Named failpoints, where a test can end the process as `kill -9` would. They do nothing unless the environment names one.
+"""Named failpoints, where a test can end the process as `kill -9` would. They do nothing unless the
+environment names one.
 
-`SPECL_CRASH_AT=outbox.after_commit` ends the process at that point, `SPECL_CRASH_AT=outbox.after_commit:3` at its third passage.
-`SPECL_CRASH_NOTE=FILE`: the process first appends the name of the point to FILE, so that a test can tell which points were reached.
+`SPECL_CRASH_AT=outbox.after_commit` ends the process at that point,
+`SPECL_CRASH_AT=outbox.after_commit:3` at its third passage. `SPECL_CRASH_NOTE=FILE`: the process
+first appends the name of the point to FILE, so that a test can tell which points were reached.
 """
 
 import os
@@ -30,7 +32,9 @@ _passages: dict[str, int] = {}
 
 
 def failpoint(name: str) -> None:
-    """End the process here, with exit code 137, if `SPECL_CRASH_AT` names this point and its passage."""
+    """End the process here, with exit code 137, if `SPECL_CRASH_AT` names this point and its
+    passage.
+    """
     setting = os.environ.get("SPECL_CRASH_AT")
     if not setting:
         return

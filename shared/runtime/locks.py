@@ -24,7 +24,9 @@ class Lock:
     """
 
     def __init__(self, run: Path, role: str, command: str = "") -> None:
-        """`command` is the command line of a command that takes a daemon's role; empty for a daemon."""
+        """`command` is the command line of a command that takes a daemon's role; empty for a
+        daemon.
+        """
         path = run / f"{role}.lock"
         self._file: IO[str] = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - stays open on purpose
         if not self._acquire():
@@ -37,7 +39,9 @@ class Lock:
             self._file.flush()
 
     def _acquire(self) -> bool:
-        """Try for ACQUIRE_TIMEOUT_S, because `is_locked` in another process holds the lock for a moment."""
+        """Try for ACQUIRE_TIMEOUT_S, because `is_locked` in another process holds the lock for a
+        moment.
+        """
         end = time.monotonic() + ACQUIRE_TIMEOUT_S
         while True:
             try:
@@ -65,7 +69,9 @@ def _already_running(run: Path, role: str) -> AlreadyRunning:
 
 
 def holder_of(run: Path, role: str) -> int | None:
-    """The pid in the lock file, or None. A hint for messages; only the lock itself says whether it is held."""
+    """The pid in the lock file, or None. A hint for messages; only the lock itself says whether it
+    is held.
+    """
     pid = _content(run, role).get("pid")
     return pid if isinstance(pid, int) else None
 
@@ -91,7 +97,9 @@ def _content(run: Path, role: str) -> dict[str, Any]:
 
 
 def is_locked(run: Path, role: str) -> bool:
-    """Whether a process holds the role. Creates no file; the lock it tries is shared, so callers do not see each other."""
+    """Whether a process holds the role. Creates no file; the lock it tries is shared, so callers do
+    not see each other.
+    """
     try:
         with open(run / f"{role}.lock", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,7 +1,9 @@
-"""Structured logs: readable lines on the terminal, JSON lines in var/logs. Set up once in each process; knows no event.
+"""Structured logs: readable lines on the terminal, JSON lines in var/logs. Set up once in each
+process; knows no event.
 
-structlog is imported with the first event, because it brings asyncio and rich, and most commands log nothing.
-Events are named `noun.verb_past` and have fields. A fact that users need is also in `specl-ctl status`, never in a log alone.
+structlog is imported with the first event, because it brings asyncio and rich, and most commands
+log nothing. Events are named `noun.verb_past` and have fields. A fact that users need is also in
+`specl-ctl status`, never in a log alone.
 """
 
 import logging
@@ -19,7 +21,9 @@ LOG_FILES = 5
 
 
 class _QuietStream(logging.StreamHandler[TextIO]):
-    """Writes to a terminal and ignores one that is gone: when honcho dies its pipe breaks, and the daemon must go on."""
+    """Writes to a terminal and ignores one that is gone: when honcho dies its pipe breaks, and the
+    daemon must go on.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -59,20 +63,22 @@ def _formatter(renderer: Any) -> "structlog.stdlib.ProcessorFormatter":
 
 
 def set_up(role: str, folder: Path | None, level: str = "info") -> None:
-    """Send every event of this process to stderr, and to `folder/role.log` as JSON lines (0600, rotated)."""
+    """Send every event of this process to stderr, and to `folder/role.log` as JSON lines (0600,
+    rotated).
+    """
     import structlog
 
     terminal = _QuietStream(sys.stderr)
     renderer = structlog.dev.ConsoleRenderer(
         colors=sys.stderr.isatty(),
         pad_event_to=24,
-        # the default formatter shows the local variables of every frame, and those hold what users wrote
+        # the default formatter shows local variables, and those hold what users wrote
         exception_formatter=structlog.dev.plain_traceback,
     )
     terminal.setFormatter(_formatter(renderer))
     handlers: list[logging.Handler] = [terminal]
     if folder is not None:
-        # opened with the first event, so that a daemon starts on a full disk; 0600 by the daemons' umask
+        # opened with the first event, so that a daemon starts on a full disk; 0600 by its umask
         file = _QuietFile(folder / f"{role}.log", maxBytes=LOG_BYTES, backupCount=LOG_FILES, delay=True)
         file.setFormatter(_formatter(structlog.processors.JSONRenderer()))
         handlers.append(file)

@@ -1,10 +1,12 @@
-"""Whether the machine runs on its battery or is hot. What cannot be read counts as neither. Knows nothing of who asks.
+"""Whether the machine runs on its battery or is hot. What cannot be read counts as neither. Knows
+nothing of who asks.
 
-macOS: `pmset -g batt` and `pmset -g therm` (man pmset, under GETTING). Their lines are those of Apple's pmset.c
-(PowerManagement, apple-oss-distributions): `Now drawing from 'Battery Power'` (or `AC Power`, `UPS Power`);
-`Thermal Warning Level = N`, where IOPM.h has 0 for normal and 255 for unknown; `CPU_Speed_Limit = N` per cent, 100 for no
-limit. Where nothing was recorded, the line is `Note: No thermal warning level has been recorded`.
-Linux: the files of /sys/class/power_supply (the kernel's Documentation/ABI/testing/sysfs-class-power); heat is not read.
+macOS: `pmset -g batt` and `pmset -g therm` (man pmset, under GETTING). Their lines are those of
+Apple's pmset.c (PowerManagement, apple-oss-distributions): `Now drawing from 'Battery Power'` (or
+`AC Power`, `UPS Power`); `Thermal Warning Level = N`, where IOPM.h has 0 for normal and 255 for
+unknown; `CPU_Speed_Limit = N` per cent, 100 for no limit. Where nothing was recorded, the line is
+`Note: No thermal warning level has been recorded`. Linux: the files of /sys/class/power_supply (the
+kernel's Documentation/ABI/testing/sysfs-class-power); heat is not read.
 """
 
 import re
@@ -49,7 +51,9 @@ def drawing_from_battery(output: str) -> bool:
 
 
 def is_hot(output: str) -> bool:
-    """Whether the output of `pmset -g therm` has a thermal warning or a limit of the processor below 100 per cent."""
+    """Whether the output of `pmset -g therm` has a thermal warning or a limit of the processor
+    below 100 per cent.
+    """
     warning = any(0 < int(level) < UNKNOWN_LEVEL for level in _LEVEL.findall(output))
     return warning or any(int(limit) < 100 for limit in _LIMIT.findall(output))
 
@@ -78,7 +82,9 @@ def _word(file: Path) -> str:
 
 
 def _pmset(topic: str) -> str:
-    """What `pmset -g TOPIC` prints; empty where it cannot be run or takes longer than PMSET_TIMEOUT_S."""
+    """What `pmset -g TOPIC` prints; empty where it cannot be run or takes longer than
+    PMSET_TIMEOUT_S.
+    """
     try:
         process = subprocess.run(
             [PMSET, "-g", topic], stdin=subprocess.DEVNULL, capture_output=True, timeout=PMSET_TIMEOUT_S, check=False

@@ -17,8 +17,9 @@ SESSION_NICE = "12"
 class StopFlag:
     """True once the process must stop: after SIGTERM or SIGINT, or once its supervisor is gone.
 
-    `parent`: the flag is also set when the process has another parent than this pid. `ancestor`: the flag is also set when
-    no process has this pid. Without them an orphan would keep its sockets and locks. `on_stop` is called by the signal.
+    `parent`: the flag is also set when the process has another parent than this pid. `ancestor`:
+    the flag is also set when no process has this pid. Without them an orphan would keep its sockets
+    and locks. `on_stop` is called by the signal.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class StopFlag:
 
 
 def supervisor_pid() -> int | None:
-    """The pid of the process that this one must stop with, from `SPECL_DIE_WITH_PARENT`; None without one.
+    """The pid of the process that this one must stop with, from `SPECL_DIE_WITH_PARENT`; None
+    without one.
 
     The pid is passed explicitly: getppid() may already return 1 when first asked.
     """
@@ -64,8 +66,8 @@ def _is_alive(pid: int) -> bool:
 def honcho_pid() -> int | None:
     """The pid of the honcho that started this process, or None.
 
-    Honcho runs each Procfile line in a child of its own, which outlives it. So honcho is the parent's parent, and the parent
-    alone does not tell whether honcho lives.
+    Honcho runs each Procfile line in a child of its own, which outlives it. So honcho is the
+    parent's parent, and the parent alone does not tell whether honcho lives.
     """
     if "HONCHO_PROCESS_NAME" not in os.environ:
         return None
@@ -82,10 +84,11 @@ def honcho_pid() -> int | None:
 def lower_priority() -> None:
     """Give this process nice 19, and its whole session a low priority if this process leads one.
 
-    Linux can share the processor by session first (autogroup, on by default on many systems). Nice then counts within a
-    session only, and honcho gives every daemon a session of its own: of two busy loops on one core, nice 19 took as much as
-    nice 0. SESSION_NICE gives the session a fifteenth of another session's share. At the lowest priority (a sixty-eighth) a
-    trainer beside one busy program took five minutes to start.
+    Linux can share the processor by session first (autogroup, on by default on many systems). Nice
+    then counts within a session only, and honcho gives every daemon a session of its own: of two
+    busy loops on one core, nice 19 took as much as nice 0. SESSION_NICE gives the session a
+    fifteenth of another session's share. At the lowest priority (a sixty-eighth) a trainer beside
+    one busy program took five minutes to start.
     """
     os.nice(19)
     if os.getsid(0) == os.getpid():

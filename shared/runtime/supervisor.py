@@ -1,7 +1,8 @@
-"""The supervisor: the process on each Procfile line. It starts a daemon and starts it again when it dies.
+"""The supervisor: the process on each Procfile line. It starts a daemon and starts it again when it
+dies.
 
-Knows exit codes and pauses, nothing of what a daemon does. Honcho stops every line when one ends, so the supervisor ends only
-where starting again cannot help.
+Knows exit codes and pauses, nothing of what a daemon does. Honcho stops every line when one ends,
+so the supervisor ends only where starting again cannot help.
 """
 
 import os
@@ -23,11 +24,13 @@ HEALTHY_AFTER_S = 60.0  # a daemon that ran for so long starts again with the sh
 
 
 def supervise(role: str, run: Path) -> int:
-    """Run `python -m specl.daemons.ROLE`, and run it again when it dies, until stopped; the exit code is for honcho.
+    """Run `python -m specl.daemons.ROLE`, and run it again when it dies, until stopped; the exit
+    code is for honcho.
 
-    EX_CONFIG, which makes honcho stop every daemon, is returned after a settings error, and where another daemon of this role
-    ran before this one was first started. A daemon that is refused later, or because a command (a purge, an import) has its
-    role, is started again until it is its turn: it must not stop all the others.
+    EX_CONFIG, which makes honcho stop every daemon, is returned after a settings error, and where
+    another daemon of this role ran before this one was first started. A daemon that is refused
+    later, or because a command (a purge, an import) has its role, is started again until it is its
+    turn: it must not stop all the others.
     """
     # honcho tells nobody when it is killed with -9: the supervisor must notice by itself
     flag = StopFlag(parent=supervisor_pid() or os.getppid(), ancestor=honcho_pid())
@@ -62,7 +65,9 @@ def _sleep(seconds: float, flag: StopFlag) -> None:
 
 
 def _wait(child: subprocess.Popen[bytes], flag: StopFlag) -> int:
-    """The child's exit code. Once the flag is set, the child is stopped, and killed after STOP_GRACE_S."""
+    """The child's exit code. Once the flag is set, the child is stopped, and killed after
+    STOP_GRACE_S.
+    """
     while not flag:
         try:
             return child.wait(timeout=0.2)

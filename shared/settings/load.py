@@ -1,4 +1,5 @@
-"""Reading settings from a YAML file. An unknown key or a bad value is an error that names file, line, key and what is allowed.
+"""Reading settings from a YAML file. An unknown key or a bad value is an error that names file,
+line, key and what is allowed.
 
 Knows YAML and the schema, nothing of what a setting is for.
 """
@@ -14,14 +15,15 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
-from specl import configs
 from specl.shared.errors import ConfigError
 from specl.shared.settings.schema import SECRETS, Settings
+
+DEFAULTS = Path(__file__).parents[2] / "configs"
 
 
 def default_file() -> Path:
     """The shipped `configs/default.yaml`."""
-    return Path(configs.__path__[0]) / "default.yaml"
+    return DEFAULTS / "default.yaml"
 
 
 def settings_file() -> Path:
@@ -40,7 +42,9 @@ def _known_keys(path: tuple[str | int, ...]) -> list[str]:
 
 
 def _line_of(tree: Any, path: tuple[str | int, ...]) -> int | None:
-    """The line (from 1) of the key at `path`, from the marks that ruamel keeps; None where there is none."""
+    """The line (from 1) of the key at `path`, from the marks that ruamel keeps; None where there is
+    none.
+    """
     line = None
     for part in path:
         if not hasattr(tree, "lc"):
@@ -56,8 +60,8 @@ def _line_of(tree: Any, path: tuple[str | int, ...]) -> int | None:
 def _keys(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
     """The keys of the file among the parts of `loc`, which pydantic gives to an error.
 
-    Within a section every part is a key. Within a value pydantic also adds the names of the types that it tried (`int`,
-    `constrained-int`, `list[str]`); there only an index is from the file.
+    Within a section every part is a key. Within a value pydantic also adds the names of the types
+    that it tried (`int`, `constrained-int`, `list[str]`); there only an index is from the file.
     """
     path: list[str | int] = []
     model: Any = Settings
@@ -86,7 +90,9 @@ def _explain(file: Path, tree: Any, error: dict[str, Any]) -> str:
 
 
 def parse_settings(text: str, file: Path) -> Settings:
-    """The settings in a YAML text. Raises ConfigError that lists every problem, each with file, line and key."""
+    """The settings in a YAML text. Raises ConfigError that lists every problem, each with file,
+    line and key.
+    """
     try:
         tree = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
@@ -139,7 +145,9 @@ def _described(model: type[BaseModel], path: str = "") -> list[str]:
 
 
 def settings_document() -> str:
-    """The text of docs/settings.md: every key, its default and its meaning. A test compares the file with it."""
+    """The text of docs/settings.md: every key, its default and its meaning. A test compares the
+    file with it.
+    """
     head = [
         "# Settings",
         "",

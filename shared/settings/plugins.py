@@ -1,7 +1,9 @@
-"""Plugins: code of the user's that the settings name as `module:name`. Knows how to import it, nothing of its use.
+"""Plugins: code of the user's that the settings name as `module:name`. Knows how to import it,
+nothing of its use.
 
-Python looks for the module where it looks for every module: installed, on PYTHONPATH, or in the folder where the daemons were
-started. The code runs with the daemon's rights, so a settings file must be trusted as much as a program.
+Python looks for the module where it looks for every module: installed, on PYTHONPATH, or in the
+folder where the daemons were started. The code runs with the daemon's rights, so a settings file
+must be trusted as much as a program.
 """
 
 import importlib
@@ -20,7 +22,9 @@ def is_plugin(name: str) -> bool:
 
 
 def load_plugin(name: str, setting: str) -> Callable[..., Any]:
-    """The callable that `name` stands for. Raises ConfigError, which names the setting, where there is none."""
+    """The callable that `name` stands for. Raises ConfigError, which names the setting, where there
+    is none.
+    """
     module, _, attribute = name.partition(":")
     try:
         hook = getattr(importlib.import_module(module), attribute)

@@ -1,7 +1,8 @@
-"""The settings as a typed, frozen tree. Every key has a default, so a file names only what it changes.
+"""The settings as a typed, frozen tree. Every key has a default, so a file names only what it
+changes.
 
-Knows the keys and what they may hold, nothing of files (`load.py` reads those). Keys have the names of the sources (DESIGN:
-names and keys). docs/settings.md is made from the descriptions here.
+Knows the keys and what they may hold, nothing of files (`load.py` reads those). Keys have the names
+of the sources (DESIGN: names and keys). docs/settings.md is made from the descriptions here.
 """
 
 import re

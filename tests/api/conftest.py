@@ -1,4 +1,6 @@
-"""A tiny random Llama as a folder on disk, with a tokenizer and a chat template: what `Engine.load` takes by name."""
+"""A tiny random Llama as a folder on disk, with a tokenizer and a chat template: what `Engine.load`
+takes by name.
+"""
 
 import json
 

@@ -14,8 +14,8 @@ from contextlib import suppress
 import pytest
 
 from specl.cli.chat import chat_input
-from specl.cli.chat.command import coloured
 from specl.cli.chat.conversation import Conversation
+from specl.cli.chat.view import coloured
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.messages import Delta
 from specl.shared.paths import find_paths
@@ -25,7 +25,7 @@ from specl.shared.settings.schema import Records
 COMMAND = [sys.executable, "-c", "from specl.cli.main import main; main()"]
 
 
-# ------------------------------------------------------------------------------------------------ without a daemon
+# --------------------------------------------------------------------------------- without a daemon
 def test_without_a_daemon_one_sentence_and_exit_3(specl):
     outcome = specl("chat", input="hello\n")
     assert outcome.exit_code == 3 and "honcho start" in outcome.stderr and "Traceback" not in outcome.stderr
@@ -33,17 +33,17 @@ def test_without_a_daemon_one_sentence_and_exit_3(specl):
 
 def test_messages_are_lines_and_fenced_blocks():
     text = 'one\n"""two\nthree"""\n\n"""\nfour\n"""\n"""never closed\nfive\n'
-    assert list(chat_input.messages(chat_input.piped(text.splitlines()))) == [
+    assert list(chat_input.messages(chat_input.from_pipe(text.splitlines()))) == [
         "one", "two\nthree", "", "four", "never closed\nfive",
     ]  # fmt: skip
 
 
 def test_a_question_without_an_answer_is_taken_back():
     talk = Conversation("be brief")
-    talk.say("a")
-    talk.answer("b")
-    talk.say("c")
-    talk.answer("")
+    talk.add_question("a")
+    talk.add_answer("b")
+    talk.add_question("c")
+    talk.add_answer("")
     assert [m["content"] for m in talk.messages()] == ["be brief", "a", "b"]
     old = talk.id
     talk.reset()
@@ -76,15 +76,15 @@ def test_no_history_on_disk_where_text_is_forbidden(records):
 
 def test_the_history_file_is_private():
     paths = find_paths().create()
-    history = chat_input._history(paths, Records(), remember=True)
+    history = chat_input.open_history(paths, Records(), remember=True)
     history.store_string("said in the chat")
     file = history_file(paths)
     assert file.stat().st_mode & 0o077 == 0 and b"said in the chat" in file.read_bytes()
-    chat_input._history(paths, Records(), remember=False).store_string("not kept")
+    chat_input.open_history(paths, Records(), remember=False).store_string("not kept")
     assert b"not kept" not in file.read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------ piped
+# -------------------------------------------------------------------------------------------- piped
 def test_turns_share_a_conversation_and_its_cache(instance, specl):
     outcome = specl("chat", "--json", "--max-tokens", 6, input="hello there\nand again\n")
     first, second = outcome.lines
@@ -134,7 +134,7 @@ def test_train_without_a_trainer_says_so(instance, specl):
     assert outcome.exit_code == 3 and "the trainer does not run" in outcome.stderr
 
 
-# ------------------------------------------------------------------------------------------------ a terminal
+# --------------------------------------------------------------------------------------- a terminal
 class Screen:
     """`specl-ctl chat` on a pseudo-terminal."""
 
@@ -188,7 +188,7 @@ def test_ctrl_c_stops_the_answer_not_the_chat(instance):
     screen.until("\x1b[?2004l")  # the line is taken
     screen.until("...")
     screen.type("\x03")
-    screen.until("stopped; what came stands in the conversation")
+    screen.until("stopped; the conversation keeps the text so far")
     screen.type("/stats\r")
     screen.until("failures until training")
     screen.type("/nonsense\r")

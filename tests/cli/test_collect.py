@@ -19,7 +19,7 @@ def contents(prompts):
     return [item.messages[-1]["content"] for item in prompts]
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -77,7 +77,7 @@ def test_missing_column_error_lists_the_columns(tmp_path):
     assert contents(read_prompts(str(tmp_path / "a.csv"), "b")) == ["2"]
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 @pytest.fixture
 def prompts(tmp_path):
     file = tmp_path / "p.txt"
@@ -151,7 +151,7 @@ def test_import_goes_through_a_running_collector(instance, specl, tmp_path):
     assert "1 were there already" in specl("store", "import", "--jsonl", tmp_path / "i.jsonl", "--text-only").stdout
 
 
-# ------------------------------------------------------------------------------------------------ a restart
+# ---------------------------------------------------------------------------------------- a restart
 @pytest.fixture
 def own_instance(new_instance):
     """One to break: inference takes a second an answer."""

@@ -1,4 +1,6 @@
-"""Commands that load models of their own look for room first, beside what the daemons hold; and a disk without any."""
+"""Commands that load models of their own look for room first, beside what the daemons hold; and a
+disk without any.
+"""
 
 import errno
 
@@ -56,7 +58,7 @@ def test_commands_refuse_before_loading_without_memory(use, specl, tmp_path):
 def test_a_full_disk_ends_remembering_not_talking(tmp_path, monkeypatch, capsys):
     from prompt_toolkit.history import FileHistory
 
-    history = chat_input._history(find_paths().create(), Settings().records, remember=True)
+    history = chat_input.open_history(find_paths().create(), Settings().records, remember=True)
     history.append_string("first")
 
     def full(self, string):

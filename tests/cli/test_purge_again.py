@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from specl.cli.chat.chat_input import _history
+from specl.cli.chat.chat_input import open_history
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.endpoints import Keys, write_keys
 from specl.shared.paths import find_paths
@@ -118,13 +118,13 @@ def test_a_purge_of_an_earlier_version_is_finished(specl, kept):
     lines = [{"wish": wish}, {"ids": ["a"], "texts": [SECRET], "typed": [SECRET, "pin 1"]}]
     kept.pending_purge.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (kept.logs / "old.log").write_text(f'{{"error": "{SECRET}"}}\n{{"event": "kept"}}\n')
-    history = _history(kept, Records(), remember=True)
+    history = open_history(kept, Records(), remember=True)
     for message in (SECRET, "pin 1", "stays"):
         history.store_string(message)
     assert specl("store", "purge", "--resume").exit_code == 0
     assert ids_in(kept.store) == ["b"] and left(kept) == (False, False)
     assert (kept.logs / "old.log").read_text() == '{"event": "kept"}\n'
-    assert list(_history(kept, Records(), remember=True).load_history_strings()) == ["stays"]
+    assert list(open_history(kept, Records(), remember=True).load_history_strings()) == ["stays"]
 
 
 def test_resume_without_pending_purge_says_so(specl, kept):
@@ -163,11 +163,11 @@ def test_short_messages_leave_the_chats_history_too(specl, kept):
     store = Store(kept.store)
     store.add_rows([to_row(spoken("pin", "PIN 4711")), to_row(spoken("fenced", "one\nKey 9"))])
     store.close()
-    history = _history(kept, Records(), remember=True)
+    history = open_history(kept, Records(), remember=True)
     for message in ("PIN 4711", "PIN 47", '"""one', 'Key 9"""', "stays"):
         history.store_string(message)
     assert specl("store", "purge", "--id", "pin", "--id", "fenced", "--yes").exit_code == 0
-    assert list(_history(kept, Records(), remember=True).load_history_strings()) == ["stays", "PIN 47"]
+    assert list(open_history(kept, Records(), remember=True).load_history_strings()) == ["stays", "PIN 47"]
     (kept.root / "store.db.backup-2-1").write_bytes(b"a copy")
     assert specl("store", "purge", "--all", "--yes").exit_code == 0
     assert history_file(kept).read_bytes() == b"" and not list(kept.root.glob("*backup*"))

@@ -1,5 +1,5 @@
-"""What a command loads before it does anything. Modules are counted: they are what start-up costs, and a busy machine does not
-change their number.
+"""What a command loads before it does anything. Modules are counted: they are what start-up costs,
+and a busy machine does not change their number.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Reading what pmset prints and what Linux has in /sys; what cannot be read counts as mains power and a cool machine.
+"""Reading what pmset prints and what Linux has in /sys; what cannot be read counts as mains power
+and a cool machine.
 
-The outputs of pmset come from public bug reports and posts, and from the format strings of Apple's pmset.c where nobody
-published a warning. None of them was recorded on a Mac here.
+The outputs of pmset come from public bug reports and posts, and from the format strings of Apple's
+pmset.c where nobody published a warning. None of them was recorded on a Mac here.
 """
 
 import pytest

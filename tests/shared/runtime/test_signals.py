@@ -1,4 +1,6 @@
-"""The priority of the trainer: the lowest in its session, and a low one for a session that it leads."""
+"""The priority of the trainer: the lowest in its session, and a low one for a session that it
+leads.
+"""
 
 import subprocess
 import sys
@@ -19,7 +21,9 @@ print(os.nice(0), group.read_text() if group.exists() else "")
 
 
 def shared_by_session():
-    """Whether this kernel shares the processor out by session: the file is empty where the feature is off."""
+    """Whether this kernel shares the processor out by session: the file is empty where the feature
+    is off.
+    """
     return AUTOGROUP.exists() and bool(AUTOGROUP.read_text().split())
 
 

@@ -12,7 +12,9 @@ from specl.shared.runtime.supervisor import EX_CONFIG, EX_TEMPFAIL, supervise
 
 @pytest.fixture
 def children(monkeypatch):
-    """`children(1, 75, 78)`: the exit codes of the processes that the supervisor starts. Returns those not used yet."""
+    """`children(1, 75, 78)`: the exit codes of the processes that the supervisor starts. Returns
+    those not used yet.
+    """
 
     def arrange(*codes):
         left = list(codes)

@@ -1,4 +1,6 @@
-"""Files that people have: odd line ends, marks, huge fields, broken characters. One reader, one sentence for what is none."""
+"""Files that people have: odd line ends, marks, huge fields, broken characters. One reader, one
+sentence for what is none.
+"""
 
 import json
 import os
@@ -79,7 +81,7 @@ def test_a_disagreement_at_no_place_is_refused(tmp_path):
         read_texts(str(tmp_path / "a.jsonl"))
 
 
-# ------------------------------------------------------------------------------------------------ standard input
+# ----------------------------------------------------------------------------------- standard input
 def run(*arguments, input=b"", **environment):
     command = [str(Path(sys.executable).parent / "specl-ctl"), *arguments]
     return subprocess.run(command, input=input, env=os.environ | environment, capture_output=True, timeout=60)
@@ -103,7 +105,7 @@ def test_text_has_plain_newlines(tmp_path):
     assert read_text(str(tmp_path / "a")) == "a\nb\nc\u2028d\n"
 
 
-# ------------------------------------------------------------------------------------------------ options and colours
+# ------------------------------------------------------------------------------ options and colours
 @pytest.mark.parametrize("command", [("ask", "hello"), ("chat",), ("collect", "-"), ("eval", "-")])
 @pytest.mark.parametrize("value", ["nan", "-1", "11", "inf"])
 def test_a_temperature_that_is_none_is_refused_everywhere(specl, command, value):
