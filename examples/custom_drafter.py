@@ -1,10 +1,13 @@
-"""A drafter of one's own: what followed this token last time. `python examples/custom_drafter.py [TARGET]`.
+"""A custom drafter: what followed this token last time. `python examples/custom_drafter.py
+[TARGET]`.
 
-For the daemons: `speculative: {drafter: "custom_drafter:make"}` in the settings, with this folder on PYTHONPATH.
+For the daemons: `speculative: {drafter: "custom_drafter:make"}` in the settings, with this folder
+on PYTHONPATH.
 """
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from specl import Engine
 from specl.shared.engine.drafters import NO_DRAFT, Draft, DraftSampler
@@ -13,30 +16,37 @@ from specl.shared.models.language_model import LanguageModel
 
 
 class Bigrams:
-    """One a request. The three methods are all that is needed; `reads_states = True` would get the target's states as well."""
+    """One object a request. The three methods are all that is needed.
+
+    With `reads_states = True`, `extend` would get the target's hidden states as well.
+    """
 
     def __init__(self) -> None:
         self.text: list[int] = []
-        self.after: dict[int, int] = {}
+        self.next_token: dict[int, int] = {}
 
     def extend(self, tokens: Sequence[int], states: object) -> None:
         """The text grew: the prompt first, then every round's tokens."""
         for token in tokens:
             if self.text:
-                self.after[self.text[-1]] = token
+                self.next_token[self.text[-1]] = token
             self.text.append(token)
 
     def rewind(self, length: int) -> None:
-        """Only the first `length` tokens still stand."""
+        """The text is cut to its first `length` tokens."""
         text = self.text[:length]
-        self.text, self.after = [], {}
+        self.text, self.next_token = [], {}
         self.extend(text, None)
 
-    def propose(self, k: int, draw: DraftSampler) -> Draft:
-        """At most k tokens; for each the law it was drawn from (here: it could be no other) and a confidence."""
-        tokens, last = [], self.text[-1]
-        while len(tokens) < k and last in self.after:
-            last = self.after[last]
+    def propose(self, k: int, sampler: DraftSampler) -> Draft:
+        """At most k tokens, each with the distribution it was drawn from and a confidence.
+
+        Nothing is drawn here: the distributions are point masses.
+        """
+        tokens: list[int] = []
+        last = self.text[-1]
+        while len(tokens) < k and last in self.next_token:
+            last = self.next_token[last]
             tokens.append(last)
         if not tokens:
             return NO_DRAFT
@@ -50,10 +60,10 @@ def make(target: LanguageModel, draft: object) -> Bigrams:
 
 if __name__ == "__main__":
     prompt = "Count from one to ten, then do it again."
-    wish = {"max_tokens": 48, "temperature": 0, "num_draft_tokens": 3, "ngram": False}
+    options: dict[str, Any] = {"max_tokens": 48, "temperature": 0, "num_draft_tokens": 3, "ngram": False}
     with Engine.load(*sys.argv[1:2], draft=None, drafter=make) as engine:
-        drafted = engine.generate(prompt, **wish)
-        plain = engine.generate(prompt, **wish | {"num_draft_tokens": 0})
+        drafted = engine.generate(prompt, **options)
+        plain = engine.generate(prompt, **options | {"num_draft_tokens": 0})
     print(drafted.text)
-    print(f"{drafted.stats.model_accepted} of {drafted.stats.model_drafted} guesses stood")
+    print(f"{drafted.stats.model_accepted} of {drafted.stats.model_drafted} drafted tokens were accepted")
     print(f"{drafted.stats.rounds} rounds instead of {plain.stats.rounds}; same text: {drafted.text == plain.text}")

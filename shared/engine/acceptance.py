@@ -1,11 +1,11 @@
 """The acceptance rules: how many drafted tokens stand, and which token follows them.
 
 Pure: distributions and tokens in, a count and a token out. Whatever the drafts are, the output has
-exactly the target's distribution. `greedy` emits the target's argmax. `rejection` is Leviathan et al.
-2023 (arXiv 2211.17192, algorithm 1). `block` verifies all drafts of a round together and accepts at
-least as many (Sun et al. 2024, arXiv 2403.10444, algorithm 2). `coupled` emits argmax(log p + noise), a
-draw by the Gumbel-max trick whose noise belongs to the position, so that the text of a seed does not
-depend on the drafts at all.
+exactly the target's distribution. `greedy` emits the target's argmax. `rejection` is Leviathan et
+al. 2023 (arXiv 2211.17192, algorithm 1). `block` verifies all drafts of a round together and
+accepts at least as many (Sun et al. 2024, arXiv 2403.10444, algorithm 2). `coupled` emits
+argmax(log p + noise), a draw by the Gumbel-max trick whose noise belongs to the position, so that
+the text of a seed does not depend on the drafts at all.
 
 `target` is called with a row number only as far as rows are needed: `rejection` and `coupled` never
 read a row after the first rejection.
@@ -23,8 +23,8 @@ TargetRow = Callable[[int], Distribution]
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """The first `accepted` drafts stand and `token` follows them: a correction after a rejection, or
-    the bonus token after all drafts.
+    """The first `accepted` drafts stand and `token` follows them: a correction after a rejection,
+    or the bonus token after all drafts.
     """
 
     accepted: int
@@ -32,7 +32,7 @@ class VerifyResult:
 
 
 def greedy(target_argmax: Sequence[int], drafts: Sequence[int]) -> VerifyResult:
-    """Accept while the draft is the target's argmax. `target_argmax` has one row more than `drafts`."""
+    """Accept while the draft is the target's argmax, which has one row more than `drafts`."""
     accepted = 0
     while accepted < len(drafts) and drafts[accepted] == target_argmax[accepted]:
         accepted += 1
@@ -65,7 +65,7 @@ def rejection(
     draft_probs: Sequence[Distribution],
     uniform: Callable[[], float],
 ) -> VerifyResult:
-    """Accept draft x with probability min(1, target_p(x) / draft_p(x)); then draw from the residual."""
+    """Accept x with probability min(1, target_p(x) / draft_p(x)); then draw from the residual."""
     for i, (token, draft_p) in enumerate(zip(drafts, draft_probs, strict=True)):
         target_p = target(i)
         if uniform() * draft_p.of(token) >= target_p.of(token):
@@ -74,7 +74,7 @@ def rejection(
 
 
 def run_weights(target: TargetRow, drafts: Sequence[int], draft_probs: Sequence[Distribution]) -> list[float]:
-    """P(the first i drafts stand | these drafts), i = 0..k: min(previous * target_p / draft_p, 1)."""
+    """P(first i drafts stand | these drafts), i = 0..k: min(previous * target_p / draft_p, 1)."""
     weights = [1.0]
     for i, (token, draft_p) in enumerate(zip(drafts, draft_probs, strict=True)):
         weights.append(min(1.0, weights[-1] * target(i).of(token) / draft_p.of(token)))
@@ -82,7 +82,8 @@ def run_weights(target: TargetRow, drafts: Sequence[int], draft_probs: Sequence[
 
 
 def run_chance(weight: float, target_p: Distribution, draft_p: Distribution | None) -> float:
-    """P(accept exactly i drafts | not more than i accepted), for the run of i drafts with this weight.
+    """P(accept exactly i drafts | not more than i accepted), for the run of i drafts with this
+    weight.
 
     `draft_p`: the distribution the next draft was drawn from, None after the last draft.
     """
@@ -101,8 +102,8 @@ def block(
     """Accept the longest run of drafts that its own draw lets stand; then draw from its residual.
 
     Whether a draft goes on may depend on the tokens before it, never on the token drawn next. The
-    runs' chances then add up to their weights, whatever the lengths (proved in the paper by induction
-    from the last draft back).
+    runs' chances then add up to their weights, whatever the lengths (proved in the paper by
+    induction from the last draft back).
     """
     weights = run_weights(target, drafts, draft_probs)
     for i in range(len(drafts), 0, -1):

@@ -10,9 +10,9 @@ import numpy as np
 MEMORY = 48.0  # tested tokens that a depth remembers
 PRIOR = 6.0  # tested tokens that the prior counts for
 BUCKETS = 10  # of confidence
-# Acceptance at confidence 0 and 1 before anything was verified, as measured with the shipped draft on
-# held-out prompts. A drawn token is accepted by how far the two distributions overlap, so one of a flat
-# distribution is accepted more often than the argmax of a flat one.
+# Acceptance at confidence 0 and 1 before anything was verified, as measured with the shipped draft
+# on held-out prompts. A drawn token is accepted by how far the two distributions overlap, so one of
+# a flat distribution is accepted more often than the argmax of a flat one.
 GREEDY_PRIOR, SAMPLED_PRIOR = (0.1, 1.0), (0.25, 0.8)
 PROBE_EVERY = 8  # rounds without a draft before the first probe of a parked drafter
 

@@ -1,7 +1,7 @@
 """What past requests met, for the next ones: acceptance of both drafters, and how long rounds took.
 
-Greedy and sampled requests are kept apart, because a drawn token is accepted by another rule than an
-argmax.
+Greedy and sampled requests are kept apart, because a drawn token is accepted by another rule than
+an argmax.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,8 @@ from specl.shared.engine.acceptance_estimate import GREEDY_PRIOR, SAMPLED_PRIOR,
 from specl.shared.engine.timing_correction import TimingCorrection
 from specl.shared.sampling_params import SamplingParams
 
-# acceptance by length of the match, from 2 tokens on, before anything is known: long matches are copies
+# acceptance by length of the match, from 2 tokens on, before anything is known: long matches are
+# copies
 NGRAM_PRIOR = np.array([0.3, 0.45, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92] + [0.95] * 8)
 
 

@@ -1,8 +1,8 @@
-"""The past answers of each client, in memory, for the n-gram drafter: people ask for the same kind of thing again.
+"""Each client's past answers in memory, for the n-gram drafter: people ask similar things again.
 
-One index a client, so that one client's text never drafts another's (whoever measures times could otherwise read it).
-Bounded in tokens and clients. Knows no files: retention/answer_files.py reads and writes them. Each answer has its age,
-so that retention applies to it.
+One index a client, so that one client's text never drafts another's (whoever measures times could
+otherwise read it). Bounded in tokens and clients. Knows no files: retention/answer_files.py reads
+and writes them. Each answer has its age, so that retention applies to it.
 """
 
 import time
@@ -66,8 +66,8 @@ class ClientAnswers:
     def match(self, text: Sequence[int], most: int) -> tuple[list[int], int, int]:
         """The past answer that contains the longest suffix of `text`, of at most `most` tokens.
 
-        Returns the answer, the position after the match in it, and the length of the match; the latest wins among
-        equals. Length 0 where there is no match.
+        Returns the answer, the position after the match in it, and the length of the match; the
+        latest wins among equals. Length 0 where there is no match.
         """
         best: tuple[list[int], int, int] = ([], 0, 0)
         for index, end in reversed(self._ends.get(tuple(text[-MATCH:]), [])[-MAX_TRIED:]):
@@ -82,9 +82,11 @@ class ClientAnswers:
 
 
 class AnswerHistory:
-    """The past answers of all clients. `read` gives what is stored of a client that is not in memory yet.
+    """The past answers of all clients. `read` gives what is stored of a client that is not in
+    memory yet.
 
-    `limit` bounds the tokens of each client (0 turns the history off), `clients` how many clients are in memory.
+    `limit` bounds the tokens of each client (0 turns the history off), `clients` how many clients
+    are in memory.
     """
 
     def __init__(

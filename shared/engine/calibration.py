@@ -1,4 +1,4 @@
-"""Measures what steps and drafts cost on this machine: seconds of a target step by its rows, of a draft by its depth.
+"""Measures what target steps and drafts cost on this machine, in seconds by rows and by depth.
 
 Takes a few seconds. Knows the engine, no files: loading/costs.py keeps what was measured.
 """
@@ -26,7 +26,9 @@ WARM_CONTEXT = 128  # tokens in the caches while costs are measured
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Measured costs. `complete` is False where a custom drafter failed meanwhile: what it cost is then unknown."""
+    """Measured costs. `complete` is False where a custom drafter failed meanwhile: what it cost is
+    then unknown.
+    """
 
     costs: Costs
     complete: bool
@@ -69,8 +71,8 @@ def _least_seconds(
 ) -> dict[int, float]:
     """The least seconds of each run. All take turns, `repeats` times (more within a second).
 
-    The least, because whatever disturbs a run only adds to it. `before` runs untimed ahead of each, so that a draft
-    finds the processor's caches full of the target, as in a round.
+    The least, because whatever disturbs a run only adds to it. `before` runs untimed ahead of each,
+    so that a draft finds the processor's caches full of the target, as in a round.
     """
     least = dict.fromkeys(runs, float("inf"))
     began, turn = time.perf_counter(), 0

@@ -1,4 +1,4 @@
-"""What is kept of a round for training: the target's top-k at every output position, and rejected drafts.
+"""What a round leaves for training: the target's top-k at every position, and rejected drafts.
 
 Only rows up to and including the first rejection count: what follows them is conditioned on a wrong
 prefix. All rows of a round are read at once.
@@ -37,7 +37,9 @@ def token_logprobs(logits: np.ndarray, tokens: Sequence[int], count: int) -> lis
 
 @dataclass(frozen=True, slots=True)
 class RejectedDraft:
-    """The first rejected draft of a round. `position` counts output tokens from 0, `depth` drafts from 1."""
+    """A round's first rejected draft. `position` counts output tokens from 0, `depth` drafts from
+    1.
+    """
 
     position: int
     draft_token: int
@@ -52,8 +54,8 @@ class RejectedDraft:
 class Capture:
     """Grows with the output: one row an output token.
 
-    Arrays: ids [n, k], logprobs [n, k] (natural, temperature 1), tail mass [n], entropy [n] (nats; the
-    tail counts as one outcome, so it is a lower bound).
+    Arrays: ids [n, k], logprobs [n, k] (natural, temperature 1), tail mass [n], entropy [n] (nats;
+    the tail counts as one outcome, so it is a lower bound).
     """
 
     k: int

@@ -1,4 +1,4 @@
-"""The engine: target, draft, adapter, costs and prefix cache together. Makes sessions and switches adapters.
+"""The engine: target, draft, adapter, costs and prefix cache. Makes sessions, switches adapters.
 
 One thread owns it. The inference daemon, `bench`, `eval` and the Python API use the same one. Knows
 nothing of queues, sockets, records, settings or files.
@@ -36,7 +36,7 @@ MAX_PREFIX_TOKENS = 4  # that a tokenizer writes before a text: mostly one
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """A verified adapter in memory: id, shape, weights, and a refreshed hot vocabulary where it has one."""
+    """A verified adapter in memory; `hot` is a refreshed hot vocabulary where it has one."""
 
     id: str
     shape: LoraShape
@@ -48,8 +48,8 @@ class LoadedAdapter:
 class EngineOptions:
     """How an engine is set up.
 
-    `max_draft_tokens` bounds the model drafter's k, `max_kv_cache_tokens` the tokens that the prefix
-    cache may hold; `precision` (auto, native, fp32) is how the models were loaded.
+    `max_draft_tokens` bounds the model drafter's k, `max_kv_cache_tokens` the tokens that the
+    prefix cache may hold; `precision` (auto, native, fp32) is how the models were loaded.
     """
 
     max_draft_tokens: int = 7
@@ -63,9 +63,10 @@ DEFAULT_OPTIONS = EngineOptions()
 class EngineCore:
     """One target and at most one draft.
 
-    `drafter_factory` puts a custom drafter in place of the draft's (see custom_drafter.py); `on_error`
-    receives its errors, which otherwise reach the caller. Raises ConfigError where it makes none.
-    `costs` are measured or read by loading/costs.py; without them four tokens are drafted a round.
+    `drafter_factory` puts a custom drafter in place of the draft's (see custom_drafter.py);
+    `on_error` receives its errors, which otherwise reach the caller. Raises ConfigError where it
+    makes none. `costs` are measured or read by loading/costs.py; without them four tokens are
+    drafted a round.
     """
 
     def __init__(
@@ -115,15 +116,16 @@ class EngineCore:
 
     @property
     def max_drafts(self) -> int:
-        """The most tokens that any drafter may propose in a round: what calibration has to measure."""
+        """The most tokens that a drafter may propose in a round: what calibration measures."""
         return max(self.options.max_draft_tokens, NGRAM_DEPTH)
 
     # ------------------------------------------------------------------------------------------------ prompts
     def encode_chat(self, messages: Sequence[dict[str, Any]], reuse_tokens: bool = True) -> tuple[str, list[int]]:
-        """The rendered prompt and its tokens. Raises RequestRejected where the template refuses the messages.
+        """The rendered prompt and its tokens. Raises RequestRejected where the template refuses.
 
         With `reuse_tokens` earlier answers of the chat get the ids that were generated, while their
-        caches live: less to read again. Without, the tokens depend on the text only, as a seed promises.
+        caches live: less to read again. Without, the tokens depend on the text only, as a seed
+        promises.
         """
         tokenizer = self.target.tokenizer
         try:
@@ -136,9 +138,9 @@ class EngineCore:
         return text, self.prefixes.reuse_tokens(text, self.encode, special)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """The tokens of a text. `special` adds what the model expects before any text (BOS), unless the
-        text begins with it. What some tokenizers add behind a text (EOS) is left out: it would end an
-        answer before it began.
+        """The tokens of a text. `special` adds what the model expects before any text (BOS), unless
+        the text begins with it. What some tokenizers add behind a text (EOS) is left out: it would
+        end an answer before it began.
         """
         tokenizer = self.target.tokenizer
         tokens = list(tokenizer.encode(text, add_special_tokens=False))
@@ -208,7 +210,7 @@ class EngineCore:
         return CustomDrafter(drafter, self.target.vocabulary_size, self._on_error)
 
     def save_to_prefix_cache(self, session: Session, adapter_id: str, text: str = "", reserved: int = 0) -> None:
-        """Keep a finished session's caches for the chat's next turn, beside `reserved` running tokens.
+        """Keep a finished session's caches for the next turn, beside `reserved` running tokens.
 
         `text` is that of its prompt and answer: a later prompt that begins with it gets the same
         tokens, however a tokenizer would split it.
@@ -224,18 +226,19 @@ class EngineCore:
         if not session.output and origin is not None and origin.text_tokens <= len(state.tokens):
             entry.text, entry.text_tokens = origin.text, origin.text_tokens
         ended = state.tokens[-1] in self.target.stop_tokens
-        # a stop string cuts the text, not the tokens; broken bytes are no text that could come again
+        # a stop string cuts the text, not the tokens; broken bytes are no text that could come
+        # again
         if (ended or session.finish_reason == "length") and INCOMPLETE not in text:
             entry.text, entry.text_tokens = text, len(state.tokens) - ended
         self.prefixes.put(entry, reserved)
 
     def return_to_prefix_cache(self, session: Session, reserved: int = 0) -> None:
-        """A request ended of which nothing may be kept: put the entry it came from back as it was."""
+        """Put back the entry that a request came from, and keep nothing of the request."""
         self.prefixes.put_back(session.state, session.stats.reused_tokens, reserved)
 
     # ------------------------------------------------------------------------------------------------ adapters
     def use_adapter(self, adapter: LoadedAdapter | None) -> None:
-        """Draft with `adapter`, or with the pristine draft. Between two rounds; the target never changes."""
+        """Draft with `adapter`, or with the pristine draft (None). Call it between two rounds."""
         run_all(self.switch_adapter(adapter))
 
     def switch_adapter(self, adapter: LoadedAdapter | None) -> Steps[None]:
@@ -249,7 +252,7 @@ class EngineCore:
         scorer = None
         if isinstance(draft, HeadDraft):
             hot = adapter.hot if adapter is not None and adapter.hot is not None else self._pristine_hot
-            if hot is not draft.hot:
+            if hot is not None and hot is not draft.hot:
                 scorer = yield from draft.scorer_steps(hot)
                 yield
         form, layers = "none", dict[str, nn.Module]()

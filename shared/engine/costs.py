@@ -1,9 +1,10 @@
-"""What a round costs on this machine in seconds, and the tokens a second that a draft length promises.
+"""What a round costs on this machine in seconds, and the tokens a second that a draft length
+promises.
 
 Seconds of a target step by its rows and of a draft by its depth, as engine/calibration.py measures
-them. With acceptance estimates by depth they give the expected tokens a second of each draft length k;
-0 is one of them. DISCO (arXiv 2405.04304) and SpecDec++ (arXiv 2405.19715) choose by estimates too;
-the measured cost makes it a rate.
+them. With acceptance estimates by depth they give the expected tokens a second of each draft length
+k; 0 is one of them. DISCO (arXiv 2405.04304) and SpecDec++ (arXiv 2405.19715) choose by estimates
+too; the measured cost makes it a rate.
 """
 
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ class Costs:
     """verify[rows]: seconds of a target step; draft[k]: seconds of k drafted tokens; ngram: seconds
     of an n-gram look-up.
 
-    `batch_rows` counts rows of other requests in the same step: they share its cost, and each of those
-    requests gets a token from it.
+    `batch_rows` counts rows of other requests in the same step: they share its cost, and each of
+    those requests gets a token from it.
     """
 
     verify: dict[int, float]
@@ -59,7 +60,8 @@ class Costs:
     ) -> float:
         """Expected tokens a second when k tokens are drafted, in `draft_s` seconds if given.
 
-        A round with a draft takes `draft_slowdown` times the measured seconds (timing_correction.py).
+        A round with a draft takes `draft_slowdown` times the measured seconds
+        (timing_correction.py).
         """
         seconds = self.verify_s(k + 1) + (self.draft_s(k) if draft_s is None else draft_s)
         return (self.batch_rows + acceptance.expected_tokens(k)) / (seconds * (draft_slowdown if k else 1.0))

@@ -80,7 +80,9 @@ class CustomDrafter:
             return None
 
     def _checked(self, draft: Draft, k: int) -> Draft:
-        """The draft in plain numbers. Raises SpecLoraError where it breaks a rule, and whatever odd values raise."""
+        """The draft in plain numbers. Raises SpecLoraError where it breaks a rule, or what odd
+        values raise.
+        """
         drafter = type(self._inner).__name__
         if not isinstance(draft, Draft):
             raise SpecLoraError(f"{drafter} proposed a {type(draft).__name__}, not a Draft")
@@ -97,7 +99,7 @@ class CustomDrafter:
         return Draft(tokens, draft_probs, [min(value, 1.0) for value in confidences], self.name)
 
     def _distribution(self, token: int, probs: Distribution) -> Distribution:
-        """The distribution of a drafted token in plain numbers. Raises SpecLoraError where it is none."""
+        """A drafted token's distribution in plain numbers. Raises SpecLoraError where it is none."""
         drafter, size = type(self._inner).__name__, self._vocabulary
         if not 0 <= token < size:
             raise SpecLoraError(f"{drafter} proposed token {token} of a vocabulary of {size}")

@@ -1,4 +1,4 @@
-"""The decoding round: sessions draft, one target step verifies all drafts, each session keeps what is accepted.
+"""The decoding round: sessions draft, one target step verifies, sessions keep what is accepted.
 
 After every round a session's target cache holds its tokens but the last, which is the first row of
 the next verification; the drafter knows all of them and the states they were predicted from. Knows
@@ -26,7 +26,8 @@ from specl.shared.engine.drafters import NO_DRAFT, Draft, DraftSampler, NgramDra
 from specl.shared.engine.request_options import RequestOptions
 from specl.shared.engine.sampling import Distribution, distribution, position_noise
 from specl.shared.engine.sequence_state import SequenceState
-from specl.shared.models.language_model import FEW_ROWS, LanguageModel
+from specl.shared.models.cpu_kernels import FEW_ROWS
+from specl.shared.models.language_model import LanguageModel
 
 PREFILL_ROWS = 512
 NGRAM_DEPTH = 15  # 16 rows: a long copy is worth a wide check, and the costs say when
@@ -82,7 +83,8 @@ def batches(sessions: Sequence["Session"]) -> Iterator[Sequence["Session"]]:
 def propose(batch: Sequence["Session"]) -> list["Proposal"]:
     """A proposal of each session.
 
-    Every session has its least rows; drafts share what is left of the step, first come first served.
+    Every session has its least rows; drafts share what is left of the step, first come first
+    served.
     """
     proposals: list[Proposal] = []
     rows = 0  # of the sessions that have proposed
@@ -123,7 +125,7 @@ class Proposal:
 
     @property
     def computed(self) -> int:
-        """Tokens that the drafter computed: a token of too low confidence is computed, not drafted."""
+        """Tokens that the drafter computed. One of too low confidence is computed, not drafted."""
         return len(self.draft.tokens) if self.stop_policy is None else len(self.stop_policy.confidences)
 
 
@@ -213,15 +215,15 @@ class Session:
 
     @property
     def least_rows(self) -> int:
-        """Rows that the next step needs for this session: its last token, and a fixed number of drafts."""
+        """Rows that the next step needs: the last token, and the drafts of a fixed k."""
         return 1 + (self.draft_length.fixed or 0)
 
     def force_draft(self) -> None:
-        """Have the model drafter draft in the next round even if it is parked, so that it is measured."""
+        """Have the model drafter draft in the next round even if it is parked, to measure it."""
         self.draft_length.force_probe()
 
     def propose(self, batch_rows: int = 0) -> Proposal:
-        """The draft with the highest expected rate, in a step with `batch_rows` rows of other sessions."""
+        """The draft with the best expected rate, beside `batch_rows` rows of other sessions."""
         most = self._max_tokens - len(self.output) - 1  # the target adds a token to the drafts
         if batch_rows:
             most = min(most, FEW_ROWS - 1 - batch_rows)
@@ -242,7 +244,7 @@ class Session:
         return Proposal(drafter.propose(min(policy.most, most), sampler), stop_policy)
 
     def _ngram_k(self, match_length: int, k_model: int, most: int) -> int:
-        """How many tokens the n-gram drafter should propose; 0 leaves the round to the model drafter."""
+        """The k of the n-gram drafter; 0 leaves the round to the model drafter."""
         if match_length < NgramDrafter.MIN:
             return 0
         policy = self.draft_length
@@ -256,7 +258,7 @@ class Session:
         return k if k and rate > costs.rate(k_model, policy.estimate, draft_slowdown=slowdown) else 0
 
     def accept(self, draft: Draft, logits: np.ndarray) -> VerifyResult:
-        """How many drafts stand, by the rule that fits the request. `logits` [k + 1, vocabulary]."""
+        """How many drafts stand, by the request's rule. `logits` are [k + 1, vocabulary]."""
         sampling = self.options.sampling
         if sampling.greedy:
             return greedy([int(row.argmax()) for row in logits], draft.tokens)
@@ -319,7 +321,7 @@ class Session:
                 estimate.update(tested, accepted, proposal.match_length - NgramDrafter.MIN)
 
     def _capture_rejection(self, capture: Capture, draft: Draft, index: int, token: int) -> None:
-        """Capture that the target put `token`, now the last of the output, in place of draft `index`."""
+        """Capture that the target put `token`, the last of the output, in place of draft `index`."""
         position = len(self.output) - 1
         capture.rejected.append(
             RejectedDraft(
@@ -352,7 +354,7 @@ class Session:
             self.capture.cut(length)
 
     def all_states(self) -> np.ndarray | None:
-        """States of every fed position, prompt first, fp16 [tokens - 1, hidden]; None where none are kept."""
+        """States of every fed position, fp16 [tokens - 1, hidden]; None where none are kept."""
         if not self.state.states:
             return None
         rows = mx.concatenate(self.state.states).astype(mx.float16)
@@ -360,7 +362,7 @@ class Session:
         return np.array(rows)
 
     def check_in_step(self) -> None:
-        """Raises RuntimeError unless tokens, caches and drafter agree: the invariant of every round."""
+        """Raises RuntimeError unless tokens, caches and drafter agree: a round's invariant."""
         state = self.state
         offsets = {layer.offset for layer in state.cache}
         if offsets != {state.cached} or state.cached != len(state.tokens) - 1:

@@ -1,4 +1,4 @@
-"""Counts of one request's rounds: what was drafted, accepted and rejected, and the seconds it took."""
+"""Counts of one request's rounds: tokens drafted, accepted and rejected, and seconds."""
 
 from dataclasses import dataclass, field
 
@@ -9,8 +9,8 @@ ENOUGH_DRAFTED = 16  # below this acceptance says too little and is None (DESIGN
 
 @dataclass(slots=True)
 class DecodingStats:
-    """`drafted` and `accepted` by drafter; lists by depth start at the first drafted token and count
-    the model drafter only.
+    """`drafted` and `accepted` by drafter; lists by depth start at the first drafted token and
+    count the model drafter only.
 
     `drafted` counts every proposed token. Lists by depth and `rejected` count only tokens that the
     acceptance rule tested: not those behind a rejected token, nor behind the end of the answer.

@@ -1,7 +1,7 @@
-"""How many tokens the model drafter proposes: chosen each round by rate, and cut short by confidence.
+"""How many tokens the model drafter proposes: chosen by rate, cut short by confidence.
 
-The length k with the highest expected tokens a second wins (costs.py). A drafter that does not pay is
-parked and probed now and then. Knows costs and estimates, neither models nor tokens.
+The length k with the highest expected tokens a second wins (costs.py). A drafter that does not pay
+is parked and probed now and then. Knows costs and estimates, neither models nor tokens.
 """
 
 from specl.shared.engine.acceptance_estimate import AcceptanceEstimate
@@ -9,8 +9,8 @@ from specl.shared.engine.costs import Costs
 from specl.shared.engine.timing_correction import TimingCorrection
 
 DEFAULT_K = 4  # where no costs are known
-MIN_PAUSE, MAX_PAUSE = 4, 384  # rounds between probes; a probe costs one to three steps (catching up)
-EXPLORE_EVERY = 16  # early stops before a draft goes on all the same, so that a bad start is unlearned
+MIN_PAUSE, MAX_PAUSE = 4, 384  # rounds between probes; one costs one to three steps (catching up)
+EXPLORE_EVERY = 16  # early stops before one is ignored, so that a bad start is unlearned
 ENTER_GAIN = 1.04  # a parked drafter must promise this much over plain decoding to start again
 STAY_GAIN = 1.0  # and one that drafts this much to go on
 
@@ -53,11 +53,12 @@ class DraftStopPolicy:
 
 
 class DraftLengthPolicy:
-    """Chooses k for each round of one request. `fixed` overrules everything; otherwise rates decide,
-    with hysteresis, and with probes while drafting is off (parked).
+    """Chooses k for each round of one request. `fixed` overrules everything; otherwise rates
+    decide, with hysteresis, and with probes while drafting is off (parked).
 
-    Rounds between probes: a probe whose draft is rejected doubles the pause, an accepted one divides
-    it by 4. Pause and rounds since the last probe belong to the estimate, which requests share.
+    Rounds between probes: a probe whose draft is rejected doubles the pause, an accepted one
+    divides it by 4. Pause and rounds since the last probe belong to the estimate, which requests
+    share.
     """
 
     def __init__(
@@ -113,9 +114,11 @@ class DraftLengthPolicy:
         return DraftStopPolicy(self.costs, self.estimate, self._rate, explore, self.timing.draft_slowdown)
 
     def add_time(self, rows: int, drafted: int, seconds: float) -> None:
-        """A round took `seconds`: it verified `rows` rows, the model drafter computed `drafted` tokens.
+        """A round took `seconds`: it verified `rows` rows, the model drafter computed `drafted`
+        tokens.
 
-        Rounds that shared their step with other requests say nothing about this one and are ignored.
+        Rounds that shared their step with other requests say nothing about this one and are
+        ignored.
         """
         if self.costs is not None and not self.costs.batch_rows:
             expected_s = self.costs.verify_s(rows) + self.costs.draft_s(drafted)

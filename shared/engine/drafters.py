@@ -1,9 +1,9 @@
 """The drafters: a head that reads the target's states, a small language model, and n-gram matches.
 
 One interface, one object a request. `extend` gives a drafter the tokens that the text grew by;
-`propose` asks for at most k tokens with the distributions they were drawn from. It catches up with the
-text in one batched call when it is next asked, so that rounds without a draft cost it nothing. It does
-not know what was accepted, only what the text now is.
+`propose` asks for at most k tokens with the distributions they were drawn from. It catches up with
+the text in one batched call when it is next asked, so that rounds without a draft cost it nothing.
+It does not know what was accepted, only what the text now is.
 """
 
 import math
@@ -28,8 +28,8 @@ CATCH_UP = 512  # rows a call: bounds the memory of a long catch-up
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Proposed tokens; the distribution each was drawn from (a point mass when greedy); the drafter's
-    probability of each at temperature 1; the drafter's name.
+    """Proposed tokens; the distribution each was drawn from (a point mass when greedy); the
+    drafter's probability of each at temperature 1; the drafter's name.
     """
 
     tokens: list[int]
@@ -61,7 +61,8 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class DraftSampler:
-    """Draws draft tokens: the request's sampling, its source of uniform numbers, and noise when seeded.
+    """Draws draft tokens: the request's sampling, its source of uniform numbers, and noise when
+    seeded.
 
     `noise(i)` belongs to the i-th token after the text as it stands. `stop_policy` may end a draft
     before k tokens.
@@ -73,7 +74,8 @@ class DraftSampler:
     stop_policy: DraftStopPolicy | None = None
 
     def draft(self, k: int, row: Scores, ids: np.ndarray | None, next_row: Callable[[int], Scores]) -> Draft:
-        """At most k tokens: the first from `row`, each other from the `next_row` after its predecessor.
+        """At most k tokens: the first from `row`, each other from the `next_row` after its
+        predecessor.
 
         `ids` names the columns of a row that scores a subset of the vocabulary.
         """
@@ -120,7 +122,7 @@ class Drafter(Protocol):
 
     @property
     def stops(self) -> bool:
-        """Whether it asks the sampler's `stop_policy` before each token; if not, it is given an exact k."""
+        """Whether it asks the sampler's `stop_policy` before each token; if not, k is exact."""
         ...
 
     @property
@@ -131,8 +133,9 @@ class Drafter(Protocol):
     def extend(self, tokens: Sequence[int], states: mx.array | None) -> None:
         """The text grew by these n tokens.
 
-        `states`: the target's normed hidden states [n, hidden] that predicted them, without a row for
-        the very first token of the text, which nothing predicted. None where states are not kept.
+        `states`: the target's normed hidden states [n, hidden] that predicted them, without a row
+        for the very first token of the text, which nothing predicted. None where states are not
+        kept.
         """
         ...
 
@@ -146,7 +149,7 @@ class Drafter(Protocol):
 
 
 class HeadDrafter:
-    """Drafts with a head. Its cache has one entry for each token but the first (see models/head.py)."""
+    """Drafts with a head. Its cache has one entry for each token but the first."""
 
     name = "model"
     reads_states = True
@@ -167,7 +170,7 @@ class HeadDrafter:
         return (self.cache.offset + len(self._tokens) + 1) if self._started else 0
 
     def extend(self, tokens: Sequence[int], states: mx.array | None) -> None:
-        """The text grew; `states` are needed. Raises ValueError where they are missing or too few."""
+        """The text grew. Raises ValueError where `states` are missing or too few."""
         if states is None:
             raise ValueError("a head drafter needs the target's states")
         if not self._started and tokens:
@@ -203,7 +206,7 @@ class HeadDrafter:
         return state, Scores(logits, best, total)
 
     def propose(self, k: int, sampler: DraftSampler) -> Draft:
-        """At most k tokens. Cache entries that rest on them are dropped: true states will replace them."""
+        """At most k tokens. Their cache entries are dropped: true states will replace them."""
         if k > 0 and self._tokens:
             self._catch_up()
         if k <= 0 or self._last is None:
@@ -284,7 +287,7 @@ class ModelDrafter:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """`tokens[end:]` may follow the running text: its last `length` tokens equal `tokens[:end]`'s last."""
+    """`tokens[end:]` may follow the running text, whose last `length` tokens stand before `end`."""
 
     tokens: list[int]
     end: int
@@ -295,7 +298,8 @@ NO_MATCH = Match([], 0, 0)
 
 
 class NgramDrafter:
-    """Drafts what followed the same few tokens earlier, in the running text or the client's past answers.
+    """Drafts what followed the same few tokens earlier, in the running text or the client's past
+    answers.
 
     Prompt-lookup decoding (Saxena 2023) with the longest match first; the running text wins among
     equals. Its distributions are point masses.

@@ -1,10 +1,10 @@
 """Caches of finished requests, so that a chat's next turn need not read its earlier turns again.
 
 `take` moves an entry out of the cache, or copies a prefix shorter than half of it, so that a common
-beginning (a system prompt) does not cost another conversation its caches. A request of which nothing
-may be kept returns the entry unchanged (`put_back`). The drafter's cache travels with the target's, but
-only to a request with the same adapter; the target's fits any drafter. Least recently used entries go
-first.
+beginning (a system prompt) does not cost another conversation its caches. A request of which
+nothing may be kept returns the entry unchanged (`put_back`). The drafter's cache travels with the
+target's, but only to a request with the same adapter; the target's fits any drafter. Least recently
+used entries go first.
 
 A chat's next turn arrives as text, and its tokens may differ from those that were generated. So an
 entry knows the text of its tokens, and `reuse_tokens` returns the same ids for the same text.
@@ -22,15 +22,15 @@ from specl.shared.engine.sequence_state import PrefixOrigin, SequenceState
 
 MIN_SHARED = 16  # shared tokens below which an entry is not used
 COPY_BELOW = 0.5  # share of an entry below which its beginning is copied
-SLACK = (
-    0.25  # share of an entry's slots that may be empty; caches grow by 256, so 768 tokens and more seldom need a copy
-)
+# share of an entry's slots that may be empty; caches grow by 256, so a text of 768 tokens or more
+# seldom needs a copy
+SLACK = 0.25
 
 
 @dataclass(slots=True)
 class Entry:
-    """A finished request's state. `text` is the text of its first `text_tokens` tokens, or empty where
-    that is not known.
+    """A finished request's state. `text` is the text of its first `text_tokens` tokens, or empty
+    where that is not known.
     """
 
     state: SequenceState
@@ -46,7 +46,7 @@ class Entry:
 
 
 class PrefixCache:
-    """Finished requests with room for at most `budget` tokens: counted is memory, not what fills it."""
+    """Finished requests in memory for at most `budget` tokens, whether it is filled or not."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -66,7 +66,7 @@ class PrefixCache:
         return [entry.text for entry in self._entries if entry.text]
 
     def take(self, prompt: list[int], adapter_id: str) -> SequenceState | None:
-        """A state with the longest shared prefix of `prompt`, cut to it; None where too little is shared.
+        """A state with the longest shared prefix of `prompt`, cut to it; None if it is too short.
 
         At least the prompt's last token is left to feed.
         """
@@ -94,7 +94,7 @@ class PrefixCache:
         return state
 
     def put(self, entry: Entry, reserved: int = 0) -> None:
-        """Keep a finished request's state if it fits beside `reserved` tokens of running requests."""
+        """Keep a finished state if it fits beside `reserved` tokens of running requests."""
         state = entry.state
         state.origin = None
         if len(state.tokens) + reserved > self.budget:
@@ -106,10 +106,11 @@ class PrefixCache:
             self.shrink(reserved)
 
     def put_back(self, state: SequenceState, cached: int, reserved: int = 0) -> None:
-        """Return an entry that `take` moved out: the first `cached` tokens, which `state` came with.
+        """Return an entry that `take` moved out: the first `cached` tokens, which `state` came
+        with.
 
-        They are copied into memory that never held another text. The drafter is dropped, because its
-        caches may hold more; the next turn makes a new one.
+        They are copied into memory that never held another text. The drafter is dropped, because
+        its caches may hold more; the next turn makes a new one.
         """
         origin = state.origin
         if origin is None or not _is_plain(state):
@@ -121,7 +122,8 @@ class PrefixCache:
         self.put(Entry(returned, origin.adapter_id, text, origin.text_tokens), reserved)
 
     def reuse_tokens(self, text: str, encode: Callable[[str], list[int]], special: Sequence[str]) -> list[int]:
-        """Tokens of `text`: those of the longest entry it begins with, then the encoding of the rest.
+        """Tokens of `text`: those of the longest entry it begins with, then the encoding of the
+        rest.
 
         Only where the rest begins with a special token, which no token reaches across: the ids then
         decode to the same text.
@@ -152,10 +154,10 @@ def _is_plain(state: SequenceState) -> bool:
 
 
 def _copy_prefix(state: SequenceState, count: int) -> SequenceState:
-    """An independent state with the first `count` tokens; a drafter is made anew, from the states."""
+    """An independent state with the first `count` tokens; its drafter is made from the states."""
     cache = []
     for layer in state.cache:
-        copy = KVCache()  # type: ignore[no-untyped-call]  # mlx-lm's caches have no annotations
+        copy = KVCache()
         copy.keys, copy.values, copy.offset = layer.keys, layer.values, layer.offset
         cache.append(copy)
     states = None if state.states is None else list(state.states)
@@ -167,10 +169,10 @@ def _copy_prefix(state: SequenceState, count: int) -> SequenceState:
 def _shrink_memory(state: SequenceState, count: int) -> None:
     """Copy the first `count` tokens of its caches and states into memory of just that size.
 
-    By a product: `mx.contiguous` gives a view of the same memory where little more than 16 KB would be
-    saved.
+    By a product: `mx.contiguous` gives a view of the same memory where little more than 16 KB would
+    be saved.
     """
-    plain = [layer for layer in state.cache if type(layer) is KVCache and layer.keys is not None]
+    plain: list[Any] = [layer for layer in state.cache if type(layer) is KVCache and layer.keys is not None]
     for layer in plain:
         layer.keys, layer.values = (part[..., :count, :] * 1 for part in (layer.keys, layer.values))
         layer.offset = count

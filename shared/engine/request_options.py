@@ -1,4 +1,4 @@
-"""What one request asks of the engine. A value only; `validate` has every check that needs no prompt."""
+"""What one request asks of the engine; `validate` has every check that needs no prompt."""
 
 from dataclasses import dataclass, field
 

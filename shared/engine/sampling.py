@@ -1,9 +1,9 @@
 """The distribution a token is drawn from: filters and temperature over one row of logits.
 
-Sparse where filters leave tokens out. Filters act on the untempered distribution and temperature last,
-in mlx-lm's order (sample_utils.make_sampler: top-p, min-p, top-k, then 1/T). Draft and target use the
-same function. On the host: a row of 49,152 takes tenths of a millisecond here and 4.7 ms through MLX's
-sort on CPU.
+Sparse where filters leave tokens out. Filters act on the untempered distribution and temperature
+last, in mlx-lm's order (sample_utils.make_sampler: top-p, min-p, top-k, then 1/T). Draft and target
+use the same function. On the host: a row of 49,152 takes tenths of a millisecond here and 4.7 ms
+through MLX's sort on CPU.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from specl.shared.sampling_params import SamplingParams
 
 CHUNK = 64
 MAX_NATIVE_K = 512  # beyond it numpy's partition is faster
-NUCLEUS_CANDIDATES = (64, 256, 2048)  # tried before the whole vocabulary is sorted, which takes milliseconds
+NUCLEUS_CANDIDATES = (64, 256, 2048)  # tried before the vocabulary is sorted (milliseconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Probabilities `p` (float64, sum 1) of token `ids` (sorted ascending); every other token has probability 0."""
+    """Probabilities `p` (float64, sum 1) of token `ids` (ascending); all other tokens have 0."""
 
     ids: np.ndarray
     p: np.ndarray
@@ -38,7 +38,7 @@ class Distribution:
         return int(self.ids[min(index, len(self.ids) - 1)])
 
     def argmax_with(self, noise: np.ndarray) -> int:
-        """argmax of log p + noise[token]: with Gumbel noise an exact draw (the Gumbel-max trick)."""
+        """argmax of log p + noise[token]; with Gumbel noise an exact draw (Gumbel-max trick)."""
         with np.errstate(divide="ignore"):
             return int(self.ids[np.argmax(np.log(self.p) + noise[self.ids])])
 
@@ -58,8 +58,8 @@ def log_sum_exp(logits: np.ndarray) -> np.ndarray:
 def top_indices(logits: np.ndarray, k: int) -> np.ndarray:
     """Indices of the `k` largest of one row, largest first.
 
-    The k largest lie in the k chunks with the largest maxima, so most of the row is only ever compared
-    in bulk.
+    The k largest lie in the k chunks with the largest maxima, so most of the row is only ever
+    compared in bulk.
     """
     size = len(logits)
     k = min(k, size)
@@ -96,12 +96,13 @@ def _nucleus(logits: np.ndarray, top_p: float) -> np.ndarray:
         (order,), (values,), (total,) = largest(logits[None], count)
         mass = np.cumsum(np.exp(values.astype(np.float64) - total))
         if mass[-1] >= top_p or count >= len(logits):
-            return order[: int(np.searchsorted(mass, top_p)) + 1]
+            nucleus: np.ndarray = order[: int(np.searchsorted(mass, top_p)) + 1]
+            return nucleus
     raise AssertionError("unreachable")
 
 
 def distribution(logits: np.ndarray, sampling: SamplingParams) -> Distribution:
-    """The distribution of one row of logits [vocabulary]. Temperature must be above 0 (greedy: argmax)."""
+    """The distribution of one row of logits [vocabulary], for a temperature above 0."""
     allowed: np.ndarray | None = None  # None: every token
     if sampling.top_p < 1:
         allowed = _nucleus(logits, sampling.top_p)
@@ -119,8 +120,8 @@ def distribution(logits: np.ndarray, sampling: SamplingParams) -> Distribution:
 def position_noise(seed: int, position: int, size: int) -> np.ndarray:
     """Gumbel noise of every token at one output position: a function of these three arguments only.
 
-    Philox is counter-based, so any position is reached directly; numpy keeps its stream stable between
-    versions.
+    Philox is counter-based, so any position is reached directly; numpy keeps its stream stable
+    between versions.
     """
     bits = np.random.Philox(key=seed, counter=[0, 0, position, 0])
     uniform = np.random.Generator(bits).random(size)

@@ -1,4 +1,4 @@
-"""The state of one sequence: its tokens, the caches that hold them, and the drafter that knows them.
+"""The state of one sequence: its tokens, the caches that hold them, and its drafter.
 
 A request works on it; afterwards it may live on in the prefix cache.
 """
@@ -25,8 +25,8 @@ class PrefixOrigin:
 class SequenceState:
     """`cached` counts the `tokens` that are in the target's cache.
 
-    `states` has the target's normed hidden state of each cached token, in order, as pieces
-    [n, hidden]; None where the drafter does not read states. `origin`: the prefix-cache entry it was
+    `states` has the target's normed hidden state of each cached token, in order, as pieces [n,
+    hidden]; None where the drafter does not read states. `origin`: the prefix-cache entry it was
     moved out of, None for a new one.
     """
 

@@ -15,21 +15,21 @@ MAX_INCOMPLETE = 3  # of them may yet become one character: it has at most four 
 
 
 class TextStream:
-    """Text of a growing token list. `add` and `finish` return the text that became certain; `stopped`:
-    a stop string was met.
+    """Text of a growing token list. `add` and `finish` return the text that became certain;
+    `stopped`: a stop string was met.
 
     The text is what decoding all tokens at once gives (the sliding window is that of HF's
     text-generation-inference), with one exception: byte-fallback decoders (SentencePiece) replace a
-    whole run of byte tokens where one of its bytes is wrong, but whole characters that were shown before
-    that byte stay. At most MAX_INCOMPLETE replacement characters are held back, so that a text that
-    consists of them arrives, too.
+    whole run of byte tokens where one of its bytes is wrong, but whole characters that were shown
+    before that byte stay. At most MAX_INCOMPLETE replacement characters are held back, so that a
+    text that consists of them arrives, too.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(s for s in stop if s)
         self._tokens: list[int] = []
-        self._context = self._read = 0  # tokens [context, read) give the decoder something to start from
+        self._context = self._read = 0  # tokens [context, read) give the decoder a context
         self._early = ""  # text of the tokens from `read` on that was released already
         self._held = ""  # text that may be the beginning of a stop string
         self.text = ""
@@ -65,7 +65,8 @@ class TextStream:
         after = self._decode(self._context, len(self._tokens))
         if after.startswith(before):
             return after[len(before) :]
-        # a byte run went on, and is incomplete or wrong now: its whole characters have been released
+        # a byte run went on, and is incomplete or wrong now: its whole characters have been
+        # released
         return self._decode(self._read, len(self._tokens))
 
     def _decode(self, start: int, end: int) -> str:
@@ -94,9 +95,9 @@ class TextStream:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """What a round added to an answer. Everything has one entry an output token, but for two things:
-    `lengths` (characters of `text` that each token made certain) has none for a token that ends the
-    answer, and `logprobs` is empty where none were asked for.
+    """What a round added to an answer. Everything has one entry an output token, but for two
+    things: `lengths` (characters of `text` that each token made certain) has none for a token that
+    ends the answer, and `logprobs` is empty where none were asked for.
 
     Characters of `text` beyond the sum of `lengths` were held back and came with the end.
     """
@@ -122,7 +123,7 @@ class TextOutput:
         return self._stream.text
 
     def read(self) -> TextDelta:
-        """What was added since the last call. Cuts the session's answer where a stop string stands."""
+        """What was added since the last call. A stop string cuts the session's answer."""
         session, start = self._session, self._read
         stop_tokens, pieces = session.target.stop_tokens, list[str]()
         for index, token in enumerate(session.output[start:], start + 1):

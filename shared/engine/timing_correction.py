@@ -1,7 +1,8 @@
 """Corrects measured costs by the time that rounds really take.
 
-Sampled rows need a distribution each, and a busy machine slows some work more than other: calibration
-sees neither. Only finished rounds count, so nothing that was drawn decides about its own round.
+Sampled rows need a distribution each, and a busy machine slows some work more than other:
+calibration sees neither. Only finished rounds count, so nothing that was drawn decides about its
+own round.
 """
 
 import numpy as np

@@ -1,1 +1,1 @@
-"""From settings and folders to a ready engine: models by name, drafts found and checked, measured costs read or written."""
+"""From settings and folders to a ready engine: models and drafts by name, costs from files."""

@@ -1,7 +1,8 @@
-"""Measured costs as files: one JSON file for each pair of models on this machine, so that calibration runs once.
+"""Measured costs as JSON files, one for each pair of models, so that calibration runs once.
 
-Knows where costs lie and what tells one measurement from another (models, precision, custom drafter, machine, library
-versions). Measures nothing itself: engine/calibration.py does. A file that cannot be read is measured again.
+Knows where costs lie and what tells one measurement from another (models, precision, custom
+drafter, machine, library versions). Measures nothing itself: engine/calibration.py does. A file
+that cannot be read is measured again.
 """
 
 import hashlib
@@ -10,7 +11,6 @@ import os
 import platform
 import sys
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from specl.shared.runtime.atomic_files import write_file
 
 
 def load_or_calibrate(engine: EngineCore, folder: Path) -> Costs:
-    """Give `engine` its costs: read from `folder`, or measured (a few seconds) and written there."""
+    """Give `engine` its costs, read from `folder` or measured (seconds) and written there."""
     costs = load_costs(engine, folder)
     if costs is None:
         result = calibrate(engine)
@@ -34,12 +34,12 @@ def load_or_calibrate(engine: EngineCore, folder: Path) -> Costs:
 
 
 def load_costs(engine: EngineCore, folder: Path) -> Costs | None:
-    """The costs that were measured here before, None where there are none. Measures nothing, leaves `engine` alone."""
+    """The costs that were measured here before, or None. Neither measures nor changes `engine`."""
     return read_costs(_file(engine, folder), engine.max_drafts, engine.drafts)
 
 
 def read_costs(path: Path, most: int, drafts: bool) -> Costs | None:
-    """Costs of a file, if they reach `most` drafted tokens and cover a draft where there is one; None otherwise."""
+    """Costs of a file; None unless they reach `most` tokens and cover a draft if there is one."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         document = json.loads(path.read_text())
         verify, draft = ({int(k): float(v) for k, v in document[name].items()} for name in ("verify", "draft"))
@@ -52,7 +52,7 @@ def write_costs(path: Path, costs: Costs) -> None:
     """Write costs by rename. A disk that fails is no error: they are measured again next time."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(asdict(costs), indent=1), sync=False)
+        write_file(path, json.dumps({"verify": costs.verify, "draft": costs.draft}, indent=1), sync=False)
 
 
 def costs_key(engine: EngineCore) -> str:
@@ -74,7 +74,7 @@ def _file(engine: EngineCore, folder: Path) -> Path:
 
 
 def drafter_identity(factory: DrafterFactory) -> list[str]:
-    """What tells one custom drafter's costs from another's: module, name and the hash of its source file."""
+    """Names a custom drafter's costs: module, name and the hash of its source file."""
     module = getattr(factory, "__module__", "") or ""
     names = [module, getattr(factory, "__qualname__", type(factory).__qualname__)]
     file = getattr(sys.modules.get(module), "__file__", None)

@@ -1,7 +1,8 @@
-"""From the settings' model names to a ready engine: target and draft found, checked against each other, and loaded.
+"""From the settings' model names to a ready engine: target and draft found, checked and loaded.
 
-Knows the settings tree, the models folder and the drafts that are shipped. Knows nothing of requests or adapters.
-`load_engine` refuses before it loads anything where memory cannot hold the models.
+Knows the settings tree, the models folder and the drafts that are shipped. Knows nothing of
+requests or adapters. `load_engine` refuses before it loads anything where memory cannot hold the
+models.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ SHIPPED = Path(__file__).parents[1] / "models" / "drafts"
 
 
 def draft_folder(name: str, models: Path) -> Path | None:
-    """The folder of the draft `name`: a head's own folder, a draft built under var/models, or a shipped one."""
+    """The folder of the draft `name`: a head's path, a built draft, or a shipped one."""
     built = models / "drafts" / name
     for folder in (Path(name).expanduser(), built, SHIPPED / name):
         if is_head(folder) or (folder is built and (folder / "config.json").is_file()):
@@ -31,7 +32,7 @@ def draft_folder(name: str, models: Path) -> Path | None:
 
 
 def resolve_draft(name: str | None, models: Path, report: Report) -> Path | None:
-    """The folder of the draft `name`, head or language model; None for none. Raises ModelError where it is missing."""
+    """The folder of the draft `name`, head or language model. Raises ModelError if it is missing."""
     if name is None:
         return None
     folder = draft_folder(name, models)
@@ -50,7 +51,7 @@ def _about_draft(error: ModelError) -> ModelError:
 def load_draft(
     name: str | None, target: LanguageModel, models: Path, precision: str, report: Report
 ) -> HeadDraft | LanguageModel | None:
-    """The draft for `target`. Raises ModelError where it is missing, damaged, or has another vocabulary."""
+    """The draft for `target`. Raises ModelError if it is missing, damaged or does not fit."""
     folder = resolve_draft(name, models, report)
     if name is None or folder is None:
         return None
@@ -90,10 +91,10 @@ def load_engine(
 ) -> EngineCore:
     """The engine with the settings' target and draft.
 
-    `training` is for a process that trains beside the one that serves: its memory counts too, and it needs no custom
-    drafter. `drafter_factory` replaces the drafter that `speculative.drafter` names; `on_error` receives a custom
-    drafter's errors (see engine/custom_drafter.py). Raises ModelError, before anything is loaded, where memory
-    cannot hold the models.
+    `training` is for a process that trains beside the one that serves: its memory counts too, and
+    it needs no custom drafter. `drafter_factory` replaces the drafter that `speculative.drafter`
+    names; `on_error` receives a custom drafter's errors (see engine/custom_drafter.py). Raises
+    ModelError, before anything is loaded, where memory cannot hold the models.
     """
     name, precision = settings.models.target.name, settings.models.precision
     target_folder = ensure_model(name, models, report)

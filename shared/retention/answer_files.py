@@ -1,7 +1,8 @@
-"""Clients' past answers on the disk, one file a client, so that the n-gram drafter knows them after a restart.
+"""Clients' past answers as files, so that the n-gram drafter knows them after a restart.
 
-A file is a convenience: a damaged one, or one of another format or tokenizer, counts as empty. A purge removes all of
-them, because searching them for one answer's words would cost more than gathering new ones.
+A file is a convenience: a damaged one, or one of another format or tokenizer, counts as empty. A
+purge removes all of them, because searching them for one answer's words would cost more than
+gathering new ones.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ class AnswerFiles:
         return _read(self._path(client_id))
 
     def write(self, client_id: str, answers: Sequence[PastAnswer]) -> None:
-        """Replace a client's file by rename, and remove the files written longest ago beyond the limit. Raises OSError."""
+        """Replace a client's file and remove the oldest beyond the limit. Raises OSError."""
         if not client_id:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,7 @@ class AnswerFiles:
             old.unlink(missing_ok=True)
 
     def expire(self, before: float) -> None:
-        """Remove answers that were generated before a moment, whatever tokenizer a file is of. Raises OSError."""
+        """Remove answers generated before a moment, of any tokenizer. Raises OSError."""
         for path in self._files():
             answers = _read(path)
             recent = [answer for answer in answers if answer[0] >= before]
@@ -59,7 +60,9 @@ class AnswerFiles:
 
 
 def _write(path: Path, answers: Sequence[PastAnswer]) -> None:
-    """[FORMAT, count, when each was generated, the length of each, all tokens] as uint32, by rename."""
+    """[FORMAT, count, when each was generated, the length of each, all tokens] as uint32, by
+    rename.
+    """
     head = [FORMAT, len(answers), *(int(created) for created, _ in answers), *(len(text) for _, text in answers)]
     data = np.array([*head, *(token for _, text in answers for token in text)], "<u4")
     write_file(path, data.tobytes(), sync=False)

@@ -1,4 +1,7 @@
-"""Long work on a thread that must not be held up: a generator that yields between pieces and returns its result."""
+"""Long work in steps, for a thread that must not be held up.
+
+Such work is a generator (`Steps`) that yields between two steps and returns its result.
+"""
 
 import time
 from collections.abc import Generator
@@ -8,30 +11,32 @@ T = TypeVar("T")
 Steps = Generator[None, None, T]
 
 
-def run_all(pieces: Steps[T]) -> T:
-    """All that is left of it, now."""
+def run_all(steps: Steps[T]) -> T:
+    """Run all steps that are left and return the result."""
     while True:
         try:
-            next(pieces)
+            next(steps)
         except StopIteration as end:
-            return end.value
+            result: T = end.value
+            return result
 
 
 class Stopwatch:
-    """How long pieces took: all of them, and the longest."""
+    """Measures steps: the seconds of all of them, and of the longest."""
 
     def __init__(self) -> None:
         self.total_s = self.longest_s = 0.0
 
-    def over(self, pieces: Steps[T]) -> Steps[T]:
-        """The same pieces, timed."""
+    def over(self, steps: Steps[T]) -> Steps[T]:
+        """These steps, measured."""
         while True:
             start = time.perf_counter()
             try:
-                next(pieces)
+                next(steps)
             except StopIteration as end:
-                return end.value
+                result: T = end.value
+                return result
             finally:
-                took = time.perf_counter() - start
-                self.total_s, self.longest_s = self.total_s + took, max(self.longest_s, took)
+                seconds = time.perf_counter() - start
+                self.total_s, self.longest_s = self.total_s + seconds, max(self.longest_s, seconds)
             yield

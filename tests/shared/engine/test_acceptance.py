@@ -1,4 +1,4 @@
-"""The acceptance rules alone, exactly: the law that comes out is summed up, not sampled."""
+"""The acceptance rules, exactly: the output's distribution is summed up, not sampled."""
 
 import itertools
 
@@ -24,7 +24,7 @@ SIZE = 12
 
 @st.composite
 def distributions(draw):
-    """Sparse laws over SIZE tokens; filters leave some tokens out."""
+    """Sparse distributions over SIZE tokens; filters leave some tokens out."""
     ids = sorted(draw(st.sets(st.integers(0, SIZE - 1), min_size=1)))
     weights = np.array(draw(st.lists(st.floats(1e-3, 1.0), min_size=len(ids), max_size=len(ids))))
     return Distribution(np.array(ids), weights / weights.sum())
@@ -39,11 +39,11 @@ def dense(sampling):
 @given(distributions(), distributions())
 def test_residual_is_the_normed_positive_difference(target_p, draft_p):
     left = np.maximum(dense(target_p) - dense(draft_p), 0)
-    made = dense(residual(target_p, draft_p))
-    assert made.sum() == pytest.approx(1)
+    result = dense(residual(target_p, draft_p))
+    assert result.sum() == pytest.approx(1)
     if left.sum() > 1e-12:
-        assert np.allclose(made, left / left.sum())
-        assert not made[dense(draft_p) >= dense(target_p)].any()
+        assert np.allclose(result, left / left.sum())
+        assert not result[dense(draft_p) >= dense(target_p)].any()
 
 
 @given(distributions())
@@ -62,8 +62,8 @@ def test_single_draft_keeps_the_target_distribution(target_p, draft_p):
         # the rule itself, probed on both sides of the boundary that this says
         for uniform, stands in ((accept * 0.999, True), (accept * 1.001 + 1e-12, False)):
             if 0 <= uniform < 1 and not (stands and accept == 0):
-                verdict = rejection(lambda i: target_p, [int(token)], [draft_p], lambda u=uniform: u)
-                assert verdict.accepted == stands
+                result = rejection(lambda i: target_p, [int(token)], [draft_p], lambda u=uniform: u)
+                assert result.accepted == stands
         out[token] += q[token] * accept
         out += q[token] * (1 - accept) * left
     assert np.allclose(out, p, atol=1e-9)
@@ -74,7 +74,9 @@ SMALL = 3
 
 @st.composite
 def trees(draw):
-    """Laws over three tokens after every text of up to three: the target's and a draft's, and where the draft stops."""
+    """Distributions over three tokens after every text of up to three tokens: the target's and a
+    draft's, and the texts after which the draft stops.
+    """
     paths = [path for length in range(4) for path in itertools.product(range(SMALL), repeat=length)]
 
     def sampling():
@@ -99,18 +101,18 @@ def drafted(draft, stops, path=(), chance=1.0):
 @settings(deadline=None, max_examples=60)
 @given(trees())
 def test_block_verification_keeps_the_target_distribution(tree):
-    """The law of the first two tokens, summed over every draft, every run that may stand and every token after it; where the
-    rule gave only one, the target goes on.
+    """The distribution of the first two tokens, summed over every draft, every run that may be
+    accepted and every token after it; where the rule gave only one, the target goes on.
     """
     target, draft, stops = tree
     out = np.zeros((SMALL, SMALL))
     for path, chance in drafted(draft, stops):
-        laws = [draft[path[:i]] for i in range(len(path))]
-        weights = run_weights(lambda i, path=path: target[path[:i]], path, laws)
+        draft_probs = [draft[path[:i]] for i in range(len(path))]
+        weights = run_weights(lambda i, path=path: target[path[:i]], path, draft_probs)
         for i in range(len(path), -1, -1):
-            here, next_law = target[path[:i]], laws[i] if i < len(path) else None
-            stop = run_chance(weights[i], here, next_law) if i else 1.0
-            follows = here if next_law is None else residual(here, next_law, weights[i])
+            target_p, next_p = target[path[:i]], draft_probs[i] if i < len(path) else None
+            stop = run_chance(weights[i], target_p, next_p) if i else 1.0
+            follows = target_p if next_p is None else residual(target_p, next_p, weights[i])
             for token, p in zip(follows.ids.tolist(), follows.p.tolist(), strict=True):
                 text = (*path[:i], token)
                 if len(text) >= 2:
@@ -118,10 +120,10 @@ def test_block_verification_keeps_the_target_distribution(tree):
                 else:
                     out[text[0], target[text].ids] += chance * stop * p * target[text].p
             chance *= 1 - stop
-    wanted = np.zeros((SMALL, SMALL))
+    expected = np.zeros((SMALL, SMALL))
     for token, p in zip(target[()].ids.tolist(), target[()].p.tolist(), strict=True):
-        wanted[token, target[(token,)].ids] = p * target[(token,)].p
-    assert np.allclose(out, wanted, atol=1e-9)
+        expected[token, target[(token,)].ids] = p * target[(token,)].p
+    assert np.allclose(out, expected, atol=1e-9)
 
 
 @given(distributions(), distributions(), st.integers(0, 99))
@@ -129,8 +131,8 @@ def test_a_run_of_one_is_judged_as_alone(target_p, draft_p, seed):
     rng = np.random.default_rng(seed)
     token, uniforms = int(rng.choice(draft_p.ids, p=draft_p.p)), rng.random(2)
     assume(abs(uniforms[0] * draft_p.of(token) - target_p.of(token)) > 1e-12)
-    verdicts = [rule(lambda i: target_p, [token], [draft_p], iter(uniforms).__next__) for rule in (block, rejection)]
-    assert verdicts[0] == verdicts[1]
+    results = [rule(lambda i: target_p, [token], [draft_p], iter(uniforms).__next__) for rule in (block, rejection)]
+    assert results[0] == results[1]
 
 
 @given(distributions(), st.integers(0, SIZE - 1))
@@ -145,18 +147,18 @@ def test_point_mass_is_accepted_with_target_probability(target_p, token):
 @given(distributions(), st.floats(0, 1, exclude_max=True))
 def test_a_draw_is_the_quantile(sampling, uniform):
     token = sampling.draw(uniform)
-    place = sampling.ids.tolist().index(token)
-    below = sampling.p[:place].sum()
-    assert below - 1e-9 <= uniform <= below + sampling.p[place] + 1e-9
+    index = sampling.ids.tolist().index(token)
+    below = sampling.p[:index].sum()
+    assert below - 1e-9 <= uniform <= below + sampling.p[index] + 1e-9
 
 
 @given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), min_size=7, max_size=7))
 def test_greedy_accepts_the_common_beginning_and_adds_one(drafts, argmax):
-    verdict = greedy(argmax, drafts)
+    result = greedy(argmax, drafts)
     common = 0
     while common < len(drafts) and drafts[common] == argmax[common]:
         common += 1
-    assert verdict == VerifyResult(common, argmax[common])
+    assert result == VerifyResult(common, argmax[common])
 
 
 def test_rows_after_the_first_rejection_are_not_read():
@@ -178,8 +180,8 @@ def test_coupled_tokens_do_not_depend_on_the_drafts(target_p, drafts, seed):
     def noise(i):
         return position_noise(seed, i, SIZE)
 
-    verdict = coupled(lambda i: target_p, drafts, noise)
-    emitted = [*drafts[: verdict.accepted], verdict.token]
+    result = coupled(lambda i: target_p, drafts, noise)
+    emitted = [*drafts[: result.accepted], result.token]
     assert emitted == [target_p.argmax_with(noise(i)) for i in range(len(emitted))]
 
 

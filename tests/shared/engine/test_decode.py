@@ -1,4 +1,4 @@
-"""The round loop: the target's own words whatever drafts, caches in step after every round, the sampled law exact."""
+"""The round: the target's output whatever drafts, caches in step, the sampled distribution exact."""
 
 import itertools
 
@@ -83,8 +83,8 @@ def test_length_limit_is_exact_and_eos_ends(tiny):
 
 def test_draft_behind_an_end_token_is_not_rejected(tiny):
     stopped = tiny(seed=11)
-    for place in range(1, 8):
-        stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[place : place + 1])
+    for index in range(1, 8):
+        stopped.tokenizer.eos_token_ids = set(plain_greedy(stopped, PROMPT, 8)[index : index + 1])
         options = RequestOptions(max_tokens=30, num_draft_tokens=4, ngram=False)
         tally = run(EngineCore(stopped, stopped), options).stats
         assert tally.tested_by_depth == tally.accepted_by_depth and tally.rejected == 0
@@ -119,9 +119,9 @@ def test_draft_cache_is_compared_from_the_last_match(tiny):
     class Watched(list):
         seen = 0
 
-        def __getitem__(self, place):
-            self.seen += isinstance(place, int)
-            return super().__getitem__(place)
+        def __getitem__(self, index):
+            self.seen += isinstance(index, int)
+            return super().__getitem__(index)
 
     drafter = ModelDrafter(tiny(), 97)
     drafter.extend(list(range(4, 84)), None)
@@ -196,19 +196,19 @@ def test_bad_requests_are_refused(tiny):
             engine.session(prompt, options)
 
 
-# ------------------------------------------------------------------------------------------------ the sampled law
+# ------------------------------------------------------------------------------------------------ the sampled distribution
 def exact_law(target, prompt, sampling, length):
     """Probability of every sequence, by enumeration."""
-    found = {(): 1.0}
+    paths = {(): 1.0}
     for _ in range(length):
         longer = {}
-        for sequence, p in found.items():
+        for sequence, p in paths.items():
             row = np.array(target.model(mx.array([[*prompt, *sequence]]))[0, -1])
             d = distribution(row, sampling)
             for token, q in zip(d.ids.tolist(), d.p.tolist(), strict=True):
                 longer[(*sequence, token)] = p * q
-        found = longer
-    return found
+        paths = longer
+    return paths
 
 
 def chi_square_p(observed, expected, draws):

@@ -1,4 +1,4 @@
-"""Somebody else's drafter: odd values are made plain or refused inside the guard, and a failure ends with its request."""
+"""A user's drafter: odd values are made plain or refused, and a failure ends with its request."""
 
 import importlib
 import sys
@@ -21,8 +21,8 @@ DRAW = DraftSampler(SamplingParams(), lambda: 0.5, None)
 class Fixed:
     """Proposes the same again and again."""
 
-    def __init__(self, tokens, laws, confidences):
-        self.draft = Draft(tokens, laws, confidences, "whatever")
+    def __init__(self, tokens, draft_probs, confidences):
+        self.draft = Draft(tokens, draft_probs, confidences, "whatever")
 
     def extend(self, tokens, states):
         pass
@@ -34,9 +34,9 @@ class Fixed:
         return self.draft
 
 
-def proposed(tokens, laws, confidences):
-    heard = []
-    return CustomDrafter(Fixed(tokens, laws, confidences), 100, heard.append).propose(4, DRAW), heard
+def proposed(tokens, draft_probs, confidences):
+    errors = []
+    return CustomDrafter(Fixed(tokens, draft_probs, confidences), 100, errors.append).propose(4, DRAW), errors
 
 
 @pytest.mark.parametrize(
@@ -48,15 +48,15 @@ def proposed(tokens, laws, confidences):
     ],
 )
 def test_what_numpy_counts_in_becomes_plain_numbers(tokens, confidences):
-    draft, heard = proposed(tokens, [point_mass(3), point_mass(4)], confidences)
-    assert not heard and draft.tokens == [3, 4] and draft.confidences == [1.0, 0.5]
+    draft, errors = proposed(tokens, [point_mass(3), point_mass(4)], confidences)
+    assert not errors and draft.tokens == [3, 4] and draft.confidences == [1.0, 0.5]
     assert {type(token) for token in draft.tokens} == {int} and {type(value) for value in draft.confidences} == {float}
     mx.array([[5, *draft.tokens]])
 
 
 def test_an_array_without_a_token_is_no_draft():
-    draft, heard = proposed(np.array([], int), [], [])
-    assert draft.tokens == [] and not heard
+    draft, errors = proposed(np.array([], int), [], [])
+    assert draft.tokens == [] and not errors
 
 
 @pytest.mark.parametrize(
@@ -78,18 +78,18 @@ def test_an_array_without_a_token_is_no_draft():
     ],
 )
 def test_draft_that_would_change_the_distribution_is_refused(token, ids, p, confidence):
-    draft, heard = proposed([token], [Distribution(np.array(ids), np.array(p))], [confidence])
-    assert draft is NO_DRAFT and len(heard) == 1
+    draft, errors = proposed([token], [Distribution(np.array(ids), np.array(p))], [confidence])
+    assert draft is NO_DRAFT and len(errors) == 1
 
 
 class FailsOnce:
     """Guesses fives, but in the first request it raises."""
 
-    made = 0
+    count = 0
 
     def __init__(self):
-        FailsOnce.made += 1
-        self.fails = FailsOnce.made == 2  # the first one is made to see whether it can be
+        FailsOnce.count += 1
+        self.fails = FailsOnce.count == 2  # the first one is made to see whether it can be
 
     def extend(self, tokens, states):
         pass
@@ -104,8 +104,8 @@ class FailsOnce:
 
 
 def test_failure_ends_with_its_request(tiny):
-    heard = []
-    engine = EngineCore(tiny(), None, drafter_factory=lambda target, draft: FailsOnce(), on_error=heard.append)
+    errors = []
+    engine = EngineCore(tiny(), None, drafter_factory=lambda target, draft: FailsOnce(), on_error=errors.append)
     prompt, drafted = list(range(4, 44)), []
     for _ in range(2):
         session = engine.session(prompt, RequestOptions(max_tokens=6, num_draft_tokens=1, ngram=False))
@@ -117,7 +117,7 @@ def test_failure_ends_with_its_request(tiny):
         engine.save_to_prefix_cache(session, "")
         prompt = [*session.state.tokens, 9, 10]
     assert session.stats.reused_tokens > 30
-    assert len(heard) == 1 and drafted[0] == 0 and drafted[1] > 0
+    assert len(errors) == 1 and drafted[0] == 0 and drafted[1] > 0
 
 
 def test_failed_drafter_leaves_no_costs_file(tiny, tmp_path, monkeypatch):

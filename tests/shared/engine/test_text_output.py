@@ -30,10 +30,10 @@ def by_bytes():
     bpe = models.BPE(
         vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True, unk_token="<unk>"
     )
-    made = Tokenizer(bpe)
+    tokenizer = Tokenizer(bpe)
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    made.decoder = decoders.Sequence(steps)
-    return made
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
 
 
 def spelled(text):
@@ -42,49 +42,49 @@ def spelled(text):
 
 def as_shown(tokens):
     """`tokens` as SentencePiece would decode them, but whole characters at the beginning of a broken run stand."""
-    text, place = "", 0
-    while place < len(tokens):
-        end = place
+    text, start = "", 0
+    while start < len(tokens):
+        end = start
         while end < len(tokens) and tokens[end] >= FIRST_BYTE:
             end += 1
-        if end == place:
-            text, place = text + (WORDS[tokens[place] - 1].replace("\u2581", " ")), place + 1
+        if end == start:
+            text, start = text + (WORDS[tokens[start] - 1].replace("\u2581", " ")), start + 1
             continue
-        run = bytes(token - FIRST_BYTE for token in tokens[place:end])
+        run = bytes(token - FIRST_BYTE for token in tokens[start:end])
         try:
             text += run.decode()
         except UnicodeDecodeError as wrong:
             text += run[: wrong.start].decode() + HOLD * (len(run) - wrong.start)
-        place = end
+        start = end
     return text.removeprefix(" ")
 
 
-def stream(tokenizer, tokens, stop=()):
-    made = TextStream(tokenizer, stop)
-    pieces = [made.add(token) for token in tokens]
-    return [*pieces, made.finish()], made
+def stream_text(tokenizer, tokens, stop=()):
+    stream = TextStream(tokenizer, stop)
+    pieces = [stream.add(token) for token in tokens]
+    return [*pieces, stream.finish()], stream
 
 
 def test_an_emoji_split_over_tokens_comes_whole(tokenizer):
     tokens = tokenizer.encode("a😀b", add_special_tokens=False)
     assert len(tokens) == 6
-    pieces, made = stream(tokenizer, tokens)
+    pieces, stream = stream_text(tokenizer, tokens)
     assert pieces == ["a", "", "", "", "😀", "b", ""]
-    assert made.text == "a😀b"
+    assert stream.text == "a😀b"
 
 
 @settings(max_examples=300, deadline=None)
 @given(tokens=st.lists(st.integers(0, 275), max_size=40))
 def test_streamed_tokens_equal_decoding_at_once(tokenizer, tokens):
-    pieces, made = stream(tokenizer, tokens)
-    assert "".join(pieces) == made.text == tokenizer.decode(tokens)
+    pieces, stream = stream_text(tokenizer, tokens)
+    assert "".join(pieces) == stream.text == tokenizer.decode(tokens)
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=40))
 def test_any_text_streams_back_without_a_broken_character(tokenizer, text):
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    pieces, _ = stream(tokenizer, tokens)
+    pieces, _ = stream_text(tokenizer, tokens)
     assert "".join(pieces) == tokenizer.decode(tokens) == text
     if HOLD not in text:
         assert not any(HOLD in piece for piece in pieces)
@@ -92,23 +92,23 @@ def test_any_text_streams_back_without_a_broken_character(tokenizer, text):
 
 def test_unfinished_character_at_the_end_is_shown(tokenizer):
     tokens = tokenizer.encode("ab€", add_special_tokens=False)[:-1]
-    assert stream(tokenizer, tokens)[1].text == f"ab{HOLD}"
+    assert stream_text(tokenizer, tokens)[1].text == f"ab{HOLD}"
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text("abc", max_size=30), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string(tokenizer, text, stops):
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    made = TextStream(tokenizer, tuple(stops))
+    stream = TextStream(tokenizer, tuple(stops))
     shown = ""
     for token in tokens:
-        shown += made.add(token)
-        if made.stopped:
+        shown += stream.add(token)
+        if stream.stopped:
             break
-    shown += made.finish()
+    shown += stream.finish()
     ends = [text.find(stop) for stop in stops if stop in text]
-    assert made.stopped == bool(ends)
-    assert shown == made.text
+    assert stream.stopped == bool(ends)
+    assert shown == stream.text
     if not ends:
         assert shown == text
     else:
@@ -119,25 +119,25 @@ def test_text_ends_before_the_first_stop_string(tokenizer, text, stops):
 
 def test_stop_string_split_over_tokens_is_found(tokenizer):
     tokens = tokenizer.encode("one STOP two", add_special_tokens=False)
-    pieces, made = stream(tokenizer, tokens, ("STOP",))
-    assert made.text == "one "
-    assert made.stopped
+    pieces, stream = stream_text(tokenizer, tokens, ("STOP",))
+    assert stream.text == "one "
+    assert stream.stopped
     assert "".join(pieces) == "one "
 
 
 def test_partial_stop_string_is_text(tokenizer):
     tokens = tokenizer.encode("one STO", add_special_tokens=False)
-    assert stream(tokenizer, tokens, ("STOP",))[1].text == "one STO"
+    assert stream_text(tokenizer, tokens, ("STOP",))[1].text == "one STO"
 
 
 def test_an_empty_stop_string_stops_nothing(tokenizer):
-    assert stream(tokenizer, tokenizer.encode("abc", add_special_tokens=False), ("",))[1].text == "abc"
+    assert stream_text(tokenizer, tokenizer.encode("abc", add_special_tokens=False), ("",))[1].text == "abc"
 
 
 def test_broken_bytes_do_not_lose_the_next_character(tokenizer):
     broken, euro = tokenizer.encode("é", add_special_tokens=False)[1:], tokenizer.encode("€", add_special_tokens=False)
     tokens = [*broken * 7, *euro, *tokenizer.encode("A", add_special_tokens=False)]
-    assert stream(tokenizer, tokens)[1].text == f"{HOLD * 7}€A"
+    assert stream_text(tokenizer, tokens)[1].text == f"{HOLD * 7}€A"
 
 
 words = st.integers(1, len(WORDS)).map(lambda token: [token])
@@ -152,8 +152,8 @@ broken = few_bytes.map(lambda values: [FIRST_BYTE + value for value in values])
 def test_byte_fallback_text_is_whole_at_any_cut(by_bytes, parts):
     tokens = [token for part in parts for token in part]
     whole = by_bytes.decode(tokens, skip_special_tokens=False)
-    pieces, made = stream(by_bytes, tokens)
-    assert made.text == "".join(pieces) == whole == as_shown(tokens)
+    pieces, stream = stream_text(by_bytes, tokens)
+    assert stream.text == "".join(pieces) == whole == as_shown(tokens)
     assert all(whole.startswith("".join(pieces[:count])) for count in range(len(pieces)))
 
 
@@ -161,14 +161,14 @@ def test_byte_fallback_text_is_whole_at_any_cut(by_bytes, parts):
 @given(parts=st.lists(words | bytes_of_words | broken, max_size=8))
 def test_broken_bytes_never_retract_or_repeat_text(by_bytes, parts):
     tokens = [token for part in parts for token in part]
-    pieces, made = stream(by_bytes, tokens)
-    assert made.text == "".join(pieces) == as_shown(tokens)
+    pieces, stream = stream_text(by_bytes, tokens)
+    assert stream.text == "".join(pieces) == as_shown(tokens)
 
 
 def test_emoji_in_bytes_comes_with_its_last_byte(by_bytes):
-    assert stream(by_bytes, [*spelled("\N{GRINNING FACE}"), 2])[0] == ["", "", "", "\N{GRINNING FACE}", "b", ""]
+    assert stream_text(by_bytes, [*spelled("\N{GRINNING FACE}"), 2])[0] == ["", "", "", "\N{GRINNING FACE}", "b", ""]
 
 
 def test_replacement_characters_wait_three_tokens_at_most(by_bytes):
-    pieces, _ = stream(by_bytes, [FIRST_BYTE + 0xFF] * 40)
+    pieces, _ = stream_text(by_bytes, [FIRST_BYTE + 0xFF] * 40)
     assert pieces == ["", "", "", *[HOLD] * 37, HOLD * 3]

@@ -1,4 +1,4 @@
-"""Past answers draft for their own client and for nobody else, survive a restart, stay bounded, and can be forgotten."""
+"""Past answers draft for their client only, survive a restart, stay bounded, and can be forgotten."""
 
 import pytest
 from hypothesis import given
@@ -16,12 +16,12 @@ PROMPT = [5, 17, 40, 8, 22]
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=20), max_size=6), st.lists(st.integers(0, 3), max_size=12))
 def test_a_match_is_the_longest_there_is(texts, running):
-    own = ClientAnswers(10_000)
+    answers = ClientAnswers(10_000)
     for text in texts:
-        own.add(text, 0)
-    found, place, length = own.match(running, 9)
+        answers.add(text, 0)
+    match, position, length = answers.match(running, 9)
     longest = 0
-    for text in own.texts:
+    for text in answers.texts:
         for end in range(MATCH, len(text)):
             same = 0
             while same < min(end, len(running), 9) and text[end - same - 1] == running[-same - 1]:
@@ -29,18 +29,18 @@ def test_a_match_is_the_longest_there_is(texts, running):
             longest = max(longest, same)
     assert length == (longest if longest >= MATCH else 0)
     if length:
-        assert found[place - length : place] == running[-length:] and place < len(found)
+        assert match[position - length : position] == running[-length:] and position < len(match)
 
 
 def test_history_stays_within_its_limit():
-    own = ClientAnswers(100)
+    answers = ClientAnswers(100)
     for i in range(50):
-        own.add([i] * 5 + list(range(i, i + 12)), i)
-        assert own.tokens <= 100
-    assert own.match([49] * 5, 9)[2] == 5
-    assert own.match([0] * 5, 9)[2] == 0
-    own.add(range(10_000), 60)
-    assert own.tokens <= 100
+        answers.add([i] * 5 + list(range(i, i + 12)), i)
+        assert answers.tokens <= 100
+    assert answers.match([49] * 5, 9)[2] == 5
+    assert answers.match([0] * 5, 9)[2] == 0
+    answers.add(range(10_000), 60)
+    assert answers.tokens <= 100
 
 
 def test_one_owners_text_is_never_anothers(tmp_path):
@@ -78,9 +78,9 @@ def test_forgetting_leaves_nothing_in_memory_or_on_disk(tmp_path):
 
 
 def test_longer_of_context_and_history_match_is_drafted():
-    own = ClientAnswers(1000)
-    own.add([9, 1, 2, 3, 4, 50, 51, 52], 0)
-    drafter = NgramDrafter(own)
+    answers = ClientAnswers(1000)
+    answers.add([9, 1, 2, 3, 4, 50, 51, 52], 0)
+    drafter = NgramDrafter(answers)
     drafter.extend([3, 4, 60, 61, 1, 2, 3, 4], None)
     assert drafter.propose(3, DraftSampler(SamplingParams(), lambda: 0.5, None)).tokens == [50, 51, 52]
     drafter.extend([60], None)
