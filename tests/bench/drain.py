@@ -47,7 +47,7 @@ def drain(forkserver: Forkserver, megabytes: float, tokens: int) -> dict[str, fl
             time.sleep(0.25)
         seconds = time.monotonic() - began
         used = cpu_seconds(inference.pid) - used + cpu_seconds(collector.pid)
-        instance.acked = ids
+        instance.acknowledged = ids
         instance.settle(60)
         instance.check()
         lost = len(set(ids) - set(instance.stored()))

@@ -83,7 +83,7 @@ class Soak:
                 continue
             self.probed.append(done.generation_id)
             if done.recorded:
-                self.instance.acked.append(done.generation_id)
+                self.instance.acknowledged.append(done.generation_id)
             (self.recorded if turn % 2 else self.unrecorded).append(time.monotonic() - began)
             stop.wait(0.1)
         client.close()
@@ -163,7 +163,7 @@ class Soak:
         return {
             "faults": self.faults,
             "served": len(instance.latencies) + len(self.probed), "refused": dict(instance.refusals),
-            "accepted": len(instance.acked), "lost": len(set(instance.acked) - set(stored)), "doubled": len(instance.doubled()),
+            "accepted": len(instance.acknowledged), "lost": len(set(instance.acknowledged) - set(stored)), "doubled": len(instance.doubled()),
             "changed": len(instance.changed()),
             "settled_s": round(settled, 2),
             "trained": trained, "runs_lost": max(0, instance.output("trainer").count("training.done") - trained),

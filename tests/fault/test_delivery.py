@@ -52,9 +52,9 @@ def test_f1_killed_inference_loses_no_accepted_record(instance, figures, kills):
         assert not thread.is_alive(), "a client waits past its deadline"
     settled = instance.settle()
     instance.check()
-    figures(F1_kills=kills, accepted=len(instance.acked), lost=0, back_p50_s=percentile(back, 0.5), back_max_s=max(back),
+    figures(F1_kills=kills, accepted=len(instance.acknowledged), lost=0, back_p50_s=percentile(back, 0.5), back_max_s=max(back),
             settled_s=settled, refused=dict(instance.refusals))  # fmt: skip
-    assert instance.acked
+    assert instance.acknowledged
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(100, marks=slow)])
@@ -77,7 +77,7 @@ def test_f2_killed_collector_loses_nothing_delays_nobody(instance, figures, kill
         thread.join(timeout=30)
     settled = instance.settle()
     instance.check()
-    figures(F2_kills=kills, accepted=len(instance.acked), lost=0, calm_p50_ms=1000 * percentile(calm, 0.5),
+    figures(F2_kills=kills, accepted=len(instance.acknowledged), lost=0, calm_p50_ms=1000 * percentile(calm, 0.5),
             killed_p50_ms=1000 * percentile(disturbed, 0.5), calm_p99_ms=1000 * percentile(calm, 0.99),
             killed_p99_ms=1000 * percentile(disturbed, 0.99), settled_s=settled)  # fmt: skip
     assert not instance.refusals
@@ -171,8 +171,8 @@ def test_f3_every_failpoint_has_killed_something(deaths, request):
 @pytest.mark.parametrize("count", [5_000, pytest.param(100_000, marks=slow)])
 def test_f4_an_hour_without_a_collector_drains_quickly(instance, figures, count):
     outbox = Outbox(instance.paths.outbox("inference"))
-    instance.acked = [uuid.uuid4().hex for _ in range(count)]
-    size = fill(outbox, instance.acked, text="x" * 1500)
+    instance.acknowledged = [uuid.uuid4().hex for _ in range(count)]
+    size = fill(outbox, instance.acknowledged, text="x" * 1500)
     outbox.close()
     inference = instance.start("inference")
     instance.ready("inference")
@@ -211,7 +211,7 @@ def test_f5_a_stopped_collector_costs_inference_nothing(instance, figures, secon
         thread.join(timeout=30)
     settled = instance.settle()
     instance.check()
-    figures(F5_stopped_s=seconds, accepted=len(instance.acked), calm_p50_ms=1000 * percentile(calm, 0.5),
+    figures(F5_stopped_s=seconds, accepted=len(instance.acknowledged), calm_p50_ms=1000 * percentile(calm, 0.5),
             stopped_p50_ms=1000 * percentile(stopped, 0.5), calm_p99_ms=1000 * percentile(calm, 0.99),
             stopped_p99_ms=1000 * percentile(stopped, 0.99), settled_s=settled)  # fmt: skip
     assert not instance.refusals
@@ -231,7 +231,9 @@ def test_f6_lost_and_doubled_frames_only_cost_time(instance, figures, proxied, a
         instance.ask(f"question {n}")
     settled = instance.settle(timeout_s=120)
     instance.check()
-    figures(F6_accepted=len(instance.acked), lost=0, dropped=proxy.dropped, doubled=proxy.doubled, settled_s=settled)
+    figures(
+        F6_accepted=len(instance.acknowledged), lost=0, dropped=proxy.dropped, doubled=proxy.doubled, settled_s=settled
+    )
     assert proxy.dropped and proxy.doubled
 
 
@@ -250,7 +252,7 @@ def test_f11_poison_record_is_quarantined(instance):
             name = list(poison)[place]
             outbox.append(name, "Generation", poison[name])
     outbox.close()
-    instance.acked = good
+    instance.acknowledged = good
     instance.start("inference")
     instance.start("collector")
     instance.ready("inference")

@@ -85,7 +85,7 @@ def test_f7_a_full_store_acknowledges_nothing_and_recovers(instance, figures, di
     instance.settle(timeout_s=45)
     instance.check()
     wait_until(lambda: not instance.status("collector")["trouble"], 5, "status is calm again")
-    figures(F7_accepted=len(instance.acked), waited_in_outbox=kept, lost=0, recovered_s=time.monotonic() - start)
+    figures(F7_accepted=len(instance.acknowledged), waited_in_outbox=kept, lost=0, recovered_s=time.monotonic() - start)
     assert "full" in trouble
     assert kept + len(instance.stored()) >= before and kept > 0
     assert outbox
@@ -126,7 +126,7 @@ def test_f8_full_outbox_refuses_records_not_answers(instance, figures, disk):
     assert "full" in said["trouble"] and "full" in refused[0]
     # a collector that comes now must not turn in circles over records that cannot be let go of
     instance.start("collector")
-    wait_until(lambda: set(instance.acked) <= set(instance.stored()), 10, "what was accepted is stored")
+    wait_until(lambda: set(instance.acknowledged) <= set(instance.stored()), 10, "what was accepted is stored")
     outbox.free()
     start = time.monotonic()
     wait_until(lambda: instance.ask("afterwards").recorded, 10, "records are accepted again")
@@ -137,7 +137,7 @@ def test_f8_full_outbox_refuses_records_not_answers(instance, figures, disk):
     figures(
         F8_answers=len(instance.latencies),
         refused=len(refused),
-        accepted=len(instance.acked),
+        accepted=len(instance.acknowledged),
         lost=0,
         recovered_s=recovered,
     )
@@ -248,13 +248,13 @@ def test_f8_outbox_accepts_again_after_draining(instance, figures):
     assert refused and all(answer.tokens == 8 and "its limit is 1 MiB" in answer.record_note for answer in refused)
     assert instance.status("inference")["outbox"]["refused"] == len(refused)
     assert any(f"records refused ({len(refused)})" in text for text in problems(instance))
-    instance.acked += before
+    instance.acknowledged += before
     instance.start("collector")
     wait_until(lambda: instance.ask("after draining").recorded, 10, "records are taken again")
     calm(instance)
     instance.settle()
     instance.check()
-    figures(F8_limit_refused=len(refused), accepted=len(instance.acked), lost=0)
+    figures(F8_limit_refused=len(refused), accepted=len(instance.acknowledged), lost=0)
 
 
 def test_run_without_space_resumes_later(instance, figures, disk):

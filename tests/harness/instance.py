@@ -1,8 +1,8 @@
-"""One run directory with real daemons in it, for tests that break things: start, kill, ask, settle, and the invariant.
+"""A run directory with real daemons around fake models: start, kill, ask, settle, and check the delivery invariant.
 
-The oracle is Jepsen's: `acked` holds every generation id whose answer said `recorded: true`. After settling each of them is in the
-store with the text that its client saw, nothing is in quarantine, the outbox is empty and both files pass SQLite's own check. An id
-cannot be there twice (it is unique); what could are its disagreements, so those are counted.
+The oracle is Jepsen's: `acknowledged` holds the id of every answer that came with `recorded: true`. After `settle` each of them is
+in the store with the text that its client saw, the quarantine and the outbox are empty, and SQLite's own check passes. Ids are
+unique in the store, so that a record delivered twice could only double its disagreements: `doubled` counts those.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,17 @@ serving: {threads: 1}
 def digest(text: str) -> str:
     """A short digest of a text, to compare texts by."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read(path: Path, query: str) -> list[Any]:
+    """The rows of a query on a SQLite file, read only; none while the file or its tables are not there yet."""
+    if not path.exists():
+        return []
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as db:
+        try:
+            return db.execute(query).fetchall()
+        except sqlite3.OperationalError:
+            return []
 
 
 class Daemon:
@@ -83,8 +95,8 @@ class Instance:
         self.file = self.folder / "settings.yaml"
         self.set(settings)
         self.daemons: list[Daemon] = []
-        self.acked: list[str] = []
-        self.said: dict[str, str] = {}  # what the clients saw of them, as a digest
+        self.acknowledged: list[str] = []
+        self.digests: dict[str, str] = {}  # generation id -> digest of the text that its client saw
         self.latencies: list[float] = []
         self.refusals: Counter[str] = Counter()
 
@@ -102,67 +114,63 @@ class Instance:
     def environment(self, **more: str) -> dict[str, str]:
         """What a process needs to work on this run directory."""
         inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
-        return (
-            inherited
-            | {
-                "SPECL_VAR": str(self.folder),
-                "SPECL_CONFIG": str(self.file),
-                "SPECL_MODELS": str(self.paths.models),
-            }
-            | more
-        )
+        folders = {
+            "SPECL_VAR": str(self.folder),
+            "SPECL_CONFIG": str(self.file),
+            "SPECL_MODELS": str(self.paths.models),
+        }
+        return inherited | folders | more
 
     def start(self, role: str, **environment: str) -> Daemon:
+        """Start a daemon with these additions to its environment."""
         daemon = Daemon(self.forkserver, role, self.environment(**environment), self.outputs / f"{role}.out")
         self.daemons.append(daemon)
         return daemon
 
     def output(self, role: str) -> str:
+        """What the daemons of a role wrote to their terminal."""
         path = self.outputs / f"{role}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def client(self) -> Client:
+        """A new client; the caller closes it."""
         return Client(self.paths, self.settings)
 
     def status(self, role: str) -> dict[str, Any]:
-        """One daemon's own view; empty while it does not answer."""
+        """What a daemon answers to GetStatus; empty while it does not answer."""
         endpoint = Addresses(self.paths, self.settings.bus).answer(role)
         answer = gather({role: (endpoint, GetStatus())}, 0.5).get(role)
         return asdict(answer) | {"pid": holder_of(self.paths.run, role)} if answer is not None else {}
 
     def ready(self, role: str, timeout_s: float = 20) -> dict[str, Any]:
-        """Wait until `role` answers (and inference has its models)."""
+        """Its status, once it answers and is not starting any more."""
 
-        def there() -> dict[str, Any] | None:
+        def started() -> dict[str, Any] | None:
             body = self.status(role)
             return body if body and body["state"] != "starting" else None
 
         try:
-            return wait_until(there, timeout_s, f"{role} is ready")
+            return wait_until(started, timeout_s, f"{role} is ready")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.output(role)[-3000:]}") from None
 
     def ask(self, prompt: str = "hello", client: Client | None = None, **options: Any) -> Done:
-        """One answer, noted in the oracle."""
-        own = client or self.client()
+        """One answer, noted in the oracle. Without a `client` it gets one of its own."""
+        if client is None:
+            with self.client() as client:
+                return self.ask(prompt, client, **options)
         start = time.monotonic()
-        try:
-            done = own.ask(prompt, **options)
-        finally:
-            if client is None:
-                own.close()
+        done = client.ask(prompt, **options)
         self.latencies.append(time.monotonic() - start)
         if done.recorded:
-            self.said[done.generation_id] = digest(done.text)
-            self.acked.append(done.generation_id)
+            self.digests[done.generation_id] = digest(done.text)
+            self.acknowledged.append(done.generation_id)
         return done
 
     def load(
         self, stop: threading.Event, rate: float, workers: int = 2, hold: threading.Event | None = None, **options: Any
     ) -> list[threading.Thread]:
-        """Ask `rate` times a second from `workers` threads until `stop`; refusals are counted by kind. Nobody asks while `hold`
-        is set.
-        """
+        """Ask `rate` times a second from `workers` threads until `stop`, pausing while `hold` is set. Counts refusals by class."""
 
         def work(number: int) -> None:
             client, count = self.client(), 0
@@ -187,72 +195,51 @@ class Instance:
 
     # ------------------------------------------------------------------------------------------------ the invariant
     def stored(self, table: str = "generations") -> list[str]:
-        """Ids in a table of the store, by sqlite3 alone."""
-        if not self.paths.store.exists():
-            return []
-        with sqlite3.connect(f"file:{self.paths.store}?mode=ro", uri=True, timeout=5) as db:
-            try:
-                return [row[0] for row in db.execute(f"SELECT id FROM {table}")]
-            except sqlite3.OperationalError:
-                return []
+        """Ids in a table of the store."""
+        return [row[0] for row in read(self.paths.store, f"SELECT id FROM {table}")]
 
     def doubled(self) -> list[tuple[str, int]]:
-        """Disagreements that stand twice (an answer has one a position at most, and one a round), or belong to no answer."""
-        return self._rows(
+        """Disagreements stored twice (an answer has at most one a position and one a round) or without their answer."""
+        return read(
+            self.paths.store,
             "SELECT generation_id, position FROM disagreements GROUP BY 1, 2 HAVING count(*) > 1 UNION ALL "
             "SELECT generation_id, position FROM disagreements WHERE generation_id NOT IN (SELECT id FROM generations) "
             "UNION ALL SELECT id, rounds FROM generations g "
-            "WHERE (SELECT count(*) FROM disagreements d WHERE d.generation_id = g.id) > rounds"
+            "WHERE (SELECT count(*) FROM disagreements d WHERE d.generation_id = g.id) > rounds",
         )
 
     def changed(self) -> list[str]:
         """Ids of answers that are stored with another text than the one their client saw."""
-        rows = self._rows("SELECT id, output FROM generations")
-        return [id for id, output in rows if id in self.said and self.said[id] != digest(output)]
-
-    def _rows(self, query: str) -> list[Any]:
-        db = sqlite3.connect(f"file:{self.paths.store}?mode=ro", uri=True, timeout=5)
-        try:
-            return db.execute(query).fetchall()
-        finally:
-            db.close()
+        rows = read(self.paths.store, "SELECT id, output FROM generations")
+        return [id for id, output in rows if id in self.digests and self.digests[id] != digest(output)]
 
     def waiting(self, producer: str = "inference") -> list[str]:
         """Ids in an outbox."""
-        path = self.paths.outbox(producer)
-        if not path.exists():
-            return []
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5) as db:
-            try:
-                return [row[0] for row in db.execute("SELECT id FROM outbox")]
-            except sqlite3.OperationalError:
-                return []
+        return [row[0] for row in read(self.paths.outbox(producer), "SELECT id FROM outbox")]
 
     def settle(self, timeout_s: float = 20) -> float:
-        """Start what is not running, wait until both outboxes are empty; seconds that took."""
+        """Start inference and collector where they do not run and wait until all is stored; seconds that took."""
         start = time.monotonic()
         for role in ("inference", "collector"):
             if not any(d.role == role and d.code is None for d in self.daemons):
                 self.start(role)
         wait_until(
-            lambda: not self.waiting("inference") and set(self.acked) <= set(self.stored()),
+            lambda: not self.waiting("inference") and set(self.acknowledged) <= set(self.stored()),
             timeout_s,
             f"the outbox empties ({len(self.waiting())} wait)\n{self.output('collector')[-2000:]}",
         )
         return time.monotonic() - start
 
     def check(self, quarantined: int = 0) -> None:
-        """The invariant I."""
-        stored = self.stored()
-        lost = set(self.acked) - set(stored)
-        assert not lost, f"{len(lost)} accepted records are not in the store"
+        """The delivery invariant, with this many rows in the quarantine."""
+        lost = set(self.acknowledged) - set(self.stored())
+        assert not lost, f"{len(lost)} acknowledged records are not in the store"
         assert not self.doubled(), "disagreements of one answer at one position twice, or of no answer"
         assert not self.changed(), "an answer is stored with another text than its client saw"
         assert len(self.stored("quarantine")) == quarantined
         assert not self.waiting("inference")
         for path in (self.paths.store, self.paths.outbox("inference")):
-            with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5) as db:
-                assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",), path
+            assert read(path, "PRAGMA integrity_check") == [("ok",)], path
 
     def close(self) -> None:
         """End the daemons and remove the folders."""

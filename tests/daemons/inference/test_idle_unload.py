@@ -37,7 +37,7 @@ def test_reloaded_models_answer_alike_with_their_adapter(instance):
         after = client.last
     assert text == before.text and before.adapter_id == after.adapter_id == "000001"
     assert positions[0] == 0, "the client hears that it waits"
-    instance.acked.append(after.generation_id)
+    instance.acknowledged.append(after.generation_id)
     wait_until(unloaded(instance), 10, "the models are unloaded again")
     publish_adapter(instance.paths.adapters, "000002")  # announced to nobody who could load it
     changed = instance.ask("hello")
