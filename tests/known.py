@@ -8,32 +8,29 @@ KNOWN: dict[str, set[str]] = {
     "libraries": {
         "specl.daemons.inference.adapter_monitor -> pydantic",
     },
-    "long files": {
-        "shared/messaging/bus.py",
-    },
 }
 # how often a rule that counts is broken
 COUNTS = {
     "retired": {
         "broken_off": 9,
-        "facts": 21,
+        "facts": 17,
         "gatherer": 11,
         "insist": 6,
-        "law": 6,
-        "laws": 15,
-        "lookout": 100,
+        "law": 2,
+        "laws": 4,
+        "lookout": 94,
         "only_spoils": 7,
         "overtaken": 2,
         "relent": 5,
         "second_looks": 11,
         "spoils": 12,
-        "told": 68,
-        "wish": 215,
+        "told": 55,
+        "wish": 188,
         "wished": 3,
-        "wishes": 4,
+        "wishes": 2,
     },
     "long names": 0,
-    "private reads": 62,
+    "private reads": 57,
     "private reads of code": 0,
 }
 
