@@ -31,7 +31,7 @@ ROOMS_OF_LIBRARY = {
     "zmq": {"messaging"},
     "msgpack": {"messaging"},
     "sqlalchemy": {"store"},
-    "pydantic": {"settings", "adapters"},
+    "pydantic": {"settings", "adapters", "daemons.inference"},
     "click": {"cli"},
     "starlette": {"daemons.gateway"},
     "uvicorn": {"daemons.gateway"},

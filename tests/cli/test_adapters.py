@@ -51,8 +51,8 @@ def test_a_malformed_manifest_is_listed_with_its_reason(capsys):
     assert "malformed" in " ".join(capsys.readouterr().out.split())
 
 
-def told(run="run", id="000001"):
-    """A run as the trainer tells it, into the store."""
+def store_run(run="run", id="000001"):
+    """Store a run as the trainer records it."""
     with closing(Store(find_paths().create().store)) as store:
         changes = {"settings": {"data": {"failures": 30, "successes": 8, "replay": 96}}}
         made = [make_training_run(run, adapter_id=id, verdict="promoted" if id else "rejected", **changes)]
@@ -74,8 +74,8 @@ def test_list_fits_eighty_columns_and_all_shows_refused(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     gate = {"low": 0.125, "high": 0.375, "regression_before": 0.38, "regression_after": 0.378}
     publish("000001", GOOD | {"gate": gate}, {"generations": ["a"]})
-    told()
-    told("second", "")
+    store_run()
+    store_run("second", "")
     main(["adapters", "list"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 4 and max(map(len, lines)) <= 80, lines
@@ -87,7 +87,7 @@ def test_list_fits_eighty_columns_and_all_shows_refused(capsys, monkeypatch):
 def test_show_and_json_tell_the_whole_story(capsys):
     counts = {"failures": 30, "successes": 8, "replay": 96, "generations": ["a"], "tokens": 900, "steps": 60}
     publish("000001", GOOD | {"gate": {"low": 0.125, "high": 0.375}}, counts)
-    told()
+    store_run()
     main(["adapters", "show", "latest"])
     out = capsys.readouterr().out
     assert "30 failures, 8 successes, 96 replay" in out and "+0.12 to +0.38" in out

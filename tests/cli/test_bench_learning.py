@@ -74,9 +74,9 @@ def test_learning_stream_reports_every_figure(settings, short):
     process = start(settings, short, "--requests", "12", "--trigger", "8", "--plain-every", "3", "--shift", "--json")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    told = json.loads(out)
+    report = json.loads(out)
     kept = json.loads((short / "out" / "learning.json").read_text())
-    assert told.items() <= kept.items()
+    assert report.items() <= kept.items()
     assert (short / "out" / "learning.png").read_bytes().startswith(b"\x89PNG")
     on, off = (kept["passes"]["n-gram off"][side]["rows"] for side in ("on", "off"))
     assert [row["prompt"] for row in on] == [row["prompt"] for row in off] and len(on) == 12
@@ -86,9 +86,9 @@ def test_learning_stream_reports_every_figure(settings, short):
         assert row["drafted"] >= row["accepted"] and row["tokens_by_source"]["ngram"] == 0
         assert row["tokens_per_second"] > 0 and (row["plain"] is not None) == (row["n"] % 3 == 0)
     assert all(row["adapter_id"] == "" for row in off)
-    window = told["report"]["n-gram off"]["windows"]["second half"]
+    window = report["report"]["n-gram off"]["windows"]["second half"]
     assert window["pairs"] == 6 and window["on_against_off"]["speed"]["low"] > 0
-    assert told["report"]["n-gram off"]["words"] == {"compared": 12, "different": 0}
+    assert report["report"]["n-gram off"]["words"] == {"compared": 12, "different": 0}
     assert not left_behind(short) and not list(short.glob("specl-*"))
 
 
@@ -98,7 +98,7 @@ def test_ctrl_c_stops_daemons_and_keeps_measurements(settings, short):
     process = start(settings, short, "--requests", "500", "--no-plot")
     end = time.monotonic() + 120
     while "of 500" not in (line := process.stderr.readline()):
-        assert line and time.monotonic() < end, "no progress was told"
+        assert line and time.monotonic() < end, "no progress was reported"
     assert "min left" in line and left_behind(short)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -113,14 +113,14 @@ def test_unseen_prompts_are_measured_around_one_run(settings, short):
     process = start(settings, short, "--gain", "--requests", "20", "--unseen", "4", "--train-minutes", "0.1", "--json")
     out, err = process.communicate(timeout=600)
     assert "Traceback" not in err
-    told = json.loads(out)["report"]
+    report = json.loads(out)["report"]
     if process.returncode:  # the gate may say no to so little
-        assert told["training"]["verdict"] == "rejected" and "no adapter was promoted" in err
-        assert told["before"]["fixed"]["agreement"] > 0
+        assert report["training"]["verdict"] == "rejected" and "no adapter was promoted" in err
+        assert report["before"]["fixed"]["agreement"] > 0
     else:
-        assert told["training"]["verdict"] == "promoted" and told["prompts"] == 4
-        assert told["agreement_gain"]["low"] <= told["agreement_gain"]["value"] <= told["agreement_gain"]["high"]
-        assert told["words"]["different"] == 0
+        assert report["training"]["verdict"] == "promoted" and report["prompts"] == 4
+        assert report["agreement_gain"]["low"] <= report["agreement_gain"]["value"] <= report["agreement_gain"]["high"]
+        assert report["words"]["different"] == 0
     assert not left_behind(short) and not list(short.glob("specl-*"))
 
 

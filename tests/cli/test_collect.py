@@ -52,7 +52,7 @@ def test_messages_keep_history_and_drop_the_last_answer():
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("a.jsonl", '"fine"\n{bad\n{"a": 1}\n', "a.jsonl:2.*\n.*a.jsonl:3: no messages and no prompt"),
         ("a.jsonl", '{"messages": [{"role": "robot", "content": "x"}]}', "role"),
@@ -62,10 +62,10 @@ def test_messages_keep_history_and_drop_the_last_answer():
         ("none.txt", None, "cannot be read"),
     ],
 )
-def test_what_is_no_prompt_is_named(tmp_path, name, text, told):
+def test_what_is_no_prompt_is_named(tmp_path, name, text, message):
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         read_prompts(str(tmp_path / name))
 
 
@@ -173,7 +173,7 @@ def test_collect_waits_through_a_restart(own_instance, prompts, tmp_path, number
     own_instance.daemons[0].signal(number)
     wait_until(lambda: own_instance.daemons[0].code is not None, 10, "inference ends")
     own_instance.start("inference")
-    told = running.communicate(timeout=60)
-    assert running.returncode == 0, told
+    output = running.communicate(timeout=60)
+    assert running.returncode == 0, output
     rows = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
     assert rows == [f"question {n}" for n in range(5)]

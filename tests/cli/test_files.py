@@ -50,7 +50,7 @@ def test_a_long_document_is_one_field(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "told"),
+    ("name", "data", "message"),
     [
         ("a.jsonl", b'"fine"\n"half \\ud800"\n', r"a.jsonl:2: it holds half a surrogate pair"),
         ("a.json", b'["half \\uD800"]', "a.json is not JSON: it holds half"),
@@ -60,10 +60,10 @@ def test_a_long_document_is_one_field(tmp_path):
         ("a.csv", b"prompt\nna\xefve\n", "a.csv:2: not UTF-8 text"),
     ],
 )
-def test_unreadable_input_is_named_with_its_line(tmp_path, name, data, told):
+def test_unreadable_input_is_named_with_its_line(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     for reader in (read_prompts, prompts_of):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             reader(str(tmp_path / name))
 
 

@@ -114,8 +114,8 @@ def test_truncated_purge_journal_is_used(specl, kept, monkeypatch):
 
 
 def test_a_purge_of_an_earlier_version_is_finished(specl, kept):
-    wish = {"begun": 1.0, "ids": [], "before": None, "pattern": "heron", "everything": False}
-    lines = [{"wish": wish}, {"ids": ["a"], "texts": [SECRET], "typed": [SECRET, "pin 1"]}]
+    request = {"begun": 1.0, "ids": [], "before": None, "pattern": "heron", "everything": False}
+    lines = [{"wish": request}, {"ids": ["a"], "texts": [SECRET], "typed": [SECRET, "pin 1"]}]
     kept.pending_purge.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (kept.logs / "old.log").write_text(f'{{"error": "{SECRET}"}}\n{{"event": "kept"}}\n')
     history = open_history(kept, Records(), remember=True)

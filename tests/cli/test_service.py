@@ -33,8 +33,8 @@ def test_systemd_accepts_the_unit(tmp_path):
     unit = tmp_path / "speclora@inference.service"
     unit.write_text(service.systemd_unit())
     done = subprocess.run(["systemd-analyze", "verify", "--user", str(unit)], capture_output=True, text=True)
-    told = [line for line in done.stderr.splitlines() if "speclora" in line]
-    assert not told, done.stderr
+    complaints = [line for line in done.stderr.splitlines() if "speclora" in line]
+    assert not complaints, done.stderr
 
 
 @pytest.mark.parametrize("role", DAEMONS)
@@ -153,10 +153,10 @@ def test_the_script_is_one_that_the_shell_reads(specl, shell):
 # ------------------------------------------------------------------------------------------------ version
 @pytest.mark.process
 def test_the_version_names_commit_and_libraries(specl):
-    told = specl("--version").stdout
-    assert re.match(r"specl-ctl \d+\.\d+\.\d+", told) and "mlx-lm " in told and "Python 3." in told
+    output = specl("--version").stdout
+    assert re.match(r"specl-ctl \d+\.\d+\.\d+", output) and "mlx-lm " in output and "Python 3." in output
     if (Path(version.__file__).resolve().parents[1] / ".git").exists():
-        assert re.search(r"\(commit [0-9a-f]{12}(, changed)?\)", told)
+        assert re.search(r"\(commit [0-9a-f]{12}(, changed)?\)", output)
 
 
 # ------------------------------------------------------------------------------------------------ help and status

@@ -330,9 +330,9 @@ def test_a_client_has_its_limits(instance, context):
     assert sorted(refused) == ["r2", "r3", "r4"] and all(f.code == "busy" for f in refused.values())
     assert instance.ask("another client").tokens == 8
     with instance.client() as crowd:  # one program, a connection for each request
-        wishes = [crowd.deltas(crowd.request("x", max_tokens=8, client_id="crowd")) for _ in range(4)]
+        streams = [crowd.deltas(crowd.request("x", max_tokens=8, client_id="crowd")) for _ in range(4)]
         with ThreadPoolExecutor(4) as pool:
-            ends = list(pool.map(how_it_ended, wishes))
+            ends = list(pool.map(how_it_ended, streams))
     assert sorted(ends) == ["busy", "busy", "done", "done"]
     socket.send(
         encode(

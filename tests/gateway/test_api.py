@@ -59,31 +59,31 @@ def test_without_include_usage_no_chunk_speaks_of_it(client):
 
 
 def test_plain_completions_go_without_a_chat_template(client, running):
-    wish = {"model": "speclora", "prompt": "once upon a time", "max_tokens": 8, "temperature": 0}
-    whole = client.completions.create(**wish)
+    request = {"model": "speclora", "prompt": "once upon a time", "max_tokens": 8, "temperature": 0}
+    whole = client.completions.create(**request)
     assert whole.usage.prompt_tokens == len("once upon a time")  # the fake tokenizer: one token a character
-    text = "".join(piece.choices[0].text for piece in client.completions.create(**wish, stream=True))
+    text = "".join(piece.choices[0].text for piece in client.completions.create(**request, stream=True))
     assert text == whole.choices[0].text
 
 
 def test_stop_text_ends_the_answer(client):
-    wish = {**ASK, "max_tokens": 40}
-    whole = client.chat.completions.create(**wish).choices[0].message.content
+    request = {**ASK, "max_tokens": 40}
+    whole = client.chat.completions.create(**request).choices[0].message.content
     stop = whole[5:7]
-    short = client.chat.completions.create(**wish, stop=[stop])
+    short = client.chat.completions.create(**request, stop=[stop])
     assert short.choices[0].message.content == whole[: whole.index(stop)]
     assert short.choices[0].finish_reason == "stop"
 
 
 def test_the_same_seed_gives_the_same_text(client):
-    wish = {**ASK, "temperature": 1.0, "max_tokens": 30}
-    texts = [client.chat.completions.create(**wish, seed=seed).choices[0].message.content for seed in (1, 1, 2)]
+    request = {**ASK, "temperature": 1.0, "max_tokens": 30}
+    texts = [client.chat.completions.create(**request, seed=seed).choices[0].message.content for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_max_completion_tokens_wins(client):
-    wish = {name: value for name, value in ASK.items() if name != "max_tokens"}
-    assert client.chat.completions.create(**wish, max_completion_tokens=3).usage.completion_tokens <= 3
+    request = {name: value for name, value in ASK.items() if name != "max_tokens"}
+    assert client.chat.completions.create(**request, max_completion_tokens=3).usage.completion_tokens <= 3
 
 
 def test_text_parts_and_the_developer_role_are_understood(client):
@@ -117,34 +117,37 @@ def test_what_is_not_supported_is_refused_by_name(http, field):
 
 
 def test_chat_logprobs_are_those_of_its_tokens(client):
-    wish = ASK | {"logprobs": True, "top_logprobs": 3, "temperature": 0}
-    choice = client.chat.completions.create(**wish).choices[0]
+    request = ASK | {"logprobs": True, "top_logprobs": 3, "temperature": 0}
+    choice = client.chat.completions.create(**request).choices[0]
     rows = choice.logprobs.content
     assert rows and "".join(row.token for row in rows) == choice.message.content
     for row in rows:
         assert len(row.top_logprobs) == 3 and row.top_logprobs[0].logprob == row.logprob <= 0  # greedy: the likeliest
         assert bytes(row.bytes).decode() == row.token
     streamed = [
-        row for chunk in client.chat.completions.create(**wish, stream=True) for choice in chunk.choices
+        row for chunk in client.chat.completions.create(**request, stream=True) for choice in chunk.choices
         for row in (choice.logprobs.content if choice.logprobs else [])
     ]  # fmt: skip
     assert [row.token for row in streamed] == [row.token for row in rows]
 
 
 def test_log_probabilities_of_a_plain_completion_count_characters(client):
-    wish = {"model": "speclora", "prompt": "a", "logprobs": 2, "max_tokens": 12, "temperature": 0}
-    choice = client.completions.create(**wish).choices[0]
-    told = choice.logprobs
-    assert "".join(told.tokens) == choice.text and told.text_offset[0] == 0
+    request = {"model": "speclora", "prompt": "a", "logprobs": 2, "max_tokens": 12, "temperature": 0}
+    choice = client.completions.create(**request).choices[0]
+    logprobs = choice.logprobs
+    assert "".join(logprobs.tokens) == choice.text and logprobs.text_offset[0] == 0
     assert all(
-        choice.text[start:].startswith(token) for start, token in zip(told.text_offset, told.tokens, strict=True)
+        choice.text[start:].startswith(token)
+        for start, token in zip(logprobs.text_offset, logprobs.tokens, strict=True)
     )
-    assert all(max(top.values()) == own for top, own in zip(told.top_logprobs, told.token_logprobs, strict=True))
+    assert all(
+        max(top.values()) == own for top, own in zip(logprobs.top_logprobs, logprobs.token_logprobs, strict=True)
+    )
 
 
 def test_alternatives_without_log_probabilities_are_refused(http):
-    for wish in ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": 2}):
-        answer = http.post("/v1/chat/completions", json=ASK | wish)
+    for request in ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": 2}):
+        answer = http.post("/v1/chat/completions", json=ASK | request)
         assert answer.status_code == 400 and "logprobs" in answer.json()["error"]["param"], answer.text
 
 
@@ -170,8 +173,8 @@ def test_neutral_values_and_nulls_are_fine(http):
 
 def test_inference_refusal_is_http_400(http):
     for stream in (False, True):
-        wish = ASK | {"messages": [{"role": "user", "content": "x" * 5000}], "stream": stream}
-        answer = http.post("/v1/chat/completions", json=wish)
+        request = ASK | {"messages": [{"role": "user", "content": "x" * 5000}], "stream": stream}
+        answer = http.post("/v1/chat/completions", json=request)
         assert answer.status_code == 400 and "tokens" in answer.json()["error"]["message"]
 
 
@@ -225,8 +228,10 @@ def test_chat_turns_are_one_conversation(client, running):
 
 
 def test_repeats_of_a_plain_prompt_are_one_conversation(client, running):
-    wish = {"model": "speclora", "max_tokens": 4, "temperature": 1.0}
-    ids = conversations(running, *(client.completions.create(**wish, prompt=text) for text in ("ping", "ping", "pong")))
+    request = {"model": "speclora", "max_tokens": 4, "temperature": 1.0}
+    ids = conversations(
+        running, *(client.completions.create(**request, prompt=text) for text in ("ping", "ping", "pong"))
+    )
     assert ids[0] == ids[1] == conversation_of([], "ping") != ids[2]
 
 
@@ -246,16 +251,16 @@ def test_what_cannot_travel_is_the_clients_mistake(http, more):
 
 def test_a_client_that_leaves_ends_its_answer(running):
     slowly = {"num_draft_tokens": 0, "ngram": False}  # a random model repeats itself, and repeats are drafted fast
-    wish = ASK | {"max_tokens": 3000, "stream": True, "speclora": slowly}
+    request = ASK | {"max_tokens": 3000, "stream": True, "speclora": slowly}
     with (
         httpx.Client(base_url=running.url, timeout=30) as http,
-        http.stream("POST", "/v1/chat/completions", json=wish) as answer,
+        http.stream("POST", "/v1/chat/completions", json=request) as answer,
     ):
         next(answer.iter_raw())
         assert running.instance.status("inference")["queue"]["in_flight"] == 1
     wait_until(lambda: running.instance.status("inference")["queue"]["in_flight"] == 0, 2, "the answer is cancelled")
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{running.url}/v1/chat/completions", json=wish | {"stream": False}, timeout=0.7)
+        httpx.post(f"{running.url}/v1/chat/completions", json=request | {"stream": False}, timeout=0.7)
     wait_until(lambda: running.instance.status("inference")["queue"]["in_flight"] == 0, 2, "the answer is cancelled")
     metrics = httpx.get(f"{running.url}/metrics").text
     assert "speclora_cancelled_total 2.0" in metrics and "speclora_active_streams 0.0" in metrics
@@ -263,8 +268,8 @@ def test_a_client_that_leaves_ends_its_answer(running):
 
 def test_eight_streams_at_once_keep_their_texts_apart(client):
     def text(number):
-        wish = ASK | {"messages": [{"role": "user", "content": f"question {number}"}], "max_tokens": 20}
-        return "".join(p.choices[0].delta.content or "" for p in client.chat.completions.create(**wish, stream=True))
+        request = ASK | {"messages": [{"role": "user", "content": f"question {number}"}], "max_tokens": 20}
+        return "".join(p.choices[0].delta.content or "" for p in client.chat.completions.create(**request, stream=True))
 
     alone = [text(number) for number in range(8)]
     together = [""] * 8
@@ -324,7 +329,7 @@ def test_a_bug_of_ours_still_has_openais_shape(tmp_path):
             return await http.post("/v1/completions", json={"prompt": "a"})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specl.daemons.gateway.app.parse_request", lambda *wish: broken())
+        patch.setattr("specl.daemons.gateway.app.parse_request", lambda *request: broken())
         answer = asyncio.run(ask())
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "server_error" and "on purpose" not in answer.text

@@ -18,7 +18,7 @@ from tests.conftest import tiny_model
 from tests.shared.learning.test_learning import example
 
 FAILURES, REPLAYED = 8, 6
-WISH = {"batch_size": 4, "replay_ratio": 0.5, "num_epochs": 3, "max_minutes": 1.0, "learning_rate": 1e-3}
+TRAINING = {"batch_size": 4, "replay_ratio": 0.5, "num_epochs": 3, "max_minutes": 1.0, "learning_rate": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ class Pause:
 def course(folder, texts, pause=None, missing=(), known=(), **changes):
     failures, replay = texts
     settings = load_settings()
-    training = settings.training.model_copy(update=WISH | changes)
+    training = settings.training.model_copy(update=TRAINING | changes)
     data_loader = SimpleNamespace(store=SimpleNamespace(missing=lambda ids: [id for id in ids if id in missing]))
     return TrainingLoop(
         TrainingData(failures, [], [], ""), replay, settings.model_copy(update={"training": training}), folder, data_loader,

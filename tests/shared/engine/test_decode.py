@@ -197,7 +197,7 @@ def test_bad_requests_are_refused(tiny):
 
 
 # ------------------------------------------------------------------------------------------------ the sampled distribution
-def exact_law(target, prompt, sampling, length):
+def exact_distribution(target, prompt, sampling, length):
     """Probability of every sequence, by enumeration."""
     paths = {(): 1.0}
     for _ in range(length):
@@ -242,7 +242,7 @@ def sampled(tiny, sampling, draws=DRAWS, k=2):
         )
         key = tuple(session.output)
         observed[key] = observed.get(key, 0) + 1
-    return observed, exact_law(target, [1, 2, 1, 2], sampling, 3)
+    return observed, exact_distribution(target, [1, 2, 1, 2], sampling, 3)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])

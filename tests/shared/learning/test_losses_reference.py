@@ -18,7 +18,7 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def laws():
+def distributions():
     rng = np.random.default_rng(4)
     return rng.normal(size=(ROWS, VOCABULARY)), softmax(2 * rng.normal(size=(ROWS, VOCABULARY)))
 
@@ -30,7 +30,7 @@ def merged(sampling, top):
 
 
 def reference(logits, p, k, settings, weight=None):
-    """Mean loss from the full laws; `weight` of KL in the acceptance loss, where it is not to follow from the logits."""
+    """Mean loss from the full distributions; `weight` of KL in the acceptance loss, where it is not to follow from the logits."""
     top = np.argsort(-p, axis=1)[:, :k]
     q, heat = softmax(logits), settings.temperature
     ce = -np.log(q[np.arange(ROWS), p.argmax(1)])
@@ -78,7 +78,7 @@ def differences(logits, loss):
 def test_loss_and_gradient_equal_the_full_vocabulary(settings, k):
     if settings.temperature != 1 and k < VOCABULARY:
         pytest.skip("the tail is tempered as one outcome: exact at temperature 1 alone")
-    logits, p = laws()
+    logits, p = distributions()
     value, slopes = ours(logits, p, k, settings)
     assert value == pytest.approx(reference(logits, p, k, settings), abs=1e-5)
     overlap = 1 - reference(logits, p, k, LossSettings("tv"))
@@ -88,14 +88,14 @@ def test_loss_and_gradient_equal_the_full_vocabulary(settings, k):
 
 
 def test_acceptance_loss_weight_has_no_gradient():
-    logits, p = laws()
+    logits, p = distributions()
     settings = LossSettings("acceptance")
     _, slopes = ours(logits, p, 6, settings)
     assert not np.allclose(slopes, differences(logits, lambda x: reference(x, p, 6, settings)), atol=1e-3)
 
 
 def test_acceptance_loss_is_kl_or_variation_at_extremes():
-    logits, p = laws()
+    logits, p = distributions()
     near, far = np.log(p) + 1e-3 * logits, np.where(np.arange(VOCABULARY) == p.argmin(1)[:, None], 40.0, 0.0)
     for guess, share in ((near, np.exp(-3)), (far, 1.0)):
         value, _ = ours(guess, p, VOCABULARY, LossSettings("acceptance"))

@@ -110,12 +110,12 @@ def test_training_may_not_fit_where_serving_does():
 
 def test_the_setting_overrides():
     found = estimate(SEVEN_B, HALF_B, settings(), LINUX_16)
-    for wish in (128, "none"):
-        check(found, settings(memory={"limit_gb": wish}), LINUX_16, training=True)
+    for limit_gb in (128, "none"):
+        check(found, settings(memory={"limit_gb": limit_gb}), LINUX_16, training=True)
     with pytest.raises(ModelError, match=r"0\.5 GB may be taken"):
         check(found, settings(memory={"limit_gb": 0.5}), LINUX_16, training=False)
     assert limit(settings(), LINUX_16) == pytest.approx(0.9 * 16 * 2**30)
-    assert limit(settings(memory={"limit_gb": "none"}), LINUX_16) == math.inf
+    assert limit_gb(settings(memory={"limit_gb": "none"}), LINUX_16) == math.inf
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -198,7 +198,7 @@ def test_sentences_get_the_codes_that_old_records_get(schema, path, store):
 
 
 def test_adapter_users_are_read_from_old_rows(schema, path, store):
-    told = [
+    rows = [
         (row["event"], row["adapter_id"], row[now("adapter_activations", "who")])
         for row in rows_of(path, f"SELECT * FROM {now('adapter_activations')}")
     ]
@@ -222,12 +222,12 @@ def test_adapter_users_are_read_from_old_rows(schema, path, store):
     if schema > 3:
         wanted += [("activated", "000002", "reinstated")]
     last = {1: "000001", 2: "000003", 3: "000003", 4: "000002"}[schema]
-    assert told == [*wanted, ("unloaded", "", "monitor"), ("rolled_back", last, "monitor")]
+    assert rows == [*wanted, ("unloaded", "", "monitor"), ("rolled_back", last, "monitor")]
 
 
 def test_old_verdicts_and_triggers_are_in_the_history(schema, path, store):
     rows = rows_of(path, f"SELECT * FROM {now('adapter_history')}")
-    told = [(row[now("adapter_history", "caused_by")], row["verdict"], row["adapter_id"]) for row in reversed(rows)]
+    history = [(row[now("adapter_history", "caused_by")], row["verdict"], row["adapter_id"]) for row in reversed(rows)]
     wanted = [
         ("57 failures", "promoted", "000001"),
         ("by hand", "rejected", ""),
@@ -246,7 +246,7 @@ def test_old_verdicts_and_triggers_are_in_the_history(schema, path, store):
             ("second look at 000003", "confirmed", ""),
             ("second look at 000003", "no_verdict", ""),
         ]
-    assert told == wanted
+    assert history == wanted
     first = rows[-1]
     counted = (
         {"failures": 57, "successes": 3, "replay": 40}
