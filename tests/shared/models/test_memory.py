@@ -115,7 +115,7 @@ def test_the_setting_overrides():
     with pytest.raises(ModelError, match=r"0\.5 GB may be taken"):
         check(found, settings(memory={"limit_gb": 0.5}), LINUX_16, training=False)
     assert limit(settings(), LINUX_16) == pytest.approx(0.9 * 16 * 2**30)
-    assert limit_gb(settings(memory={"limit_gb": "none"}), LINUX_16) == math.inf
+    assert limit(settings(memory={"limit_gb": "none"}), LINUX_16) == math.inf
 
 
 # ---------------------------------------------------------------------------------------------------- files
