@@ -196,8 +196,8 @@ class HeadDrafter:
     def _catch_up(self) -> None:
         states = mx.concatenate(self._states) if len(self._states) > 1 else self._states[0]
         ids = self._tokens
-        for start in range(0, len(ids), self.draft.rows_at_once):
-            part = slice(start, start + self.draft.rows_at_once)
+        for start in range(0, len(ids), self.draft.prefill_rows):
+            part = slice(start, start + self.draft.prefill_rows)
             self._last = self._step(states[part], ids[part])
         self._tokens, self._states = [], []
 

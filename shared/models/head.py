@@ -91,7 +91,7 @@ class HeadDraft:
             self.native_step = draft_stack(self.head, self.target.embedding.weight)
 
     @property
-    def rows_at_once(self) -> int:
+    def prefill_rows(self) -> int:
         """The rows of a step with which a long text is fed fastest."""
         return FEW_ROWS if self.native_step is not None else DENSE_ROWS
 

@@ -339,14 +339,14 @@ def test_unforeseen_error_is_a_refusal(adapters, engine, swap, monkeypatch, wher
     if where == "load":
         monkeypatch.setattr(adapter_tensors, "check_steps", lambda *_: 1 / 0)
     else:
-        real = EngineCore.taking
+        real = EngineCore.switch_adapter
 
         def half(self, adapter):
             yield from real(self, adapter)
             if adapter is not None and adapter.id == path.name:
                 raise ZeroDivisionError("division by zero")
 
-        monkeypatch.setattr(EngineCore, "taking", half)
+        monkeypatch.setattr(EngineCore, "switch_adapter", half)
     swap.follow_current()
     assert "could not be loaded (ZeroDivisionError: division by zero)" in swap.rejected[path.name]
     assert engine.adapter_id == "000001"
