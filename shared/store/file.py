@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from specl.shared.errors import StoreError, StoreTooNew
+from specl.shared.runtime.atomic_files import atomic_file
 from specl.shared.store.migrations import MIGRATIONS
 
 LOCK_TIMEOUT_S = 5.0
@@ -86,20 +87,16 @@ class StoreFile:
         if older and older[-1].stat().st_mtime_ns >= self._changed_ns():
             return
         final = self.path.with_name(f"{self.path.name}.backup-{version}-{int(time.time())}")
-        scratch = final.with_name(f".{final.name}")
         try:
             for leftover in self.path.parent.glob(f".{self.path.name}.backup-*"):  # of a kill in the middle of copying
                 leftover.unlink(missing_ok=True)
-            _create_private(scratch)
-            self._outside_transaction("VACUUM INTO ?", str(scratch))
-            os.rename(scratch, final)
+            with atomic_file(final, sync=True) as scratch:
+                self._outside_transaction("VACUUM INTO ?", scratch.name)
             for path in older:
                 if path != final:
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"the store {self.path} could not be copied before its upgrade: {error}") from error
-        finally:
-            scratch.unlink(missing_ok=True)
 
     def _changed_ns(self) -> int:
         """When the store's files were last written, in ns. An empty write-ahead log does not count: opening makes one."""
