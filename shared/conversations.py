@@ -1,8 +1,10 @@
-"""Chat messages as plain data: how a prompt becomes messages, which conversation they belong to, which texts they hold.
+"""Chat messages as plain data: how a prompt becomes messages, which conversation they belong to,
+which texts they hold.
 
-A client in OpenAI's style sends the whole history with each request and no name for the conversation. `conversation_of` derives
-an id from what all its turns share. The id is a hash: it tells nobody the text, but whoever has the text can tell that it is
-its hash, so a record whose text is not kept must not keep the hash either (`retention/redaction.py`).
+A client in OpenAI's style sends the whole history with each request and no name for the
+conversation. `conversation_of` derives an id from what all its turns share. The id is a hash: it
+tells nobody the text, but whoever has the text can tell that it is its hash, so a record whose text
+is not kept must not keep the hash either (`retention/redaction.py`).
 
 Knows JSON-like values only, no records and no files.
 """
@@ -20,7 +22,9 @@ _HASH = re.compile(f"[0-9a-f]{{{HASH_DIGITS}}}")
 
 
 def to_messages(prompt: str | Messages, system: str | None = None) -> list[dict[str, Any]]:
-    """Chat messages of a plain prompt (or copies of the given ones), with a system message in front where one is given."""
+    """Chat messages of a plain prompt (or copies of the given ones), with a system message in front
+    where one is given.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     return [{"role": "system", "content": system}, *messages] if system else messages
 
@@ -28,8 +32,8 @@ def to_messages(prompt: str | Messages, system: str | None = None) -> list[dict[
 def conversation_of(messages: Messages, prompt: str = "") -> str:
     """The id of the conversation that `messages` continue: 32 hex digits, equal for all its turns.
 
-    It is the hash of the system messages before the first user message and of that message. Without messages it is the hash of
-    the first 2,000 characters of `prompt`.
+    It is the hash of the system messages before the first user message and of that message. Without
+    messages it is the hash of the first 2,000 characters of `prompt`.
     """
     opening = [(message.get("role"), message.get("content")) for message in _opening(messages)]
     text = ascii(opening) if messages else prompt[:PROMPT_PREFIX]  # `ascii` never fails, whatever a message holds
@@ -48,7 +52,9 @@ def _opening(messages: Messages) -> Messages:
 
 
 def is_hash_shaped(conversation_id: str) -> bool:
-    """Whether an id looks derived (or is a UUID). A part of such an id means nothing: a pattern matches only the whole."""
+    """Whether an id looks derived (or is a UUID). A part of such an id means nothing: a pattern
+    matches only the whole.
+    """
     return _HASH.fullmatch(conversation_id) is not None
 
 
@@ -66,7 +72,9 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def typed_in(messages: Any) -> list[str]:
-    """The texts of the user messages of a conversation. Anything that is not a list of messages has none."""
+    """The texts of the user messages of a conversation. Anything that is not a list of messages has
+    none.
+    """
     return [
         text
         for message in (messages if isinstance(messages, list) else [])

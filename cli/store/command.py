@@ -35,7 +35,9 @@ SORTS = {
 
 @click.group()
 def store() -> None:
-    """Look into the failure store; export, import and purge. `sqlite3 var/store.db` reads it as well."""
+    """Look into the failure store; export, import and purge. `sqlite3 var/store.db` reads it as
+    well.
+    """
 
 
 def _open() -> Store:

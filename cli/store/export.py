@@ -1,4 +1,6 @@
-"""`specl-ctl store export`: every generation as JSON lines in the documented shape, or as Parquet with the target's top-k."""
+"""`specl-ctl store export`: every generation as JSON lines in the documented shape, or as Parquet
+with the target's top-k.
+"""
 
 import json
 import sys

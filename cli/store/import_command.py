@@ -1,4 +1,6 @@
-"""`specl-ctl store import`: texts from JSON lines become records, scored by the target, and go to the collector or the store."""
+"""`specl-ctl store import`: texts from JSON lines become records, scored by the target, and go to
+the collector or the store.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +31,9 @@ PROGRESS_EVERY = 100  # texts
 def import_(file: str, text_only: bool) -> None:
     """Store generations made elsewhere, from JSON lines in the shape that `export --jsonl` writes.
 
-    The configured target reads every text once, so that the trainer has its probabilities to learn from; that loads the
-    model here. With the collector running the records go through it, else straight into the store under its lock. An id
-    that is stored already stays as it is.
+    The configured target reads every text once, so that the trainer has its probabilities to learn
+    from; that loads the model here. With the collector running the records go through it, else
+    straight into the store under its lock. An id that is stored already stays as it is.
     """
     from specl.cli.store.import_jsonl import read_texts
     from specl.shared.learning.imported_texts import to_generation
@@ -83,7 +85,8 @@ def _not_stored(ids: list[str]) -> set[str]:
 class _TargetScorer:
     """Turns texts into records with the target's log-probabilities.
 
-    It loads the target when it is made. Raises ModelError where the model does not fit into memory beside the daemons'.
+    It loads the target when it is made. Raises ModelError where the model does not fit into memory
+    beside the daemons'.
     """
 
     def __init__(self, settings: "Settings", models: Path) -> None:
@@ -102,7 +105,9 @@ class _TargetScorer:
         self._k = settings.training.loss.top_k_logits
 
     def __call__(self, text: "ImportedText") -> "Generation":
-        """The record of a text; without log-probabilities where it does not fit into the target's context."""
+        """The record of a text; without log-probabilities where it does not fit into the target's
+        context.
+        """
         from specl.shared.learning.imported_texts import text_logprobs, to_generation, with_token_texts
 
         engine = self._engine
@@ -116,7 +121,8 @@ class _TargetScorer:
 class _Uploader:
     """Sends records in batches: to the collector, or into the store under the collector's lock.
 
-    The lock is taken for each batch anew: the target reads for minutes between two, and a collector may start meanwhile.
+    The lock is taken for each batch anew: the target reads for minutes between two, and a collector
+    may start meanwhile.
     """
 
     def __init__(self, client: "Client") -> None:

@@ -1,6 +1,8 @@
-"""Reads texts to import from JSON lines in the documented shape: id, prompt, target_output, acceptance_rate, timestamp, disagreements.
+"""Reads texts to import from JSON lines in the documented shape: id, prompt, target_output,
+acceptance_rate, timestamp, disagreements.
 
-A file with any bad line is refused as a whole, and the bad lines are named. Knows nothing of models and of the store.
+A file with any bad line is refused as a whole, and the bad lines are named. Knows nothing of models
+and of the store.
 """
 
 import hashlib
@@ -18,7 +20,9 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")  # ids become file names
 
 
 def read_texts(file: str) -> list[ImportedText]:
-    """Every line of `file` (`-`: standard input). Raises ConfigError that names the bad lines; then nothing is imported."""
+    """Every line of `file` (`-`: standard input). Raises ConfigError that names the bad lines; then
+    nothing is imported.
+    """
     texts: dict[str, ImportedText] = {}
     problems: list[str] = []
     for number, line in read_lines(file):

@@ -1,4 +1,6 @@
-"""The store as a Parquet file: one row a generation, lists for tokens, the target's top-k and disagreements."""
+"""The store as a Parquet file: one row a generation, lists for tokens, the target's top-k and
+disagreements.
+"""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -61,7 +63,9 @@ def _schema(pa: Any) -> Any:
 
 
 def to_row(row: StoredGeneration) -> dict[str, Any]:
-    """One generation as plain values; blobs become lists, log-probabilities of a position one list each."""
+    """One generation as plain values; blobs become lists, log-probabilities of a position one list
+    each.
+    """
     values: dict[str, Any] = {name: getattr(row, name) for name in (*_TEXT, *_REAL, *_INT)}
     values |= {name: _numbers(getattr(row, name), kind) for name, kind in _ARRAYS.items()}
     values |= {name: _table(getattr(row, name), kind, row.top_k) for name, kind in _TABLES.items()}

@@ -1,4 +1,6 @@
-"""`specl-ctl store purge`: forget generations everywhere. Options, the lock and the printing; `shared/retention/purge.py` does it."""
+"""`specl-ctl store purge`: forget generations everywhere. Options, the lock and the printing;
+`shared/retention/purge.py` does it.
+"""
 
 import json
 import math
@@ -41,14 +43,16 @@ def purge(
     resume: bool,
     as_object: bool,
 ) -> None:
-    """Forget generations everywhere: store and its copies, outboxes, hidden states, past answers, checkpoints, caches, logs.
+    """Forget generations everywhere: store and its copies, outboxes, hidden states, past answers,
+    checkpoints, caches, logs.
 
-    It cannot be undone: what is deleted is overwritten on disk. An adapter holds no text, but may have learned from it: those are
-    named; --drop-adapters removes them, with all that were trained on from them, and --retrain also starts a training run from
-    the newest adapter that never saw the text.
+    It cannot be undone: what is deleted is overwritten on disk. An adapter holds no text, but may
+    have learned from it: those are named; --drop-adapters removes them, with all that were trained
+    on from them, and --retrain also starts a training run from the newest adapter that never saw
+    the text.
 
-    One that was stopped half-way (Ctrl-C, a program that reads the store, a daemon that died) is finished by the next one, or
-    by --resume alone.
+    One that was stopped half-way (Ctrl-C, a program that reads the store, a daemon that died) is
+    finished by the next one, or by --resume alone.
     """
     requested = bool(ids or age or pattern or everything)
     if not (requested or resume):
@@ -65,8 +69,8 @@ def purge(
         report = (lambda line: None) if as_object else click.echo
         outcome = Purger(client, report).resume()
         if requested:
-            found = full_ids(client.paths, ids, outcome.ids if outcome else ())
-            request = PurgeRequest(now, found, before, pattern, everything, drop_adapters or retrain, retrain)
+            all_ids = full_ids(client.paths, ids, outcome.ids if outcome else ())
+            request = PurgeRequest(now, all_ids, before, pattern, everything, drop_adapters or retrain, retrain)
             outcome = Purger(client, report).run(request)
         elif outcome is None:
             report("no purge was stopped half-way")
@@ -77,7 +81,9 @@ def purge(
 
 @contextmanager
 def _exclusive(client: Client) -> Iterator[None]:
-    """One purge at a time, on the machine that has the files. Raises SpecLoraError, with how to go on where one was stopped."""
+    """One purge at a time, on the machine that has the files. Raises SpecLoraError, with how to go
+    on where one was stopped.
+    """
     require_local_files(client, "purge")
     try:
         lock = Lock(client.paths.create().run, "purge", COMMAND)

@@ -1,4 +1,5 @@
-"""`specl-ctl store show`: one generation with its text, in which drafted tokens and disagreements are marked.
+"""`specl-ctl store show`: one generation with its text, in which drafted tokens and disagreements
+are marked.
 
 The target's own tokenizer file says which characters a token stands for; no model is loaded.
 """
@@ -24,7 +25,9 @@ COLOURS = {"target": None, "model": "green", "ngram": "cyan"}
 
 @dataclass(frozen=True, slots=True)
 class MarkedToken:
-    """The text of one output token, what drafted it, and the draft's rejected token where the target disagreed."""
+    """The text of one output token, what drafted it, and the draft's rejected token where the
+    target disagreed.
+    """
 
     text: str
     source: str
@@ -68,7 +71,9 @@ def marked_tokens(row: StoredGeneration, tokenizer: Tokenizer) -> list[MarkedTok
 
 
 def marked(tokens: list[MarkedToken], colour: bool) -> str:
-    """The text with its marks: drafted tokens coloured, a disagreement as `[-draft's-]{+target's+}`."""
+    """The text with its marks: drafted tokens coloured, a disagreement as
+    `[-draft's-]{+target's+}`.
+    """
     return "".join(_mark(token, colour) for token in tokens)
 
 
@@ -96,8 +101,9 @@ def target_tokenizer(name: str) -> Tokenizer | None:
 def show(generation_id: str, as_object: bool) -> None:
     """One generation: ID is its id or the beginning of it.
 
-    In the answer, what the draft guessed right is green (cyan from repeats); where the target disagreed, the draft's
-    guess is struck out in red before the target's token in yellow. Without colours: [-draft's-]{+target's+}.
+    In the answer, what the draft guessed right is green (cyan from repeats); where the target
+    disagreed, the draft's guess is struck out in red before the target's token in yellow. Without
+    colours: [-draft's-]{+target's+}.
     """
     row = Store(find_paths().store, read_only=True).generation(generation_id)
     if row is None:

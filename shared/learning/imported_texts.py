@@ -1,6 +1,8 @@
-"""Texts written elsewhere as records: what the target says of each of their tokens, so that a draft can learn from them.
+"""Texts written elsewhere as records: what the target says of each of their tokens, so that a draft
+can learn from them.
 
-Whatever wrote a text, the log-probabilities are the configured target's own. Knows tokens and records, nothing of files.
+Whatever wrote a text, the log-probabilities are the configured target's own. Knows tokens and
+records, nothing of files.
 """
 
 from collections.abc import Callable
@@ -31,7 +33,9 @@ class ImportedText:
 
 @dataclass(frozen=True, slots=True)
 class TextLogprobs:
-    """The target's top-k at each token of an answer (token ids u32 [n]). `greedy`: it would have written exactly this."""
+    """The target's top-k at each token of an answer (token ids u32 [n]). `greedy`: it would have
+    written exactly this.
+    """
 
     prompt: str
     prompt_tokens: npt.NDArray[np.uint32]
@@ -45,7 +49,9 @@ class TextLogprobs:
 def text_logprobs(
     target: "LanguageModel", prompt: str, prompt_tokens: list[int], output: list[int], k: int
 ) -> TextLogprobs | None:
-    """What the target says at each token of `output` after the prompt; None where they do not fit into its context."""
+    """What the target says at each token of `output` after the prompt; None where they do not fit
+    into its context.
+    """
     from specl.shared.learning.recapture import recapture  # mlx: only where texts are scored
 
     if not output or len(prompt_tokens) + len(output) > target.context_length:
@@ -68,7 +74,9 @@ def text_logprobs(
 
 
 def with_token_texts(text: ImportedText, scored: TextLogprobs, decode: Callable[[list[int]], str]) -> ImportedText:
-    """The text with the spelling of its disagreeing tokens, where the file's ids are this tokenizer's."""
+    """The text with the spelling of its disagreeing tokens, where the file's ids are this
+    tokenizer's.
+    """
     output = scored.output_tokens.tolist()
 
     def spelled(line: Disagreement) -> Disagreement:
@@ -80,7 +88,9 @@ def with_token_texts(text: ImportedText, scored: TextLogprobs, decode: Callable[
 
 
 def to_generation(text: ImportedText, scored: TextLogprobs | None) -> Generation:
-    """The record of an imported text. Nothing is claimed of drafting: its counts are zero, its rate is the file's."""
+    """The record of an imported text. Nothing is claimed of drafting: its counts are zero, its rate
+    is the file's.
+    """
     messages = [{"role": "user", "content": text.prompt}]
     return Generation(
         id=text.id,
@@ -93,7 +103,8 @@ def to_generation(text: ImportedText, scored: TextLogprobs | None) -> Generation
         output=text.output,
         output_tokens=scored.output_tokens.tobytes() if scored else b"",
         finish_reason="imported",
-        # temperature 0 says that each token is the target's first choice; other texts are judged by the overlap of distributions
+        # temperature 0 says that each token is the target's first choice; other texts are judged by
+        # the overlap of distributions
         sampling={"temperature": 0.0 if scored and scored.greedy else 1.0},
         drafted=0,
         accepted=0,

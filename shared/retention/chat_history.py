@@ -1,7 +1,8 @@
-"""The file of what was typed into `specl-ctl chat`: where it is, whether it is kept, and how a purge edits it.
+"""The file of what was typed into `specl-ctl chat`: where it is, whether it is written, and how a
+purge edits it.
 
-It is prompt-toolkit's history file: a message is `\\n# TIME\\n` and then each of its lines behind a `+`. A message of several lines
-is typed between fences.
+It is prompt-toolkit's history file. A message is an empty line, `# TIME`, and then each of its lines
+behind a `+`. A message of several lines is typed between fences.
 """
 
 import re
@@ -17,7 +18,7 @@ HISTORY = "chat_history"  # in the folder of the logs
 
 
 def history_file(paths: Paths) -> Path:
-    """Where typed messages are kept."""
+    """Where typed messages are written."""
     return paths.logs / HISTORY
 
 
@@ -27,9 +28,11 @@ def history_is_kept(records: Records) -> bool:
 
 
 def erase_history(history: Path, typed: Iterable[str], purged: PurgedText, pattern: str) -> None:
-    """Remove the messages that equal one of `typed`, however short, hold `pattern`, or repeat a passage of `purged`.
+    """Remove the messages that equal one of `typed`, however short, hold `pattern`, or repeat a
+    passage of `purged`.
 
-    The lines of a message between fences may each be an entry, so a line of a typed message counts as a message.
+    The lines of a message between fences may each be an entry, so a line of a typed message counts
+    as a message.
     """
     equal = {_unfenced(part) for text in typed for part in (text, *text.splitlines())}
 

@@ -1,8 +1,10 @@
-"""Where an unfinished training run is kept, whose it is, and how it goes whole. Knows files, nothing of models.
+"""Where an unfinished training run is on the disk, which generations it learned from, how to remove it.
 
-var/training/checkpoint/            the last whole one: weights, optimizer, state.json
+Knows files, nothing of models.
+
+var/training/checkpoint/            the last complete one: weights, optimizer, state.json
 var/training/.checkpoint.partial/   being written
-var/training/.checkpoint.old/       the one before, while the two change places
+var/training/.checkpoint.old/       the one before, until the new one has its name
 """
 
 import json
@@ -20,7 +22,9 @@ def checkpoint_folder(training: Path) -> Path:
 
 
 def all_of(checkpoint: Path) -> list[Path]:
-    """A checkpoint's folder and what a kill while saving can leave beside it, under names of now and of earlier versions."""
+    """A checkpoint's folder and what a kill while saving can leave beside it, under names of now
+    and of earlier versions.
+    """
     return [*copies_of(checkpoint), *(checkpoint.with_name(checkpoint.name + end) for end in (".partial", ".old"))]
 
 
@@ -32,10 +36,10 @@ def forget(checkpoint: Path) -> None:
 
 def generations_in(checkpoint: Path) -> set[str]:
     """Ids of the generations that any of it learned from."""
-    found: set[str] = set()
+    ids: set[str] = set()
     for folder in all_of(checkpoint):
         try:
-            found |= set(json.loads((folder / "state.json").read_text()).get("ids", []))
+            ids |= set(json.loads((folder / "state.json").read_text()).get("ids", []))
         except (OSError, ValueError, AttributeError, TypeError):
             continue
-    return found
+    return ids

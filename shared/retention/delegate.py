@@ -1,4 +1,5 @@
-"""Work on a daemon's files: the daemon does it, or where none runs, this process does it under the daemon's lock.
+"""Work on a daemon's files: the daemon does it, or where none runs, this process does it under the
+daemon's lock.
 
 Knows locks and commands, nothing of the work.
 """
@@ -14,7 +15,8 @@ from specl.shared.runtime.locks import Lock, is_locked, wait_for_command
 
 
 def through_daemon(client: Client, role: str, message: Any, locally: Callable[[], Reply], command: str) -> Reply:
-    """The reply of the daemon `role` to `message`; where it does not run, that of `locally`, called under its lock.
+    """The reply of the daemon `role` to `message`; where it does not run, that of `locally`, called
+    under its lock.
 
     `command` is this process's own name in the lock file.
     """

@@ -1,7 +1,8 @@
-"""The spool of hidden states that a `head` draft learns from: one fp16 file a generation, by record id, size-capped.
+"""The spool of hidden states that a `head` draft learns from: one fp16 file a generation, by record
+id, size-capped.
 
-A spooled file is a convenience, never a promise: the trainer recomputes what is missing. It says as much about a prompt as
-the prompt itself, so it is private and purged with it.
+A spooled file is a convenience, never a promise: the trainer recomputes what is missing. It says as
+much about a prompt as the prompt itself, so it is private and purged with it.
 """
 
 import re
@@ -35,7 +36,9 @@ class HiddenSpool:
         return self.folder / f"{id}.npy" if ID.fullmatch(id) else None
 
     def write(self, id: str, states: np.ndarray) -> None:
-        """Keep states [n, hidden] as fp16. Raises OSError where the disk refuses; nothing half written is left."""
+        """Keep states [n, hidden] as fp16. Raises OSError where the disk refuses; nothing half
+        written is left.
+        """
         path = self._path(id)
         if path is None or states.nbytes > self.limit:
             return

@@ -1,8 +1,10 @@
-"""A purge: finds the generations that a request means and removes them, and what derives from them, from every file of a run directory.
+"""A purge: finds the generations that a request means and removes them, and what derives from them,
+from every file of a run directory.
 
-Each daemon removes what is its own; where one is down, this process does it under that daemon's lock. SQLite overwrites what is
-deleted (`secure_delete`) and its write-ahead logs are cut to nothing. An adapter learned from text but does not hold it: those
-are named, and dropped on request. The models folder is not touched: nothing of a user's is in it.
+Each daemon removes what is its own; where one is down, this process does it under that daemon's
+lock. SQLite overwrites what is deleted (`secure_delete`) and its write-ahead logs are cut to
+nothing. An adapter learned from text but does not hold it: those are named, and dropped on request.
+The models folder is not touched: nothing of a user's is in it.
 """
 
 import time
@@ -33,7 +35,9 @@ TRAINER_TIMEOUT_S = 60.0  # a trainer that loads its models notices a purge only
 
 @dataclass(slots=True)
 class PurgeOutcome:
-    """What a purge did: rows of the store, ids in all, adapters that learned from them, those dropped and what drafts instead."""
+    """What a purge did: rows of the store, ids in all, adapters that learned from them, those
+    dropped and what drafts instead.
+    """
 
     stored: int = 0
     forgotten: int = 0
@@ -59,9 +63,11 @@ def stores(paths: Paths) -> Iterator[tuple[Store | None, list[Outbox]]]:
 
 
 def full_ids(paths: Paths, prefixes: Iterable[str], forgotten: Iterable[str] = ()) -> list[str]:
-    """The ids that begin with `prefixes`, in the store or an outbox; a prefix that is a whole id means that one.
+    """The ids that begin with `prefixes`, in the store or an outbox; a prefix that is a whole id
+    means that one.
 
-    A prefix of an id that was just `forgotten` has none any more. Raises SpecLoraError for any other that has none or several.
+    A prefix of an id that was just `forgotten` has none any more. Raises SpecLoraError for any
+    other that has none or several.
     """
     ids: list[str] = []
     with stores(paths) as (store, outboxes):
@@ -89,14 +95,17 @@ class Purger:
         self._outcome = PurgeOutcome()
 
     def run(self, request: PurgeRequest) -> PurgeOutcome:
-        """Purge what `request` means. Raises SpecLoraError while anything is left; `resume` then goes on."""
+        """Purge what `request` means. Raises SpecLoraError while anything is left; `resume` then
+        goes on.
+        """
         self._journal.begin(request)
         return self._finish(request)
 
     def resume(self) -> PurgeOutcome | None:
         """Finish a purge that was stopped half-way; None where there was none.
 
-        What was stored since the request is newer than it, and not part of "everything" as it was meant.
+        What was stored since the request is newer than it, and not part of "everything" as it was
+        meant.
         """
         request = self._journal.request()
         if request is None:
@@ -145,7 +154,9 @@ class Purger:
         return stored
 
     def _next_portion(self, request: PurgeRequest) -> set[str]:
-        """Find the next ids and note them, then remove their texts from logs and history while they can still be read."""
+        """Find the next ids and note them, then remove their texts from logs and history while they
+        can still be read.
+        """
         purge = Purge(request.ids, request.before, request.pattern)
         texts: set[str] = {request.pattern}
         typed: set[str] = set()
@@ -179,7 +190,8 @@ class Purger:
         erase_history(history, typed, purged, pattern)
 
     def _remove_ids(self, ids: list[str]) -> int:
-        """Remove these from the store, then their hidden states, checkpoints and evaluations. How many the store had.
+        """Remove these from the store, then their hidden states, checkpoints and evaluations. How
+        many the store had.
 
         There is always at least one request to the store: it cuts the write-ahead log.
         """
@@ -229,7 +241,9 @@ class Purger:
 
     # ------------------------------------------------------------------------------------- what derives from them
     def _wait_for_trainer(self) -> None:
-        """Wait until no training run holds them: one that is told to end does so between two steps, and may write till then."""
+        """Wait until no training run holds them: one that is told to end does so between two steps,
+        and may write till then.
+        """
         checkpoint = checkpoints.checkpoint_folder(self.paths.training)
         end = time.monotonic() + TRAINER_TIMEOUT_S
         while self._is_run_ending() or self._ids & checkpoints.generations_in(checkpoint):
@@ -242,13 +256,17 @@ class Purger:
         return trainer is not None and trainer.training.abandoning
 
     def _remove_backups(self) -> None:
-        """Remove the copies of the store from before an upgrade, one that was cut short included: any may hold the text."""
+        """Remove the copies of the store from before an upgrade, one that was cut short included:
+        any may hold the text.
+        """
         for path in sorted([*self.paths.root.glob("store.db.backup-*"), *self.paths.root.glob(".store.db.backup-*")]):
             path.unlink()
             self._report(f"{path.name} is removed: a copy of the store from before an upgrade may hold the text")
 
     def _handle_adapters(self, request: PurgeRequest) -> None:
-        """Name the adapters that learned from the purged text; drop them and train anew where that was asked for."""
+        """Name the adapters that learned from the purged text; drop them and train anew where that
+        was asked for.
+        """
         adapters = Adapters(self.paths.adapters)
         learned = adapters.trained_on(sorted(self._ids))
         self._outcome.adapters = learned
@@ -269,7 +287,9 @@ class Purger:
             self._report(self._train(adapters.current()))
 
     def _fall_back(self, adapters: Adapters, learned: list[str]) -> str:
-        """Draft with the newest adapter that never saw the text and was not rolled back, or with none (""). Which."""
+        """Draft with the newest adapter that never saw the text and was not rolled back, or with
+        none (""). Which.
+        """
         excluded = {*learned, *adapters.rolled_back()}
         for id in [*(id for id in reversed(adapters.ids()) if id not in excluded), ""]:
             try:
@@ -282,7 +302,9 @@ class Purger:
         raise SpecLoraError(f"inference keeps its adapter: {reply.message}")
 
     def _train(self, parent: str) -> str:
-        """Ask for a training run on what is left, from the adapter that drafts now; what became of it."""
+        """Ask for a training run on what is left, from the adapter that drafts now; what became of
+        it.
+        """
         try:
             reply = self.client.train(now=True)
         except DaemonUnreachable:

@@ -1,8 +1,10 @@
-"""What a purge was asked for and which generations it has found so far, in `var/purge.pending` until all are gone.
+"""What a purge was asked for and which generations it has found so far, in `var/purge.pending`
+until all are gone.
 
-Rows, outboxes and hidden states are deleted one after the other, and each is found by what the others held. So the request is
-written first, then the ids of every portion before it is deleted: a purge that was stopped (by a reader of the store, a dead daemon,
-Ctrl-C) is finished by the next one. JSON lines, private, removed last. Knows files, nothing of daemons.
+Rows, outboxes and hidden states are deleted one after the other, and each is found by what the
+others held. So the request is written first, then the ids of every portion before it is deleted: a
+purge that was stopped (by a reader of the store, a dead daemon, Ctrl-C) is finished by the next
+one. JSON lines, private, removed last. Knows files, nothing of daemons.
 """
 
 import json
@@ -17,7 +19,9 @@ from specl.shared.errors import SpecLoraError
 
 @dataclass(frozen=True, slots=True)
 class PurgeRequest:
-    """A purge as it was asked for at the time `begun`: full ids, everything older than `before`, everything with `pattern`."""
+    """A purge as it was asked for at the time `begun`: full ids, everything older than `before`,
+    everything with `pattern`.
+    """
 
     begun: float
     ids: list[str]
@@ -29,14 +33,18 @@ class PurgeRequest:
 
 
 class PurgeJournal:
-    """The file at `path`. Raises SpecLoraError where the disk refuses: nothing is deleted that is not noted."""
+    """The file at `path`. Raises SpecLoraError where the disk refuses: nothing is deleted that is
+    not noted.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._is_whole = False  # whether the last line is known to be complete: a kill may have cut it short
 
     def request(self) -> PurgeRequest | None:
-        """What was asked for, or None where no purge is unfinished (or it was stopped before it began)."""
+        """What was asked for, or None where no purge is unfinished (or it was stopped before it
+        began).
+        """
         for line in self._lines():
             try:
                 return PurgeRequest(**(line.get("request") or line["wish"]))  # "wish": earlier versions
@@ -56,7 +64,8 @@ class PurgeJournal:
     def noted(self, field: str = "ids") -> Iterator[str]:
         """All ids so far; the same may come more than once.
 
-        Earlier versions noted texts as well ("texts", and "typed" for a user's), which were then still to be erased from logs.
+        Earlier versions noted texts as well ("texts", and "typed" for a user's), which were then
+        still to be erased from logs.
         """
         for line in self._lines():
             yield from line.get(field, ())

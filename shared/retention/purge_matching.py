@@ -1,4 +1,5 @@
-"""What a purge means among undelivered records, and the texts they hold. `store/forgetting.py` asks the same of stored ones.
+"""What a purge means among undelivered records, and the texts they hold. `store/forgetting.py` asks
+the same of stored ones.
 
 Knows encoded records, nothing of files.
 """
@@ -13,9 +14,11 @@ from specl.shared.retention.redaction import texts_of
 
 
 def purge_matches(purge: Purge, row: Envelope) -> bool:
-    """Whether `purge` means this record: a generation by id, age or text, or an evaluation of such a generation.
+    """Whether `purge` means this record: a generation by id, age or text, or an evaluation of such
+    a generation.
 
-    Upper and lower case are alike, as in the store. Of a record that cannot be decoded the bytes are compared.
+    Upper and lower case are alike, as in the store. Of a record that cannot be decoded the bytes
+    are compared.
     """
     if row.id in purge.ids:
         return True
@@ -36,7 +39,9 @@ def purge_matches(purge: Purge, row: Envelope) -> bool:
 
 
 def texts_in(row: Envelope) -> tuple[Sequence[str], Sequence[str]]:
-    """Every text in an undelivered generation, and those of them that a user typed; none for other records."""
+    """Every text in an undelivered generation, and those of them that a user typed; none for other
+    records.
+    """
     try:
         record = decode(row.body)
     except WireError:

@@ -1,8 +1,8 @@
 """Removes what repeats purged text from files of entries: log lines, typed messages.
 
-Knows texts and entries, nothing of daemons. Text is compared in passages: any entry that holds a whole passage of a purged text
-goes, in upper or lower case. A copy of 47 characters holds at least one. Texts under 12 characters (`Yes.`) stand everywhere and are
-not looked for.
+Knows texts and entries, nothing of daemons. Text is compared in passages: any entry that holds a
+whole passage of a purged text goes, in upper or lower case. A copy of 47 characters holds at least
+one. Texts under 12 characters (`Yes.`) stand everywhere and are not looked for.
 """
 
 import json
@@ -37,7 +37,9 @@ class PurgedText:
 
 
 def erase_from_logs(logs: Iterable[Path], purged: PurgedText) -> None:
-    """Remove the lines that repeat purged text. A line is JSON; one that is not is compared as it is."""
+    """Remove the lines that repeat purged text. A line is JSON; one that is not is compared as it
+    is.
+    """
     for path in logs:
         remove_entries(path, lambda data: data.splitlines(keepends=True), lambda line: _repeats(line, purged))
 
@@ -50,7 +52,9 @@ def _repeats(line: bytes, purged: PurgedText) -> bool:
 
 
 def remove_entries(path: Path, split: Callable[[bytes], list[bytes]], remove: Callable[[bytes], bool]) -> None:
-    """Rewrite `path` without the entries that `remove` is true of, in place: daemons hold their logs open to append."""
+    """Rewrite `path` without the entries that `remove` is true of, in place: daemons hold their
+    logs open to append.
+    """
     try:
         with open(path, "rb+") as file:
             entries = split(file.read())

@@ -1,7 +1,9 @@
-"""What is kept of a generation when its text must not be stored: statistics alone, or the text with parts replaced.
+"""What is kept of a generation when its text must not be stored: statistics alone, or the text with
+parts replaced.
 
-Token ids, the target's top-k and rejected drafts spell the text out as well as the text does. A redacted record therefore loses
-them, and no draft can learn from it. Knows records and the settings of `records`, nothing of files.
+Token ids, the target's top-k and rejected drafts spell the text out as well as the text does. A
+redacted record therefore loses them, and no draft can learn from it. Knows records and the settings
+of `records`, nothing of files.
 """
 
 import re
@@ -20,7 +22,9 @@ REDACTED = "[redacted]"
 
 @dataclass(frozen=True, slots=True)
 class Redaction:
-    """A record as it may be stored. `whole`: nothing was taken out, so its tokens and hidden states may be kept as well."""
+    """A record as it may be stored. `whole`: nothing was taken out, so its tokens and hidden states
+    may be kept as well.
+    """
 
     record: Generation
     whole: bool
@@ -35,11 +39,13 @@ class Redactor:
 
     @property
     def keeps_everything(self) -> bool:
-        """Whether every record is whole, so that nobody needs to wait for `apply` to know."""
+        """Whether every record is whole, which is then known without `apply`."""
         return not self.statistics_only and not self._patterns
 
     def apply(self, record: Generation) -> Redaction:
-        """What may be stored of `record`. It searches all texts for all patterns: never call it on the MLX thread."""
+        """What may be stored of `record`. It searches all texts for all patterns: never call it on
+        the MLX thread.
+        """
         if self.statistics_only:
             return Redaction(_without_text(record), False)
         if any(pattern.search(text) for pattern in self._patterns for text in texts_of(record)):
@@ -66,7 +72,9 @@ class Redactor:
 
 
 def texts_of(record: Generation) -> Sequence[str]:
-    """Every text in a generation. A conversation id counts where a client chose it; a derived hash is no text."""
+    """Every text in a generation. A conversation id counts where a client chose it; a derived hash
+    is no text.
+    """
     texts = [record.prompt, record.output, *strings(record.messages)]
     if record.conversation_id != record.id and not is_hash_shaped(record.conversation_id):
         texts.append(record.conversation_id)

@@ -1,4 +1,6 @@
-"""The store's file: opened with the right pragmas, brought to today's schema with a copy kept, asked in short transactions."""
+"""The store's file: opened with the right pragmas, brought to today's schema with a copy kept,
+asked in short transactions.
+"""
 
 import itertools
 import os
@@ -23,7 +25,9 @@ WRITER_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "fullfsync=ON", "secur
 
 
 class StoreFile:
-    """The open file at `path`; see `Store`. `migrations` are the steps to the schema that is wanted (tests hand in others)."""
+    """The open file at `path`; see `Store`. `migrations` are the steps to the schema that is wanted
+    (tests hand in others).
+    """
 
     def __init__(self, path: Path, read_only: bool = False, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> None:
         self.path, self._migrations = path, migrations
@@ -78,10 +82,11 @@ class StoreFile:
             connection.exec_driver_sql(f"PRAGMA user_version = {newest}")
 
     def _back_up(self, version: int) -> None:
-        """Copy the store before an upgrade, its write-ahead log included; the copy is complete or not there at all.
+        """Copy the store before an upgrade, its write-ahead log included; the copy is complete or
+        not there at all.
 
-        One copy of each version is kept: an upgrade that fails is tried again every few seconds, and a copy each time would fill
-        the disk. Raises StoreError where the disk refuses.
+        One copy of each version is kept: an upgrade that fails is tried again every few seconds,
+        and a copy each time would fill the disk. Raises StoreError where the disk refuses.
         """
         older = sorted(self.path.parent.glob(f"{self.path.name}.backup-{version}-*"), key=written_at)
         if older and older[-1].stat().st_mtime_ns >= self._changed_ns():
@@ -99,7 +104,9 @@ class StoreFile:
             raise StoreError(f"the store {self.path} could not be copied before its upgrade: {error}") from error
 
     def _changed_ns(self) -> int:
-        """When the store's files were last written, in ns. An empty write-ahead log does not count: opening makes one."""
+        """When the store's files were last written, in ns. An empty write-ahead log does not count:
+        opening makes one.
+        """
         log = self.path.with_name(f"{self.path.name}-wal")
         files = [self.path, *([log] if log.exists() and log.stat().st_size else [])]
         return max(file.stat().st_mtime_ns for file in files)
@@ -109,7 +116,9 @@ class StoreFile:
         return sorted(self.path.parent.glob(f"{self.path.name}.backup-*"))
 
     def drop_backups(self, days: float, now: float) -> list[Path]:
-        """Remove copies that are older than `days`; without such a limit (0) all but the newest. Those that went."""
+        """Remove copies that are older than `days`; without such a limit (0) all but the newest.
+        Those that went.
+        """
         copies = sorted(self.backups(), key=written_at)
         outdated = [path for path in copies if written_at(path) < now - days * 86400] if days else copies[:-1]
         for path in outdated:
@@ -126,7 +135,9 @@ class StoreFile:
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def _outside_transaction(self, statement: str, *values: Any) -> Any:
-        """Run what SQLite refuses inside a transaction (sqlalchemy always opens one); the first row."""
+        """Run what SQLite refuses inside a transaction (sqlalchemy always opens one); the first
+        row.
+        """
         connection = self._engine.raw_connection()
         try:
             cursor: sqlite3.Cursor = connection.cursor()  # type: ignore[assignment]  # the driver's own, behind a protocol

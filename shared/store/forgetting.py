@@ -1,4 +1,6 @@
-"""What is to be forgotten, and forgetting it: by id, age or pattern, by the limits of the settings, down to the bytes on disk."""
+"""What is to be forgotten, and forgetting it: by id, age or pattern, by the limits of the settings,
+down to the bytes on disk.
+"""
 
 import json
 import math
@@ -27,9 +29,11 @@ class Forgetting(StoreFile):
 
     # ------------------------------------------------------------------------------------------------ what a purge means
     def matching(self, ids: Sequence[str], before: float | None, pattern: str) -> list[str]:
-        """Ids of the generations and unreadable records that a purge means, at most PURGE_MOST: who wants all asks again.
+        """Ids of the generations and unreadable records that a purge means, at most PURGE_MOST: who
+        wants all asks again.
 
-        It means any of `ids`, what is older than `before`, and what has `pattern` in any of its texts, in upper or lower case.
+        It means any of `ids`, what is older than `before`, and what has `pattern` in any of its
+        texts, in upper or lower case.
         """
         conditions: list[sa.ColumnElement[bool]] = [g.id.in_(list(ids))] if ids else []
         if before is not None:
@@ -44,8 +48,8 @@ class Forgetting(StoreFile):
             conditions.append(sa.and_(_holds(g.conversation_id, pattern), is_name))
         if not conditions:
             return []
-        found = self._scalars(sa.select(g.id).where(sa.or_(*conditions)).limit(PURGE_MOST))
-        return (found + self._unreadable(ids, before, pattern))[:PURGE_MOST]
+        stored = self._scalars(sa.select(g.id).where(sa.or_(*conditions)).limit(PURGE_MOST))
+        return (stored + self._unreadable(ids, before, pattern))[:PURGE_MOST]
 
     def _unreadable(self, ids: Sequence[str], before: float | None, pattern: str) -> list[str]:
         """What `matching` means among the records in quarantine, by their bytes."""
@@ -72,7 +76,9 @@ class Forgetting(StoreFile):
         return [text for text in texts if text], [text for text in typed if text]
 
     def beginning(self, prefix: str) -> list[str]:
-        """Ids of generations and unreadable records that begin with `prefix`, at most two; a whole id is that one."""
+        """Ids of generations and unreadable records that begin with `prefix`, at most two; a whole
+        id is that one.
+        """
         ids: list[str] = []
         for column in (g.id, q.id):
             if self._scalars(sa.select(column).where(column == prefix)):
@@ -82,8 +88,9 @@ class Forgetting(StoreFile):
 
     # ------------------------------------------------------------------------------------------------ retention
     def expired(self, days: float, max_generations: int, max_mb: int, now: float) -> list[str]:
-        """The oldest generations beyond an age, a number or a size; 0 means no such limit. Unreadable records go by their age:
-        they hold the same texts, and nothing else will ever ask for them.
+        """The oldest generations beyond an age, a number or a size; 0 means no such limit.
+        Unreadable records go by their age: they hold the same texts, and nothing else will ever ask
+        for them.
         """
         by_age: list[str] = []
         unreadable = self._unreadable([], now - days * DAY_S, "") if days else []
@@ -102,10 +109,12 @@ class Forgetting(StoreFile):
 
     # ------------------------------------------------------------------------------------------------ forgetting
     def purge(self, ids: Sequence[str]) -> int:
-        """Remove generations (or unreadable records), their disagreements and evaluations, and overwrite what they held on disk.
+        """Remove generations (or unreadable records), their disagreements and evaluations, and
+        overwrite what they held on disk.
 
-        How many rows of generations and of the quarantine went. Raises StoreError, also where another program reads the store:
-        then rows are gone and their bytes are not, and it is to be called again.
+        How many rows of generations and of the quarantine went. Raises StoreError, also where
+        another program reads the store: then rows are gone and their bytes are not, and it is to be
+        called again.
         """
         removed = 0
         with self._errors():
@@ -131,7 +140,9 @@ class Forgetting(StoreFile):
             connection.execute(sa.update(training_runs).where(t.last_generation == id).values(last_generation=older))
 
     def _empty_log(self) -> None:
-        """Move everything out of the write-ahead log and cut it to nothing. Raises StoreError while somebody reads."""
+        """Move everything out of the write-ahead log and cut it to nothing. Raises StoreError while
+        somebody reads.
+        """
         busy, _, _ = self._outside_transaction("PRAGMA wal_checkpoint(TRUNCATE)")
         if busy:
             raise StoreError(

@@ -1,4 +1,6 @@
-"""What readers ask of the store: figures for `status`, rows for the trainer, runs and adapters, everything for an export."""
+"""What readers ask of the store: figures for `status`, rows for the trainer, runs and adapters,
+everything for an export.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,7 +33,9 @@ class Questions(StoreFile):
 
     # ------------------------------------------------------------------------------------------------ figures
     def summary(self, rolling: int = ROLLING) -> StoreSummary:
-        """Everything `status` shows of the store; rolling figures are of the newest `rolling` generations."""
+        """Everything `status` shows of the store; rolling figures are of the newest `rolling`
+        generations.
+        """
         drafted, accepted = (
             sa.func.sum(g.model_drafted).label("drafted"),
             sa.func.sum(g.model_accepted).label("accepted"),
@@ -58,7 +62,9 @@ class Questions(StoreFile):
         )
 
     def _last_run(self) -> LastRun | None:
-        """The newest run, but for re-evaluations: the adapter monitor has figures of its own for those."""
+        """The newest run, but for re-evaluations: the adapter monitor has figures of its own for
+        those.
+        """
         t = training_runs.c
         judged = sa.select(training_runs).where(t.trigger != RunTrigger.REEVALUATION)
         for run in self._all(judged.order_by(t.n.desc()).limit(1)):
@@ -75,7 +81,9 @@ class Questions(StoreFile):
         return None
 
     def pending_failures(self) -> int:
-        """Failures stored since the last training run that used any. `+n`: by the index of scores, not row after row."""
+        """Failures stored since the last training run that used any. `+n`: by the index of scores,
+        not row after row.
+        """
         return self._number(
             f"SELECT count(*) FROM generations WHERE {IS_FAILURE_SQL} AND +n > coalesce((SELECT max(+n) "
             "FROM generations WHERE id IN (SELECT last_generation FROM training_runs)), 0)"
@@ -101,7 +109,9 @@ class Questions(StoreFile):
         return self._with_disagreements(rows)[0] if len(rows) == 1 else None
 
     def generations(self, ids: Sequence[str]) -> list[StoredGeneration]:
-        """These generations with all they have, in the order of `ids`; those that are gone meanwhile are left out."""
+        """These generations with all they have, in the order of `ids`; those that are gone
+        meanwhile are left out.
+        """
         by_id: dict[str, StoredGeneration] = {}
         for part in parts(ids):
             rows = self._all(sa.select(generations).where(g.id.in_(part)))
@@ -136,7 +146,9 @@ class Questions(StoreFile):
 
     # ------------------------------------------------------------------------------------------------ for the trainer
     def outlines(self, limit: int) -> list[Outline]:
-        """The newest `limit` generations that have the target's top-k, newest first, without texts, tokens and top-k."""
+        """The newest `limit` generations that have the target's top-k, newest first, without texts,
+        tokens and top-k.
+        """
         score: sa.Label[float | None] = sa.literal_column(score_sql()).label("score")
         query = (
             sa.select(g.id, g.conversation_id, g.created_at, score, g.output_count, g.target_fingerprint)
@@ -153,9 +165,11 @@ class Questions(StoreFile):
                 yield row["prompt_tokens"] + row["output_tokens"]
 
     def unscored(self, limit: int, target: str = "") -> list[StoredGeneration]:
-        """The newest generations without a score: parked, so that only teacher-forced agreement can tell.
+        """The newest generations without a score: parked, so that only teacher-forced agreement can
+        tell.
 
-        They come without their disagreements. `target` is the fingerprint of the only target whose generations count.
+        They come without their disagreements. `target` is the fingerprint of the only target whose
+        generations count.
         """
         query = sa.select(generations).where(g.acceptance_rate.is_(None), g.agreement.is_(None), g.top_ids.is_not(None))
         if target:

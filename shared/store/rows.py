@@ -1,4 +1,6 @@
-"""Records as rows and rows as records: which value of a delivered record goes into which column, and what is no record at all."""
+"""Records as rows and rows as records: which value of a delivered record goes into which column,
+and what is no record at all.
+"""
 
 import json
 import time
@@ -23,9 +25,11 @@ Row = dict[str, Any]  # column: value
 
 @dataclass(frozen=True, slots=True)
 class StoredGeneration:
-    """A row of `generations`, column by column, with its disagreements. `messages`, `sampling` and `stats` are JSON texts.
+    """A row of `generations`, column by column, with its disagreements. `messages`, `sampling` and
+    `stats` are JSON texts.
 
-    Arrays are little-endian: tokens u32, `sources` one byte a token, top_ids u32 [rows, top_k], top_logprobs f16 [rows, top_k].
+    Arrays are little-endian: tokens u32, `sources` one byte a token, top_ids u32 [rows, top_k],
+    top_logprobs f16 [rows, top_k].
     """
 
     id: str
@@ -82,7 +86,9 @@ def stored_disagreement(row: Mapping[str, Any]) -> Disagreement:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What is asked of a generation before it is worth reading whole. `score` is as in `failure`: None where it is not known."""
+    """What is asked of a generation before it is worth reading whole. `score` is as in `failure`:
+    None where it is not known.
+    """
 
     id: str
     conversation_id: str
@@ -107,7 +113,9 @@ class Incoming:
 
 
 def incoming(envelope: Envelope) -> Incoming:
-    """The rows of a delivered record; what is no record, or none that a row can hold, is a row of the quarantine."""
+    """The rows of a delivered record; what is no record, or none that a row can hold, is a row of
+    the quarantine.
+    """
     try:
         record = decode(envelope.body)
         if type(record) not in TABLES or kind_of(record) != envelope.kind or record.id != envelope.id:
@@ -176,8 +184,8 @@ def _disagreement_rows(record: Generation) -> list[Row]:
 
 
 def _check(row: Row) -> None:
-    """Raises WireError for numbers that SQLite cannot hold (NaN would become NULL) or whose sums it could not: after one of
-    2**63 - 1 tokens no summary could be made any more.
+    """Raises WireError for numbers that SQLite cannot hold (NaN would become NULL) or whose sums it
+    could not: after one of 2**63 - 1 tokens no summary could be made any more.
     """
     for name, value in row.items():
         if isinstance(value, (int, float)) and not abs(value) < LIMIT:

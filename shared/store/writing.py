@@ -1,4 +1,6 @@
-"""What the collector writes: fetched records, each once, in one transaction with what was found out about them."""
+"""What the collector writes: fetched records, each once, in one transaction with what was found out
+about them.
+"""
 
 from collections.abc import Iterable
 
@@ -12,7 +14,8 @@ from specl.shared.store.file import StoreFile
 from specl.shared.store.rows import Incoming, incoming, quarantined
 from specl.shared.store.schema import TABLES, disagreements, generations, quarantine, settings
 
-# errors that a record's contents cause; a full disk or a lock is an OperationalError, and is waited out
+# errors that a record's contents cause; a full disk or a lock is an OperationalError, and is waited
+# out
 UNSTORABLE = (IntegrityError, DataError, InterfaceError, ProgrammingError, ValueError, TypeError, OverflowError)
 TABLE_ORDER = (*TABLES.values(), quarantine)  # generations before what was found out about them
 
@@ -27,10 +30,11 @@ class Writing(StoreFile):
             connection.execute(sa.insert(settings).values(name=THRESHOLD, value=str(threshold)))
 
     def add_rows(self, envelopes: Iterable[Envelope]) -> list[str]:
-        """Store fetched records in one transaction; the ids that are now committed, those of earlier calls included.
+        """Store fetched records in one transaction; the ids that are now committed, those of
+        earlier calls included.
 
-        A body that is no record goes to quarantine in that transaction, so that it blocks nothing. Raises StoreError (nothing
-        stored, nothing to acknowledge) where the disk refuses.
+        A body that is no record goes to quarantine in that transaction, so that it blocks nothing.
+        Raises StoreError (nothing stored, nothing to acknowledge) where the disk refuses.
         """
         envelopes = list(envelopes)
         items = [incoming(envelope) for envelope in envelopes]
@@ -51,7 +55,9 @@ class Writing(StoreFile):
             self._add(connection, table, [item for item in items if item.table is table])
 
     def _add_singly(self, connection: sa.Connection, envelopes: list[Envelope], items: list[Incoming]) -> None:
-        """Add one by one, where SQLite refuses a record for its contents: that one goes to quarantine, the others are stored."""
+        """Add one by one, where SQLite refuses a record for its contents: that one goes to
+        quarantine, the others are stored.
+        """
         pairs = zip(envelopes, items, strict=True)
         for envelope, item in sorted(pairs, key=lambda pair: TABLE_ORDER.index(pair[1].table)):
             try:
@@ -61,7 +67,9 @@ class Writing(StoreFile):
                 self._add(connection, quarantine, [quarantined(envelope, getattr(error, "orig", None) or error)])
 
     def _add(self, connection: sa.Connection, table: sa.Table, items: list[Incoming]) -> None:
-        """Insert what is not there yet. One statement for all: a statement each costs five times the CPU."""
+        """Insert what is not there yet. One statement for all: a statement each costs five times
+        the CPU.
+        """
         if not items:
             return
         ids = [item.columns["id"] for item in items]

@@ -1,8 +1,9 @@
 """Schema 5: codes beside sentences.
 
-`activations.reason` and `training_runs."trigger"` are codes; the sentences that stood there are in `note` and `cause`. A sentence
-that no earlier version is known to have written gets the code `other`. `adapter_activations` tells its `who` by the code, and has
-the sentence as `note`; a reinstated adapter says so.
+`activations.reason` and `training_runs."trigger"` are codes; the sentences that stood there are in
+`note` and `cause`. A sentence that no earlier version is known to have written gets the code
+`other`. `adapter_activations` tells its `who` by the code, and has the sentence as `note`; a
+reinstated adapter says so.
 """
 
 STATEMENTS = (

@@ -1,10 +1,11 @@
-"""The collector without a socket: what it says of itself at once, what it lets go of and in which order."""
+"""The collector without a socket: its status is quick, it removes what the settings do not keep."""
 
 import time
 
 import pytest
 
 from specl.daemons.collector import service
+from specl.daemons.collector.summary import CHEAP_S, MAX_AGE_S, TIME_SHARE, SummaryCache
 from specl.shared.answer_stats import AnswerStats
 from specl.shared.errors import StoreError
 from specl.shared.messaging.messages import Envelope, Import, RecordBatch, Reply
@@ -37,57 +38,105 @@ class Server:
 
 @pytest.fixture
 def collector():
-    made = []
+    collectors = []
 
     def make(**records):
         paths = find_paths().create()
         settings = Settings.model_validate({"records": records})
-        made.append(service.Collector(paths, settings, Server(), lambda: Store(paths.store)))
-        return made[-1]
+        collectors.append(service.Collector(paths, settings, Server(), lambda: Store(paths.store)))
+        return collectors[-1]
 
     yield make
-    for one in made:
-        if one._store is not None:
-            one._store.close()
+    for collector in collectors:
+        collector.close()
 
 
-def arrive(collector, *ids, **changes):
+def deliver(collector, *ids, **changes):
     rows = [to_row(make_generation(id, **changes)) for id in ids]
-    collector._arrived(collector.lines[0], RecordBatch(rows, 0))
+    collector.receive(collector.producers[0], RecordBatch(rows, 0))
 
 
-def test_status_uses_the_last_summary_meanwhile(collector, monkeypatch):
-    one = collector()
-    one._look()
-    looks = []
-    real = Store.summary
+def expire(collector):
+    collector.expiry.run(lambda: collector.store, time.monotonic())
 
-    def slow(store):
-        looks.append(time.sleep(2 * service.CHEAP_S))
-        return real(store)
 
-    monkeypatch.setattr(Store, "summary", slow)
-    one._summarise()
-    arrive(one, "a")
+class Clock:
+    """Time that passes only while figures are made."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def cache(clock):
+    """Figures that count how often they were made, in `cost` seconds each."""
+
+    def make():
+        clock.now += cache.cost
+        cache.made += 1
+        return cache.made
+
+    cache = SummaryCache(make, clock)
+    cache.cost, cache.made = 2 * CHEAP_S, 0
+    return cache
+
+
+def test_expensive_figures_are_not_made_for_requests(cache):
+    cache.make()
+    cache.invalidate()
     for _ in range(5):
-        assert one._status().summary.generations == 0
-    assert len(looks) == 1, "nobody waits for figures"
-    one._tidy_at = time.monotonic() + 99
-    for _ in range(20):
-        one._turn()
-    assert len(looks) == 1, "they take at most one part in SUMMARY_SHARE of the time"
-    one._summary_due = 0.0
-    one._turn()
-    assert len(looks) == 2 and one._status().summary.generations == 1
-    assert one.server.waited <= service.TICK_S
+        cache.refresh_if_cheap()
+    assert cache.summary == 1
 
 
-def test_quick_figures_are_those_of_now(collector, monkeypatch):
-    monkeypatch.setattr(service, "CHEAP_S", 60.0)
+def test_expensive_figures_take_a_share_of_time(cache, clock):
+    cache.make()
+    assert cache.due_at is None
+    cache.invalidate()
+    assert cache.due_at == pytest.approx(clock.now + TIME_SHARE * cache.cost)
+
+
+def test_cheap_figures_are_current(cache, clock):
+    cache.cost = CHEAP_S / 2
+    cache.make()
+    cache.refresh_if_cheap()
+    assert cache.summary == 1
+    cache.invalidate()
+    cache.refresh_if_cheap()
+    assert cache.summary == 2
+    clock.now += 2 * MAX_AGE_S
+    cache.refresh_if_cheap()
+    assert cache.summary == 3
+
+
+def test_status_tells_why_figures_are_old(collector, monkeypatch):
     one = collector()
-    one._look()
-    arrive(one, "a")
-    assert one._status().summary.generations == 1
+    one.open()
+
+    def refuse(store):
+        raise StoreError("the disk is gone")
+
+    monkeypatch.setattr(Store, "summary", refuse)
+    deliver(one, "a")
+    status = one.status()
+    assert status.trouble == "the disk is gone" and status.summary.generations == 0
+
+
+def test_stale_figures_are_made_between_commits(collector):
+    one = collector()
+    one.open()
+    deliver(one, "a")
+    end = time.monotonic() + 60
+    while one.summary.summary.generations == 0 and time.monotonic() < end:
+        one.step()
+    assert one.summary.summary.generations == 1 and one.server.waited <= service.POLL_S
 
 
 def test_figures_read_no_row_as_a_whole(collector):
@@ -95,7 +144,7 @@ def test_figures_read_no_row_as_a_whole(collector):
     import sqlalchemy as sa
 
     one = collector()
-    arrive(one, *map(str, range(9)))
+    deliver(one, *map(str, range(9)))
     asked = []
     sa.event.listen(one.store._engine, "before_cursor_execute", lambda *a: asked.append((a[2], a[3])))
     one.store.summary()
@@ -114,7 +163,7 @@ def test_figures_read_no_row_as_a_whole(collector):
 
 def test_dependent_rows_go_although_the_log_stays(collector, monkeypatch):
     one = collector(retention_days=5)
-    arrive(one, "old", created_at=time.time() - 9 * 86400)
+    deliver(one, "old", created_at=time.time() - 9 * 86400)
     hidden = one.paths.hidden / "old.npy"
     hidden.write_bytes(b"states")
     real, tries = Store._empty_log, []
@@ -126,10 +175,10 @@ def test_dependent_rows_go_although_the_log_stays(collector, monkeypatch):
         real(store)
 
     monkeypatch.setattr(Store, "_empty_log", busy)
-    one._tidy()
+    expire(one)
     assert not hidden.exists() and one.store.summary().generations == 0
-    one._tidy()
-    one._tidy()
+    expire(one)
+    expire(one)
     assert len(tries) == 2, "the log is emptied once that is possible, though no row is left"
 
 
@@ -141,7 +190,7 @@ def test_unreadable_records_and_store_copies_expire(collector):
     now = int(time.time())
     for age in (9, 1):
         (one.paths.root / f"store.db.backup-3-{now - 86400 * age}").write_bytes(b"")
-    one._tidy()
+    expire(one)
     assert one.store.sql("SELECT id FROM quarantine") == [{"id": "new"}]
     assert [path.name for path in one.store.backups()] == [f"store.db.backup-3-{now - 86400}"]
 
@@ -150,14 +199,14 @@ def test_one_store_copy_is_kept_without_limit(collector):
     one = collector()
     for name in ("2-9", "3-10", "1-8"):
         (one.paths.root / f"store.db.backup-{name}").write_bytes(b"")
-    one._tidy()
+    expire(one)
     assert [path.name for path in one.store.backups()] == ["store.db.backup-3-10"]
 
 
 def test_import_of_impossible_rows_is_answered(collector):
     one = collector()
     poison = to_row(make_generation("p", output_tokens=b"", stats=AnswerStats(tokens_by_source={"a": 2**62})))
-    one._request(b"peer", Import([poison, to_row(make_generation("g"))]))
+    one.handle(b"peer", Import([poison, to_row(make_generation("g"))]))
     (reply,) = one.server.sent
     assert isinstance(reply, Reply) and reply.ok
     assert one.store.summary().generations == 1 and one.store.summary().quarantined == 1
