@@ -67,7 +67,7 @@ class RequestRejected(SpecLoraError):
 
 
 class ServerBusy(RequestRejected):
-    """A request that the server has no room for now; asking again later may help."""
+    """The queue is full; asking again later may help."""
 
     exit_code = 1
 

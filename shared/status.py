@@ -212,7 +212,7 @@ def _models(settings: "Settings") -> ModelsStatus:
 
 
 def _store_summary(daemons: DaemonStatuses, paths: Paths, problems: list[str]) -> StoreSummary:
-    """The collector's figures, or our own where it is down (only then is sqlalchemy imported)."""
+    """The collector's figures, or, where it is down, figures read from the store (only then is sqlalchemy imported)."""
     if daemons.collector is not None and daemons.collector.summary is not None:
         return daemons.collector.summary
     if not paths.store.exists():

@@ -2,7 +2,7 @@
 untouched. Knows no route but the public ones.
 
 DNS rebinding makes a browser send a foreign name as Host to our address: only IP addresses, localhost and the names in
-gateway.hosts are answered. A page of another site can make a browser post here, but not hide where it comes from.
+gateway.hosts are answered. A page of another site can make a browser post to us, but cannot hide its origin.
 """
 
 import asyncio

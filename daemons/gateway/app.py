@@ -204,6 +204,23 @@ def _static(name: str, kind: str) -> Callable[[Request], Response]:
     return send
 
 
+def _models_route(settings: Settings) -> Callable[[Request], Awaitable[Response]]:
+    names = served_names(settings)
+    served = {"id": names[0], "object": "model", "created": 0, "owned_by": "speclora"}
+
+    async def models(request: Request) -> Response:
+        requested = request.path_params.get("model")
+        if requested is None:
+            return JSONResponse({"object": "list", "data": [served]})
+        if requested not in names:
+            raise ApiError(
+                404, f"the model {requested!r} is not served here; {names[0]!r} is", "model", "model_not_found"
+            )
+        return JSONResponse(served)
+
+    return models
+
+
 def _counted(app: ASGIApp, metrics: Metrics, paths: set[str]) -> ASGIApp:
     """Count responses by path. Unknown paths share a label, or anybody could make the labels grow."""
 
@@ -224,14 +241,7 @@ def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Call
     metrics = Metrics()
     completions = Completions(settings, Upstream(paths, Addresses(paths, settings.bus)), metrics)
     dashboard = Dashboard(paths, settings, stopping)
-    name = served_names(settings)[0]
-
-    async def models(request: Request) -> Response:
-        served = {"id": name, "object": "model", "created": 0, "owned_by": "speclora"}
-        requested = request.path_params.get("model")
-        if requested is not None and requested not in served_names(settings):
-            raise ApiError(404, f"the model {requested!r} is not served here; {name!r} is", "model", "model_not_found")
-        return JSONResponse(served if requested is not None else {"object": "list", "data": [served]})
+    models = _models_route(settings)
 
     async def health(request: Request) -> Response:
         state = await dashboard.inference_state()

@@ -13,7 +13,7 @@ from specl.shared.settings.schema import Settings
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
 ALIASES = ("speclora", "default")
-# fields that change nothing about the answer here
+# fields that do not change the answer
 ACCOUNTING = {"user", "safety_identifier", "metadata", "prompt_cache_key", "service_tier"}
 # fields that may be sent as long as they ask for nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {

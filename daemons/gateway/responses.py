@@ -122,7 +122,7 @@ class ResponseBuilder:
     def _piece(self, text: str, logprobs: Sequence[PositionLogprobs]) -> bytes:
         if self._first or self._with_logprobs:
             return event(self._chunk(text, logprobs=logprobs))
-        if self._around_text is None:  # from here on only the text changes
+        if self._around_text is None:  # from the second chunk on only the text changes
             mark = uuid.uuid4().hex
             before, _, after = event(self._chunk(mark)).partition(json.dumps(mark).encode())
             self._around_text = before, after

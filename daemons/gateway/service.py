@@ -98,7 +98,7 @@ class _Server(uvicorn.Server):
         """Leave every signal alone."""
         return nullcontext()
 
-    async def stop_when_told(self) -> None:
+    async def stop_with_flag(self) -> None:
         """Ask uvicorn to end once the flag is set."""
         while not self._stop:
             await asyncio.sleep(POLL_S)
@@ -127,7 +127,7 @@ def serve(paths: Paths, settings: Settings, stop: StopFlag) -> None:
     _log.info("gateway.ready", address=address, token=token is not None)
 
     async def serve_until_stopped() -> None:
-        watcher = asyncio.create_task(server.stop_when_told())
+        watcher = asyncio.create_task(server.stop_with_flag())
         await server.serve(sockets=[listening])
         watcher.cancel()
 

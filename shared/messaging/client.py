@@ -1,12 +1,12 @@
-"""The Python face of the running daemons: `from specl import Client`. Knows messages and deadlines, nothing of models.
+"""The Python API of the running daemons: `from specl import Client`. Knows messages and deadlines, nothing of models.
 
 with Client() as client:
     for event in client.stream("Why is the sky blue?"):
         print(event, end="")
     print(client.last.stats.acceptance_rate)
 
-Each request has a connection of its own: what is still on its way to one that was left half-way, a late heartbeat, the end of a
-cancelled answer, can never be taken for the answer to the next. So threads may share a Client.
+Every request has a separate connection, so that a late message for an earlier one is never taken for the answer to the
+next. Threads may share a Client.
 """
 
 import os
@@ -53,7 +53,7 @@ def _ignore(position: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DaemonStatuses:
-    """What the daemons said of themselves; None for those that did not answer."""
+    """The status of every daemon; None for those that did not answer."""
 
     inference: InferenceStatus | None
     collector: CollectorStatus | None
@@ -71,7 +71,7 @@ class DaemonStatuses:
 class Client:
     """Talks to the daemons of one run directory. Raises DaemonUnreachable, RequestRejected and their kin.
 
-    `last` is the answer that ended last, of whichever thread; `ask` returns its own.
+    `last` is the answer that ended last, in any thread; `ask` returns the answer to its request.
     """
 
     def __init__(self, paths: Paths | None = None, settings: "Settings | None" = None) -> None:
@@ -88,7 +88,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close what streams that were left half-way still hold; the daemon gives them up."""
+        """Close the connections of streams that were left half-way; the daemon cancels their requests."""
         while self._open:
             self._open.pop().close()
 
@@ -103,7 +103,7 @@ class Client:
             connection.close()
 
     def _may_live(self, role: str) -> bool:
-        """False where the role's lock says that no process holds it; elsewhere than here only silence can tell."""
+        """False where the role's lock exists and no process holds it. Without a lock file the daemon may run on another machine."""
         return not (self.paths.run / f"{role}.lock").exists() or is_locked(self.paths.run, role)
 
     # ------------------------------------------------------------------------------------------------ asking
@@ -190,10 +190,10 @@ class Client:
 
     # ------------------------------------------------------------------------------------------------ commands
     def status(self, timeout_s: float = 0.4, roles: tuple[str, ...] = ROLES) -> DaemonStatuses:
-        """Each daemon's own view; None for a daemon that does not answer."""
-        # nobody waits for those whose lock says that they are gone
-        asked = [role for role in roles if self._may_live(role)]
-        answers = gather({role: (self.addresses.answer(role), GetStatus()) for role in asked}, timeout_s)
+        """The status of the daemons in `roles`; None for one that does not answer in time."""
+        # a daemon whose lock is free is not asked, or everybody would wait for the timeout
+        running = [role for role in roles if self._may_live(role)]
+        answers = gather({role: (self.addresses.answer(role), GetStatus()) for role in running}, timeout_s)
         return DaemonStatuses(
             inference=_of_type(InferenceStatus, answers.get("inference")),
             collector=_of_type(CollectorStatus, answers.get("collector")),
@@ -205,7 +205,7 @@ class Client:
         return self.command("trainer", Train(now))
 
     def evaluate_adapter(self, folder: str, name: str) -> Reply:
-        """Ask the trainer to judge a staged adapter; `run_id` of the reply names the run."""
+        """Ask the trainer to put a staged adapter through its gate; `run_id` of the reply names the run."""
         return self.command("trainer", EvaluateAdapter(folder, name))
 
     def set_adapter(self, adapter: str) -> Reply:
@@ -213,7 +213,7 @@ class Client:
         return self.command("inference", SetAdapter(adapter))
 
     def command(self, role: str, message: Any) -> Reply:
-        """Send a command and wait for its outcome. Raises DaemonUnreachable within 1.5 s where nobody is there."""
+        """Send a command and wait for its outcome. Raises DaemonUnreachable after FIRST_ANSWER_S without an answer."""
         with self._connected(role) as connection:
             connection.request(GetStatus(), FIRST_ANSWER_S)
             send_request(connection, message)
@@ -231,7 +231,7 @@ def _of_type(cls: type[S], answer: Any) -> S | None:
 
 
 def send_request(connection: "Connection | AsyncConnection", message: Any) -> None:
-    """Send what somebody wrote. Raises RequestRejected for what cannot travel: half a surrogate pair, a number beyond 64 bits."""
+    """Send a user's message. Raises RequestRejected for what cannot be encoded: half a surrogate pair, a number beyond 64 bits."""
     try:
         connection.send(message)
     except WireError as error:

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class DaemonState(StrEnum):
-    """How a daemon is. A daemon itself says starting, ready, busy or failed; stopped is said of one that is not there."""
+    """A daemon's state. `status` says `stopped` of a daemon that does not run."""
 
     STARTING = "starting"
     READY = "ready"

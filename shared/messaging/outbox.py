@@ -1,7 +1,7 @@
 """Records that a producer has accepted and the collector has not yet committed. One SQLite file a producer; survives kill -9.
 
-The promise: a record is *accepted* when `append` returns, and stays here until its id comes back as done. Order is that
-of acceptance. A disk that refuses now is asked again with the next record, so nothing needs a restart. Knows nothing of
+The promise: a record is *accepted* when `append` returns, and stays until its id comes back as done. Order is that of
+acceptance. A disk that refuses now is asked again with the next record, so nothing needs a restart. Knows nothing of
 sockets and never opens a record's bytes, save to purge.
 """
 
