@@ -42,9 +42,9 @@ def _rate(value: float | None) -> str:
 
 
 def _watch_text(watch: WatchStatus) -> str:
-    """The live acceptance of a promoted adapter, and of the adapter before it."""
-    acceptance = f"acceptance {_rate(watch.acceptance)} of {watch.drafted} tokens in {watch.requests} requests"
-    return f"{watch.adapter} {watch.state.replace('_', ' ')}: {acceptance}, before it {_rate(watch.before)}"
+    """How a newly activated adapter does on live traffic."""
+    counts = f"acceptance {_rate(watch.acceptance)} of {watch.drafted} first drafted tokens"
+    return f"{watch.adapter} {watch.state.replace('_', ' ')}: {counts} in {watch.requests} requests"
 
 
 def render(status: SystemStatus) -> "Table":

@@ -209,7 +209,7 @@ def _table(target: "LanguageModel", built: "BuiltDraft", settings: Settings, cos
     from specl.shared import prompts
     from specl.shared.engine.core import EngineCore
     from specl.shared.engine.request_options import RequestOptions
-    from specl.shared.learning.gate import expected_rate
+    from specl.shared.learning.judge import expected_rate
     from specl.shared.loading.costs import load_or_calibrate
     from specl.shared.loading.engine import engine_options
 

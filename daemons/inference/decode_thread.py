@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from specl.daemons.inference.adapter_monitor import AdapterMonitor, held_out_before
+from specl.daemons.inference.adapter_monitor import AdapterMonitor
 from specl.daemons.inference.answer_messages import done_message, generation_record
 from specl.daemons.inference.job import RunningJob
 from specl.daemons.inference.outgoing import Emit
@@ -26,7 +26,7 @@ from specl.shared.engine.statistics import answer_stats
 from specl.shared.errors import SpecLoraError
 from specl.shared.loading.costs import load_or_calibrate
 from specl.shared.loading.engine import load_engine
-from specl.shared.messaging.codes import ActivationEvent, ActivationReason, FailureCode
+from specl.shared.messaging.codes import FailureCode
 from specl.shared.messaging.messages import Activation, AdapterReady, Ask, Envelope, Failed, Purge, Reply, SetAdapter
 from specl.shared.models import blas
 from specl.shared.models.free_memory import free_memory
@@ -35,8 +35,6 @@ from specl.shared.retention.answer_files import AnswerFiles
 from specl.shared.runtime import log
 from specl.shared.settings.schema import Settings
 
-# reasons to use an adapter that say nothing of its worth on live traffic
-WATCHED = (ActivationReason.ANNOUNCED, ActivationReason.BY_HAND)
 IDLE_TICK_S = 5.0  # how often CURRENT is read when nobody announces anything
 EXPIRE_S = 600.0  # how often past answers are checked for their age
 STOP_TIMEOUT_S = 1.5
@@ -125,7 +123,7 @@ class DecodeThread(threading.Thread):
             except SpecLoraError as error:
                 self._emit(peer, Reply(False, str(error)))
             else:
-                swap.wished(request.adapter, lambda reply: self._emit(peer, reply))
+                swap.request_switch(request.adapter, lambda reply: self._emit(peer, reply))
 
         self.call(change)
 
@@ -134,7 +132,7 @@ class DecodeThread(threading.Thread):
 
         def announced() -> None:
             if self.swap is not None and not self.unloaded:  # else CURRENT is read when the models are loaded again
-                self.swap.hear(announcement.id, announcement.path)
+                self.swap.announced(announcement.id, announcement.path)
 
         self.call(announced)
 
@@ -215,7 +213,7 @@ class DecodeThread(threading.Thread):
             self.swap.advance()
         elif time.monotonic() - self._current_read_at >= self._tick_s:
             self._current_read_at = time.monotonic()
-            self.swap.look()
+            self.swap.check_current()
 
     def _expire_answers(self) -> None:
         """`records.retention_days` holds for past answers as for records, whether models are loaded
@@ -247,7 +245,7 @@ class DecodeThread(threading.Thread):
         self._answer_files = AnswerFiles(self.paths.answers, engine.target.tokenizer_fingerprint)
         engine.answer_history = AnswerHistory(self._answer_files.read)
         swap = self._attach_swap(engine)
-        scheduler = Scheduler(engine, self.settings, self._emit, self.monitor.forces, self._finished)
+        scheduler = Scheduler(engine, self.settings, self._emit, self.monitor.must_draft, self._finished)
         self.scheduler = scheduler
         self._idle_since = time.monotonic()
         _log.info(
@@ -266,12 +264,12 @@ class DecodeThread(threading.Thread):
         CURRENT.
         """
         if self.swap is not None:
-            self.swap.come_back(engine)
+            self.swap.attach_engine(engine)
             return self.swap
         self.swap = swap = AdapterSwap(self.paths, engine, self._adapter_changed)
         drafted = self.monitor.load(engine.draft_fingerprint, engine.target.fingerprint)
         swap.start(drafted if drafted is None or drafted in ("", *swap.adapters.ids()) else "")
-        self.monitor.settle(engine.adapter_id)
+        self.monitor.resumed(engine.adapter_id)
         return swap
 
     def _ensure_loaded(self) -> tuple[Scheduler, AdapterSwap]:
@@ -297,7 +295,7 @@ class DecodeThread(threading.Thread):
         self.unloaded = True  # before the engine goes: `status` reads from another thread
         self.scheduler = None
         if self.swap is not None:
-            self.swap.let_go()
+            self.swap.release_models()
         free_memory()
         _log.info("models.unloaded", idle_minutes=minutes)
 
@@ -364,26 +362,12 @@ class DecodeThread(threading.Thread):
 
     # ------------------------------------------------------------------------------------------------ adapters
     def _count_drafts(self, running: RunningJob) -> None:
-        """Count one more answer of the active adapter; it is rolled back when it disappoints."""
+        """Count one more answer of the active adapter; it is rolled back when it has collapsed."""
         stats = running.session.stats
-        if self.swap is not None and (reason := self.monitor.saw(stats.tested_by_depth, stats.accepted_by_depth)):
+        if self.swap is not None and (reason := self.monitor.add(stats.tested_by_depth, stats.accepted_by_depth)):
             self.swap.roll_back(reason)
 
     def _adapter_changed(self, change: Activation) -> None:
-        """An adapter came, went or was refused: a record for the store, and maybe the start of a
-        watch.
-        """
-        if change.event in (ActivationEvent.ACTIVATED, ActivationEvent.UNLOADED):
-            self._watch(change)
+        """An adapter came, went or was refused: a record for the store, and maybe the start of a collapse check."""
+        self.monitor.observe(change)
         self.recorder.record(change)
-
-    def _watch(self, change: Activation) -> None:
-        """Watch an adapter that came from the gate or by hand; not one that a user returns to or
-        that was reinstated.
-        """
-        id = change.adapter_id
-        if change.reason != ActivationReason.RESTART and self.swap is not None:
-            watched = id if change.reason in WATCHED else ""
-            self.monitor.changed(id, watched, change.previous_id, held_out_before(self.swap.adapters, id))
-        if change.reason == ActivationReason.REINSTATED:
-            self.monitor.reinstated(id)

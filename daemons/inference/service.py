@@ -23,7 +23,6 @@ from specl.shared.messaging.daemon_status import (
     ModelsStatus,
     OutboxStatus,
     QueueStatus,
-    WatchStatus,
 )
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
@@ -231,13 +230,13 @@ class Inference:
         return DaemonState.BUSY if self.decoding.busy else DaemonState.READY
 
     def _adapter_status(self) -> AdapterStatus:
-        swap, engine, watch = self.decoding.swap, self.decoding.engine, self.decoding.monitor.status()
+        swap, engine = self.decoding.swap, self.decoding.engine
         return AdapterStatus(
             active=swap.active if swap else "",
             previous=swap.previous if swap else "",
             form=engine.adapter_form if engine else "",
             rejected=dict(swap.rejected) if swap else {},
-            watch=WatchStatus(**watch) if watch else None,
+            watch=self.decoding.monitor.status(),
         )
 
     def _models_status(self) -> ModelsStatus:

@@ -1,8 +1,8 @@
-"""Which adapter drafts. Start-up, announcement and a slow tick all do the same: look at CURRENT, verify, fuse, say so.
+"""Which adapter drafts. Start-up, an announcement and a slow tick all do the same: read CURRENT, verify, fuse, report.
 
 Runs on the MLX thread, between rounds; what takes longer than a round is done in pieces, one between two rounds, while the
 old adapter goes on drafting. A refused adapter is not tried again while its files are the same; the old one
-keeps serving, whatever is wrong with the new one. CURRENT is moved from here by a user's command and by a rollback.
+keeps serving, whatever is wrong with the new one. CURRENT is moved here for a user's command and for a rollback.
 """
 
 import time
@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from specl.shared.adapters.registry import REINSTATED, REINSTATING, Adapters
+from specl.shared.adapters.marks import MarkState
+from specl.shared.adapters.registry import Adapters
 from specl.shared.adapters.tensors import load_adapter_steps
 from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.errors import AdapterRejected, disk_failed
@@ -24,18 +25,18 @@ from specl.shared.runtime import log
 from specl.shared.runtime.failpoints import failpoint
 from specl.shared.runtime.incremental import Steps, Stopwatch, T, run_all
 
-REMEMBERED = 32  # refusals that `status` shows
+MAX_REJECTED = 32  # refusals that `status` shows
 _log = log.get("adapter")
 Stamp = tuple[tuple[str, int, int, int], ...]
 Activated = Callable[[Activation], None]
 
 
 class AdapterSwap:
-    """`activated` hears of every change and refusal."""
+    """`activated` is called with every change and refusal."""
 
     def __init__(self, paths: Paths, engine: EngineCore, activated: Activated) -> None:
         self.adapters = Adapters(paths.adapters)
-        self.engine: EngineCore | None = engine  # None while the models are let go
+        self.engine: EngineCore | None = engine  # None while the models are unloaded
         self._activated = activated
         self.previous = ""
         self._drafted_before: str | None = None
@@ -65,40 +66,40 @@ class AdapterSwap:
         while self._tasks:
             self.advance()
 
-    def _do(self, pieces: Steps[T], then: Callable[[T], None] = lambda result: None) -> None:
+    def _queue(self, pieces: Steps[T], then: Callable[[T], None] = lambda result: None) -> None:
         self._tasks.append((pieces, then))
 
-    # ------------------------------------------------------------------------------------------------ reasons to look
+    # ------------------------------------------------------------------------------------------------ CURRENT
     @property
     def active(self) -> str:
         """The adapter that drafts, or that will when the models are back; empty for none."""
-        engine = self.engine  # once: `status` reads this from another thread
+        engine = self.engine  # read once: `status` calls this from another thread
         if engine is not None:
             return engine.adapter_id
         return self._in_use.id if self._in_use is not None else ""
 
-    def let_go(self) -> None:
-        """The models go. The adapter stays, a few MB: it drafts again whatever happens to its files."""
+    def release_models(self) -> None:
+        """The models are unloaded. The adapter stays, a few MB: it drafts again whatever happens to its files."""
         self.engine = None
 
-    def come_back(self, engine: EngineCore) -> None:
-        """The models are here again: draft with what drafted before, then look at CURRENT."""
+    def attach_engine(self, engine: EngineCore) -> None:
+        """The models are loaded again: draft with what drafted before, then check CURRENT."""
         engine.use_adapter(self._in_use)
         self.engine = engine
         self.follow_current()
 
-    def hear(self, id: str, path: str) -> None:
-        """An announcement: refused where it points anywhere but into the adapters folder, else a reason to look, in pieces."""
+    def announced(self, id: str, path: str) -> None:
+        """An announcement: refused where it points anywhere but into the adapters folder, else a reason to check CURRENT."""
         try:
             self.adapters.confine(Path(path))
         except AdapterRejected as error:
             self._refused[id] = None  # says nothing of the one that CURRENT may name
             self._refuse(id, str(error))
             return
-        self.look()
+        self.check_current()
 
     def start(self, drafted_before: str | None) -> None:
-        """Look at CURRENT for the first time. `drafted_before` drafted when the last daemon ended (None: nobody knows):
+        """Check CURRENT for the first time. `drafted_before` drafted when the last daemon ended (None: nobody knows):
         going on with it is a restart; another one was promoted meanwhile.
         """
         self._drafted_before = drafted_before
@@ -107,42 +108,57 @@ class AdapterSwap:
 
     def follow_current(self) -> None:
         """Draft with what CURRENT names, if that is not what drafts already; now."""
-        self.look()
+        self.check_current()
         self.finish()
 
-    def look(self) -> None:
+    def check_current(self) -> None:
         """`follow_current` in pieces."""
-        self._do(self._following())
+        self._queue(self._follow())
 
-    def _following(self) -> Steps[None]:
+    def _follow(self) -> Steps[None]:
         try:
-            wanted = self.adapters.named()
+            current = self.adapters.named()
         except AdapterRejected as error:
             self._refuse("CURRENT", str(error))
             return
         self.rejected.pop("CURRENT", None)
-        if wanted and wanted in self.adapters.rolled_back():  # killed between the mark and CURRENT
-            yield from self._leave(wanted)
+        active, rolled_back = self._loaded.adapter_id, self.adapters.rolled_back()
+        if current in rolled_back or (active in rolled_back and current != active):
+            # the trainer has rolled it back, or whoever did was killed before CURRENT moved
+            target = self._back_from(current) if current in rolled_back else current
+            self._drafted_before = None  # no restart: there is no way back to that
+            yield from self._go_back(active or current, target, rolled_back.get(active, ""))
+            if active in rolled_back:
+                reason = rolled_back[active]
+                self._tell(ActivationEvent.ROLLED_BACK, active, target, ActivationReason.REEVALUATION, reason)
             return
-        if wanted in self.rejected and wanted not in self._refused and self._reinstated(wanted):
-            self._forgive(wanted)  # it had been rolled back here, with a disk that kept CURRENT
-        if wanted != self.engine.adapter_id and self._worth_trying(wanted):
-            yield from self._use(wanted, self._why(wanted))
+        if current in self.rejected and current not in self._refused and self._is_reinstated(current):
+            self._forget_refusal(current)  # it had been rolled back in this process, with a disk that kept CURRENT
+        if current != active and self._worth_trying(current):
+            yield from self._use(current, self._reason_for(current))
 
-    def _why(self, wanted: str) -> ActivationReason:
+    @property
+    def _loaded(self) -> EngineCore:
+        """The engine. Raises RuntimeError while the models are unloaded: nobody may call for a switch then."""
+        if self.engine is None:
+            raise RuntimeError("an adapter cannot be switched while the models are unloaded")
+        return self.engine
+
+    def _reason_for(self, current: str) -> ActivationReason:
         """Why CURRENT names it."""
-        if wanted == self._drafted_before:
+        if current == self._drafted_before:
             return ActivationReason.RESTART
-        return ActivationReason.REINSTATED if self._reinstated(wanted) else ActivationReason.ANNOUNCED
+        return ActivationReason.REINSTATED if self._is_reinstated(current) else ActivationReason.ANNOUNCED
 
-    def _reinstated(self, id: str) -> bool:
-        return self.adapters.second_looks().get(id) in (REINSTATING, REINSTATED)
+    def _is_reinstated(self, id: str) -> bool:
+        mark = self.adapters.marks.all().get(id)
+        return mark is not None and mark.state in (MarkState.REINSTATING, MarkState.REINSTATED)
 
     def _worth_trying(self, id: str) -> bool:
-        """Not where it was refused, unless its files have changed or the disk was to blame; nor where it disappointed."""
+        """Not where it was refused, unless its files have changed or the disk was to blame; nor where it was rolled back."""
         return id not in self.rejected or (id in self._refused and self._refused[id] != self._stamp(id))
 
-    def _forgive(self, id: str) -> None:
+    def _forget_refusal(self, id: str) -> None:
         self.rejected.pop(id, None)
         self._refused.pop(id, None)
 
@@ -156,16 +172,16 @@ class AdapterSwap:
 
     def _use(self, id: str, reason: ActivationReason, note: str = "") -> Steps[str]:
         """Switch to `id` (empty: none). Why not, or empty."""
-        watch, stamp = Stopwatch(), self._stamp(id) if id else ()
+        stopwatch, stamp = Stopwatch(), self._stamp(id) if id else ()
         try:
-            yield from watch.over(self._switch(id))
+            yield from stopwatch.over(self._switch(id))
         except AdapterRejected as error:
             self._refused[id] = None if disk_failed(error) else stamp
             self._refuse(id, str(error))
             return str(error)
-        self._forgive(id)
+        self._forget_refusal(id)
         before, self._before_switch = self._before_switch, ""
-        pause_ms = round(1000 * watch.longest_s, 1)
+        pause_ms = round(1000 * stopwatch.longest_s, 1)
         if reason == ActivationReason.RESTART:
             self.previous = before = self.adapters.resolve("previous")
         else:
@@ -177,12 +193,12 @@ class AdapterSwap:
             "adapter.fused" if id else "adapter.unloaded",
             adapter=id or None,
             previous=before or None,
-            form=self.engine.adapter_form,
+            form=self._loaded.adapter_form,
             pause_ms=pause_ms,
-            ms=round(1000 * watch.total_s, 1),
+            ms=round(1000 * stopwatch.total_s, 1),
         )
         event = ActivationEvent.ACTIVATED if id else ActivationEvent.UNLOADED
-        details = {"form": self.engine.adapter_form, "pause_ms": pause_ms}
+        details = {"form": self._loaded.adapter_form, "pause_ms": pause_ms}
         self._tell(event, id, before, reason, note or reason.replace("_", " "), details)
         return ""
 
@@ -190,19 +206,19 @@ class AdapterSwap:
         """Load and use `id`. Raises AdapterRejected for whatever is wrong with it, after what drafted before drafts again."""
         adapter = (yield from self._load(id)) if id else None
         failpoint("swap.before_activate")
-        self._before_switch = self.engine.adapter_id or self._drafted_before or ""
+        self._before_switch = self._loaded.adapter_id or self._drafted_before or ""
         try:
-            yield from self.engine.switch_adapter(adapter)
+            yield from self._loaded.switch_adapter(adapter)
         except MemoryError:
             raise
         except Exception as error:
-            self.engine.use_adapter(self._in_use)
+            self._loaded.use_adapter(self._in_use)
             raise self._unforeseen(id, error) from error
         self._in_use = adapter
 
     def _load(self, id: str) -> Steps[LoadedAdapter]:
         try:
-            adapter, _ = yield from load_adapter_steps(self.adapters, self.adapters.folder / id, self.engine)
+            adapter, _ = yield from load_adapter_steps(self.adapters, self.adapters.folder / id, self._loaded)
             return adapter
         except (AdapterRejected, MemoryError):
             raise
@@ -215,55 +231,52 @@ class AdapterSwap:
         reason = (str(error).splitlines() or [""])[0]
         return AdapterRejected(f"adapter {id}: it could not be loaded ({type(error).__name__}: {reason})")
 
+    # ------------------------------------------------------------------------------------------------ rollbacks
     def roll_back(self, reason: str) -> None:
-        """The active adapter disappointed: mark it, so that it is not tried again, and draft with the one before."""
-        id = self.engine.adapter_id
+        """The active adapter has collapsed: mark it, so that it is not tried again, and draft with the one before."""
+        id = self._loaded.adapter_id
         self.finish()
-        if self.engine.adapter_id != id:  # another one was on its way and has taken its place
+        if self._loaded.adapter_id != id:  # another one was on its way and has taken its place
             return
-        back = self.previous if self.previous not in self.adapters.rolled_back() else ""
+        target = self.previous if self.previous not in self.adapters.rolled_back() else ""
         try:
-            self.adapters.mark_rolled_back(id, reason)
+            self.adapters.marks.set(id, MarkState.ROLLED_BACK, reason)
         except OSError as error:
             _log.error("rollback.not_written", adapter=id, reason=str(error))
-        if back and run_all(self._use(back, ActivationReason.ROLLBACK, f"adapter {id} was rolled back")):
-            back = ""
-        if not back:
-            run_all(self._use("", ActivationReason.ROLLBACK, f"adapter {id} was rolled back"))
+        run_all(self._go_back(id, target, reason))
+        self._tell(ActivationEvent.ROLLED_BACK, id, self.active, ActivationReason.LIVE_ACCEPTANCE, reason)
+
+    def _back_from(self, id: str) -> str:
+        """The adapter before `id`; empty for none, and where that was rolled back, too."""
+        previous = self.adapters.resolve("previous")
+        return previous if previous != id and previous not in self.adapters.rolled_back() else ""
+
+    def _go_back(self, id: str, target: str, reason: str) -> Steps[None]:
+        """Draft with `target`, or without an adapter where that cannot be used, in place of `id`, which is rolled back."""
+        note = f"adapter {id} was rolled back"
+        if target != self.active and (yield from self._use(target, ActivationReason.ROLLBACK, note)):
+            target = ""
+            yield from self._use(target, ActivationReason.ROLLBACK, note)
         try:
-            self.adapters.set_current(back)
-        except OSError as error:
+            self.adapters.set_current(target)
+        except OSError as error:  # the next check tries again
             self._refused.pop(id, None)
             self.rejected[id] = reason  # CURRENT still names it; not again in this process at least
             _log.error("rollback.not_written", adapter=id, reason=str(error))
         self.previous = ""  # not the one that has just gone
         with suppress(OSError):
             self.adapters.set_previous("")
-        _log.warning("adapter.rolled_back", adapter=id, to=back or None, reason=reason)
-        self._tell(ActivationEvent.ROLLED_BACK, id, back, ActivationReason.LIVE_ACCEPTANCE, reason)
-
-    def _leave(self, id: str) -> Steps[None]:
-        """CURRENT names an adapter that was rolled back: go to the one before it, or to none."""
-        self._drafted_before = None  # there is no way back to that
-        back = self.adapters.resolve("previous")
-        gone = self.adapters.rolled_back()
-        back = "" if back in gone else back
-        if back != self.engine.adapter_id and (
-            yield from self._use(back, ActivationReason.ROLLBACK, f"adapter {id} was rolled back")
-        ):
-            back = ""
-        with suppress(OSError):  # a full disk: the next tick tries again
-            self.adapters.set_current(back)
+        _log.warning("adapter.rolled_back", adapter=id, to=target or None, reason=reason)
 
     def _refuse(self, id: str, reason: str) -> None:
         """Say once why `id` does not draft; what drafts goes on."""
         if self.rejected.get(id) == reason:
             return
-        while len(self.rejected) >= REMEMBERED:
-            self._forgive(next(iter(self.rejected)))
+        while len(self.rejected) >= MAX_REJECTED:
+            self._forget_refusal(next(iter(self.rejected)))
         self.rejected[id] = reason
         _log.error("adapter.rejected", adapter=id, reason=reason)
-        active = self.engine.adapter_id
+        active = self._loaded.adapter_id
         self._tell(ActivationEvent.REJECTED, id, active, ActivationReason.VERIFICATION, reason)
 
     def _tell(
@@ -277,32 +290,34 @@ class AdapterSwap:
     ) -> None:
         self._activated(Activation(uuid.uuid4().hex, time.time(), event, id, previous, reason, note, details or {}))
 
-    def by_hand(self, wish: str) -> Reply:
-        """A user's choice: an id, an alias, `previous`, or empty for none. CURRENT moves only if the adapter is usable."""
+    # ------------------------------------------------------------------------------------------------ a user's choice
+    def switch(self, name: str) -> Reply:
+        """Switch to an id, an alias, `previous`, or empty for none; now. CURRENT moves only if the adapter is usable."""
         replies: list[Reply] = []
-        self.wished(wish, replies.append)
+        self.request_switch(name, replies.append)
         self.finish()
         return replies[0]
 
-    def wished(self, wish: str, answer: Callable[[Reply], None]) -> None:
-        """`by_hand` in pieces."""
-        self._do(self._by_hand(wish), answer)
+    def request_switch(self, name: str, answer: Callable[[Reply], None]) -> None:
+        """`switch` in pieces."""
+        self._queue(self._switch_by_hand(name), answer)
 
-    def _by_hand(self, wish: str) -> Steps[Reply]:
-        id = wish
-        if wish == "previous":
+    def _switch_by_hand(self, name: str) -> Steps[Reply]:
+        id = name
+        if name == "previous":
             id = self.previous or self.adapters.resolve("previous") or self._parent()
-        elif wish:
-            id = self.adapters.resolve(wish)
+        elif name:
+            id = self.adapters.resolve(name)
             if not id:
-                return Reply(False, f"there is no adapter {wish!r}")
-        self._forgive(id)
-        how = ActivationReason.ROLLED_BACK_BY_HAND if wish == "previous" else ActivationReason.BY_HAND
-        if id in self.adapters.rolled_back() or self._reinstated(id):
-            how = ActivationReason.BY_HAND_AGAIN
+                return Reply(False, f"there is no adapter {name!r}")
+        self._forget_refusal(id)
+        reason = ActivationReason.ROLLED_BACK_BY_HAND if name == "previous" else ActivationReason.BY_HAND
+        if id in self.adapters.rolled_back() or self._is_reinstated(id):
+            reason = ActivationReason.BY_HAND_AGAIN
+        if id and reason != ActivationReason.BY_HAND:
             with suppress(OSError):
-                self.adapters.mark_rolled_back(id, "")
-        if id != self.engine.adapter_id and (problem := (yield from self._use(id, how))):
+                self.adapters.marks.set(id, MarkState.KEPT, "a user activated it")
+        if id != self._loaded.adapter_id and (problem := (yield from self._use(id, reason))):
             return Reply(False, problem)
         try:
             self.adapters.set_current(id)
@@ -313,7 +328,7 @@ class AdapterSwap:
     def _parent(self) -> str:
         """The active adapter's parent, where it is still there."""
         try:
-            parent = self.adapters.manifest(self.engine.adapter_id).parent_id if self.engine.adapter_id else ""
+            parent = self.adapters.manifest(self.active).parent_id if self.active else ""
         except AdapterRejected:
             return ""
         return self.adapters.resolve(parent) if parent else ""

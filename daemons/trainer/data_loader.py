@@ -1,16 +1,17 @@
 """Rows of the store as examples: failures, replayed successes, held-out conversations; states from the spool or recomputed.
 
-Held out is a stable hash of the conversation; what is held out is never trained on, nor is the same text elsewhere. Replay of
-general text comes with the draft (`replay.npz`: texts of its target), because a new user's store has no successes yet.
+A conversation is held out by a stable hash of its id; a held-out text is never trained on, in another conversation neither. General
+texts to replay come with the draft (`replay.npz`: texts of its target), because a new user's store has no successes yet.
 """
 
-import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from specl.daemons.trainer.stratified_sample import stratified_sample
 from specl.shared.engine.core import EngineCore
@@ -23,40 +24,36 @@ from specl.shared.store import Outline, Store, StoredGeneration
 from specl.shared.store.failure import is_failure
 from specl.shared.training_files.shards import load_or_discard, save_shard
 
-LONGEST = 512  # tokens of an example: the last of a long text
-READ = 1024  # tokens that are read again, at most, for the states of those
-HELDOUT_MOST = 100
-HELDOUT_DAYS = 30
-LOOKED_AT = 20_000  # of the newest generations that failures, successes and held-out ones are chosen from
+MAX_TOKENS = 512  # of an example: the last of a long text
+MAX_RECAPTURED_TOKENS = 1024  # of a long text whose states are computed again
+MAX_HELD_OUT = 100
+HELD_OUT_DAYS = 30
+NEWEST = 20_000  # generations that failures, successes and held-out ones are chosen from
 REPLAY_PART = 96  # texts captured at once: about 20 s on two cores
-Text = tuple[np.ndarray, int]  # tokens, and how many of them are the prompt
-Tell = Callable[[int, int], None]  # done, in all
+Tokens = NDArray[Any]
+Text = tuple[Tokens, int]  # tokens, and how many of them are the prompt
+OnProgress = Callable[[int, int], None]  # done, in all
 _log = log.get("replay")
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """What one run works with. `failures` and `successes` are for training, `held_out` for judging."""
+    """What one run works with: `failures` and `successes` are trained on, `held_out` judges. `last_generation` is the newest seen."""
 
     failures: list[Example]
     successes: list[Example]
     held_out: list[Example]
     last_generation: str
 
-    @property
-    def fresh_ids(self) -> list[str]:
-        """Generations that are trained on."""
-        return [example.id for example in [*self.failures, *self.successes]]
-
 
 @dataclass(frozen=True, slots=True)
-class Sorted:
-    """Generations, newest first. `judges` are those of `held_out` that are new enough to judge by."""
+class Split:
+    """Generations, newest first. `eval_rows` are those of `held_out` that are new enough to judge by."""
 
     failures: list[Outline]
     successes: list[Outline]
     held_out: list[Outline]
-    judges: list[Outline]
+    eval_rows: list[Outline]
     newest: str
 
 
@@ -88,47 +85,54 @@ class DataLoader:
     """Reads examples for an engine's draft. `pause` is called between pieces of work and may wait."""
 
     def __init__(
-        self, store: Store, engine: EngineCore, settings: Settings, spool: HiddenSpool, pause: Callable[[], None]
+        self, store: Store, engine: EngineCore, settings: Settings, spool: HiddenSpool, pause: Callable[[], object]
     ) -> None:
         self.store, self.engine, self.settings, self.spool, self._pause = store, engine, settings, spool, pause
 
-    def sorted(self, clock: Callable[[], float] = time.time) -> "Sorted":
-        """What this target wrote, told apart; quick, because no text is read."""
-        training = self.settings.training
-        rows = [row for row in self.store.outlines(LOOKED_AT) if self._fits(row)]
+    def split(self, clock: Callable[[], float] = time.time) -> Split:
+        """What this target wrote, by kind; quick, because no text is read."""
         threshold = self.settings.speculative.acceptance_threshold
+        rows = [row for row in self.store.outlines(NEWEST) if self._fits(row)]
         failures, successes, held_out = [], [], []
-        since = clock() - HELDOUT_DAYS * 86400
         for row in rows:
-            if is_held_out(row.conversation_id, training.heldout_share):
+            if is_held_out(row.conversation_id, self.settings.training.heldout_share):
                 held_out.append(row)
             elif is_failure(row.score, threshold):
                 failures.append(row)
             else:
                 successes.append(row)
-        judges = [row for row in held_out if row.created_at > since]
-        return Sorted(failures, successes, held_out, judges, rows[0].id if rows else "")
+        since = clock() - HELD_OUT_DAYS * 86400
+        eval_rows = [row for row in held_out if row.created_at > since]
+        return Split(failures, successes, held_out, eval_rows, rows[0].id if rows else "")
 
-    def material(self, rows: "Sorted | None" = None) -> TrainingData:
-        """Failures, successes and held-out conversations, each chosen as strata.py says. No text that is held out, be it in another
+    def load(self, split: Split | None = None) -> TrainingData:
+        """Failures, successes and held-out conversations, each chosen by stratified_sample.py. No held-out text, be it in another
         conversation too, is among those to train on.
         """
-        training, rows = self.settings.training, rows or self.sorted()
-        judged_by = self._examples(rows.judges, HELDOUT_MOST)
-        # of all that is held out, not only of what is judged by today: tomorrow it may be another part of it
-        held = {text[-4 * LONGEST :] for text in self.store.tokens([row.id for row in rows.held_out])}
-        parts = ((rows.failures, training.max_failure_cases), (rows.successes, training.replay_buffer_size))
-        trained = [
-            [example for example in self._examples(part, most) if example.tokens.tobytes() not in held]
-            for part, most in parts
-        ]
-        return TrainingData(*trained, judged_by, last_generation=rows.newest)
+        training, split = self.settings.training, split or self.split()
+        held_out = self._examples(split.eval_rows, MAX_HELD_OUT)
+        # all held-out texts, not only those that judge today: tomorrow it may be another part of them
+        excluded = self._texts_of([row.id for row in split.held_out])
+        failures, successes = (
+            [example for example in self._examples(rows, most) if example.tokens.tobytes() not in excluded]
+            for rows, most in (
+                (split.failures, training.max_failure_cases),
+                (split.successes, training.replay_buffer_size),
+            )
+        )
+        return TrainingData(failures, successes, held_out, last_generation=split.newest)
 
     def since(self, moment: float, most: int, without: Collection[str]) -> list[Example]:
-        """What was answered after `moment`, newest first, held out or not; never a text of the generations in `without`."""
+        """What was answered after `moment` (seconds since the epoch), newest first, held out or not; never a text of the
+        generations in `without`.
+        """
         rows = [row for row in self.store.outlines(most) if self._fits(row) and row.created_at > moment]
-        known = {text[-4 * LONGEST :] for text in self.store.tokens(list(without))}
-        return [example for example in self._examples(rows, most) if example.tokens.tobytes() not in known]
+        excluded = self._texts_of(list(without))
+        return [example for example in self._examples(rows, most) if example.tokens.tobytes() not in excluded]
+
+    def _texts_of(self, ids: Sequence[str]) -> set[bytes]:
+        """The ends of these generations' texts, as long as examples are."""
+        return {text[-4 * MAX_TOKENS :] for text in self.store.tokens(list(ids))}
 
     def _fits(self, row: Outline) -> bool:
         return row.target_fingerprint == self.engine.target.fingerprint and row.output_count > 1
@@ -141,7 +145,7 @@ class DataLoader:
     def example(self, row: StoredGeneration) -> Example:
         """One row, with the states that a head needs."""
         example = to_example(row, self.settings.training.loss.error_weight)
-        return (self.with_states(example) if self.engine.reads_states else example).clipped(LONGEST)
+        return (self.with_states(example) if self.engine.reads_states else example).clipped(MAX_TOKENS)
 
     def with_states(self, example: Example) -> Example:
         """The same with states, spooled or recomputed. Where those have to be recomputed of a very long text, its end alone."""
@@ -149,41 +153,41 @@ class DataLoader:
         needed = len(example.tokens) - 1
         if states is None or len(states) < needed or states.shape[1] != self.engine.target.hidden_size:
             self._pause()
-            example = example.clipped(READ)
+            example = example.clipped(MAX_RECAPTURED_TOKENS)
             needed = len(example.tokens) - 1
             states, _, _ = recapture(self.engine.target, example.tokens, example.prompt_length, 1, with_top_k=False)
         return example.with_states(states[:needed])
 
-    def replay(self, folder: Path, tell: Tell = lambda done, total: None) -> list[Example]:
+    def replay(self, folder: Path, report: OnProgress = lambda done, total: None) -> list[Example]:
         """General texts of the target that came with the draft. What no quiet moment has captured yet is captured now."""
         parts = self._replay_parts(folder)
         total = sum(len(texts) for _, texts in parts)
-        found: list[Example] = []
+        examples: list[Example] = []
         for path, texts in parts:
-            found += load_or_discard(path, _damaged) or self._capture(path, texts, len(found), total, tell)
-        return found
+            examples += load_or_discard(path, _damaged) or self._capture(path, texts, len(examples), total, report)
+        return examples
 
-    def capture_replay(self, folder: Path, tell: Tell = lambda done, total: None) -> bool:
-        """Capture the next part of them and keep it in `folder`; whether there is more to capture. `tell` hears texts: done, in all."""
+    def capture_replay(self, folder: Path, report: OnProgress = lambda done, total: None) -> bool:
+        """Capture the next part of them and keep it in `folder`; whether there is more to capture. `report` hears texts: done, in all."""
         parts = self._replay_parts(folder)
         missing = [part for part in parts if not part[0].is_file()]
         total = sum(len(texts) for _, texts in parts)
         done = total - sum(len(texts) for _, texts in missing)
         for path, texts in missing[:1]:
-            self._capture(path, texts, done, total, tell)
+            self._capture(path, texts, done, total, report)
         return len(missing) > 1
 
-    def _capture(self, path: Path, texts: Sequence[Text], done: int, total: int, tell: Tell) -> list[Example]:
+    def _capture(self, path: Path, texts: Sequence[Text], done: int, total: int, report: OnProgress) -> list[Example]:
         """One part, captured and kept; `done` texts of `total` have been before."""
         examples: list[Example] = []
         for tokens, prompt_length in texts:
             self._pause()
-            tell(done + len(examples), total)
+            report(done + len(examples), total)
             k = self.settings.training.loss.top_k_logits
             states, ids, logprobs = recapture(self.engine.target, tokens, prompt_length, k)
             name, weights = f"{path.stem}-{len(examples)}", np.ones(len(ids), np.float32)
-            kept = states if self.engine.reads_states else None
-            examples.append(Example(name, tokens, prompt_length, ids, logprobs, weights, kept))
+            needed = states if self.engine.reads_states else None
+            examples.append(Example(name, tokens, prompt_length, ids, logprobs, weights, needed))
         save_shard(path, examples)
         self._drop_others(path)
         return examples
@@ -192,10 +196,10 @@ class DataLoader:
     def _replay_names(self) -> str:
         return f"replay-{self.engine.draft_fingerprint}-"
 
-    def _drop_others(self, kept: Path) -> None:
+    def _drop_others(self, part: Path) -> None:
         """Remove what another k or target has left of this draft's parts: nothing will read it."""
-        stem = kept.stem.rpartition("-")[0]
-        for path in kept.parent.glob(f"{self._replay_names}*.npz"):
+        stem = part.stem.rpartition("-")[0]
+        for path in part.parent.glob(f"{self._replay_names}*.npz"):
             if path.stem.rpartition("-")[0] != stem:
                 path.unlink(missing_ok=True)
 
@@ -231,17 +235,12 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
     return list({example.tokens.tobytes(): example for example in examples}.values())
 
 
-def pieces(group: Sequence[Example], most: int) -> list[list[Example]]:
-    """A batch in pieces of at most `most` tokens with padding, longest texts first; one text is never split."""
-    made: list[list[Example]] = []
+def micro_batches(group: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+    """A batch in parts of at most `max_tokens` with padding, longest texts first; one text is never split."""
+    parts: list[list[Example]] = []
     for example in sorted(group, key=lambda item: -len(item.tokens)):
-        room = made and len(made[-1][0].tokens) * (len(made[-1]) + 1) <= most
-        made[-1].append(example) if room else made.append([example])
-    return made
-
-
-def describe(material: TrainingData) -> str:
-    """For a log line."""
-    return json.dumps(
-        {"failures": len(material.failures), "successes": len(material.successes), "held_out": len(material.held_out)}
-    )
+        if parts and len(parts[-1][0].tokens) * (len(parts[-1]) + 1) <= max_tokens:
+            parts[-1].append(example)
+        else:
+            parts.append([example])
+    return parts

@@ -1,6 +1,6 @@
-"""Whether the machine objects to training: on battery, or hot. Looked at once a minute at most; who insists is not held up.
+"""Whether the machine gives a reason to wait with training: on battery, or hot. Read once a minute at most; users may override it.
 
-`look` is for the loop thread, as it may run a command; the rest may be called from any.
+`check` is for the loop thread, as it may run a command; the rest may be called from any thread.
 """
 
 import time
@@ -9,46 +9,46 @@ from collections.abc import Callable, Hashable
 from specl.shared.runtime.power import Power, read
 from specl.shared.settings.schema import Training
 
-LOOK_S = 60.0
+CHECK_S = 60.0
 
 
 class PowerPolicy:
-    """What `objection` says is why training waits. Time and the machine are arguments, so that tests need neither."""
+    """Time and the machine are arguments, so that tests need neither."""
 
     def __init__(
         self, training: Training, machine: Callable[[], Power] = read, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._training, self._machine, self._clock = training, machine, clock
-        self._next_look = clock()
-        self._objection = ""
-        self._insisting: list[Hashable] = []  # work that somebody wants in spite of it
+        self._next_check = clock()
+        self._reason = ""
+        self._overriding: list[Hashable] = []
 
-    def look(self) -> None:
-        """Look at the machine where that is due."""
-        if (self._training.on_battery and self._training.when_hot) or self._clock() < self._next_look:
+    def check(self) -> None:
+        """Read the machine's state where that is due."""
+        if (self._training.on_battery and self._training.when_hot) or self._clock() < self._next_check:
             return
-        self._next_look = self._clock() + LOOK_S
-        found = self._machine()
-        if found.on_battery and not self._training.on_battery:
-            self._objection = "on battery"
+        self._next_check = self._clock() + CHECK_S
+        power = self._machine()
+        if power.on_battery and not self._training.on_battery:
+            self._reason = "on battery"
         else:
-            self._objection = "the machine is hot" if found.hot and not self._training.when_hot else ""
+            self._reason = "the machine is hot" if power.hot and not self._training.when_hot else ""
 
     @property
-    def objection(self) -> str:
-        """Why training waits; empty where it need not, or must not because somebody insists."""
-        return "" if self._insisting else self._objection
+    def reason_to_wait(self) -> str:
+        """Why training waits; empty where it need not, or must not because of an override."""
+        return "" if self._overriding else self._reason
 
     @property
-    def objects(self) -> bool:
-        """Whether it would hold up who does not insist."""
-        return bool(self._objection)
+    def machine_reason(self) -> str:
+        """Why training would wait without any override."""
+        return self._reason
 
-    def insist(self, work: Hashable) -> None:
-        """Until `work` has ended, nothing is held up: it may have to wait for its turn behind something that is."""
-        self._insisting.append(work)
+    def override(self, work: Hashable) -> None:
+        """Nothing waits until `work` has ended: it may have to wait for its turn behind other work."""
+        self._overriding.append(work)
 
-    def relent(self, work: Hashable) -> None:
-        """It has ended; of work that nobody insisted on nothing is to be said."""
-        if work in self._insisting:
-            self._insisting.remove(work)
+    def end_override(self, work: Hashable) -> None:
+        """Remove the override for `work`; no-op if it had none."""
+        if work in self._overriding:
+            self._overriding.remove(work)

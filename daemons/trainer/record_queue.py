@@ -1,4 +1,4 @@
-"""The trainer's records on their way into its outbox. What the outbox refuses waits here and is offered again.
+"""The trainer's records on their way into its outbox. A record that the outbox refuses waits in this queue and is offered again.
 
 Inference drops a refused record, because the next request is more important; the trainer has few, and each took minutes to
 make. They wait in memory, oldest first, and are lost only with the process. Safe to use from both of the trainer's threads.
@@ -15,7 +15,7 @@ from specl.shared.messaging.messages import Envelope, Record
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.runtime import log
 
-MOST_WAITING = 1000
+MAX_WAITING = 1000
 _log = log.get("trainer")
 
 
@@ -36,11 +36,11 @@ class RecordQueue:
 
     @property
     def undelivered(self) -> int:
-        """Records that the store does not have yet, as far as is known here."""
+        """Records that the collector has not confirmed yet."""
         return self.waiting + self._outbox.pending
 
     def add(self, record: Record) -> None:
-        """Record a fact, behind those that wait."""
+        """Append a record behind those that wait. One that cannot be encoded is refused for good."""
         try:
             item = (record.id, kind_of(record), encode(record))
         except WireError as error:
@@ -55,11 +55,11 @@ class RecordQueue:
             if len(self._waiting) > before:
                 self.refused += 1
                 _log.error("record.refused", kind=item[1], reason=self.trouble, waiting=len(self._waiting))
-            while len(self._waiting) > MOST_WAITING:
+            while len(self._waiting) > MAX_WAITING:
                 self._waiting.popleft()
 
     def offer(self) -> None:
-        """Try again what was refused."""
+        """Offer waiting records to the outbox again."""
         with self._lock:
             if self._waiting:
                 self._offer()
@@ -76,12 +76,12 @@ class RecordQueue:
             self._announce(id)
         self.trouble = ""
 
-    def purge(self, wanted: Callable[[Envelope], bool]) -> list[str]:
-        """Forget those that `wanted` is true of; their ids."""
+    def purge(self, matches: Callable[[Envelope], bool]) -> list[str]:
+        """Remove waiting records that match; their ids."""
         with self._lock:
-            gone = [item[0] for item in self._waiting if wanted(Envelope(*item))]
-            self._waiting = deque(item for item in self._waiting if item[0] not in gone)
-        return gone
+            removed = [item[0] for item in self._waiting if matches(Envelope(*item))]
+            self._waiting = deque(item for item in self._waiting if item[0] not in removed)
+        return removed
 
     def status(self) -> OutboxStatus:
         """The outbox's part of the daemon's status."""

@@ -5,21 +5,22 @@ import uuid
 from dataclasses import asdict
 from typing import Any
 
-from specl.shared.adapters.registry import Adapters, Manifest
-from specl.shared.learning.gate import Agreement
+from specl.shared.adapters.manifest import Manifest
+from specl.shared.adapters.registry import Adapters
+from specl.shared.learning.judge import Agreement
 from specl.shared.messaging.messages import Adapter, Evaluation
 
-SCORES = uuid.UUID("5c0de5c0-0000-4000-8000-000000000000")  # a namespace of ids, nothing else
+SCORE_IDS = uuid.UUID("5c0de5c0-0000-4000-8000-000000000000")  # namespace of their ids
 
 
 def evaluations(
     run_id: str, adapter_id: str, held_out: Agreement, general: Agreement, details: dict[str, Any]
 ) -> list[Evaluation]:
     """One draft state as records: on held-out traffic, with the verdict's numbers, and on the regression slice."""
-    made = []
+    records = []
     for subject, score in (("heldout", held_out), ("regression", general)):
         if len(score.hits):
-            made.append(
+            records.append(
                 Evaluation(
                     id=uuid.uuid4().hex,
                     created_at=time.time(),
@@ -34,13 +35,13 @@ def evaluations(
                     details=details if subject == "heldout" else {},
                 )
             )
-    return made
+    return records
 
 
 def scored(generation: str, adapter_id: str, score: Agreement) -> Evaluation:
     """Agreement of one generation under one adapter: the same record whenever it is made again, so that twice is once."""
     return Evaluation(
-        id=uuid.uuid5(SCORES, f"{generation}/{adapter_id}").hex,
+        id=uuid.uuid5(SCORE_IDS, f"{generation}/{adapter_id}").hex,
         created_at=time.time(),
         subject="generation",
         generation_id=generation,

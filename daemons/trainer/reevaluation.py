@@ -1,120 +1,135 @@
-"""A second look at an adapter that the watch has rolled back: it and what drafts in its place, on the same answers.
+"""The second decision about a promoted adapter: it and its predecessor, compared on the same answers since its promotion.
 
-The watch compares what is drafted now with what another adapter did before. Where the kind of work has changed meanwhile, that blames
-the adapter for harder work. So both are scored on the answers since it was published, which neither has learned from, those of
-the watch among them. It comes back if the gate's interval of the difference lies above zero. One look an adapter, whatever it says.
+Neither has learned from those answers. An adapter in force that does worse is rolled back; one that live counts have rolled back
+and that does better comes back. Each adapter is reevaluated once. Live counts alone cannot decide this: they compare answers of now
+with answers of before, and work that gets harder just after a promotion would be blamed on the adapter.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-from specl.daemons.trainer.training_run import DEPTHS, Outcome, Scores, TrainingJob
-from specl.shared.adapters.registry import ROLLED_BACK, Adapters, Manifest
+from specl.daemons.trainer.jobs import Outcome, ReevaluateJob
+from specl.daemons.trainer.run_context import RunContext
+from specl.daemons.trainer.scoring import Scorer, Scores, adapter_in_force
+from specl.shared.adapters.manifest import Manifest
+from specl.shared.adapters.marks import MARKS, UNDECIDED, MarkState
+from specl.shared.adapters.registry import Adapters
 from specl.shared.adapters.tensors import load_adapter
 from specl.shared.engine.core import LoadedAdapter
 from specl.shared.errors import AdapterRejected, disk_failed
-from specl.shared.learning.examples import Example
-from specl.shared.learning.gate import Agreement, judge
-from specl.shared.learning.learner import Learner, agreement
-from specl.shared.messaging.codes import RunTrigger
+from specl.shared.learning.judge import reevaluate
+from specl.shared.messaging.codes import RunTrigger, RunVerdict
 from specl.shared.store import Store
 
-LEAST = 8  # answers; with fewer, more are waited for
-MOST = 40
-PATIENCE_S = 600.0  # so long runs are put off for answers to look at
-NOTHING = Agreement(np.zeros(0), np.zeros(0))
+MIN_ANSWERS = 8  # with fewer, more are waited for
+MAX_ANSWERS = 40
+WAIT_S = 600.0  # so long after a rollback runs are put off for answers
 
 
-@dataclass(frozen=True, slots=True)
-class Reevaluation:
-    """What the trainer's thread is given to do."""
-
-    adapter: str
-
-    @property
-    def cause(self) -> str:
-        """The run's trigger in words."""
-        return f"second look at {self.adapter}"
+def predecessor_of(manifest: Manifest) -> str:
+    """The adapter that it took the place of; empty for none."""
+    return str(manifest.training.get("predecessor", manifest.parent_id))
 
 
 def due(adapters: Adapters) -> Manifest | None:
-    """The newest adapter that was rolled back to its parent and not looked at again since."""
-    current = adapters.current()
-    for id in adapters.doubted():
+    """The newest adapter that was not reevaluated yet, and that is in force or was rolled back to its predecessor, which is."""
+    current, marks = adapters.current(), adapters.marks.all()
+    for id in reversed(adapters.ids()):
+        mark = marks.get(id)
+        if id != current if mark is None else mark.state not in UNDECIDED:
+            continue
         with suppress(AdapterRejected):
-            if (manifest := adapters.manifest(id)).parent_id == current:
+            manifest = adapters.manifest(id)
+            if mark is None or predecessor_of(manifest) == current:
                 return manifest
     return None
 
 
-def ready(manifest: Manifest, store: Store) -> bool:
+def answers_ready(manifest: Manifest, store: Store) -> bool:
     """Whether enough was answered since it was published."""
-    rows = [row for row in store.outlines(MOST) if row.created_at > manifest.created_at and row.output_count > 1]
-    return sum(row.target_fingerprint == manifest.target_fingerprint for row in rows) >= LEAST
+    rows = [row for row in store.outlines(MAX_ANSWERS) if row.created_at > manifest.created_at and row.output_count > 1]
+    return sum(row.target_fingerprint == manifest.target_fingerprint for row in rows) >= MIN_ANSWERS
 
 
-def worth_waiting(adapters: Adapters, clock: Callable[[], float] = time.time) -> bool:
-    """Whether the rollback was so lately that a run had better wait: it might go on from the wrong adapter."""
+def rollback_is_recent(adapters: Adapters, manifest: Manifest, clock: Callable[[], float] = time.time) -> bool:
+    """Whether the adapter was rolled back so lately that a run had better wait: it might go on from the wrong one."""
     with suppress(OSError):
-        return 0 <= clock() - (adapters.folder / ROLLED_BACK).stat().st_mtime < PATIENCE_S
+        marked = manifest.id in adapters.marks.all()
+        return marked and 0 <= clock() - (adapters.folder / MARKS).stat().st_mtime < WAIT_S
     return False
 
 
-class ReevaluationJob(TrainingJob):
-    """One second look, in the trainer's place and with its gate's interval."""
+class Reevaluation:
+    """One reevaluation. `run` raises Interrupted when told to stop, OSError where the disk refuses: then nothing is decided yet."""
 
-    def __init__(self, look: Reevaluation, *job: Any) -> None:
-        super().__init__(*job, RunTrigger.REEVALUATION, look.cause)
-        self.look = look
-        # the checkpoint of a run that waits to go on is not this one's to drop
-        self.folder = self.folder / "second-look"
+    def __init__(self, context: RunContext, job: ReevaluateJob) -> None:
+        self.context, self.adapters, self.id = context, context.adapters, job.adapter_id
+        self.report = context.report(RunTrigger.REEVALUATION, f"re-evaluation of {self.id}")
+        self.was_rolled_back = self.id in self.adapters.marks.all()
 
     def run(self) -> Outcome:
-        """Decide. Raises Interrupted when told to stop, OSError where the disk refuses: then nothing is decided yet."""
-        self.live.state = "looking again"
-        parent = self._parent()
+        """Compare, decide and move CURRENT."""
+        self.context.progress.state = "re-evaluating"
+        manifest = self.adapters.manifest(self.id)
+        self.report.parent_id = other = predecessor_of(manifest)
         try:
-            manifest = self.adapters.manifest(self.look.adapter)
-            adapter, _ = load_adapter(self.adapters, self.adapters.folder / manifest.id, self.engine)
+            adapter = self._load(self.id)
         except AdapterRejected as error:
-            return self._outcome("no_verdict", str(error)) if self._may_pass(error) else self._confirm(str(error))
-        texts = self.data_loader.since(manifest.created_at, MOST, manifest.generations)
-        before, after = (self._agreement_with(side, texts) for side in (parent, adapter))
-        verdict = judge(before, after, LEAST)
-        self._pause()
-        if verdict.verdict == "no_verdict":
-            return self._outcome("no_verdict", verdict.reason)
-        if self.adapters.current() != manifest.parent_id:
-            return self._outcome("no_verdict", "it is no longer what it replaced that is in force")
-        self._keep_scores(manifest.id, Scores(before, NOTHING), Scores(after, NOTHING), verdict)
-        return self._reinstate(verdict.reason) if verdict.verdict == "promoted" else self._confirm(verdict.reason)
+            loses = RunVerdict.CONFIRMED if self.was_rolled_back else RunVerdict.ROLLED_BACK
+            return self._unusable(error, loses, other)
+        try:
+            predecessor = self._predecessor(other)
+        except AdapterRejected as error:
+            return self._unusable(error, RunVerdict.KEPT, other)
+        answers = self.context.data_loader.since(manifest.created_at, MAX_ANSWERS, manifest.generations)
+        scorer = Scorer(self.context.engine, answers, [], self.context.pause)
+        before, after = scorer.with_adapter(predecessor), scorer.with_adapter(adapter)
+        verdict = reevaluate(before.held_out, after.held_out, MIN_ANSWERS, self.was_rolled_back)
+        self.context.pause()
+        if verdict.verdict == RunVerdict.NO_VERDICT:
+            return self.report.end(verdict.verdict, verdict.reason)
+        if self.adapters.current() != (other if self.was_rolled_back else self.id):
+            return self.report.end(RunVerdict.NO_VERDICT, "another adapter is in force by now")
+        self.report.add_scores(self.id, Scores(before.held_out), Scores(after.held_out), verdict)
+        return self._decide(verdict.verdict, verdict.reason, other)
 
-    def _may_pass(self, error: AdapterRejected) -> bool:
-        """Whether it may load another time: the disk failed for a moment, or the draft is another one for the time being."""
+    def _load(self, id: str) -> LoadedAdapter:
+        return load_adapter(self.adapters, self.adapters.folder / id, self.context.engine)[0]
+
+    def _predecessor(self, id: str) -> LoadedAdapter | None:
+        """The other side. Where CURRENT names it, it is what drafts: none, if its files cannot be used."""
+        if self.was_rolled_back:
+            return adapter_in_force(self.adapters, self.context.engine)
+        return self._load(id) if id else None
+
+    def _unusable(self, error: AdapterRejected, verdict: RunVerdict, predecessor: str) -> Outcome:
+        """One side cannot be loaded: the other one wins, unless the disk failed or the draft is another one for the time being."""
+        other_draft = False
         with suppress(AdapterRejected):
-            return (
-                disk_failed(error)
-                or self.adapters.manifest(self.look.adapter).base_fingerprint != self.engine.draft_fingerprint
-            )
-        return disk_failed(error)
+            other_draft = self.adapters.manifest(self.id).base_fingerprint != self.context.engine.draft_fingerprint
+        if other_draft or disk_failed(error):
+            return self.report.end(RunVerdict.NO_VERDICT, str(error))
+        return self._decide(verdict, str(error), predecessor)
 
-    def _agreement_with(self, adapter: LoadedAdapter | None, texts: Sequence[Example]) -> Agreement:
-        """The draft's score with an adapter, as drafting would compute."""
-        self.engine.use_adapter(adapter)
-        return agreement(Learner(self.engine.draft), texts, DEPTHS, pause=self._pause)
-
-    def _confirm(self, reason: str) -> Outcome:
-        self.adapters.confirm_rollback(self.look.adapter)
-        return self._outcome("confirmed", f"the rollback of {self.look.adapter}: {reason}")
-
-    def _reinstate(self, reason: str) -> Outcome:
-        id = self.look.adapter
-        self.adapters.reinstate(id)
-        outcome = self._outcome("reinstated", f"{id}, which the watch had rolled back: {reason}")
-        outcome.adapter_id, outcome.path = id, self.adapters.folder / id
-        return outcome
+    def _decide(self, verdict: RunVerdict, reason: str, predecessor: str) -> Outcome:
+        """Mark the adapter, and let CURRENT name the winner."""
+        marks, winner = self.adapters.marks, ""
+        match verdict:
+            case RunVerdict.KEPT:
+                marks.set(self.id, MarkState.KEPT, reason)
+            case RunVerdict.CONFIRMED:
+                marks.set(self.id, MarkState.CONFIRMED, reason)
+            case RunVerdict.ROLLED_BACK:  # killed in between: inference goes back from an adapter that is marked
+                marks.set(self.id, MarkState.CONFIRMED, reason)
+                self.adapters.set_current(predecessor)
+                winner = predecessor
+            case (
+                RunVerdict.REINSTATED
+            ):  # the mark first, as inference goes back from a marked one; killed in between, it is due again
+                marks.set(self.id, MarkState.REINSTATING, reason)
+                self.adapters.set_current(self.id)
+                marks.set(self.id, MarkState.REINSTATED, reason)
+                winner = self.id
+        announce = self.adapters.folder / winner if winner else None
+        return self.report.end(verdict, f"{self.id}: {reason}", announce=announce)

@@ -29,24 +29,27 @@ class RegressionSlice:
         self._prompts = prompts.load("regression")[:count]
 
     def examples(self) -> list[Example]:
-        """The whole slice; what is missing of it is made now. Raises ModelError for a target that does not batch."""
-        found: list[Example] = []
+        """The whole slice; missing chunks are generated now. Raises ModelError for a target that does not batch."""
+        examples: list[Example] = []
         for start in range(0, len(self._prompts), CHUNK):
-            wanted = self._prompts[start : start + CHUNK]
-            path = self.folder / f"{wanted[0].id}-{len(wanted)}.npz"
-            found += load_or_discard(path, _damaged) or self._make(path, wanted)
-        return found
+            chunk = self._prompts[start : start + CHUNK]
+            path = self.folder / f"{chunk[0].id}-{len(chunk)}.npz"
+            examples += load_or_discard(path, _damaged) or self._generate(path, chunk)
+        return examples
 
-    def _make(self, path: Path, wanted: list[prompts.ShippedPrompt]) -> list[Example]:
+    def _generate(self, path: Path, chunk: list[prompts.ShippedPrompt]) -> list[Example]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        asked = [Prompt(item.id, self.engine.encode_chat(item.messages)[1]) for item in wanted]
+        tokenized = [Prompt(item.id, self.engine.encode_chat(item.messages)[1]) for item in chunk]
         rng = np.random.default_rng(0)
-        made = batch_generate(
-            self.engine.target, asked, MAX_TOKENS, 1, self.engine.reads_states, rng, lambda tokens: self._pause()
+        examples = batch_generate(
+            self.engine.target, tokenized, MAX_TOKENS, 1, self.engine.reads_states, rng, self._wait
         )
-        save_shard(path, made)
-        _log.debug("regression.made", chunk=path.name)
-        return made
+        save_shard(path, examples)
+        _log.debug("regression.generated", chunk=path.name)
+        return examples
+
+    def _wait(self, tokens: int) -> None:
+        self._pause()
 
 
 def _damaged(reason: str) -> None:

@@ -1,31 +1,31 @@
-"""The trainer daemon: watches the store for its trigger, runs training on one MLX thread, answers and announces.
+"""The trainer daemon: looks at the store, gives its MLX thread one job at a time, answers requests and announces adapters.
 
-The loop thread owns the sockets and the outbox; the MLX thread (worker.py) owns the models.
+The loop thread owns the sockets, the outbox and the schedule; the MLX thread (worker.py) owns the models.
 """
 
 import queue
+import shutil
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
 from specl.daemons.trainer import reevaluation
-from specl.daemons.trainer.adapter_evaluation import AdapterEvaluation
-from specl.daemons.trainer.jobs import BY_HAND, NOW, RUN, Job, kind_of_work
+from specl.daemons.trainer.jobs import Ending, EvaluateAdapterJob, Job, JobEnded, Kind, Outcome, TrainJob
 from specl.daemons.trainer.power_policy import PowerPolicy
 from specl.daemons.trainer.record_queue import RecordQueue
 from specl.daemons.trainer.records import adapter_record
-from specl.daemons.trainer.reevaluation import Reevaluation
+from specl.daemons.trainer.schedule import Schedule, Seen, next_job
 from specl.daemons.trainer.throttle import Throttle
-from specl.daemons.trainer.worker import Worker
+from specl.daemons.trainer.worker import TrainingWorker
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected, OutboxFull, StoreError
 from specl.shared.messaging.bus import Server
-from specl.shared.messaging.codes import DaemonState, RunVerdict
+from specl.shared.messaging.codes import DaemonState, RunTrigger, RunVerdict
 from specl.shared.messaging.daemon_status import EvaluationStatus, TrainerStatus, TrainingProgress
 from specl.shared.messaging.endpoints import Addresses
 from specl.shared.messaging.messages import (
     Activity,
+    AdapterReady,
     EvaluateAdapter,
     Fetch,
     GetStatus,
@@ -39,108 +39,174 @@ from specl.shared.paths import Paths
 from specl.shared.retention import checkpoints
 from specl.shared.retention.purge_matching import purge_matches
 from specl.shared.runtime import log, power
+from specl.shared.runtime.failpoints import failpoint
 from specl.shared.runtime.power import Power
 from specl.shared.runtime.signals import StopFlag
 from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
 
 TICK_S = 0.5
-LOOK_S = 5.0  # between looks at the store
-TRIALS_TOLD = 8  # imports whose verdicts `status` still has
+STORE_CHECK_S = 5.0  # between two looks at the store
+MAX_EVALUATIONS = 8  # imports whose verdicts `status` still has
 _log = log.get("trainer")
 
 
 class Trainer:
-    """The daemon's state; `run` is its loop."""
+    """The daemon's state; `run` is its loop. `machine` reads its power."""
 
     def __init__(
         self, paths: Paths, settings: Settings, server: Server, machine: Callable[[], Power] = power.read
     ) -> None:
         self.paths, self.settings, self.server = paths, settings, server
         self.outbox = Outbox(paths.outbox("trainer"), settings.records.outbox_limit_mb << 20)
-        self.facts = RecordQueue(self.outbox, lambda id: self._out.put(RecordReady(id)))
+        self.records = RecordQueue(self.outbox, lambda id: self._out.put(RecordReady(id)))
         self.adapters = Adapters(paths.adapters)
         self.power_policy = PowerPolicy(settings.training, machine)
-        self.throttle = Throttle(settings.training.idle_seconds, objection=lambda: self.power_policy.objection)
+        self.throttle = Throttle(
+            settings.training.idle_seconds, reason_to_wait=lambda: self.power_policy.reason_to_wait
+        )
+        self.schedule = Schedule()
+        self.evaluations: dict[str, EvaluationStatus] = {}  # the last imports, by run id
+        self.worker = TrainingWorker(paths, settings, self.throttle, self.records, self.job_ended)
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.worker = Worker(paths, settings, self.facts, self.throttle, self.power_policy, self._out.put, server.wake)
-        self.started = time.monotonic()
-        self.pending = 0
-        self._wants = False  # there is reason for a run
-        self._put_off_for = ""  # the adapter that a run waits for a second look at
+        self._ended: queue.SimpleQueue[JobEnded] = queue.SimpleQueue()
+        self._started_at = time.monotonic()
+        self._seen = Seen()
         self._store_trouble = ""
         server.subscribe(Addresses(paths, settings.bus).publish("inference"), self._published)
 
-    # ------------------------------------------------------------------------------------------------ loop thread
+    # ------------------------------------------------------------------------------------------------ the loop
     def run(self, stop: StopFlag) -> None:
         """Serve until stopped."""
         self.adapters.sweep()
-        self._tell_of_adapters()
+        self._record_adapters()
         self.worker.start()
-        next_look = 0.0
+        next_check = 0.0
         while not stop:
             self.server.poll(TICK_S, self._request)
             while not self._out.empty():
                 self.server.publish(self._out.get())
-            if time.monotonic() >= next_look:
-                next_look = time.monotonic() + LOOK_S
-                self._look()
-        self.worker.end()
+            self.take_results()
+            if time.monotonic() >= next_check:
+                next_check = time.monotonic() + STORE_CHECK_S
+                self.check()
+        self.worker.stop()
+        self.take_results()
         self.outbox.close()
 
-    def _tell_of_adapters(self) -> None:
+    def _record_adapters(self) -> None:
         """Record adapters again: a trainer that was killed right after publishing had no time to, and twice is once."""
         for id in self.adapters.ids():
             try:
-                self.facts.add(adapter_record(self.adapters, self.adapters.manifest(id)))
+                self.records.add(adapter_record(self.adapters, self.adapters.manifest(id)))
             except AdapterRejected as error:
                 _log.warning("adapter.unreadable", adapter=id, reason=str(error))
 
     def _published(self, message: Any) -> None:
         if isinstance(message, Activity):
-            self.throttle.heard(message.busy)
+            self.throttle.set_busy(message.busy)
 
-    def _look(self) -> None:
-        """Count pending failures; start a run when there are enough, score parked generations when it is quiet."""
-        self.power_policy.look()
-        self.facts.offer()
+    def check(self) -> None:
+        """See how things stand, and begin what is to be done."""
+        self.power_policy.check()
+        self.records.offer()
         try:
-            store = Store(self.paths.store, read_only=True)
-        except StoreError:
-            return  # the collector has not made it yet
-        try:
-            self.pending = store.pending_failures()
-            unscored = bool(store.unscored(1))
-            doubted = reevaluation.due(self.adapters) if self.settings.training.enabled else None
-            answers_to_look_at = doubted is not None and reevaluation.ready(doubted, store)
+            self._seen = self._see()
             self._store_trouble = ""
         except StoreError as error:
             self._store_trouble = str(error)
             return
+        if self.schedule.running is None:
+            self._begin(next_job(self._seen, time.monotonic()))
+
+    def _see(self) -> Seen:
+        """What the schedule depends on. Raises StoreError."""
+        training, schedule = self.settings.training, self.schedule
+        adapter = reevaluation.due(self.adapters)
+        if adapter is None:
+            schedule.forget(Kind.REEVALUATE)
+        try:
+            store = Store(self.paths.store, read_only=True)
+        except StoreError:
+            return Seen()  # the collector has not made it yet
+        try:
+            return Seen(
+                repeat=schedule.repeat,
+                undelivered=self.records.undelivered > 0,
+                enabled=training.enabled,
+                pending_failures=store.pending_failures(),
+                min_failures=training.min_failure_cases,
+                unscored=bool(store.unscored(1)),
+                reevaluation=adapter.id if adapter is not None else "",
+                answers_ready=adapter is not None and reevaluation.answers_ready(adapter, store),
+                rollback_is_recent=adapter is not None and reevaluation.rollback_is_recent(self.adapters, adapter),
+                reason_to_wait=self.power_policy.reason_to_wait,
+                quiet=self.throttle.quiet,
+                unprepared=schedule.unprepared,
+                not_before=dict(schedule.not_before),
+            )
         finally:
             store.close()
-        if self.worker.running.is_set() or not self.worker.jobs.empty() or self.facts.undelivered:
-            return  # work whose outcome the store does not know yet would only be done again
-        enough = self.settings.training.enabled and self.pending >= self.settings.training.min_failure_cases
-        self._wants = bool(enough or self.worker.again)
-        if self.power_policy.objection and self.worker.again != NOW:
-            return
-        if doubted is None:
-            self.worker.no_look_due()
-        # a run would go on from what may not be in force for long
-        put_off = doubted is not None and not answers_to_look_at and reevaluation.worth_waiting(self.adapters)
-        self._put_off_for = doubted.id if put_off and self._wants else ""
-        if doubted is not None and answers_to_look_at and time.monotonic() >= self.worker.no_look_before:
-            self.worker.put(Reevaluation(doubted.id))
-        elif self._wants and (not put_off or self.worker.again == NOW) and time.monotonic() >= self.worker.not_before:
-            self.worker.put(self.worker.again or f"{self.pending} failures")
-            self.worker.again = ""
-        elif unscored and time.monotonic() >= self.worker.no_score_before:
-            self.worker.put("score")  # it waits for a quiet moment itself: a look every 5 s would miss most of them
-        elif not self.worker.slice_made and self.pending and self.settings.training.enabled and self.throttle.quiet:
-            self.worker.slice_made = True  # tried once; a run makes what is still missing
-            self.worker.put("regression")
 
+    # ------------------------------------------------------------------------------------------------ jobs
+    def _begin(self, job: Job | None) -> None:
+        if job is not None:
+            self.schedule.started(job)
+            self.worker.submit(job)
+
+    def _request_job(self, job: Job, override: bool) -> None:
+        """Do what a user asked for as soon as the thread is free; with `override`, whatever the machine says."""
+        if override:
+            self.power_policy.override(job)
+        self.schedule.requested.append(job)
+        if self.schedule.running is None:
+            self._begin(self.schedule.requested[0])
+
+    def job_ended(self, ended: JobEnded) -> None:
+        """On the MLX thread: hand over to the loop."""
+        self._ended.put(ended)
+        self.server.wake()
+
+    def take_results(self) -> None:
+        """What follows from jobs that have ended; then what a user waits for begins."""
+        while not self._ended.empty():
+            ended = self._ended.get()
+            if ended.outcome is not None:
+                self._take_outcome(ended.job, ended.outcome)
+            if isinstance(ended.job, EvaluateAdapterJob):
+                self._end_evaluation(ended.job, ended)
+            if ended.ending == Ending.ABANDONED or self.throttle.abandoning:
+                checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
+            self.throttle.clear_abandon()
+            self.power_policy.end_override(ended.job)
+            self.schedule.ended(ended, time.monotonic())
+            if self.schedule.requested:
+                self._begin(self.schedule.requested[0])
+
+    def _take_outcome(self, job: Job, outcome: Outcome) -> None:
+        """Record and announce an outcome."""
+        if self.schedule.is_news(job, outcome):
+            for record in outcome.records:
+                self.records.add(record)
+        if outcome.path is not None:
+            failpoint("adapter.before_publish")
+            self.server.publish(AdapterReady(outcome.path.name, str(outcome.path)))
+            self.adapters.prune(keep=())
+        adapter = outcome.adapter_id or None
+        _log.info(f"{job.kind}.done", verdict=outcome.verdict, reason=outcome.reason, adapter=adapter)
+
+    def _end_evaluation(self, job: EvaluateAdapterJob, ended: JobEnded) -> None:
+        """The staged copy has served, and whoever waits for a verdict gets one."""
+        shutil.rmtree(self.adapters.folder / job.folder, ignore_errors=True)
+        if ended.outcome is not None:
+            result = EvaluationStatus(ended.outcome.verdict, ended.outcome.reason, ended.outcome.adapter_id)
+        else:
+            reason = ended.problem or "it was interrupted before a verdict"
+            result = EvaluationStatus(RunVerdict.FAILED, reason, "")
+        if job.run_id in self.evaluations:
+            self.evaluations[job.run_id] = result
+
+    # ------------------------------------------------------------------------------------------------ requests
     def _request(self, peer: bytes, message: Any) -> None:
         match message:
             case GetStatus():
@@ -148,107 +214,105 @@ class Trainer:
             case Fetch():
                 self.server.send(peer, self.outbox.answer(message))
             case Train():
-                self.server.send(peer, self._train(message))
+                self.server.send(peer, self.train(message))
             case EvaluateAdapter():
-                self.server.send(peer, self._try(message))
+                self.server.send(peer, self.evaluate(message))
             case Purge():
-                self.server.send(peer, self._purge(message))
+                self.server.send(peer, self.purge(message))
             case _:
                 self.server.send(peer, Reply(False, "the trainer does not know this request"))
 
-    def _train(self, message: Train) -> Reply:
+    def train(self, message: Train) -> Reply:
+        """Queue a run that a user asks for, or let the one under way go on whatever the machine says."""
         if self.settings.records.keep == "statistics":
             return Reply(False, "records.keep is statistics: no text is kept, so there is nothing to learn from")
-        self.facts.offer()
-        if self.facts.waiting:
-            return Reply(False, f"its outcome could not be recorded: {self.facts.trouble}")
-        objection = self.power_policy.objection
-        if self.worker.running.is_set() and kind_of_work(self.worker.job) == RUN and not self.throttle.abandoning:
-            if message.now and objection:
-                return self._insist_on(self.worker.job, objection)
-            return Reply(False, f"a run is under way ({self.worker.live.state}, step {self.worker.live.step})")
-        if self.worker.run_waits.is_set():
+        self.records.offer()
+        if self.records.waiting:
+            return Reply(False, f"the last run's outcome could not be recorded: {self.records.trouble}")
+        reason, running = self.power_policy.reason_to_wait, self.schedule.running
+        if isinstance(running, TrainJob) and not self.throttle.abandoning:
+            if message.now and reason:
+                self.power_policy.override(running)
+                return Reply(True, f"{reason}; the run under way goes on all the same ({self._progress})")
+            if self.worker.progress.state != "idle":
+                return Reply(False, f"a run is under way ({self._progress})")
+        if self.schedule.run_is_queued or (isinstance(running, TrainJob) and not self.throttle.abandoning):
             return Reply(False, "a run waits already: it starts as soon as inference is idle")
-        if not message.now and self.pending < self.settings.training.min_failure_cases:
-            return Reply(
-                False,
-                f"{self.pending} of {self.settings.training.min_failure_cases} failures are there; --now trains on what there is",
-            )
-        self.worker.put(NOW if message.now else BY_HAND)
+        pending, needed = self._seen.pending_failures, self.settings.training.min_failure_cases
+        if not message.now and pending < needed:
+            return Reply(False, f"{pending} of {needed} failures are there; --now trains on what there is")
+        trigger = RunTrigger.BY_HAND_NOW if message.now else RunTrigger.BY_HAND
+        self._request_job(
+            TrainJob(trigger, "by hand, now" if message.now else "by hand"), override=message.now and bool(reason)
+        )
         starts = "the run starts as soon as inference is idle"
-        if objection:
-            waits = f"training waits: {objection} (--now trains all the same)"
-            starts += f"; {objection}, trains all the same" if message.now else f"; {waits}"
+        if reason:
+            waits = f"training waits: {reason} (--now trains all the same)"
+            starts += f"; {reason}, trains all the same" if message.now else f"; {waits}"
         return Reply(True, starts)
 
-    def _insist_on(self, job: Job, objection: str) -> Reply:
-        """The run under way is wanted in spite of what held it up."""
-        self.power_policy.insist(job)
-        if not self.worker.running.is_set():  # it has just ended
-            self.power_policy.relent(job)
-        return Reply(
-            True,
-            f"{objection}; the run under way goes on all the same ({self.worker.live.state}, step {self.worker.live.step})",
-        )
+    @property
+    def _progress(self) -> str:
+        return f"{self.worker.progress.state}, step {self.worker.progress.step}"
 
-    def _try(self, wish: EvaluateAdapter) -> Reply:
+    def evaluate(self, message: EvaluateAdapter) -> Reply:
         """Queue a staged adapter for the gate."""
         try:
-            self.adapters.staged(wish.folder)
+            self.adapters.staged(message.folder)
         except AdapterRejected as error:
             return Reply(False, str(error))
-        trial = AdapterEvaluation(uuid.uuid4().hex, wish.folder, wish.name[:200])
-        while len(self.worker.trials) >= TRIALS_TOLD:
-            self.worker.trials.pop(next(iter(self.worker.trials)))
-        self.worker.trials[trial.run_id] = {"verdict": "", "reason": "", "adapter_id": ""}
-        self.worker.put(trial)
-        return Reply(True, "it is judged as soon as inference is idle", run_id=trial.run_id)
+        job = EvaluateAdapterJob(message.folder, message.name[:200])
+        while len(self.evaluations) >= MAX_EVALUATIONS:
+            self.evaluations.pop(next(iter(self.evaluations)))
+        self.evaluations[job.run_id] = EvaluationStatus(None, "", "")
+        self._request_job(job, override=True)  # somebody waits for it
+        return Reply(True, "it is judged as soon as inference is idle", run_id=job.run_id)
 
-    def _purge(self, wish: Purge) -> Reply:
-        """Forget generations: what was found out about them, the run that learns from them and its checkpoint."""
+    def purge(self, purge: Purge) -> Reply:
+        """Forget generations: records about them, the run that learns from them and its checkpoint."""
         try:
-            ids = self.outbox.matching(lambda row: purge_matches(wish, row))
+            ids = self.outbox.matching(lambda row: purge_matches(purge, row))
             self.outbox.purge(ids)
-            ids += self.facts.purge(lambda row: purge_matches(wish, row))
+            ids += self.records.purge(lambda row: purge_matches(purge, row))
         except OutboxFull as error:
             return Reply(False, str(error))
         abandoned = ""
-        if wish.ids:
-            if self.worker.running.is_set():
+        if purge.ids:
+            if self.schedule.running is not None:
                 self.throttle.abandon()
                 abandoned = "; the run under way is abandoned"
             else:
                 checkpoints.forget(checkpoints.checkpoint_folder(self.paths.training))
         return Reply(True, f"the trainer's outbox and checkpoint forgot them{abandoned}", ids=ids)
 
+    # ------------------------------------------------------------------------------------------------ status
     def _waits_for(self) -> str:
         """Why no run goes on; empty where one does, or none is wanted."""
-        if self.power_policy.objection and (self.worker.running.is_set() or self._wants):
-            return self.power_policy.objection
-        return f"for answers to look at adapter {self._put_off_for} again" if self._put_off_for else ""
+        running, reason = self.schedule.running is not None, self.power_policy.reason_to_wait
+        if reason and (running or self._seen.wants_training):
+            return reason
+        if self._seen.waits_for_answers and not running:
+            return f"for answers to re-evaluate adapter {self._seen.reevaluation} with"
+        return ""
 
     def _status(self) -> TrainerStatus:
+        progress, running = self.worker.progress, self.schedule.running is not None
         return TrainerStatus(
-            state=DaemonState.BUSY if self.worker.running.is_set() else DaemonState.READY,
-            uptime_s=round(time.monotonic() - self.started, 1),
+            state=DaemonState.BUSY if running else DaemonState.READY,
+            uptime_s=round(time.monotonic() - self._started_at, 1),
             training=TrainingProgress(
-                state=self.worker.live.state,
+                state=progress.state,
                 waits=self._waits_for(),
-                step=self.worker.live.step,
-                total=self.worker.live.total,
-                loss=self.worker.live.loss,
+                step=progress.step,
+                total=progress.total,
+                loss=progress.loss,
                 abandoning=self.throttle.abandoning,
             ),
-            evaluations={id: _evaluation(outcome) for id, outcome in list(self.worker.trials.items())},
-            pending=self.pending,
+            evaluations=dict(self.evaluations),
+            pending=self._seen.pending_failures,
             trigger=self.settings.training.min_failure_cases,
             enabled=self.settings.training.enabled,
-            outbox=self.facts.status(),
-            trouble="; ".join(filter(None, [self._store_trouble, *self.worker.troubles.values()])),
+            outbox=self.records.status(),
+            trouble="; ".join(filter(None, [self._store_trouble, *self.schedule.troubles.values()])),
             malformed=self.server.malformed,
         )
-
-
-def _evaluation(outcome: dict[str, str]) -> EvaluationStatus:
-    verdict = RunVerdict(outcome["verdict"]) if outcome["verdict"] else None
-    return EvaluationStatus(verdict, outcome["reason"], outcome["adapter_id"])

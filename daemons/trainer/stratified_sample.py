@@ -1,4 +1,4 @@
-"""Which generations a run works with where there are more than it has places for: some of every time, no conversation above all.
+"""A stratified sample of generations: rows of every period, and no conversation above its fair share.
 
 Pure: outlines in, a choice of them out. The same rows give the same choice, and a few new ones change little of it, so that
 a run that was killed finds most of its work again.
@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from specl.shared.store import Outline
 
-STRATA = 10  # into which what is older than the newest is cut
+STRATA = 10  # of the rows that are older than the newest half
 
 
 def stratified_sample(rows: Sequence[Outline], most: int) -> list[Outline]:
@@ -27,18 +27,18 @@ def stratified_sample(rows: Sequence[Outline], most: int) -> list[Outline]:
     for row in rows:
         groups.setdefault(row.conversation_id, []).append(row)
     share = fair_share([len(group) for group in groups.values()], most)
-    kept = {row.id for group in groups.values() for row in _thinned(group, share)}
-    return _thinned([row for row in rows if row.id in kept], most)
+    sampled = {row.id for group in groups.values() for row in _thinned(group, share)}
+    return _thinned([row for row in rows if row.id in sampled], most)
 
 
 def fair_share(counts: Iterable[int], most: int) -> int:
-    """The least number that fills `most` places when nobody gets more of them; the largest count where they are not filled."""
+    """The least cap on every count with which `most` places are filled; the largest count where they are not filled."""
     ordered = sorted(counts)
     left = most
-    for place, count in enumerate(ordered):
-        takers = len(ordered) - place
-        if count * takers >= left:
-            return -(-left // takers)
+    for index, count in enumerate(ordered):
+        remaining = len(ordered) - index
+        if count * remaining >= left:
+            return -(-left // remaining)
         left -= count
     return ordered[-1] if ordered else 0
 
@@ -50,13 +50,13 @@ def _thinned(rows: Sequence[Outline], most: int) -> list[Outline]:
     newest = most - most // 2
     older, places = rows[newest:], most // 2
     bounds = [len(older) * i // STRATA for i in range(STRATA + 1)]
-    kept = {row.id for row in rows[:newest]}
+    sampled = {row.id for row in rows[:newest]}
     for start, end in pairwise(bounds):
         quota = end * places // len(older) - start * places // len(older)
-        kept.update(row.id for row in sorted(older[start:end], key=_lot)[:quota])
-    return [row for row in rows if row.id in kept]
+        sampled.update(row.id for row in sorted(older[start:end], key=_hash_order)[:quota])
+    return [row for row in rows if row.id in sampled]
 
 
-def _lot(row: Outline) -> bytes:
-    """Chance, but always the same: with `every second row` one new row would change the whole choice."""
+def _hash_order(row: Outline) -> bytes:
+    """A pseudo-random order that is always the same. Taking every second row would change the whole choice with one new row."""
     return hashlib.blake2b(row.id.encode(), digest_size=8).digest()

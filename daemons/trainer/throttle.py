@@ -1,9 +1,9 @@
-"""When the trainer may work: not while inference answers, and not at once after, and not while the machine objects. Knows time,
-one flag and a reason not to, nothing else.
+"""When the trainer may work: not while inference answers, nor at once after, nor while the machine gives a reason to wait. Knows time,
+one flag and that reason, nothing else.
 
-After ten minutes of deferral it takes a quarter of the time, so that a daemon that is always busy learns too. Deferral is
-waiting beyond that quarter: it grows while work waits, pauses between requests that are too short to work in included, and
-every second of work pays three of it back. Time in which the machine objects is none of it.
+After ten minutes of deferral it takes a quarter of the time, so that a daemon that is always busy learns too. Deferral is waiting
+beyond that quarter: it grows while work waits, also between requests that are too close together to work in, and every second of work
+pays three of it back. Time in which the machine gives a reason to wait is no deferral.
 """
 
 import threading
@@ -15,9 +15,9 @@ from specl.shared.errors import Interrupted
 DEFER_S = 600.0
 DUTY = 0.25
 SILENCE_S = 10.0  # inference says every two seconds whether it is busy: one that says nothing for so long is not there
-NAP_S = 0.1
-HELD_NAP_S = 1.0  # on battery every awakening costs; a stop waits 1.5 s
-LONGEST_PIECE_S = 30.0  # what lies longer between two passes was no piece of work but a time without any
+POLL_S = 0.1
+POWER_POLL_S = 1.0  # on battery every awakening costs; a stop waits 1.5 s
+MAX_PIECE_S = 30.0  # gaps longer than this are idle time, not work, and are not charged
 
 
 class Abandoned(Interrupted):
@@ -36,33 +36,33 @@ class Throttle:
         idle_s: float,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
-        objection: Callable[[], str] = lambda: "",
+        reason_to_wait: Callable[[], str] = lambda: "",
     ) -> None:
-        self._idle_s, self._clock, self._sleep, self._objection = idle_s, clock, sleep, objection
+        self._idle_s, self._clock, self._sleep, self._reason_to_wait = idle_s, clock, sleep, reason_to_wait
         self._busy = False
         self._heard_at = self._quiet_since = clock()
-        self._passed_at = clock()
+        self._worked_until = clock()
         self._deferred_s = 0.0
         self._stop = threading.Event()
         self._abandon = threading.Event()
 
-    def heard(self, busy: bool) -> None:
-        """Inference became busy or idle."""
+    def set_busy(self, busy: bool) -> None:
+        """Inference has said whether it is busy."""
         self._heard_at = self._clock()
         if self._busy and not busy:
             self._quiet_since = self._heard_at
         self._busy = busy
 
     def stop(self) -> None:
-        """Whoever passes from now on is told to stop."""
+        """The next `wait_for_turn` raises Interrupted."""
         self._stop.set()
 
     def abandon(self) -> None:
-        """Whoever passes next ends its run for good."""
+        """The next `wait_for_turn` raises Abandoned."""
         self._abandon.set()
 
-    def abandoned(self) -> None:
-        """The run has ended, one way or another: the next one may pass."""
+    def clear_abandon(self) -> None:
+        """The run has ended, one way or another: the next one may work."""
         self._abandon.clear()
 
     @property
@@ -79,24 +79,24 @@ class Throttle:
         return now - self._quiet_since >= self._idle_s
 
     def wait_for_turn(self) -> float:
-        """Wait until work may go on; seconds waited. Raises Interrupted when told to stop."""
+        """Wait until work may go on; seconds waited. Raises Interrupted when told to stop, Abandoned when the run must end."""
         start = self._clock()
-        worked = min(start - self._passed_at, LONGEST_PIECE_S)
+        worked = min(start - self._worked_until, MAX_PIECE_S)
         deferred = max(0.0, self._deferred_s - worked * (1 - DUTY) / DUTY)
-        held = 0.0
+        held_up = 0.0  # by the machine
         while True:
             if self._stop.is_set():
                 raise Interrupted("the trainer is stopping")
             if self._abandon.is_set():
-                raise Abandoned("what it learned from is to be forgotten")
+                raise Abandoned("what it learned from is purged")
             now = self._clock()
-            if self._objection():
-                self._sleep(HELD_NAP_S)
-                held += self._clock() - now
+            if self._reason_to_wait():
+                self._sleep(POWER_POLL_S)
+                held_up += self._clock() - now
                 continue
-            waited = now - start - held
+            waited = now - start - held_up
             if self.quiet or deferred + waited >= DEFER_S:
-                self._passed_at = now
+                self._worked_until = now
                 self._deferred_s = min(deferred + waited, DEFER_S)
-                return waited + held
-            self._sleep(NAP_S)
+                return waited + held_up
+            self._sleep(POLL_S)

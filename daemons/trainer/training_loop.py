@@ -1,6 +1,6 @@
 """The steps of one run: batches, budget, early stop, and checkpoints that a killed or stopped run goes on from.
 
-Knows what is learned and for how long, nothing of scores, gates or adapters on disk.
+Knows what is trained and for how long, nothing of scores, gates or published adapters.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from specl.daemons.trainer.data_loader import DataLoader, TrainingData, pieces
+from specl.daemons.trainer.data_loader import TrainingData, micro_batches
 from specl.daemons.trainer.throttle import Abandoned
 from specl.shared.errors import Interrupted
 from specl.shared.learning.early_stopping import EarlyStopping, split_validation
@@ -24,12 +24,13 @@ from specl.shared.retention import checkpoints
 from specl.shared.runtime import log
 from specl.shared.settings.plugins import is_plugin, load_plugin
 from specl.shared.settings.schema import Settings
+from specl.shared.store import Store
 from specl.shared.training_files.checkpoint import load_checkpoint, read_notes, save_checkpoint
 
-PIECE_TOKENS = 256  # of one forward and backward: what a request may have to wait for
+MICRO_BATCH_TOKENS = 256  # of one forward and backward: what a request may have to wait for
 CHECKPOINT_S = 20.0
 SAME_WORK = 0.75  # of the generations of a checkpoint and a new run that both have
-ENOUGH_NEW = 8  # failures that the parent did not learn from; fewer would be learned by heart
+MIN_NEW_FAILURES = 8  # that the parent has not seen; fewer would be learned by heart
 TRAINED_DEPTHS = 2  # of a head's own steps, as `draft build` does: the third costs half as much time again
 RECIPE = {
     "lora", "loss", "learning_rate", "batch_size", "gradient_accumulation_steps", "replay_ratio", "num_epochs", "max_minutes",
@@ -38,63 +39,66 @@ _log = log.get("training")
 
 
 @dataclass(slots=True)
-class Live:
-    """What `status` shows of a run under way."""
+class RunProgress:
+    """What `status` shows of the work under way. The MLX thread writes it, the loop thread reads it."""
 
     state: str = "idle"
     step: int = 0
     total: int = 0
     loss: float | None = None
 
-    def tell(self, step: int, total: int) -> None:
-        """How far its present work is."""
+    def set_step(self, step: int, total: int) -> None:
+        """How far the present work is."""
         self.step, self.total = step, total
+
+    def clear(self) -> None:
+        """Nothing is done yet."""
+        self.step, self.total, self.loss = 0, 0, None
 
 
 @dataclass(slots=True)
 class TrainingLoop:
-    """Trains what is attached to `learner`. `origin` is what the weights began from: draft and parent; `known` names the
-    generations that the parent was shown. `pause` as in TrainingJob.
+    """Trains what is attached to a learner. `base` is what the weights begin from: fingerprint of the draft, id of the parent;
+    `parent_seen_ids` are generations that the parent was trained on. `pause` as in RunContext.
 
-    Afterwards `learned` names every generation that the weights may have seen, a resumed run's included, `shown` those that they
-    have seen, and `losses` has one a step.
+    Afterwards `eligible_ids` names all training generations, a resumed run's included, `seen_ids` those that were in a batch, and
+    `losses` has one a step. A checkpoint keeps these under names of the first version: ids, shown, watched.
     """
 
-    material: TrainingData
+    data: TrainingData
     replay: list[Example]
     settings: Settings
     folder: Path
-    data_loader: DataLoader
-    origin: dict[str, str]
-    known: Collection[str]
-    live: Live
+    store: Store
+    base: dict[str, str]
+    parent_seen_ids: Collection[str]
+    progress: RunProgress
     pause: Callable[[], float]
-    learned: list[str] = field(default_factory=list)
-    shown: set[str] = field(default_factory=set)
+    eligible_ids: list[str] = field(default_factory=list)
+    seen_ids: set[str] = field(default_factory=set)
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
-    watched: list[float] = field(default_factory=list)  # losses on what was set aside
+    validation_losses: list[float] = field(default_factory=list)
 
     def run(self, learner: Learner) -> None:
         """All steps, or as many as there is time for. Raises Interrupted when told to stop: the checkpoint stays."""
-        training, material = self.settings.training, self.material
-        taught, aside = split_validation([*material.failures, *material.successes])
-        kept = {example.id for example in taught}
-        self.learned = sorted({*self.learned, *kept})
-        fresh, again = self._pools(kept)
-        batches = BatchSampler(fresh, again, training.batch_size, training.replay_ratio, seed=0)
+        training = self.settings.training
+        train, validation = split_validation([*self.data.failures, *self.data.successes])
+        train_ids = {example.id for example in train}
+        self.eligible_ids = sorted({*self.eligible_ids, *train_ids})
+        fresh, replayed = self.pools(train_ids)
+        batches = BatchSampler(fresh, replayed, training.batch_size, training.replay_ratio, seed=0)
         fresh_a_step = training.batch_size * training.gradient_accumulation_steps * max(batches.fresh_share, 0.1)
         total = max(1, math.ceil(len(fresh) * training.num_epochs / fresh_a_step))
-        kind = training.loss.type
-        custom = load_plugin(kind, "training.loss.type") if is_plugin(kind) else None
-        loss = LossSettings(kind, training.loss.temperature, training.loss.alpha, custom)
+        loss = self._loss()
         checkpointing = self.settings.memory.gradient_checkpointing
         steps = StepSettings(training.learning_rate, total, depths=TRAINED_DEPTHS, checkpointing=checkpointing)
         loop = StepLoop(learner, loss, steps)
         deadline = Deadline(training.max_minutes * 60, self._resume(loop, batches))
-        stop = EarlyStopping(learner, aside, loss, TRAINED_DEPTHS, losses=self.watched)
-        self.watched = stop.losses
-        self.live.state, self.live.step, self.live.total = "training", loop.step_number, total
+        stop = EarlyStopping(learner, validation, loss, TRAINED_DEPTHS, losses=self.validation_losses)
+        self.validation_losses = stop.losses
+        self.progress.state = "training"
+        self.progress.set_step(loop.step_number, total)
         try:
             self._steps(loop, batches, deadline, stop)
             self._save(loop, deadline)  # the scores may be interrupted, too
@@ -104,95 +108,99 @@ class TrainingLoop:
             self._save(loop, deadline)
             raise
 
-    def _pools(self, kept: Collection[str]) -> tuple[list[Example], list[Example]]:
-        """Texts to learn, and texts to replay. Failures that the parent was shown are replayed, where there are enough others:
-        else work of a new kind would have to wait its turn behind all that ever failed.
+    def _loss(self) -> LossSettings:
+        loss = self.settings.training.loss
+        custom = load_plugin(loss.type, "training.loss.type") if is_plugin(loss.type) else None
+        return LossSettings(loss.type, loss.temperature, loss.alpha, custom)
+
+    def pools(self, train_ids: Collection[str]) -> tuple[list[Example], list[Example]]:
+        """Fresh texts, and texts to replay. Failures that the parent has seen are replayed, where there are enough others: else
+        work of a new kind would have to wait its turn behind all that ever failed.
         """
         failures, successes = (
-            [example for example in part if example.id in kept]
-            for part in (self.material.failures, self.material.successes)
+            [example for example in part if example.id in train_ids]
+            for part in (self.data.failures, self.data.successes)
         )
-        new = [example for example in failures if example.id not in self.known]
-        if len(new) >= ENOUGH_NEW:
-            old = [example for example in failures if example.id in self.known]
-            return new, [*old, *successes, *self.replay]
+        new = [example for example in failures if example.id not in self.parent_seen_ids]
+        if len(new) >= MIN_NEW_FAILURES:
+            seen = [example for example in failures if example.id in self.parent_seen_ids]
+            return new, [*seen, *successes, *self.replay]
         return (failures, [*successes, *self.replay]) if failures else (successes, self.replay)
 
     def _steps(self, loop: StepLoop, batches: BatchSampler, deadline: Deadline, stop: EarlyStopping) -> None:
-        """Until all are done, the time is over, or what was set aside no longer gets better."""
-        saved = time.monotonic()
+        """Until all are done, the time is over, or the validation loss no longer falls."""
+        saved_at = time.monotonic()
 
         def wait() -> None:
             deadline.pause(self.pause())
 
-        while loop.step_number < self.live.total and not deadline.over:
+        while loop.step_number < self.progress.total and not deadline.over:
             if stop.should_stop(deadline.used, wait):
-                _log.info("training.early_stop", step=loop.step_number, losses=[round(loss, 4) for loss in stop.losses])
+                _log.info("training.stopped_early", step=loop.step_number, losses=[round(x, 4) for x in stop.losses])
                 return
             groups = [
                 group
                 for _ in range(self.settings.training.gradient_accumulation_steps)
-                for group in pieces(batches.next(), PIECE_TOKENS)
+                for group in micro_batches(batches.next(), MICRO_BATCH_TOKENS)
             ]
             loop.time_share = deadline.share
-            self.shown |= {example.id for group in groups for example in group} & set(self.learned)
-            value = loop.step(groups, wait)
+            self.seen_ids |= {example.id for group in groups for example in group} & set(self.eligible_ids)
+            self.losses.append(loop.step(groups, wait))
             self.tokens += sum(example.rows for group in groups for example in group)
-            self.losses.append(value)
-            self.live.step, self.live.loss = loop.step_number, round(float(np.mean(self.losses[-10:])), 4)
-            if time.monotonic() - saved > CHECKPOINT_S:
+            self.progress.step, self.progress.loss = loop.step_number, round(float(np.mean(self.losses[-10:])), 4)
+            if time.monotonic() - saved_at > CHECKPOINT_S:
                 self._save(loop, deadline)
-                saved = time.monotonic()
+                saved_at = time.monotonic()
 
-    # ------------------------------------------------------------------------------------------------ survive a kill
+    # ------------------------------------------------------------------------------------------------ checkpoints
     @property
     def _checkpoint(self) -> Path:
         return checkpoints.checkpoint_folder(self.folder)
 
     def _save(self, loop: StepLoop, deadline: Deadline) -> None:
         """Keep what a kill should not cost. A disk that has no room for it does not end the run."""
-        done = {
-            "ids": self.learned,
-            "shown": sorted(self.shown),
+        notes = {
+            "ids": self.eligible_ids,
+            "shown": sorted(self.seen_ids),
             "used_s": deadline.used,
             "losses": self.losses,
             "tokens": self.tokens,
-            "watched": self.watched,
+            "watched": self.validation_losses,
         }
         try:
-            save_checkpoint(self._checkpoint, loop.state, self._plan() | done)
+            save_checkpoint(self._checkpoint, loop.state, self._plan() | notes)
         except OSError as error:
             _log.warning("checkpoint.not_saved", reason=str(error))
 
     def _plan(self) -> dict[str, Any]:
-        """What shapes the weights and their way: a checkpoint made otherwise is none of this run's."""
-        return {**self.origin, "recipe": self.settings.training.model_dump(mode="json", include=RECIPE)}
+        """What shapes the weights: a checkpoint made with another plan is none of this run's."""
+        return {**self.base, "recipe": self.settings.training.model_dump(mode="json", include=RECIPE)}
 
-    def _same_work(self, about: dict[str, Any]) -> bool:
-        """Whether a killed run's checkpoint is worth going on with: made in the same way, mostly on the same generations (some
-        were answered since), all of which are still kept and none of which is judged on.
+    def _is_same_work(self, notes: dict[str, Any]) -> bool:
+        """Whether a killed run's checkpoint is worth going on with: made with the same plan, mostly on the same generations (some
+        were answered since), all of which are still stored and none of which is judged on.
         """
-        ids, fresh = set(about.get("ids", [])), set(self.learned)
-        judges = {example.id for example in self.material.held_out}
-        same = all(about.get(name) == value for name, value in self._plan().items())
-        mostly = len(ids & fresh) >= SAME_WORK * len(ids | fresh)
-        return same and mostly and not ids & judges and not self.data_loader.store.missing(sorted(ids))
+        ids, now = set(notes.get("ids", [])), set(self.eligible_ids)
+        held_out = {example.id for example in self.data.held_out}
+        same_plan = all(notes.get(name) == value for name, value in self._plan().items())
+        mostly = len(ids & now) >= SAME_WORK * len(ids | now)
+        return same_plan and mostly and not ids & held_out and not self.store.missing(sorted(ids))
 
     def _resume(self, loop: StepLoop, batches: BatchSampler) -> float:
-        """Go on with a killed run's checkpoint if it was about the same work, otherwise drop it; seconds that it had worked."""
-        about = read_notes(self._checkpoint)
-        if about is None:
+        """Go on with a killed run's checkpoint if it is of the same work, otherwise drop it; seconds that it had worked."""
+        notes = read_notes(self._checkpoint)
+        if notes is None:
             return 0.0
-        if self._same_work(about):
+        if self._is_same_work(notes):
             try:
                 loop.restore(load_checkpoint(self._checkpoint))
                 for _ in range(loop.step_number * self.settings.training.gradient_accumulation_steps):
                     batches.next()
-                self.learned = sorted({*about["ids"], *self.learned})
-                self.shown, self.watched = set(about["shown"]), list(about["watched"])
-                self.losses, self.tokens = list(about["losses"]), int(about["tokens"])
+                self.eligible_ids = sorted({*notes["ids"], *self.eligible_ids})
+                self.seen_ids, self.validation_losses = set(notes["shown"]), list(notes["watched"])
+                self.losses, self.tokens = list(notes["losses"]), int(notes["tokens"])
                 _log.info("training.resumed", step=loop.step_number)
-                return float(about["used_s"])
+                return float(notes["used_s"])
             except (OSError, ValueError, RuntimeError, KeyError) as error:
                 _log.warning("checkpoint.unusable", reason=str(error))
         checkpoints.forget(self._checkpoint)

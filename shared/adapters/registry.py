@@ -5,8 +5,7 @@ modules of a model; the formats of a manifest and of a weights file are in manif
                                 manifest.json, hot_vocab.npy where the hot vocabulary was refreshed
     var/adapters/CURRENT        the id that should be active, moved by rename; empty for none
     var/adapters/PREVIOUS       the id that drafted before it
-    var/adapters/ROLLED_BACK.json   ids that the watch has rolled back, with the reason
-    var/adapters/SECOND_LOOKS.json  what became of those that were compared once more, on the answers they were rolled back for
+    var/adapters/MARKS.json     what was decided about adapters after their promotion (marks.py)
 
 Publishing writes files under a temporary name, syncs them, renames the directory, and moves CURRENT
 last. Whenever a process is killed, CURRENT names a complete adapter that verifies, or nothing. A
@@ -25,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from specl.shared.adapters.manifest import Manifest, header_problem, parse_manifest
+from specl.shared.adapters.marks import AdapterMarks
 from specl.shared.errors import AdapterRejected
 from specl.shared.runtime.atomic_files import sync_to_disk, sync_tree, write_file
 from specl.shared.runtime.failpoints import failpoint
@@ -36,9 +36,6 @@ MAX_MANIFEST = 64 * 1024**2
 KEEP_LAST = 5  # newest adapters that pruning keeps
 HIGHEST = "HIGHEST"  # file of the largest id that was ever removed: ids are never used twice
 PREVIOUS = "PREVIOUS"
-ROLLED_BACK = "ROLLED_BACK.json"
-SECOND_LOOKS = "SECOND_LOOKS.json"
-REINSTATING, REINSTATED, CONFIRMED = "reinstating", "reinstated", "confirmed"
 EXTERNAL_FILES = FILES[:2]  # that an external adapter must have; mlx-lm writes no more
 STAGED = ".new-import-"  # prefix of staged imports; `sweep` removes them, too
 STAGED_NAME = re.compile(re.escape(STAGED) + "[0-9a-f]{32}")
@@ -64,8 +61,7 @@ class Adapters:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._read: dict[str, dict[str, str]] = {}
+        self.folder, self.marks = folder, AdapterMarks(folder)
 
     # ------------------------------------------------------------------------------------------------ write
     def next_id(self) -> str:
@@ -161,58 +157,9 @@ class Adapters:
         """
         self._replace(PREVIOUS, id)
 
-    def mark_rolled_back(self, id: str, reason: str) -> None:
-        """`id` disappointed and is not tried again by itself; an empty reason forgives it. Raises
-        OSError.
-        """
-        marks = {other: why for other, why in self._names(ROLLED_BACK).items() if other != id and other in self.ids()}
-        self._replace(ROLLED_BACK, json.dumps(marks | ({id: reason} if reason else {}), indent=1))
-
     def rolled_back(self) -> dict[str, str]:
-        """Adapters that were rolled back by the watch and not reinstated since, with the reason."""
-        looks = self.second_looks()
-        back = (REINSTATING, REINSTATED)
-        return {id: why for id, why in self._names(ROLLED_BACK).items() if looks.get(id) not in back}
-
-    def doubted(self) -> list[str]:
-        """Adapters that the watch has rolled back and no second look has decided on, newest first."""
-        decided, looks = (REINSTATED, CONFIRMED), self.second_looks()
-        return sorted((id for id in self._names(ROLLED_BACK) if looks.get(id) not in decided), reverse=True)
-
-    def second_looks(self) -> dict[str, str]:
-        """Adapters that were judged again after the watch had rolled them back: REINSTATED,
-        CONFIRMED, or REINSTATING where that was begun and CURRENT may not have moved yet.
-        """
-        return self._names(SECOND_LOOKS)
-
-    def confirm_rollback(self, id: str) -> None:
-        """The second look agreed with the watch; there is no third. Raises OSError."""
-        self._looked_at(id, CONFIRMED)
-
-    def reinstate(self, id: str) -> None:
-        """The second look found that the watch was wrong: `id` counts as rolled back no more, and
-        CURRENT names it. Raises OSError.
-
-        Whoever is killed half-way looks once more. Not CURRENT first: inference turns away from one
-        that is still marked. And a file of its own, because two processes write.
-        """
-        self._looked_at(id, REINSTATING)
-        self.set_current(id)
-        self._looked_at(id, REINSTATED)
-
-    def _looked_at(self, id: str, how: str) -> None:
-        looks = {other: what for other, what in self.second_looks().items() if other in self.ids()}
-        self._replace(SECOND_LOOKS, json.dumps(looks | {id: how}, indent=1))
-
-    def _names(self, name: str) -> dict[str, str]:
-        """What a file of marks says. One that cannot be read just now says what it said before."""
-        try:
-            self._read[name] = {str(id): str(why) for id, why in json.loads((self.folder / name).read_text()).items()}
-        except (FileNotFoundError, ValueError, AttributeError):
-            return {}
-        except OSError:
-            return self._read.get(name, {})
-        return self._read[name]
+        """Adapters that were rolled back and not reinstated since, with the reason."""
+        return self.marks.rolled_back()
 
     def drop(self, ids: Sequence[str]) -> None:
         """Remove these adapters for good; their ids are not used again. CURRENT must name none of
@@ -314,8 +261,8 @@ class Adapters:
                 name = (self.folder / PREVIOUS).read_bytes()[:64].decode("ascii", "replace").strip()
             return name if name in self.ids() else ""
         if name == "best":
-            scored, gone = [], self.rolled_back()
-            for id in (id for id in self.ids() if id not in gone):
+            scored, rolled_back = [], self.rolled_back()
+            for id in (id for id in self.ids() if id not in rolled_back):
                 with suppress(AdapterRejected):
                     if (score := self.manifest(id).score) is not None:
                         scored.append((score, id))

@@ -11,7 +11,7 @@ import numpy as np
 
 from specl.shared.learning.depths import DepthCounts, DepthRates, DepthScores
 from specl.shared.learning.examples import Batch, Example, collate
-from specl.shared.learning.gate import Agreement
+from specl.shared.learning.judge import Agreement
 from specl.shared.learning.losses import EPSILON, LossSettings, TargetTopK, position_losses
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.language_model import LanguageModel

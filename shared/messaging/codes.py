@@ -48,8 +48,18 @@ class ActivationReason(StrEnum):
     ROLLBACK = "rollback"  # it takes the place of one that was rolled back
     REINSTATED = "reinstated"  # a re-evaluation found its rollback wrong
     VERIFICATION = "verification"  # event `rejected`: its files cannot be used
-    LIVE_ACCEPTANCE = "live_acceptance"  # event `rolled_back`: too few of its drafts were accepted on live traffic
+    LIVE_ACCEPTANCE = "live_acceptance"  # event `rolled_back`: hardly any of its drafts were accepted on live traffic
+    REEVALUATION = "reevaluation"  # event `rolled_back`: its predecessor did better on the same answers
     OTHER = "other"  # a sentence of an earlier version that no code stands for
+
+
+class WatchState(StrEnum):
+    """What live counts or the trainer have found of a newly activated adapter."""
+
+    WATCHING = "watching"
+    KEPT = "kept"
+    ROLLED_BACK = "rolled_back"
+    REINSTATED = "reinstated"
 
 
 class RunTrigger(StrEnum):
@@ -59,7 +69,7 @@ class RunTrigger(StrEnum):
     BY_HAND = "by_hand"
     BY_HAND_NOW = "by_hand_now"  # without waiting for idleness or for the machine's leave
     IMPORT = "import"  # an adapter made elsewhere, evaluated by the gate; trains nothing
-    REEVALUATION = "reevaluation"  # an adapter that was rolled back; trains nothing
+    REEVALUATION = "reevaluation"  # of a promoted adapter against its predecessor; trains nothing
     OTHER = "other"  # a sentence of an earlier version that no code stands for
 
 
@@ -74,3 +84,5 @@ class RunVerdict(StrEnum):
     CANCELLED = "cancelled"
     REINSTATED = "reinstated"  # of a re-evaluation: the rollback was wrong
     CONFIRMED = "confirmed"  # of a re-evaluation: the rollback was right
+    KEPT = "kept"  # of a re-evaluation: the adapter in force stays
+    ROLLED_BACK = "rolled_back"  # of a re-evaluation: its predecessor is better

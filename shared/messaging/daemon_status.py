@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from specl.shared.messaging.codes import DaemonState, RunVerdict
+from specl.shared.messaging.codes import DaemonState, RunVerdict, WatchState
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +27,13 @@ class OutboxStatus:
 
 @dataclass(frozen=True, slots=True)
 class WatchStatus:
-    """How an adapter does on live traffic. `before`: the acceptance that the adapter before it would have had; `state` is
-    `watching`, or how the watch ended.
-    """
+    """How a newly activated adapter does on live traffic: `acceptance` of `drafted` first drafted tokens in so many requests."""
 
     adapter: str
+    state: WatchState
     requests: int
     drafted: int
-    acceptance: float | None
-    before: float | None
-    state: str
+    acceptance: float
 
 
 @dataclass(frozen=True, slots=True)

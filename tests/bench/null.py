@@ -24,7 +24,7 @@ import numpy as np
 from specl.shared import prompts
 from specl.shared.learning.batch_generate import Prompt, batch_generate
 from specl.shared.learning.examples import Example, hot_vocabulary
-from specl.shared.learning.gate import Verdict, judge
+from specl.shared.learning.judge import Regression, Verdict, judge
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import BatchSampler, StepLoop, StepSettings
@@ -179,7 +179,7 @@ def decide(world: World | Builtin, number: int, shuffle: bool, steps: int) -> Ve
         after = [agreement(world.learner, part) for part in (held_out, world.regression)]
     finally:
         world.detach()
-    return judge(before, after[0], 30, (world.scored, after[1]))
+    return judge(before, after[0], 30, Regression(world.scored.value, after[1].value))
 
 
 def summary(verdicts: list[Verdict]) -> dict:
@@ -187,11 +187,11 @@ def summary(verdicts: list[Verdict]) -> dict:
     return {
         "decisions": len(verdicts),
         "promoted": sum(verdict.verdict == "promoted" for verdict in verdicts),
-        "interval above zero": sum(verdict.low > 0 for verdict in verdicts),
-        "held-out before": round(float(np.mean([verdict.before for verdict in verdicts])), 4),
-        "held-out after": round(float(np.mean([verdict.after for verdict in verdicts])), 4),
-        "regression before": round(float(np.mean([verdict.regression_before for verdict in verdicts])), 4),
-        "regression after": round(float(np.mean([verdict.regression_after for verdict in verdicts])), 4),
+        "interval above zero": sum(verdict.comparison.low > 0 for verdict in verdicts),
+        "held-out before": round(float(np.mean([verdict.comparison.before for verdict in verdicts])), 4),
+        "held-out after": round(float(np.mean([verdict.comparison.after for verdict in verdicts])), 4),
+        "regression before": round(float(np.mean([verdict.regression.before for verdict in verdicts])), 4),
+        "regression after": round(float(np.mean([verdict.regression.after for verdict in verdicts])), 4),
     }
 
 
@@ -222,7 +222,7 @@ def main() -> int:
         output = {name: {"summary": summary(arm), "verdicts": [v.numbers() for v in arm]} for name, arm in arms.items()}
         options.json.write_text(json.dumps(output, indent=1))
     promoted = summary(arms["null"])["promoted"]
-    seen = sum(verdict.low > 0 for verdict in arms["control"])
+    seen = sum(verdict.comparison.low > 0 for verdict in arms["control"])
     return 0 if promoted <= max(1, len(arms["null"]) // 40) and 2 * seen > len(arms["control"]) else 1
 
 

@@ -7,11 +7,12 @@ from rich.console import Console
 
 from specl.cli.status import render
 from specl.shared.messaging.client import Client
+from specl.shared.messaging.codes import WatchState
 from specl.shared.messaging.daemon_status import WatchStatus
 from specl.shared.paths import find_paths
 from specl.shared.status import system_status
 
-WATCH = WatchStatus("000002", requests=1, drafted=20, acceptance=0.25, before=0.7, state="watching")
+WATCH = WatchStatus("000002", WatchState.WATCHING, requests=1, drafted=20, acceptance=0.25)
 
 
 def test_status_shows_a_watch_and_its_end():
@@ -25,5 +26,5 @@ def test_status_shows_a_watch_and_its_end():
         console.print(render(replace(status, adapter=replace(status.adapter, watch=watch))))
         return console.file.getvalue()
 
-    assert "000002 watching: acceptance 0.250 of 20 tokens in 1 requests, before it 0.700" in rendered(WATCH)
+    assert "000002 watching: acceptance 0.250 of 20 first drafted tokens in 1 requests" in rendered(WATCH)
     assert "000002 rolled back: acceptance 0.250" in rendered(replace(WATCH, state="rolled_back"))

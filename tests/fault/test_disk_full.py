@@ -11,6 +11,7 @@ import time
 import pytest
 
 from specl.shared import status
+from specl.shared.adapters.marks import MarkState
 from specl.shared.adapters.registry import Adapters
 from specl.shared.messaging.codec import encode
 from specl.shared.messaging.outbox import Outbox
@@ -284,9 +285,8 @@ def test_a_rollback_on_a_full_disk_ends_nothing(instance, disk):
     adapters = disk(instance.paths.adapters, megabytes=2)
     publish_adapter(instance.paths.adapters, "000001")
     publish_adapter(instance.paths.adapters, "000002")
-    Adapters(instance.paths.adapters).mark_rolled_back(
-        "000002", "it disappointed"
-    )  # killed between the mark and CURRENT
+    marks = Adapters(instance.paths.adapters).marks
+    marks.set("000002", MarkState.ROLLED_BACK, "it collapsed")  # killed between the mark and CURRENT
     adapters.fill()
     inference = instance.start("inference", SPECL_TEST_LOOK_S="0.2")
     instance.ready("inference")

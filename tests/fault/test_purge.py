@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from specl.shared.adapters.marks import MarkState
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import ConfigError
 from specl.shared.messaging.codec import encode
@@ -202,7 +203,7 @@ def test_retraining_resumes_from_the_newest_clean_adapter(instance, figures):
     db.close()
     adapter_from(instance, "000001", others[:2])
     adapter_from(instance, "000002", others[:3], parent="000001")
-    Adapters(instance.paths.adapters).mark_rolled_back("000002", "it disappointed")
+    Adapters(instance.paths.adapters).marks.set("000002", MarkState.ROLLED_BACK, "it collapsed")
     adapter_from(instance, "000003", [secret], parent="000001")
     adapter_from(instance, "000004", others[:3], parent="000003")
     instance.start("trainer", SPECL_TEST_RISING="1")

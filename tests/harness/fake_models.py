@@ -79,16 +79,17 @@ def fake_engine(settings: Any, models: Path, say: Any = None, training: bool = F
 def install() -> None:
     """Put the fake where the daemons look for their models."""
     import specl.daemons.inference.decode_thread as decode_thread
+    import specl.daemons.trainer.schedule as schedule
+    import specl.daemons.trainer.scoring as scoring
     import specl.daemons.trainer.training_loop as training_loop
-    import specl.daemons.trainer.training_run as training_run
     import specl.daemons.trainer.worker as trainer
 
     decode_thread.load_engine = trainer.load_engine = fake_engine
     training_loop.CHECKPOINT_S = float(os.environ.get("SPECL_TEST_CHECKPOINT_S", training_loop.CHECKPOINT_S))
-    trainer.DISK_RETRY_S = float(os.environ.get("SPECL_TEST_DISK_RETRY_S", trainer.DISK_RETRY_S))
+    schedule.DISK_RETRY_S = float(os.environ.get("SPECL_TEST_DISK_RETRY_S", schedule.DISK_RETRY_S))
     decode_thread.IDLE_TICK_S = float(os.environ.get("SPECL_TEST_LOOK_S", decode_thread.IDLE_TICK_S))
     if os.environ.get("SPECL_TEST_RISING"):
-        training_run.agreement = _rising(training_run.agreement)
+        scoring.agreement = _rising(scoring.agreement)
 
 
 def _rising(score: Any) -> Any:

@@ -1,22 +1,23 @@
-"""What `status` shows of the watch."""
+"""What `status` shows of the collapse check."""
 
 from specl.daemons.inference.adapter_monitor import AdapterMonitor
-from specl.shared.learning.live_check import Depths, Watch
+from specl.shared.learning.collapse import CollapseCheck
+from specl.shared.messaging.codes import WatchState
 
 
-def test_status_is_shown_though_the_watch_ends_meanwhile():
+def test_status_is_shown_though_the_check_ends_meanwhile():
     class Ending(AdapterMonitor):
-        """Its watch is gone when it is read a second time, as when the MLX thread ends it."""
+        """Its check is gone when it is read a second time, as when the MLX thread ends it."""
 
         reads = 0
 
         @property
-        def watch(self):
+        def check(self):
             self.reads += 1
-            return Watch("000001", "", Depths([4] * 16, [2] * 16)) if self.reads == 1 else None
+            return CollapseCheck("000001") if self.reads == 1 else None
 
-        @watch.setter
-        def watch(self, value):
+        @check.setter
+        def check(self, value):
             pass
 
-    assert Ending().status()["state"] == "watching"
+    assert Ending().status().state == WatchState.WATCHING

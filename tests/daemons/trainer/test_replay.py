@@ -16,7 +16,7 @@ from specl.shared.settings.schema import Settings
 from tests.stored import write_target
 
 
-def gatherer_of(tmp_path, reads_states):
+def loader_of(tmp_path, reads_states):
     target = write_target(tmp_path / "target", tied=True, quantised=False)
     tokens = np.array([5, 9, 40, 8, 22, 31, 7, 50, 12], np.uint32)
     np.savez(tmp_path / "replay.npz", tokens=tokens, lengths=[5, 4], prompt_lengths=[2, 2])
@@ -26,8 +26,8 @@ def gatherer_of(tmp_path, reads_states):
 
 
 @pytest.mark.parametrize("reads_states", [True, False])
-def test_drafts_texts_are_replayed_with_target_probs(tmp_path, reads_states):
-    loader = gatherer_of(tmp_path, reads_states)
+def test_replayed_texts_have_the_targets_distribution(tmp_path, reads_states):
+    loader = loader_of(tmp_path, reads_states)
     for _ in range(2):  # captured, then read back
         first, second = loader.replay(tmp_path)
         assert first.tokens.tolist() == [5, 9, 40, 8, 22] and second.rows == 2
@@ -35,9 +35,9 @@ def test_drafts_texts_are_replayed_with_target_probs(tmp_path, reads_states):
         assert np.exp(first.logprobs.astype(float)).sum(axis=1).max() <= 1.001
 
 
-def test_interrupted_capture_is_resumed_by_the_next_run(tmp_path, monkeypatch):
+def test_stopped_capture_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(data_loader, "REPLAY_PART", 1)
-    loader = gatherer_of(tmp_path, reads_states=True)
+    loader = loader_of(tmp_path, reads_states=True)
     assert loader.capture_replay(tmp_path) is True  # a quiet moment
     captured = []
 
@@ -53,23 +53,23 @@ def test_interrupted_capture_is_resumed_by_the_next_run(tmp_path, monkeypatch):
     assert loader.capture_replay(tmp_path) is False
 
 
-def test_a_torn_part_is_made_again(tmp_path, monkeypatch):
+def test_torn_part_is_captured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(data_loader, "REPLAY_PART", 1)
-    loader = gatherer_of(tmp_path, reads_states=True)
+    loader = loader_of(tmp_path, reads_states=True)
     first = loader.replay(tmp_path)
     torn, other = sorted(tmp_path.glob("replay-d-*.npz"))
     torn.write_bytes(b"")
     made_at = other.stat().st_mtime_ns
-    said = []
-    monkeypatch.setattr(data_loader, "_damaged", said.append)
+    damaged = []
+    monkeypatch.setattr(data_loader, "_damaged", damaged.append)
     again = loader.replay(tmp_path)
     assert [e.id for e in again] == [e.id for e in first] and (again[0].states == first[0].states).all()
-    assert len(said) == 1 and torn.name in said[0] and other.stat().st_mtime_ns == made_at
+    assert len(damaged) == 1 and torn.name in damaged[0] and other.stat().st_mtime_ns == made_at
 
 
-def test_new_k_captures_again_and_removes_the_old(tmp_path, monkeypatch):
+def test_new_k_captures_again_and_drops_the_old(tmp_path, monkeypatch):
     monkeypatch.setattr(data_loader, "REPLAY_PART", 1)
-    loader = gatherer_of(tmp_path, reads_states=True)
+    loader = loader_of(tmp_path, reads_states=True)
     for name in ("replay-d-0000.npz", "replay-another-0000.npz"):  # of an older version, and of another draft
         (tmp_path / name).write_bytes(b"")
     assert {e.ids.shape[1] for e in loader.replay(tmp_path)} == {32}
@@ -93,24 +93,24 @@ def stored_row(tokens, prompt_length):
 
 
 @pytest.mark.parametrize("spooled", [True, False])
-def test_long_prompt_is_cut_and_states_stay_aligned(tmp_path, spooled):
+def test_long_prompt_is_cut_with_its_states(tmp_path, spooled):
     (tmp_path / "hidden").mkdir()
     spool = HiddenSpool(tmp_path / "hidden", 1 << 24)
-    loader = gatherer_of(tmp_path, reads_states=True)
+    loader = loader_of(tmp_path, reads_states=True)
     loader.spool = spool
     tokens = np.random.default_rng(0).integers(4, 290, 640).astype(np.uint32)
     states, _, _ = recapture(loader.engine.target, tokens, 600, 1, with_top_k=False)
     if spooled:
         spool.write("g1", states)
-    found = loader.example(stored_row(tokens, 600))
-    assert found.tokens.tolist() == tokens[-512:].tolist() and found.rows == 40
-    assert (found.ids[:, 0] == tokens[600:]).all() and found.weights[:4].tolist() == [2.0, 1.0, 2.0, 1.0]
+    result = loader.example(stored_row(tokens, 600))
+    assert result.tokens.tolist() == tokens[-512:].tolist() and result.rows == 40
+    assert (result.ids[:, 0] == tokens[600:]).all() and result.weights[:4].tolist() == [2.0, 1.0, 2.0, 1.0]
     # what the target had with all of the prompt, not what it would make of the end alone
-    assert (found.states == states[-511:]).all()
+    assert (result.states == states[-511:]).all()
 
 
-def test_very_long_text_reads_only_what_it_needs(tmp_path, monkeypatch):
-    loader = gatherer_of(tmp_path, reads_states=True)
+def test_very_long_text_is_read_from_its_end(tmp_path, monkeypatch):
+    loader = loader_of(tmp_path, reads_states=True)
     (tmp_path / "hidden").mkdir()
     loader.spool = HiddenSpool(tmp_path / "hidden", 1 << 24)
     read = []
@@ -120,5 +120,10 @@ def test_very_long_text_reads_only_what_it_needs(tmp_path, monkeypatch):
         return np.zeros((len(tokens) - 1, 64), np.float16), None, None
 
     monkeypatch.setattr(data_loader, "recapture", recaptured)
-    found = loader.example(stored_row(np.arange(3000), 2950))
-    assert read == [data_loader.READ] and len(found.tokens) == 512 and len(found.states) == 511 and found.rows == 50
+    result = loader.example(stored_row(np.arange(3000), 2950))
+    assert (
+        read == [data_loader.MAX_RECAPTURED_TOKENS]
+        and len(result.tokens) == 512
+        and len(result.states) == 511
+        and result.rows == 50
+    )

@@ -352,7 +352,7 @@ def test_unforeseen_error_is_a_refusal(adapters, engine, swap, monkeypatch, wher
     assert engine.adapter_id == "000001"
     now, now_hot = drafting(engine)
     assert (now == logits).all() and (now_hot == hot).all()
-    assert not swap.by_hand(path.name).ok
+    assert not swap.switch(path.name).ok
 
 
 def test_announced_adapter_loads_in_steps(adapters, engine, swap):
@@ -360,7 +360,7 @@ def test_announced_adapter_loads_in_steps(adapters, engine, swap):
     swap.follow_current()
     logits, hot = drafting(engine)
     path = publish(adapters, engine)
-    swap.hear(path.name, str(path))
+    swap.announced(path.name, str(path))
     pieces = 0
     while swap.under_way:
         now, now_hot = drafting(engine)

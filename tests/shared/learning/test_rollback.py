@@ -1,16 +1,19 @@
-"""The watch at work in the inference daemon's own parts, on a fake engine: forced rounds, a rollback, a restart."""
+"""The collapse check at work in the inference daemon's own parts, on a fake engine: probes, a rollback, a restart."""
 
 import json
 
 import pytest
 
 from specl.daemons.inference import swap as swapping
-from specl.daemons.inference.adapter_monitor import AdapterMonitor, held_out_before
-from specl.daemons.inference.decode_thread import WATCHED
+from specl.daemons.inference.adapter_monitor import AdapterMonitor
 from specl.daemons.inference.swap import AdapterSwap
+from specl.shared.adapters.marks import MarkState
 from specl.shared.adapters.registry import Adapters
+from specl.shared.messaging.codes import ActivationEvent, ActivationReason, WatchState
 from specl.shared.paths import Paths
 from tests.shared.learning.test_adapter_marks import publish
+
+DRAFTS = 6  # first drafted tokens of a request
 
 
 class FakeEngine:
@@ -26,289 +29,210 @@ def load_adapter_steps(adapters, path, engine):
     return path.name, None
 
 
+class Daemon:
+    """What an inference daemon has of adapters, as after a (re)start. `events` are those it has reported."""
+
+    def __init__(self, paths):
+        self.events = []
+        self.monitor = AdapterMonitor(paths.root / "watch.json")
+        self.swap = AdapterSwap(paths, FakeEngine(), self._activated)
+        self.swap.start(self.monitor.load("draft", "target"))
+        self.monitor.resumed(self.swap.active)
+
+    def _activated(self, change):
+        self.events.append((change.event, change.adapter_id, change.reason))
+        self.monitor.observe(change)
+
+    def serve(self, accepted=4, tested=DRAFTS):
+        """One request; whether its adapter is rolled back."""
+        reason = self.monitor.add([tested], [accepted])
+        if reason:
+            self.swap.roll_back(reason)
+        return bool(reason)
+
+    def serve_until_rollback(self, accepted=0):
+        requests = 1
+        while not self.serve(accepted):
+            requests += 1
+            assert requests <= 20
+        return requests
+
+
 @pytest.fixture
-def made(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch):
+    """Paths, the adapters folder, and two adapters in it."""
     paths = Paths(tmp_path, tmp_path).create()
     monkeypatch.setattr(swapping, "load_adapter_steps", load_adapter_steps)
     adapters = Adapters(paths.adapters)
     return paths, adapters, publish(adapters, 0.5), publish(adapters, 0.6)
 
 
-def start(paths):
-    """A daemon's swap as after a (re)start, with its lookout and the events it told."""
-    events, lookout = [], AdapterMonitor(paths.root / "watch.json")
-
-    def activated(change):
-        id = change.adapter_id
-        events.append((change.event, id))
-        if change.event in ("activated", "unloaded") and change.reason != "restart":
-            lookout.changed(
-                id, id if change.reason in WATCHED else "", change.previous_id, held_out_before(swap.adapters, id)
-            )
-
-    swap = AdapterSwap(paths, FakeEngine(), activated)
-    swap.start(lookout.load("draft", "target"))
-    lookout.settle(swap.engine.adapter_id)
-    return swap, lookout, events
-
-
-def promoted(made):
-    """A daemon whose first adapter stood at 0.7, and that has just taken the second."""
-    paths, adapters, first, second = made
+def promoted(run):
+    """A daemon whose first adapter has passed its check, and that has just taken the second."""
+    paths, adapters, first, second = run
     adapters.set_current(first)
-    swap, lookout, _ = start(paths)
-    for _ in range(20):
-        lookout.saw([20], [14])
+    daemon = Daemon(paths)
+    while daemon.monitor.check is not None:
+        daemon.serve()
     adapters.set_current(second)
-    swap.follow_current()
-    return swap, lookout
+    daemon.swap.follow_current()
+    return daemon
 
 
-def test_disappointing_adapter_rolls_back_within_twenty_requests(made):
-    paths, adapters, first, second = made
-    adapters.set_current(first)
-    swap, lookout, events = start(paths)
-    for _ in range(20):
-        assert lookout.saw([20], [14]) == ""
-    adapters.set_current(second)
-    swap.follow_current()
-    assert swap.engine.adapter_id == second and lookout.status()["state"] == "watching"
-    requests, why = 0, ""
-    while not why:
-        requests += 1
-        why = lookout.saw([20], [5])
-    swap.roll_back(why)
-    assert requests <= 20 and swap.engine.adapter_id == first == adapters.current()
-    assert events[-1] == ("rolled_back", second) and lookout.watch is None
-    swap.follow_current()
-    again, _, _ = start(paths)
-    assert again.engine.adapter_id == first and second in adapters.rolled_back()
+def test_collapsed_adapter_goes_and_stays_gone(run):
+    paths, adapters, first, second = run
+    daemon = promoted(run)
+    assert daemon.swap.active == second and daemon.monitor.status().state == WatchState.WATCHING
+    daemon.serve_until_rollback()
+    assert daemon.swap.active == first == adapters.current()
+    assert daemon.events[-1] == (ActivationEvent.ROLLED_BACK, second, ActivationReason.LIVE_ACCEPTANCE)
+    assert daemon.monitor.check is None and daemon.monitor.status().state == WatchState.ROLLED_BACK
+    daemon.swap.follow_current()
+    assert Daemon(paths).swap.active == first and second in adapters.rolled_back()
 
 
-def test_kill_between_mark_and_current_bars_the_adapter(made):
-    paths, adapters, first, second = made
+def test_working_adapter_is_kept(run):
+    daemon = promoted(run)
+    while daemon.monitor.check is not None:
+        assert not daemon.serve(accepted=2)
+    assert daemon.monitor.status().state == WatchState.KEPT
+
+
+def test_marked_adapter_is_not_tried_after_a_kill(run):
+    paths, adapters, first, second = run
     adapters.set_previous(first)
     adapters.set_current(second)
-    adapters.mark_rolled_back(second, "it disappointed")
+    adapters.marks.set(second, MarkState.ROLLED_BACK, "it collapsed")
     before = AdapterMonitor(paths.root / "watch.json")
     before.load("draft", "target")
-    before.changed(second, "", first)
-    swap, _, _ = start(paths)
-    assert swap.engine.adapter_id == first == adapters.current()
+    before.activated(second, checked=False)
+    swap = Daemon(paths).swap
+    assert swap.active == first == adapters.current()
     assert adapters.resolve("previous") == "" == swap.previous
 
 
-def test_rolled_back_adapter_may_be_activated_by_hand(made):
-    paths, adapters, first, second = made
-    adapters.mark_rolled_back(second, "it disappointed")
-    swap, _, _ = start(paths)
-    assert swap.by_hand(second).ok and adapters.rolled_back() == {}
-    assert swap.by_hand(first).ok and swap.by_hand("previous").ok and swap.engine.adapter_id == second
+def test_trainer_rolls_back_by_moving_current(run):
+    paths, adapters, first, second = run
+    daemon = promoted(run)
+    adapters.marks.set(second, MarkState.CONFIRMED, "its predecessor did better")
+    adapters.set_current(first)
+    daemon.swap.follow_current()
+    assert daemon.swap.active == first == adapters.current() and daemon.swap.previous == ""
+    assert [event[2] for event in daemon.events[-2:]] == [ActivationReason.ROLLBACK, ActivationReason.REEVALUATION]
+    assert daemon.events[-1][:2] == (ActivationEvent.ROLLED_BACK, second) and daemon.monitor.check is None
 
 
-def test_drafts_are_forced_only_during_a_canary():
-    lookout = AdapterMonitor()
-    lookout.changed("000001", "000001", "")
-    assert lookout.watch is None and not any(lookout.forces() for _ in range(16))
-    lookout.saw([20], [10])
-    lookout.changed("000002", "000002", "000001")
-    assert sum(lookout.forces() for _ in range(16)) == 2
+def test_trainer_killed_before_current_moved_still_rolls_back(run):
+    paths, adapters, first, second = run
+    daemon = promoted(run)
+    adapters.marks.set(second, MarkState.CONFIRMED, "its predecessor did better")
+    daemon.swap.follow_current()
+    assert daemon.swap.active == first == adapters.current()
 
 
-def test_restart_resumes_canary_and_rollback(made):
-    paths, adapters, first, second = made
-    swap, lookout = promoted(made)
+def test_user_may_activate_a_rolled_back_adapter(run):
+    paths, adapters, first, second = run
+    adapters.marks.set(second, MarkState.ROLLED_BACK, "it collapsed")
+    swap = Daemon(paths).swap
+    assert swap.switch(second).ok and adapters.rolled_back() == {}
+    assert swap.switch(first).ok and swap.switch("previous").ok and swap.active == second
+
+
+def test_restart_goes_on_with_check_and_way_back(run):
+    paths, adapters, first, second = run
+    daemon = promoted(run)
     for _ in range(2):
-        assert lookout.saw([15], [8]) == ""
-    swap, lookout, events = start(paths)
-    assert lookout.status() | {"requests": 2, "drafted": 30} == lookout.status() and swap.previous == first
-    assert lookout.watch.baseline.tested == [400] and events == [("activated", second)]
-    requests, why = 2, ""
-    while not why:
-        requests += 1
-        why = lookout.saw([15], [3])
-    swap.roll_back(why)
-    assert requests <= 20 and swap.engine.adapter_id == first == adapters.current()
+        assert not daemon.serve(accepted=1)
+    daemon = Daemon(paths)
+    status = daemon.monitor.status()
+    assert (status.requests, status.drafted, status.state) == (2, 2 * DRAFTS, WatchState.WATCHING)
+    assert daemon.swap.previous == first
+    assert daemon.events == [(ActivationEvent.ACTIVATED, second, ActivationReason.RESTART)]
+    daemon.serve_until_rollback()
+    assert daemon.swap.active == first == adapters.current()
 
 
-def test_baseline_survives_a_restart(made):
-    paths, adapters, first, second = made
+def test_promotion_while_the_daemon_was_down_is_checked(run):
+    paths, adapters, first, second = run
     adapters.set_current(first)
-    _, lookout, _ = start(paths)
-    for _ in range(10):
-        lookout.saw([20], [14])
-    adapters.set_current(second)  # by a trainer, while no daemon runs
-    swap, lookout, _ = start(paths)
-    assert lookout.watch.adapter_id == second and lookout.watch.baseline.accepted == [140] and swap.previous == first
+    Daemon(paths)
+    adapters.set_current(second)
+    daemon = Daemon(paths)
+    assert daemon.monitor.check.adapter_id == second and daemon.swap.previous == first
 
 
-def test_counts_of_another_pair_are_ignored(tmp_path):
+def test_damaged_file_or_another_pair_is_ignored(tmp_path):
     path = tmp_path / "watch.json"
-    lookout = AdapterMonitor(path)
-    assert lookout.load("draft", "target") is None
-    lookout.saw([20], [14])
-    assert AdapterMonitor(path).load("draft", "target") == "" and AdapterMonitor(path).load("other", "target") is None
-    path.write_text(path.read_text()[:40])
-    again = AdapterMonitor(path)
-    assert again.load("draft", "target") is None and not any(again.seen.tested)
+    monitor = AdapterMonitor(path)
+    assert monitor.load("draft", "target") is None
+    monitor.activated("000001", checked=True)
+    assert AdapterMonitor(path).load("draft", "target") == "000001"
+    assert AdapterMonitor(path).load("other", "target") is None
+    text = path.read_text()
+    for damaged in (text[:40], "[]", "3", text.replace('"tested": 0', '"tested": "many"')):
+        path.write_text(damaged)
+        again = AdapterMonitor(path)
+        assert again.load("draft", "target") is None
 
 
-def test_untrafficked_promotion_is_held_to_the_gate(made):
-    paths, adapters, first, _ = made
-    document = json.loads((adapters.folder / first / "manifest.json").read_text())
-    document["metrics"] |= {"heldout_before_by_depth": [0.5, 0.25], "heldout_positions": 1000}
-    (adapters.folder / first / "manifest.json").write_text(json.dumps(document))
-    swap, lookout, _ = start(paths)
-    adapters.set_current(first)
-    swap.follow_current()
-    assert lookout.status()["state"] == "watching"
-    assert lookout.watch.baseline.accepted[0] / lookout.watch.baseline.tested[0] == 0.5
-    why, requests = "", 0
-    while not why:
-        requests += 1
-        why = lookout.saw([10, 2], [1, 0])
-    assert requests <= 20 and "0.4" in why
+@pytest.mark.parametrize(
+    ("last", "state"),
+    [({}, None), ({"adapter": "000001", "requests": 4, "drafted": 240, "acceptance": 0.5, "state": "kept"}, "kept")],
+)
+def test_file_of_the_first_version_is_read(tmp_path, last, state):
+    (tmp_path / "watch.json").write_text(
+        json.dumps(
+            {"draft": "d", "target": "t", "adapter": "000002", "seen": {}, "watch": {"requests": 3}, "last": last}
+        )
+    )
+    monitor = AdapterMonitor(tmp_path / "watch.json")
+    assert monitor.load("d", "t") == "000002" and monitor.check is None
+    assert (monitor.status() and monitor.status().state) == state
 
 
-def test_work_while_parked_is_not_blamed_on_successor(made):
-    """Seen in a stream: 0.64 live on one kind of record, then another kind, parked, and three better adapters rolled back."""
-    paths, adapters, first, second = made
-    adapters.set_current(first)
-    swap, lookout, _ = start(paths)
-    lookout.saw([400, 200], [256, 140])
-    document = json.loads((adapters.folder / second / "manifest.json").read_text())
-    document["metrics"] |= {
-        "heldout_before_by_depth": [0.6, 0.6], "heldout_positions": 4000, "heldout_before_newest": [240, 800]
-    }  # fmt: skip
-    (adapters.folder / second / "manifest.json").write_text(json.dumps(document))
-    adapters.set_current(second)
-    swap.follow_current()
-    baseline = lookout.watch.baseline
-    assert baseline.accepted[0] / baseline.tested[0] == pytest.approx(0.3)
-    assert baseline.accepted[1] / baseline.tested[1] == pytest.approx(0.6)
-    whys = [lookout.saw([6], [2]) for _ in range(20)]  # forced drafts of the new kind: a little better than before
-    assert not any(whys) and lookout.last["state"] == "kept"
+def test_insisted_adapter_is_not_checked_again(run):
+    paths, adapters, first, second = run
+    daemon = Daemon(paths)
+    assert daemon.swap.switch(second).ok and daemon.monitor.check.adapter_id == second
+    daemon.serve_until_rollback()
+    assert daemon.swap.active == "" and second in adapters.rolled_back()
+    assert daemon.swap.switch(second).ok and daemon.monitor.check is None and not adapters.rolled_back()
+    assert daemon.swap.switch("previous").ok and daemon.monitor.check is None
 
 
-def test_bad_adapter_fails_the_lower_measure_too(made):
-    paths, adapters, first, second = made
-    adapters.set_current(first)
-    swap, lookout, _ = start(paths)
-    lookout.saw([400], [256])
-    document = json.loads((adapters.folder / second / "manifest.json").read_text())
-    document["metrics"] |= {
-        "heldout_before_by_depth": [0.6], "heldout_positions": 4000, "heldout_before_newest": [240, 800]
-    }  # fmt: skip
-    (adapters.folder / second / "manifest.json").write_text(json.dumps(document))
-    adapters.set_current(second)
-    swap.follow_current()
-    requests, why = 0, ""
-    while not why:
-        requests += 1
-        why = lookout.saw([6], [int(requests % 6 == 0)])
-    assert requests <= 20 and "0.300" in why
-
-
-@pytest.mark.parametrize("odd", [None, [1], [3, 2], ["1", 2], [0, 0], [True, 5], [float("nan"), 5]])
-def test_unusable_newest_texts_leave_the_rest(made, odd):
-    _, adapters, first, _ = made
-    document = json.loads((adapters.folder / first / "manifest.json").read_text())
-    document["metrics"] |= {"heldout_before_by_depth": [0.5], "heldout_positions": 1000, "heldout_before_newest": odd}
-    (adapters.folder / first / "manifest.json").write_text(json.dumps(document))
-    assert held_out_before(adapters, first).accepted == [500]
-
-
-@pytest.mark.parametrize("odd", [None, [], "0.5", [1.5], [True], [float("nan")]])
-def test_manifest_without_expectation_starts_no_canary(made, odd):
-    _, adapters, first, _ = made
-    document = json.loads((adapters.folder / first / "manifest.json").read_text())
-    document["metrics"] |= {"heldout_before_by_depth": odd, "heldout_positions": 1000}
-    (adapters.folder / first / "manifest.json").write_text(json.dumps(document))
-    assert held_out_before(adapters, first) is None
-
-
-def test_activation_by_hand_is_watched_once(made):
-    paths, adapters, first, second = made
-    adapters.set_current("")
-    swap, lookout, _ = start(paths)
-    lookout.saw([400], [240])
-    assert swap.by_hand(second).ok and lookout.watch.adapter_id == second
-    why = ""
-    while not why:
-        why = lookout.saw([20], [0])
-    swap.roll_back(why)
-    assert swap.engine.adapter_id == "" and second in adapters.rolled_back()
-    assert swap.by_hand(second).ok and lookout.watch is None and not adapters.rolled_back()
-    assert swap.by_hand("previous").ok and lookout.watch is None
-
-
-def test_successive_bad_adapters_share_the_good_baseline(made):
-    paths, adapters, first, second = made
-    adapters.set_current("")
-    swap, lookout, _ = start(paths)
-    lookout.saw([400], [240])
-    assert swap.by_hand(first).ok and lookout.saw([20], [0]) == ""
-    assert swap.by_hand(second).ok  # while the first is still watched: its own counts are no measure
-    assert lookout.watch.baseline.accepted == [240]
+@pytest.mark.parametrize("restarts", [False, True])
+def test_several_bad_adapters_in_a_row_all_go(run, restarts):
+    paths, adapters, first, second = run
+    daemon = Daemon(paths)
+    assert daemon.swap.switch(first).ok and not daemon.serve(accepted=0)
+    assert daemon.swap.switch(second).ok  # while the first is still checked
     for bad, back in ((second, first), (first, "")):
-        assert lookout.watch.adapter_id == swap.engine.adapter_id == bad
-        requests, why = 0, ""
-        while not why:
-            requests, why = requests + 1, lookout.saw([20], [0])
-        assert requests <= 20
-        swap.roll_back(why)
-        assert swap.engine.adapter_id == back
-    assert lookout.watch is None and lookout.seen.accepted == [240]  # what was known of it counts again
+        if restarts:
+            daemon = Daemon(paths)
+        assert daemon.monitor.check.adapter_id == daemon.swap.active == bad
+        daemon.serve_until_rollback()
+        assert daemon.swap.active == back
+    assert daemon.monitor.check is None
 
 
-def test_adapter_after_a_rollback_is_watched(made):
-    paths, adapters, first, second = made
-    adapters.set_current("")
-    swap, lookout, _ = start(paths)
-    lookout.saw([400], [240])
-    for id in (first, second):
-        assert swap.by_hand(id).ok and lookout.watch.adapter_id == id
-        why = ""
-        while not why:
-            why = lookout.saw([20], [0])
-        swap.roll_back(why)
-        swap, lookout, _ = start(paths)
-        assert lookout.seen.accepted == [240]
+def test_reinstated_adapter_drafts_and_is_not_checked(run):
+    paths, adapters, first, second = run
+    daemon = promoted(run)
+    daemon.serve_until_rollback()
+    adapters.marks.set(second, MarkState.REINSTATED)
+    adapters.set_current(second)
+    daemon.swap.follow_current()
+    assert daemon.swap.active == second and daemon.monitor.check is None and daemon.swap.previous == first
+    assert daemon.monitor.status().state == WatchState.REINSTATED
+    assert not any(daemon.serve(accepted=0) for _ in range(30))
+    later = Daemon(paths)
+    assert later.swap.active == second and later.monitor.check is None
+    assert later.monitor.status().state == WatchState.REINSTATED
 
 
-def test_answers_with_few_drafts_keep_the_canary_open():
-    lookout = AdapterMonitor()
-    lookout.saw([400], [240])
-    lookout.changed("000001", "000001", "")
-    assert not any(lookout.saw([], []) or lookout.saw([0, 0], [0, 0]) for _ in range(40))
-    assert lookout.status()["state"] == "watching" and not lookout.status()["drafted"]
-    lookout.changed("000002", "000002", "000001")
-    said = [lookout.saw([1], [0]) for _ in range(20)]
-    assert not any(said[:19]) and "20 requests" in said[19]
-
-
-def test_reinstated_adapter_is_not_watched(made):
-    paths, adapters, first, second = made
-    swap, lookout = promoted(made)
-    while not (why := lookout.saw([20], [5])):
-        pass
-    swap.roll_back(why)
-    adapters.reinstate(second)
-    swap.follow_current()
-    assert swap.engine.adapter_id == second and lookout.watch is None and swap.previous == first
-    lookout.reinstated(second)
-    assert lookout.status()["state"] == "reinstated"
-    assert not any(lookout.saw([20], [5]) for _ in range(30))
-    again, later, _ = start(paths)
-    assert again.engine.adapter_id == second and later.watch is None and later.status()["state"] == "reinstated"
-
-
-def test_reinstated_adapter_by_hand_is_not_watched(made):
-    paths, adapters, first, second = made
-    adapters.mark_rolled_back(second, "it disappointed")
-    adapters.reinstate(second)
+def test_reinstated_adapter_by_hand_is_not_checked_either(run):
+    paths, adapters, first, second = run
+    adapters.marks.set(second, MarkState.REINSTATED)
     adapters.set_current(first)
-    swap, lookout, _ = start(paths)
-    for _ in range(20):
-        lookout.saw([20], [14])
-    assert swap.by_hand(second).ok and lookout.watch is None
+    daemon = Daemon(paths)
+    assert daemon.swap.switch(second).ok and daemon.monitor.check is None

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from specl.daemons.inference.adapter_monitor import AdapterMonitor
-from specl.shared.adapters.registry import CONFIRMED, REINSTATED, Adapters
+from specl.shared.adapters.marks import MarkState
+from specl.shared.adapters.registry import Adapters
 from specl.shared.adapters.tensors import read_shape
 from specl.shared.engine.costs import Costs
-from specl.shared.learning.live_check import Depths, Watch
 from specl.shared.loading.costs import read_costs
 from specl.shared.messaging.codec import decode
+from specl.shared.messaging.codes import WatchState
+from specl.shared.messaging.daemon_status import WatchStatus
 from specl.shared.messaging.endpoints import read_keys
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.messaging.upgrade import activation_reason_v1, run_trigger_v1
@@ -380,17 +382,11 @@ def paths(tmp_path):
     return Paths(root, root / "models")
 
 
-def test_the_watch_goes_on_where_it_was(paths):
-    lookout = AdapterMonitor(paths.root / "watch.json")
-    assert lookout.load(DRAFT, TARGET) == lookout.adapter == "000003"
-    before = Depths([200.0, 100.0], [120.0, 40.0])
-    assert lookout.seen == Depths([12.0, 6.0], [6.0, 2.0])
-    assert lookout.watch == Watch("000003", "000002", before, Depths([12.0, 6.0], [6.0, 2.0]), 1, 0)
-    assert lookout.broken_off == Watch("000002", "000001", before, Depths([16.0, 8.0], [8.0, 3.0]), 1, 0)
-    assert lookout.known == {"": Depths([100.0, 40.0], [40.0, 10.0]), "000001": before}
-    assert lookout.last == {
-        "adapter": "000001", "requests": 4, "drafted": 240, "acceptance": 0.5333, "before": 0.3333, "state": "kept",
-    }  # fmt: skip
+def test_monitor_reads_what_an_older_one_saved(paths):
+    monitor = AdapterMonitor(paths.root / "watch.json")
+    assert monitor.load(DRAFT, TARGET) == monitor.adapter == "000003"
+    assert monitor.check is None  # its counts by depth are not those of today
+    assert monitor.last == WatchStatus("000001", WatchState.KEPT, 4, 240, 0.5333)
     assert AdapterMonitor(paths.root / "watch.json").load(DRAFT, "another") is None
 
 
@@ -422,10 +418,10 @@ def test_adapters_are_verified_and_their_marks_are_known(paths):
             ("layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"),
         )
     # 000002 was reinstated, 000003 was not, of 000001 nobody has decided yet
-    assert adapters.second_looks() == {"000003": CONFIRMED, "000002": REINSTATED}
+    states = {"000001": MarkState.ROLLED_BACK, "000002": MarkState.REINSTATED, "000003": MarkState.CONFIRMED}
+    assert {id: mark.state for id, mark in adapters.marks.all().items()} == states
     assert sorted(adapters.rolled_back()) == ["000001", "000003"]
     assert adapters.rolled_back()["000003"] == WATCH_SAID[1]
-    assert adapters.doubted() == ["000001"]
     assert json.loads((paths.adapters / "ROLLED_BACK.json").read_text())["000002"] == WATCH_SAID[0]
 
 

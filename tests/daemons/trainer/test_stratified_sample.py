@@ -1,4 +1,4 @@
-"""The choice of generations keeps what strata.py guarantees, on traffic made at random."""
+"""The choice of generations keeps what stratified_sample.py guarantees, on traffic made at random."""
 
 import random
 from collections import Counter
@@ -32,7 +32,7 @@ def counts(rows):
     return Counter(item.conversation_id for item in rows)
 
 
-def test_sample_has_the_requested_size_and_order(case):
+def test_sample_is_full_ordered_and_without_repeats(case):
     rows, most = case
     chosen = stratified_sample(rows, most)
     assert len(chosen) == min(most, len(rows))
@@ -57,7 +57,7 @@ def test_fair_share_is_the_least_that_fills(case):
 @pytest.mark.parametrize(
     ("total", "most"), [(1000, 100), (1000, 333), (1000, 999), (50, 20), (12, 11), (101, 100), (3, 2)]
 )
-def test_newest_stay_and_older_rows_thin_evenly(total, most):
+def test_newest_stay_and_older_are_thinned_evenly(total, most):
     rows = [row(n, f"single-{n}") for n in range(total)]
     chosen = {int(item.id[1:]) for item in stratified_sample(rows, most)}
     newest = most - most // 2
@@ -69,13 +69,13 @@ def test_newest_stay_and_older_rows_thin_evenly(total, most):
         assert abs(len(chosen & set(range(start, end))) - expected) < 1
 
 
-def test_conversation_over_its_share_drops_old_turns():
+def test_long_conversation_gives_up_old_turns_first():
     rows = [row(n, "endless" if n % 2 else f"single-{n}") for n in range(400)]
     endless = list(range(1, 400, 2))
     chosen = {int(item.id[1:]) for item in stratified_sample(rows, 240)}
-    kept = [n for n in endless if n in chosen]
-    assert len(kept) == 40 and all(n in chosen for n in range(0, 400, 2))
-    assert kept[:20] == endless[:20] and kept[-1] > 350
+    sampled = [n for n in endless if n in chosen]
+    assert len(sampled) == 40 and all(n in chosen for n in range(0, 400, 2))
+    assert sampled[:20] == endless[:20] and sampled[-1] > 350
 
 
 def test_few_new_rows_change_little():

@@ -15,14 +15,14 @@ class World:
     def __init__(self, busy):
         self.now, self.worked, self._is_busy = 0.0, 0.0, busy
         self.throttle = Throttle(IDLE_S, clock=lambda: self.now, sleep=self.pass_time)
-        self.throttle.heard(busy(0.0))
+        self.throttle.set_busy(busy(0.0))
 
     def pass_time(self, seconds):
         assert self.now < 20_000, "it never may work"
         end = self.now + seconds
         while self.now < end:
             self.now = min(self.now + 0.05, end)
-            self.throttle.heard(self._is_busy(self.now))
+            self.throttle.set_busy(self._is_busy(self.now))
 
     def work_until(self, end, piece=PIECE_S):
         """Pieces of work from now to `end`; seconds of work done, and when the first one could begin."""
@@ -35,35 +35,35 @@ class World:
         return self.worked - before, first
 
 
-def test_idle_daemon_is_trained_all_the_time():
+def test_idle_daemon_is_worked_on_all_the_time():
     world = World(lambda now: False)
     done, first = world.work_until(60)
     assert first == pytest.approx(IDLE_S, abs=0.2) and done == pytest.approx(60 - IDLE_S, abs=2 * PIECE_S)
 
 
-def test_trainer_waits_for_the_first_status():
+def test_before_the_first_message_it_waits():
     now = 0.0
     throttle = Throttle(IDLE_S, clock=lambda: now)
     assert not throttle.quiet
-    throttle.heard(True)
+    throttle.set_busy(True)
     now = IDLE_S + 1
     assert not throttle.quiet
 
 
-def test_dead_busy_inference_is_not_waited_for():
+def test_inference_that_died_busy_is_not_waited_for():
     now = 0.0
     throttle = Throttle(IDLE_S, clock=lambda: now)
-    throttle.heard(True)
+    throttle.set_busy(True)
     now = SILENCE_S - 0.1
     assert not throttle.quiet
-    throttle.heard(True)  # it lives
+    throttle.set_busy(True)  # it lives
     now += SILENCE_S - 0.1
     assert not throttle.quiet
     now += 0.2
     assert throttle.quiet
 
 
-def test_work_stops_on_busy_and_resumes_after_idle():
+def test_work_resumes_two_seconds_after_idle():
     world = World(lambda now: 10 <= now < 20)
     world.work_until(10)
     assert world.now == pytest.approx(10, abs=2 * PIECE_S)
@@ -72,7 +72,7 @@ def test_work_stops_on_busy_and_resumes_after_idle():
     assert waited == pytest.approx(12, abs=0.3)
 
 
-def test_busy_daemon_yields_a_quarter_after_ten_minutes():
+def test_busy_daemon_gives_a_quarter_after_ten_minutes():
     world = World(lambda now: True)
     _, first = world.work_until(DEFER_S + 1)
     assert first == pytest.approx(DEFER_S, abs=0.2)
@@ -82,7 +82,7 @@ def test_busy_daemon_yields_a_quarter_after_ten_minutes():
 
 
 @pytest.mark.parametrize("piece", [0.05, 0.15, 1.0, 8.0])
-def test_share_is_a_quarter_at_any_step_length(piece):
+def test_quarter_holds_whatever_a_piece_takes(piece):
     world = World(lambda now: True)
     world.work_until(DEFER_S + 1, piece)
     start = world.now
@@ -91,7 +91,7 @@ def test_share_is_a_quarter_at_any_step_length(piece):
     assert done / (world.now - start) == pytest.approx(0.25, abs=0.1)  # naps of 0.1 s are coarse for the shortest
 
 
-def test_short_pauses_do_not_restart_the_ten_minutes():
+def test_short_pauses_do_not_restart_the_deferral():
     # a second of quiet in every thirty is too short to work in
     world = World(lambda now: now % 30 < 29)
     _, first = world.work_until(DEFER_S + 1)
@@ -101,7 +101,7 @@ def test_short_pauses_do_not_restart_the_ten_minutes():
     assert done / 1800 == pytest.approx(0.25, abs=0.03)
 
 
-def test_occasional_idle_does_not_lower_the_share():
+def test_little_quiet_does_not_lower_the_quarter():
     # three seconds of quiet a minute: one of them can be used
     world = World(lambda now: now % 60 < 57)
     world.work_until(900)
@@ -118,7 +118,7 @@ def test_enough_quiet_pays_the_deferral_back():
     assert world.now - start == pytest.approx(DEFER_S, abs=1.0)
 
 
-def test_time_without_work_to_do_is_no_deferral():
+def test_time_without_work_is_no_deferral():
     world = World(lambda now: True)
     world.pass_time(3600)
     assert world.throttle.wait_for_turn() == pytest.approx(DEFER_S, abs=0.2)
@@ -129,8 +129,20 @@ def test_stopping_and_abandoning_end_a_wait():
     world.throttle.abandon()
     with pytest.raises(Abandoned):
         world.throttle.wait_for_turn()
-    world.throttle.abandoned()
+    world.throttle.clear_abandon()
     world.throttle.stop()
     with pytest.raises(Interrupted) as caught:
         world.throttle.wait_for_turn()
     assert not isinstance(caught.value, Abandoned)
+
+
+def test_night_on_battery_is_no_deferral():
+    now = [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+        throttle.set_busy(True)  # inference says so every few seconds
+
+    throttle = Throttle(IDLE_S, lambda: now[0], sleep, lambda: "on battery" if now[0] < 8 * 3600 else "")
+    throttle.set_busy(True)
+    assert throttle.wait_for_turn() == pytest.approx(8 * 3600 + DEFER_S, abs=2)

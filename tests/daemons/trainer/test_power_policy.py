@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from specl.daemons.trainer import power_policy, service, throttle, worker
+from specl.daemons.trainer.jobs import Outcome
 from specl.daemons.trainer.power_policy import PowerPolicy
 from specl.daemons.trainer.service import Trainer
-from specl.daemons.trainer.throttle import DEFER_S, Throttle
-from specl.daemons.trainer.training_run import Outcome
+from specl.shared.messaging.codes import RunVerdict
 from specl.shared.messaging.messages import GetStatus, Train
 from specl.shared.paths import find_paths
 from specl.shared.runtime.power import Power
@@ -25,7 +25,7 @@ BATTERY, MAINS, HOT = Power(on_battery=True), Power(), Power(hot=True)
 PIECES = 40
 
 
-class Wire:
+class Bus:
     """In the place of the bus: `ask` from the test's thread is answered on the trainer's loop."""
 
     malformed = 0
@@ -58,27 +58,27 @@ class Wire:
 
 
 class Work:
-    """In the place of a run: so many pieces, one at each passing."""
+    """In the place of a run: so many pieces, a pause before each."""
 
     done = 0
 
-    def __init__(self, *parts):
-        *_, self.live, self._pause, self.trigger, _ = parts
+    def __init__(self, context, job):
+        self.progress, self._pause = context.progress, context.pause
 
     def run(self):
-        self.live.state, self.live.total = "training", PIECES
+        self.progress.state, self.progress.total = "training", PIECES
         for step in range(PIECES):
             self._pause()
             time.sleep(0.005)
-            Work.done, self.live.step = Work.done + 1, step + 1
-        return Outcome("rejected", "for the test")
+            Work.done, self.progress.step = Work.done + 1, step + 1
+        return Outcome(RunVerdict.REJECTED, "for the test")
 
 
 class Instance:
     """A trainer with failures in its store, on a machine whose power is `machine`."""
 
     def __init__(self, machine, **training):
-        self.machine, self.looks, self.stopping = machine, 0, False
+        self.machine, self.reads, self.stopping = machine, 0, False
         settings = load_settings()
         changed = settings.training.model_copy(update={"idle_seconds": 0.0, "min_failure_cases": 3} | training)
         paths = find_paths().create()
@@ -86,8 +86,8 @@ class Instance:
         store.set_threshold(0.5)
         store.add_rows([to_row(make_generation(f"g{n}", acceptance_rate=0.1)) for n in range(5)])
         store.close()
-        self.wire = Wire()
-        self.trainer = Trainer(paths, settings.model_copy(update={"training": changed}), self.wire, self._look)
+        self.bus = Bus()
+        self.trainer = Trainer(paths, settings.model_copy(update={"training": changed}), self.bus, self._read)
         self.trainer.worker._loaded = lambda: SimpleNamespace()
         self._thread = threading.Thread(target=lambda: self.trainer.run(self))
         self._thread.start()
@@ -96,12 +96,15 @@ class Instance:
         """The stop flag."""
         return self.stopping
 
-    def _look(self):
-        self.looks += 1
+    def _read(self):
+        self.reads += 1
         return self.machine
 
     def status(self):
-        return asdict(self.wire.ask(GetStatus()).training)
+        return asdict(self.bus.ask(GetStatus()).training)
+
+    def pending(self):
+        return self.bus.ask(GetStatus()).pending
 
     def close(self):
         self.stopping = True
@@ -111,10 +114,10 @@ class Instance:
 
 @pytest.fixture
 def instance(monkeypatch):
-    monkeypatch.setattr(service, "LOOK_S", 0.02)
-    monkeypatch.setattr(worker, "TrainingJob", Work)
-    monkeypatch.setattr(power_policy, "LOOK_S", 0.02)
-    monkeypatch.setattr(throttle, "HELD_NAP_S", 0.02)
+    monkeypatch.setattr(service, "STORE_CHECK_S", 0.02)
+    monkeypatch.setattr(worker, "AdapterTraining", Work)
+    monkeypatch.setattr(power_policy, "CHECK_S", 0.02)
+    monkeypatch.setattr(throttle, "POWER_POLL_S", 0.02)
     monkeypatch.setattr(Work, "done", 0)
     made = []
 
@@ -135,119 +138,106 @@ def rests(seconds=0.3):
 
 
 @pytest.mark.parametrize(("machine", "why"), [(BATTERY, "on battery"), (HOT, "the machine is hot")])
-def test_no_run_starts_on_battery(instance, machine, why):
-    made = instance(machine)
-    wait_until(lambda: made.status()["waits"] == why, 10, "the reason")
-    assert rests() and Work.done == 0 and made.status()["state"] == "idle"
-    made.machine = MAINS
+def test_status_says_why_no_run_starts(instance, machine, why):
+    trainer = instance(machine)
+    wait_until(lambda: trainer.status()["waits"] == why, 10, "the reason")
+    assert rests() and Work.done == 0 and trainer.status()["state"] == "idle"
+    trainer.machine = MAINS
     wait_until(lambda: Work.done >= PIECES, 10, "the run")
 
 
-def test_a_run_under_way_pauses_and_goes_on(instance):
-    made = instance(MAINS)
+def test_run_under_way_pauses_and_goes_on(instance):
+    trainer = instance(MAINS)
     wait_until(lambda: Work.done > 2, 10, "its first pieces")
-    made.machine = BATTERY
-    waiting = wait_until(lambda: (found := made.status())["waits"] and found, 10, "the reason")
+    trainer.machine = BATTERY
+    waiting = wait_until(lambda: (status := trainer.status())["waits"] and status, 10, "the reason")
     assert waiting["waits"] == "on battery" and waiting["state"] == "training"
     assert rests() and Work.done < PIECES
-    made.machine = MAINS
+    trainer.machine = MAINS
     wait_until(lambda: Work.done >= PIECES, 10, "the rest")
-    assert made.status()["waits"] == ""
+    assert trainer.status()["waits"] == ""
 
 
-def test_settings_that_allow_it_do_not_even_look(instance):
-    made = instance(Power(True, True), on_battery=True, when_hot=True)
+def test_machine_is_not_read_where_all_is_allowed(instance):
+    trainer = instance(Power(True, True), on_battery=True, when_hot=True)
     wait_until(lambda: Work.done >= PIECES, 10, "the run")
-    assert made.looks == 0
+    assert trainer.reads == 0
 
 
 def test_one_of_the_two_may_be_allowed(instance):
-    made = instance(BATTERY, on_battery=True)
+    trainer = instance(BATTERY, on_battery=True)
     wait_until(lambda: Work.done >= PIECES, 10, "the run")
-    made.machine = HOT
-    wait_until(lambda: made.trainer.power_policy.objection == "the machine is hot", 10, "the objection")
+    trainer.machine = HOT
+    wait_until(lambda: trainer.trainer.power_policy.reason_to_wait == "the machine is hot", 10, "the reason")
 
 
-def test_train_now_warns_and_trains(instance):
-    made = instance(BATTERY, enabled=False)
-    wait_until(lambda: made.trainer.power_policy.objection, 10, "the objection")
-    reply = made.wire.ask(Train(True))
+def test_train_now_overrides_and_says_so(instance):
+    trainer = instance(BATTERY, enabled=False)
+    wait_until(lambda: trainer.trainer.power_policy.reason_to_wait, 10, "the reason")
+    reply = trainer.bus.ask(Train(True))
     assert reply.ok and "on battery, trains all the same" in reply.message
     wait_until(lambda: Work.done >= PIECES, 10, "the run")
-    wait_until(lambda: made.trainer.power_policy.objection == "on battery", 10, "the objection after it")
+    wait_until(lambda: trainer.trainer.power_policy.reason_to_wait == "on battery", 10, "the reason after it")
 
 
-def test_requested_run_pauses_when_mains_power_goes(instance):
-    made = instance(MAINS, enabled=False)
-    reply = made.wire.ask(Train(True))
+def test_run_asked_for_on_mains_pauses_on_battery(instance):
+    trainer = instance(MAINS, enabled=False)
+    reply = trainer.bus.ask(Train(True))
     assert reply.ok and "all the same" not in reply.message
     wait_until(lambda: Work.done > 2, 10, "its first pieces")
-    made.machine = BATTERY
-    wait_until(lambda: made.status()["waits"] == "on battery", 10, "the reason")
+    trainer.machine = BATTERY
+    wait_until(lambda: trainer.status()["waits"] == "on battery", 10, "the reason")
     assert rests()
-    assert "goes on all the same" in made.wire.ask(Train(True)).message
+    assert "goes on all the same" in trainer.bus.ask(Train(True)).message
     wait_until(lambda: Work.done == PIECES, 10, "the rest")
 
 
-def test_train_now_resumes_the_paused_run(instance):
-    made = instance(BATTERY, enabled=False)
-    wait_until(lambda: made.trainer.power_policy.objection and made.trainer.pending, 10, "the objection")
-    reply = made.wire.ask(Train(False))
+def test_now_lets_a_waiting_run_go_on(instance):
+    trainer = instance(BATTERY, enabled=False)
+    wait_until(lambda: trainer.pending() and trainer.trainer.power_policy.reason_to_wait, 10, "it waits")
+    reply = trainer.bus.ask(Train(False))
     assert reply.ok and "training waits: on battery (--now trains all the same)" in reply.message
-    wait_until(lambda: made.status()["waits"] == "on battery", 10, "the reason")
+    wait_until(lambda: trainer.status()["waits"] == "on battery", 10, "the reason")
     assert rests() and Work.done == 0
-    assert not made.wire.ask(Train(False)).ok
-    reply = made.wire.ask(Train(True))
+    assert not trainer.bus.ask(Train(False)).ok
+    reply = trainer.bus.ask(Train(True))
     assert reply.ok and "goes on all the same" in reply.message
     wait_until(lambda: Work.done == PIECES, 10, "the run")
-    wait_until(lambda: made.trainer.power_policy.objection == "on battery", 10, "the objection after it")
+    wait_until(lambda: trainer.trainer.power_policy.reason_to_wait == "on battery", 10, "the reason after it")
 
 
-def test_a_stop_need_not_wait_for_mains_power(instance):
-    made = instance(MAINS)
+def test_stop_does_not_wait_for_mains_power(instance):
+    trainer = instance(MAINS)
     wait_until(lambda: Work.done > 2, 10, "its first pieces")
-    made.machine = BATTERY
-    wait_until(lambda: made.status()["waits"], 10, "the reason")
-    made.close()
+    trainer.machine = BATTERY
+    wait_until(lambda: trainer.status()["waits"], 10, "the reason")
+    trainer.close()
     assert Work.done < PIECES
 
 
-def test_the_machine_is_looked_at_once_a_minute():
-    now, looks = [0.0], []
+def test_machine_is_read_once_a_minute():
+    now, reads = [0.0], []
 
     def machine():
-        looks.append(now[0])
-        return BATTERY if len(looks) == 1 else MAINS
+        reads.append(now[0])
+        return BATTERY if len(reads) == 1 else MAINS
 
-    asked = PowerPolicy(Training(), machine, lambda: now[0])
-    assert asked.objection == ""
+    policy = PowerPolicy(Training(), machine, lambda: now[0])
+    assert policy.reason_to_wait == ""
     for second in range(150):
         now[0] = float(second)
-        asked.look()
-        assert asked.objection == ("on battery" if second < 60 else "")
-    assert looks == [0.0, 60.0, 120.0]
+        policy.check()
+        assert policy.reason_to_wait == ("on battery" if second < 60 else "")
+    assert reads == [0.0, 60.0, 120.0]
 
 
-def test_override_lasts_until_the_run_has_ended():
-    asked = PowerPolicy(Training(), lambda: BATTERY, lambda: 0.0)
-    asked.look()
+def test_override_lasts_until_the_last_work_ended():
+    policy = PowerPolicy(Training(), lambda: BATTERY, lambda: 0.0)
+    policy.check()
     for work in ("by hand, now", "by hand, now", "import"):
-        asked.insist(work)
-    asked.relent("something else")
+        policy.override(work)
+    policy.end_override("something else")
     for work in ("by hand, now", "import", "by hand, now"):
-        assert asked.objection == ""
-        asked.relent(work)
-    assert asked.objection == "on battery"
-
-
-def test_night_on_battery_does_not_count_as_waiting():
-    now = [0.0]
-
-    def sleep(seconds):
-        now[0] += seconds
-        throttle.heard(True)  # inference says so every few seconds
-
-    throttle = Throttle(2.0, lambda: now[0], sleep, lambda: "on battery" if now[0] < 8 * 3600 else "")
-    throttle.heard(True)
-    waited = throttle.wait_for_turn()
-    assert waited == pytest.approx(8 * 3600 + DEFER_S, abs=2)
+        assert policy.reason_to_wait == ""
+        policy.end_override(work)
+    assert policy.reason_to_wait == "on battery"
