@@ -49,7 +49,7 @@ def conversation(held_out, name="talk"):
     return next(f"{name}-{n}" for n in range(100) if is_held_out(f"{name}-{n}", SHARE) == held_out)
 
 
-def test_all_turns_of_a_chat_are_on_one_side(load):
+def test_turns_of_a_chat_are_on_one_side(load):
     """As a client in OpenAI's style sends them: the whole history each time, and no id."""
     records = []
     for chat in range(40):

@@ -80,7 +80,7 @@ def test_largest_alpha_without_regression_is_published():
     assert stage.held_out_scored == 2  # what fails on general text is not scored on anything else
 
 
-def test_verdict_is_about_the_whole_where_no_alpha_passes():
+def test_without_a_passing_alpha_the_whole_is_judged():
     stage = Stage(gain=0.3, fall=0.4)
     verdict, _ = judged(stage)
     assert (verdict.verdict, verdict.interpolation_alpha) == (RunVerdict.REJECTED, 1.0)
@@ -93,7 +93,7 @@ def test_without_a_gain_nothing_is_interpolated():
     assert (verdict.verdict, stage.general_at) == (RunVerdict.REJECTED, [1.0])
 
 
-def test_after_a_drift_the_pristine_draft_is_the_start():
+def test_after_drift_the_pristine_draft_is_the_start():
     """From a B of 0.8 general text falls by 0.008 more, to 0.0225 below what the draft has alone; by 0.0182 at alpha 0.9 from none."""
     stage = Stage(gain=0.3, fall=0.0225, alone=0.52)
     verdict, b = judged(stage, parent=0.8)

@@ -152,7 +152,7 @@ def test_waiting_for_data_is_recorded_once():
     assert not news("no_verdict", REEVALUATE) and news("kept", REEVALUATE)
 
 
-def test_score_is_the_same_record_whenever_it_is_made():
+def test_repeated_score_is_the_same_record():
     score = Agreement(np.array([3.0]), np.array([4.0]))
     generation = uuid.uuid4().hex
     first, again = scored(generation, "000001", score), scored(generation, "000001", score)
