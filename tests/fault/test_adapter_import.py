@@ -95,7 +95,7 @@ def control(instance, *arguments, command="import"):
 
 def runs(instance):
     with closing(sqlite3.connect(f"file:{instance.paths.store}?mode=ro", uri=True)) as db:
-        return db.execute('SELECT verdict, cause, adapter_id, reason FROM training_runs ORDER BY n').fetchall()
+        return db.execute("SELECT verdict, cause, adapter_id, reason FROM training_runs ORDER BY n").fetchall()
 
 
 def with_parent(folder, parent):
