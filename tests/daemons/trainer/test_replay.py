@@ -89,7 +89,7 @@ def stored_row(tokens, prompt_length):
         "output_tokens": output.astype("<u4").tobytes(), "top_logprobs": np.zeros((len(output), 2), "<f2").tobytes(),
         "top_ids": np.column_stack([output, output]).astype("<u4").tobytes(),
     }  # fmt: skip
-    return SimpleNamespace(values=values, disagreements=[{"position": 0}, {"position": 2}])
+    return SimpleNamespace(**values, disagreements=[SimpleNamespace(position=0), SimpleNamespace(position=2)])
 
 
 @pytest.mark.parametrize("spooled", [True, False])

@@ -19,7 +19,7 @@ DRAFTS = 6  # first drafted tokens of a request
 class FakeEngine:
     adapter_id, adapter_form = "", "none"
 
-    def taking(self, adapter):
+    def switch_adapter(self, adapter):
         yield
         self.adapter_id = adapter or ""
 
