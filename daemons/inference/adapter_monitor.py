@@ -1,7 +1,8 @@
-"""The collapse check of a newly activated adapter, kept across restarts. Lives on the MLX thread; the rule is learning/collapse.py.
+"""The collapse check of a newly activated adapter, kept across restarts. Lives on the MLX thread;
+the rule is learning/collapse.py.
 
-The state is a small file that is written after each answer while a check is on. Losing it (power, a full disk) costs the counts so
-far and nothing else: it is replaced whole, but not synced.
+The state is a small file that is written after each answer while a check is on. Losing it (power, a
+full disk) costs the counts so far and nothing else: it is replaced whole, but not synced.
 """
 
 import json
@@ -24,7 +25,8 @@ CHECKED = (
 
 
 class AdapterMonitor:
-    """`adapter` is the one that drafts, `check` the check that is on, `last` how the last one ended.
+    """`adapter` is the one that drafts, `check` the check that is on, `last` how the last one
+    ended.
 
     `path` is where they survive a restart, None for nowhere.
     """
@@ -38,7 +40,8 @@ class AdapterMonitor:
         self.last: WatchStatus | None = None
 
     def load(self, draft: str, target: str) -> str | None:
-        """Go on with what the last process saved for this pair; the adapter that it drafted with, None if nobody knows.
+        """Go on with what the last process saved for this pair; the adapter that it drafted with,
+        None if nobody knows.
 
         A check that an earlier version saved (under `watch`) ends; the rest of its file is read.
         """
@@ -57,7 +60,9 @@ class AdapterMonitor:
         return self.adapter
 
     def observe(self, change: Activation) -> None:
-        """An adapter came or went. One that the trainer has reinstated or that a user returns to is not checked."""
+        """An adapter came or went. One that the trainer has reinstated or that a user returns to is
+        not checked.
+        """
         if change.event in (ActivationEvent.ACTIVATED, ActivationEvent.UNLOADED):
             if change.reason != ActivationReason.RESTART:
                 self.activated(change.adapter_id, checked=change.reason in CHECKED)
@@ -97,7 +102,9 @@ class AdapterMonitor:
         return self.check is not None and self.check.must_draft()
 
     def add(self, tested: Sequence[int], accepted: Sequence[int]) -> str:
-        """Count a finished answer's drafts by depth. Why the adapter must be rolled back; empty where it need not."""
+        """Count a finished answer's drafts by depth. Why the adapter must be rolled back; empty
+        where it need not.
+        """
         check = self.check
         if check is None:
             return ""

@@ -1,8 +1,10 @@
-"""Which adapter drafts. Start-up, an announcement and a slow tick all do the same: read CURRENT, verify, fuse, report.
+"""Which adapter drafts. Start-up, an announcement and a slow tick all do the same: read CURRENT,
+verify, fuse, report.
 
-Runs on the MLX thread, between rounds; what takes longer than a round is done in pieces, one between two rounds, while the
-old adapter goes on drafting. A refused adapter is not tried again while its files are the same; the old one
-keeps serving, whatever is wrong with the new one. CURRENT is moved here for a user's command and for a rollback.
+Runs on the MLX thread, between rounds; what takes longer than a round is done in pieces, one
+between two rounds, while the old adapter goes on drafting. A refused adapter is not tried again
+while its files are the same; the old one keeps serving, whatever is wrong with the new one. CURRENT
+is moved here for a user's command and for a rollback.
 """
 
 import time
@@ -79,7 +81,9 @@ class AdapterSwap:
         return self._in_use.id if self._in_use is not None else ""
 
     def release_models(self) -> None:
-        """The models are unloaded. The adapter stays, a few MB: it drafts again whatever happens to its files."""
+        """The models are unloaded. The adapter stays, a few MB: it drafts again whatever happens to
+        its files.
+        """
         self.engine = None
 
     def attach_engine(self, engine: EngineCore) -> None:
@@ -89,7 +93,9 @@ class AdapterSwap:
         self.follow_current()
 
     def announced(self, id: str, path: str) -> None:
-        """An announcement: refused where it points anywhere but into the adapters folder, else a reason to check CURRENT."""
+        """An announcement: refused where it points anywhere but into the adapters folder, else a
+        reason to check CURRENT.
+        """
         try:
             self.adapters.confine(Path(path))
         except AdapterRejected as error:
@@ -99,8 +105,8 @@ class AdapterSwap:
         self.check_current()
 
     def start(self, drafted_before: str | None) -> None:
-        """Check CURRENT for the first time. `drafted_before` drafted when the last daemon ended (None: nobody knows):
-        going on with it is a restart; another one was promoted meanwhile.
+        """Check CURRENT for the first time. `drafted_before` drafted when the last daemon ended
+        (None: nobody knows): going on with it is a restart; another one was promoted meanwhile.
         """
         self._drafted_before = drafted_before
         self.follow_current()
@@ -139,7 +145,9 @@ class AdapterSwap:
 
     @property
     def _loaded(self) -> EngineCore:
-        """The engine. Raises RuntimeError while the models are unloaded: nobody may call for a switch then."""
+        """The engine. Raises RuntimeError while the models are unloaded: nobody may call for a
+        switch then.
+        """
         if self.engine is None:
             raise RuntimeError("an adapter cannot be switched while the models are unloaded")
         return self.engine
@@ -155,7 +163,9 @@ class AdapterSwap:
         return mark is not None and mark.state in (MarkState.REINSTATING, MarkState.REINSTATED)
 
     def _worth_trying(self, id: str) -> bool:
-        """Not where it was refused, unless its files have changed or the disk was to blame; nor where it was rolled back."""
+        """Not where it was refused, unless its files have changed or the disk was to blame; nor
+        where it was rolled back.
+        """
         return id not in self.rejected or (id in self._refused and self._refused[id] != self._stamp(id))
 
     def _forget_refusal(self, id: str) -> None:
@@ -203,7 +213,9 @@ class AdapterSwap:
         return ""
 
     def _switch(self, id: str) -> Steps[None]:
-        """Load and use `id`. Raises AdapterRejected for whatever is wrong with it, after what drafted before drafts again."""
+        """Load and use `id`. Raises AdapterRejected for whatever is wrong with it, after what
+        drafted before drafts again.
+        """
         adapter = (yield from self._load(id)) if id else None
         failpoint("swap.before_activate")
         self._before_switch = self._loaded.adapter_id or self._drafted_before or ""
@@ -233,7 +245,9 @@ class AdapterSwap:
 
     # ------------------------------------------------------------------------------------------------ rollbacks
     def roll_back(self, reason: str) -> None:
-        """The active adapter has collapsed: mark it, so that it is not tried again, and draft with the one before."""
+        """The active adapter has collapsed: mark it, so that it is not tried again, and draft with
+        the one before.
+        """
         id = self._loaded.adapter_id
         self.finish()
         if self._loaded.adapter_id != id:  # another one was on its way and has taken its place
@@ -252,7 +266,9 @@ class AdapterSwap:
         return previous if previous != id and previous not in self.adapters.rolled_back() else ""
 
     def _go_back(self, id: str, target: str, reason: str) -> Steps[None]:
-        """Draft with `target`, or without an adapter where that cannot be used, in place of `id`, which is rolled back."""
+        """Draft with `target`, or without an adapter where that cannot be used, in place of `id`,
+        which is rolled back.
+        """
         note = f"adapter {id} was rolled back"
         if target != self.active and (yield from self._use(target, ActivationReason.ROLLBACK, note)):
             target = ""
@@ -292,7 +308,9 @@ class AdapterSwap:
 
     # ------------------------------------------------------------------------------------------------ a user's choice
     def switch(self, name: str) -> Reply:
-        """Switch to an id, an alias, `previous`, or empty for none; now. CURRENT moves only if the adapter is usable."""
+        """Switch to an id, an alias, `previous`, or empty for none; now. CURRENT moves only if the
+        adapter is usable.
+        """
         replies: list[Reply] = []
         self.request_switch(name, replies.append)
         self.finish()
@@ -314,7 +332,7 @@ class AdapterSwap:
         reason = ActivationReason.ROLLED_BACK_BY_HAND if name == "previous" else ActivationReason.BY_HAND
         if id in self.adapters.rolled_back() or self._is_reinstated(id):
             reason = ActivationReason.BY_HAND_AGAIN
-        if id and reason != ActivationReason.BY_HAND:
+        if id:  # what a user chose is not judged again
             with suppress(OSError):
                 self.adapters.marks.set(id, MarkState.KEPT, "a user activated it")
         if id != self._loaded.adapter_id and (problem := (yield from self._use(id, reason))):

@@ -1,6 +1,8 @@
-"""An adapter made elsewhere, before the gate that trained ones pass: read, score against the one in force, promote or refuse.
+"""An adapter made elsewhere, before the gate that trained ones pass: read, score against the one in
+force, promote or refuse.
 
-An evaluation trains nothing and uses up no failures. Its verdict is a `TrainingRun` record like any other.
+An evaluation trains nothing and uses up no failures. Its verdict is a `TrainingRun` record like any
+other.
 """
 
 from dataclasses import replace
@@ -46,7 +48,9 @@ def evaluate_adapter(context: RunContext, job: EvaluateAdapterJob) -> Outcome:
 
 
 def _claimed(context: RunContext, external: ExternalAdapter, in_force: str) -> Lineage:
-    """What the adapter says it was made for. One that names no parent was made from the pristine draft: it fits beside any."""
+    """What the adapter says it was made for. One that names no parent was made from the pristine
+    draft: it fits beside any.
+    """
     if external.manifest is None:
         return context.lineage(in_force)
     parent = external.manifest.parent_id or in_force
@@ -62,7 +66,9 @@ def _end(
     after: Scores,
     verdict: Verdict,
 ) -> Outcome:
-    """Publish if the gate says so: a directory around the external tensors; nothing else that came with them is kept."""
+    """Publish if the gate says so: a directory around the external tensors; nothing else that came
+    with them is kept.
+    """
     if verdict.verdict != RunVerdict.PROMOTED:
         report.add_scores("candidate", before, after, verdict)
         return report.end(verdict.verdict, verdict.reason)

@@ -1,7 +1,9 @@
-"""Rows of the store as examples: failures, replayed successes, held-out conversations; states from the spool or recomputed.
+"""Rows of the store as examples: failures, replayed successes, held-out conversations; states from
+the spool or recomputed.
 
-A conversation is held out by a stable hash of its id; a held-out text is never trained on, in another conversation neither. General
-texts to replay come with the draft (`replay.npz`: texts of its target), because a new user's store has no successes yet.
+A conversation is held out by a stable hash of its id; a held-out text is never trained on, in
+another conversation neither. General texts to replay come with the draft (`replay.npz`: texts of
+its target), because a new user's store has no successes yet.
 """
 
 import time
@@ -38,7 +40,9 @@ _log = log.get("replay")
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """What one run works with: `failures` and `successes` are trained on, `held_out` judges. `last_generation` is the newest seen."""
+    """What one run works with: `failures` and `successes` are trained on, `held_out` judges.
+    `last_generation` is the newest seen.
+    """
 
     failures: list[Example]
     successes: list[Example]
@@ -48,7 +52,9 @@ class TrainingData:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Generations, newest first. `eval_rows` are those of `held_out` that are new enough to judge by."""
+    """Generations, newest first. `eval_rows` are those of `held_out` that are new enough to judge
+    by.
+    """
 
     failures: list[Outline]
     successes: list[Outline]
@@ -106,12 +112,13 @@ class DataLoader:
         return Split(failures, successes, held_out, eval_rows, rows[0].id if rows else "")
 
     def load(self, split: Split | None = None) -> TrainingData:
-        """Failures, successes and held-out conversations, each chosen by stratified_sample.py. No held-out text, be it in another
-        conversation too, is among those to train on.
+        """Failures, successes and held-out conversations, each chosen by stratified_sample.py. No
+        held-out text, be it in another conversation too, is among those to train on.
         """
         training, split = self.settings.training, split or self.split()
         held_out = self._examples(split.eval_rows, MAX_HELD_OUT)
-        # all held-out texts, not only those that judge today: tomorrow it may be another part of them
+        # all held-out texts, not only those that judge today: tomorrow it may be another part of
+        # them
         excluded = self._texts_of([row.id for row in split.held_out])
         failures, successes = (
             [example for example in self._examples(rows, most) if example.tokens.tobytes() not in excluded]
@@ -123,8 +130,8 @@ class DataLoader:
         return TrainingData(failures, successes, held_out, last_generation=split.newest)
 
     def since(self, moment: float, most: int, without: Collection[str]) -> list[Example]:
-        """What was answered after `moment` (seconds since the epoch), newest first, held out or not; never a text of the
-        generations in `without`.
+        """What was answered after `moment` (seconds since the epoch), newest first, held out or
+        not; never a text of the generations in `without`.
         """
         rows = [row for row in self.store.outlines(most) if self._fits(row) and row.created_at > moment]
         excluded = self._texts_of(list(without))
@@ -148,7 +155,9 @@ class DataLoader:
         return (self.with_states(example) if self.engine.reads_states else example).clipped(MAX_TOKENS)
 
     def with_states(self, example: Example) -> Example:
-        """The same with states, spooled or recomputed. Where those have to be recomputed of a very long text, its end alone."""
+        """The same with states, spooled or recomputed. Where those have to be recomputed of a very
+        long text, its end alone.
+        """
         states = self.spool.read(example.id)
         needed = len(example.tokens) - 1
         if states is None or len(states) < needed or states.shape[1] != self.engine.target.hidden_size:
@@ -159,7 +168,9 @@ class DataLoader:
         return example.with_states(states[:needed])
 
     def replay(self, folder: Path, report: OnProgress = lambda done, total: None) -> list[Example]:
-        """General texts of the target that came with the draft. What no quiet moment has captured yet is captured now."""
+        """General texts of the target that came with the draft. What no quiet moment has captured
+        yet is captured now.
+        """
         parts = self._replay_parts(folder)
         total = sum(len(texts) for _, texts in parts)
         examples: list[Example] = []
@@ -168,7 +179,9 @@ class DataLoader:
         return examples
 
     def capture_replay(self, folder: Path, report: OnProgress = lambda done, total: None) -> bool:
-        """Capture the next part of them and keep it in `folder`; whether there is more to capture. `report` hears texts: done, in all."""
+        """Capture the next part of them and keep it in `folder`; whether there is more to capture.
+        `report` hears texts: done, in all.
+        """
         parts = self._replay_parts(folder)
         missing = [part for part in parts if not part[0].is_file()]
         total = sum(len(texts) for _, texts in parts)
@@ -204,7 +217,9 @@ class DataLoader:
                 path.unlink(missing_ok=True)
 
     def _replay_parts(self, folder: Path) -> list[tuple[Path, list[Text]]]:
-        """Files and the texts that belong in them. A name says what a capture depends on: the draft's texts, the target, k."""
+        """Files and the texts that belong in them. A name says what a capture depends on: the
+        draft's texts, the target, k.
+        """
         draft = self.engine.draft
         source = draft.path / "replay.npz" if draft is not None and draft.path else None
         if source is None or not source.is_file():
@@ -236,7 +251,9 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
 
 
 def micro_batches(group: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """A batch in parts of at most `max_tokens` with padding, longest texts first; one text is never split."""
+    """A batch in parts of at most `max_tokens` with padding, longest texts first; one text is never
+    split.
+    """
     parts: list[list[Example]] = []
     for example in sorted(group, key=lambda item: -len(item.tokens)):
         if parts and len(parts[-1][0].tokens) * (len(parts[-1]) + 1) <= max_tokens:

@@ -1,4 +1,6 @@
-"""What the trainer's MLX thread can be given to do, and how it says that it has ended. All are frozen values."""
+"""What the trainer's MLX thread can be given to do, and how it says that it has ended. All are
+frozen values.
+"""
 
 import uuid
 from dataclasses import dataclass, field
@@ -10,7 +12,9 @@ from specl.shared.messaging.messages import Record
 
 
 class Kind(StrEnum):
-    """Kinds of work. Each has its own trouble and its own retry time; the values appear in sentences for people."""
+    """Kinds of work. Each has its own trouble and its own retry time; the values appear in
+    sentences for people.
+    """
 
     TRAIN = "run"
     EVALUATE = "import"
@@ -30,7 +34,9 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class EvaluateAdapterJob:
-    """Judge an adapter made elsewhere, staged as `folder`. `name` is the user's word for it, `run_id` the id of its verdict."""
+    """Judge an adapter made elsewhere, staged as `folder`. `name` is the user's word for it,
+    `run_id` the id of its verdict.
+    """
 
     folder: str
     name: str
@@ -81,7 +87,9 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The verdict of a run, and the records that say so. `path` is the adapter to announce, where CURRENT has moved to one."""
+    """The verdict of a run, and the records that say so. `path` is the adapter to announce, where
+    CURRENT has moved to one.
+    """
 
     verdict: RunVerdict
     reason: str
@@ -92,7 +100,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class JobEnded:
-    """What the MLX thread tells of a job. `more`: work of this kind is left that can be done at once."""
+    """What the MLX thread tells of a job. `more`: work of this kind is left that can be done at
+    once.
+    """
 
     job: Job
     ending: Ending

@@ -1,4 +1,5 @@
-"""Whether the machine gives a reason to wait with training: on battery, or hot. Read once a minute at most; users may override it.
+"""Whether the machine gives a reason to wait with training: on battery, or hot. Read once a minute
+at most; users may override it.
 
 `check` is for the loop thread, as it may run a command; the rest may be called from any thread.
 """

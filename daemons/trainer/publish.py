@@ -1,4 +1,6 @@
-"""A promoted adapter becomes a directory that CURRENT names: tensors, and a manifest with what it was measured on and made from."""
+"""A promoted adapter becomes a directory that CURRENT names: tensors, and a manifest with what it
+was measured on and made from.
+"""
 
 import shutil
 import time
@@ -21,7 +23,9 @@ from specl.shared.runtime.incremental import run_all
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """What an adapter's files hold. `hot`: token ids of the hot vocabulary, None where the draft has no or its usual one."""
+    """What an adapter's files hold. `hot`: token ids of the hot vocabulary, None where the draft
+    has no or its usual one.
+    """
 
     shape: LoraShape
     weights: Weights
@@ -50,7 +54,9 @@ def publish_adapter(
     metrics: dict[str, Any],
     training: dict[str, Any],
 ) -> str:
-    """Write a new adapter; CURRENT names it. Its id. Raises OSError where the disk refuses: then there is no such adapter."""
+    """Write a new adapter; CURRENT names it. Its id. Raises OSError where the disk refuses: then
+    there is no such adapter.
+    """
     if engine.draft is None:
         raise SpecLoraError("there is no draft model to publish an adapter for", "set models.draft.name")
     id = adapters.next_id()

@@ -1,7 +1,9 @@
-"""The trainer's records on their way into its outbox. A record that the outbox refuses waits in this queue and is offered again.
+"""The trainer's records on their way into its outbox. A record that the outbox refuses waits in
+this queue and is offered again.
 
-Inference drops a refused record, because the next request is more important; the trainer has few, and each took minutes to
-make. They wait in memory, oldest first, and are lost only with the process. Safe to use from both of the trainer's threads.
+Inference drops a refused record, because the next request is more important; the trainer has few,
+and each took minutes to make. They wait in memory, oldest first, and are lost only with the
+process. Safe to use from both of the trainer's threads.
 """
 
 import threading

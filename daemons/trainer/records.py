@@ -16,7 +16,9 @@ SCORE_IDS = uuid.UUID("5c0de5c0-0000-4000-8000-000000000000")  # namespace of th
 def evaluations(
     run_id: str, adapter_id: str, held_out: Agreement, general: Agreement, details: dict[str, Any]
 ) -> list[Evaluation]:
-    """One draft state as records: on held-out traffic, with the verdict's numbers, and on the regression slice."""
+    """One draft state as records: on held-out traffic, with the verdict's numbers, and on the
+    regression slice.
+    """
     records = []
     for subject, score in (("heldout", held_out), ("regression", general)):
         if len(score.hits):
@@ -39,7 +41,9 @@ def evaluations(
 
 
 def scored(generation: str, adapter_id: str, score: Agreement) -> Evaluation:
-    """Agreement of one generation under one adapter: the same record whenever it is made again, so that twice is once."""
+    """Agreement of one generation under one adapter: the same record whenever it is made again, so
+    that twice is once.
+    """
     return Evaluation(
         id=uuid.uuid5(SCORE_IDS, f"{generation}/{adapter_id}").hex,
         created_at=time.time(),

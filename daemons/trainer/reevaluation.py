@@ -1,8 +1,10 @@
-"""The second decision about a promoted adapter: it and its predecessor, compared on the same answers since its promotion.
+"""The second decision about a promoted adapter: it and its predecessor, compared on the same
+answers since its promotion.
 
-Neither has learned from those answers. An adapter in force that does worse is rolled back; one that live counts have rolled back
-and that does better comes back. Each adapter is reevaluated once. Live counts alone cannot decide this: they compare answers of now
-with answers of before, and work that gets harder just after a promotion would be blamed on the adapter.
+Neither has learned from those answers. An adapter in force that does worse is rolled back; one that
+live counts have rolled back and that does better comes back. Each adapter is reevaluated once. Live
+counts alone cannot decide this: they compare answers of now with answers of before, and work that
+gets harder just after a promotion would be blamed on the adapter.
 """
 
 import time
@@ -33,7 +35,9 @@ def predecessor_of(manifest: Manifest) -> str:
 
 
 def due(adapters: Adapters) -> Manifest | None:
-    """The newest adapter that was not reevaluated yet, and that is in force or was rolled back to its predecessor, which is."""
+    """The newest adapter that was not reevaluated yet, and that is in force or was rolled back to
+    its predecessor, which is.
+    """
     current, marks = adapters.current(), adapters.marks.all()
     for id in reversed(adapters.ids()):
         mark = marks.get(id)
@@ -53,7 +57,9 @@ def answers_ready(manifest: Manifest, store: Store) -> bool:
 
 
 def rollback_is_recent(adapters: Adapters, manifest: Manifest, clock: Callable[[], float] = time.time) -> bool:
-    """Whether the adapter was rolled back so lately that a run had better wait: it might go on from the wrong one."""
+    """Whether the adapter was rolled back so lately that a run had better wait: it might go on from
+    the wrong one.
+    """
     with suppress(OSError):
         marked = manifest.id in adapters.marks.all()
         return marked and 0 <= clock() - (adapters.folder / MARKS).stat().st_mtime < WAIT_S
@@ -61,7 +67,9 @@ def rollback_is_recent(adapters: Adapters, manifest: Manifest, clock: Callable[[
 
 
 class Reevaluation:
-    """One reevaluation. `run` raises Interrupted when told to stop, OSError where the disk refuses: then nothing is decided yet."""
+    """One reevaluation. `run` raises Interrupted when told to stop, OSError where the disk refuses:
+    then nothing is decided yet.
+    """
 
     def __init__(self, context: RunContext, job: ReevaluateJob) -> None:
         self.context, self.adapters, self.id = context, context.adapters, job.adapter_id
@@ -98,13 +106,17 @@ class Reevaluation:
         return load_adapter(self.adapters, self.adapters.folder / id, self.context.engine)[0]
 
     def _predecessor(self, id: str) -> LoadedAdapter | None:
-        """The other side. Where CURRENT names it, it is what drafts: none, if its files cannot be used."""
+        """The other side. Where CURRENT names it, it is what drafts: none, if its files cannot be
+        used.
+        """
         if self.was_rolled_back:
             return adapter_in_force(self.adapters, self.context.engine)
         return self._load(id) if id else None
 
     def _unusable(self, error: AdapterRejected, verdict: RunVerdict, predecessor: str) -> Outcome:
-        """One side cannot be loaded: the other one wins, unless the disk failed or the draft is another one for the time being."""
+        """One side cannot be loaded: the other one wins, unless the disk failed or the draft is
+        another one for the time being.
+        """
         other_draft = False
         with suppress(AdapterRejected):
             other_draft = self.adapters.manifest(self.id).base_fingerprint != self.context.engine.draft_fingerprint
@@ -120,13 +132,14 @@ class Reevaluation:
                 marks.set(self.id, MarkState.KEPT, reason)
             case RunVerdict.CONFIRMED:
                 marks.set(self.id, MarkState.CONFIRMED, reason)
-            case RunVerdict.ROLLED_BACK:  # killed in between: inference goes back from an adapter that is marked
+            case RunVerdict.ROLLED_BACK:
+                # killed in between: inference goes back from an adapter that is marked
                 marks.set(self.id, MarkState.CONFIRMED, reason)
                 self.adapters.set_current(predecessor)
                 winner = predecessor
-            case (
-                RunVerdict.REINSTATED
-            ):  # the mark first, as inference goes back from a marked one; killed in between, it is due again
+            case RunVerdict.REINSTATED:
+                # the mark first, as inference goes back from a marked one; killed in between, the
+                # adapter is due again
                 marks.set(self.id, MarkState.REINSTATING, reason)
                 self.adapters.set_current(self.id)
                 marks.set(self.id, MarkState.REINSTATED, reason)

@@ -1,6 +1,8 @@
-"""The regression slice: the target's own greedy answers to shipped general prompts, which no adapter may make worse.
+"""The regression slice: the target's own greedy answers to shipped general prompts, which no
+adapter may make worse.
 
-Made once for each target, in chunks that survive a kill, and kept under var/regression/FINGERPRINT. Holds no user data.
+Made once for each target, in chunks that survive a kill, and kept under var/regression/FINGERPRINT.
+Holds no user data.
 """
 
 from collections.abc import Callable
@@ -21,7 +23,9 @@ _log = log.get("regression")
 
 
 class RegressionSlice:
-    """The first `count` of the shipped prompts. `pause` is called between tokens and may wait or raise Interrupted."""
+    """The first `count` of the shipped prompts. `pause` is called between tokens and may wait or
+    raise Interrupted.
+    """
 
     def __init__(self, folder: Path, engine: EngineCore, count: int, pause: Callable[[], object]) -> None:
         self.engine, self._pause = engine, pause
@@ -29,7 +33,9 @@ class RegressionSlice:
         self._prompts = prompts.load("regression")[:count]
 
     def examples(self) -> list[Example]:
-        """The whole slice; missing chunks are generated now. Raises ModelError for a target that does not batch."""
+        """The whole slice; missing chunks are generated now. Raises ModelError for a target that
+        does not batch.
+        """
         examples: list[Example] = []
         for start in range(0, len(self._prompts), CHUNK):
             chunk = self._prompts[start : start + CHUNK]

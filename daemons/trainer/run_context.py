@@ -1,4 +1,6 @@
-"""What every run of the trainer works with, and the gate that trained and imported adapters pass alike."""
+"""What every run of the trainer works with, and the gate that trained and imported adapters pass
+alike.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ _log = log.get("training")
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """`pause` is called between pieces of work: it waits while inference is busy, gives the seconds, and raises Interrupted to stop."""
+    """`pause` is called between pieces of work: it waits while inference is busy, gives the
+    seconds, and raises Interrupted to stop.
+    """
 
     engine: EngineCore
     data_loader: DataLoader
@@ -43,7 +47,9 @@ class RunContext:
         return Lineage(self.engine.draft_fingerprint, self.engine.target.tokenizer_fingerprint, parent)
 
     def regression_slice(self) -> list[Example]:
-        """The regression slice, made where it is missing; empty for a target that cannot be run in batches."""
+        """The regression slice, made where it is missing; empty for a target that cannot be run in
+        batches.
+        """
         count = self.settings.training.regression_prompts
         try:
             return RegressionSlice(self.paths.regression, self.engine, count, self.pause).examples()
@@ -52,7 +58,9 @@ class RunContext:
             return []
 
     def gate(self, before: Scores, after: Scores, pristine: float, parent: str) -> Verdict:
-        """The verdict on a candidate that was compared with `parent`, with the tokens a second that measured costs expect."""
+        """The verdict on a candidate that was compared with `parent`, with the tokens a second that
+        measured costs expect.
+        """
         costs, most = load_costs(self.engine, self.paths.costs), self.settings.speculative.max_draft_tokens
         has_slice = len(before.general.hits) > 0
         return judge(

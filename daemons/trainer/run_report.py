@@ -1,4 +1,6 @@
-"""What one run leaves in the store: scores of the draft states that it compared, and the run itself with its verdict."""
+"""What one run leaves in the store: scores of the draft states that it compared, and the run itself
+with its verdict.
+"""
 
 import time
 import uuid
@@ -18,7 +20,9 @@ from specl.shared.settings.schema import Training
 
 @dataclass(frozen=True, slots=True)
 class TrainedOn:
-    """What a run learned from, counted. `replay`: texts that came with the draft. Losses are of one step each."""
+    """What a run learned from, counted. `replay`: texts that came with the draft. Losses are of one
+    step each.
+    """
 
     failures: int = 0
     successes: int = 0
@@ -49,7 +53,9 @@ class TrainedOn:
 
 @dataclass(slots=True)
 class RunReport:
-    """Collects the records of one run. `cause` is the trigger in words; `parent_id` is the adapter that it is compared with."""
+    """Collects the records of one run. `cause` is the trigger in words; `parent_id` is the adapter
+    that it is compared with.
+    """
 
     trigger: RunTrigger
     cause: str

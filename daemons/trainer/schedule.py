@@ -1,7 +1,8 @@
-"""What the trainer does next: `next_job`, a pure function of what it sees, and `Schedule`, the state between two jobs.
+"""What the trainer does next: `next_job`, a pure function of what it sees, and `Schedule`, the
+state between two jobs.
 
-The schedule belongs to the loop thread, and no other thread reads it. It knows nothing of models, stores and sockets; time is an
-argument.
+The schedule belongs to the loop thread, and no other thread reads it. It knows nothing of models,
+stores and sockets; time is an argument.
 """
 
 from collections import deque
@@ -63,7 +64,8 @@ class Seen:
 
 
 def next_job(seen: Seen, now: float) -> Job | None:
-    """The job to begin, in this order: a reevaluation, a run, scores, preparation. None where nothing is to be done.
+    """The job to begin, in this order: a reevaluation, a run, scores, preparation. None where
+    nothing is to be done.
 
     What users ask for is begun before all of these.
     """
@@ -83,7 +85,9 @@ def next_job(seen: Seen, now: float) -> Job | None:
 
 @dataclass(slots=True)
 class Schedule:
-    """Jobs that users asked for, the one under way, and what the last ones left: retry times, troubles, a run to repeat."""
+    """Jobs that users asked for, the one under way, and what the last ones left: retry times,
+    troubles, a run to repeat.
+    """
 
     requested: deque[Job] = field(default_factory=deque)
     running: Job | None = None
@@ -157,8 +161,9 @@ class Schedule:
         self.not_before[kind] = now + seconds
 
     def is_news(self, job: Job, outcome: Outcome) -> bool:
-        """Whether the store is to have this outcome. A run that waits for the same as the last one is recorded once, not every
-        minute, unless a user asked for it; a reevaluation without a verdict is tried again.
+        """Whether the store is to have this outcome. A run that waits for the same as the last one
+        is recorded once, not every minute, unless a user asked for it; a reevaluation without a
+        verdict is tried again.
         """
         if isinstance(job, EvaluateAdapterJob):
             return True

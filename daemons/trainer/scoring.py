@@ -1,4 +1,6 @@
-"""Draft states scored on texts, as drafting with them would compute. Knows engines and examples, no store and no verdict's rules."""
+"""Draft states scored on texts, as drafting with them would compute. Knows engines and examples, no
+store and no verdict's rules.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,9 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Scores on one set of texts. `pause` is called between pieces: it waits while inference is busy, or raises to stop."""
+    """Scores on one set of texts. `pause` is called between pieces: it waits while inference is
+    busy, or raises to stop.
+    """
 
     engine: EngineCore
     held_out: Sequence[Example]
@@ -57,7 +61,9 @@ class Scorer:
 
 
 def learner_of(engine: EngineCore) -> Learner:
-    """The engine's draft as something that is scored or trained. Raises SpecLoraError where there is none."""
+    """The engine's draft as something that is scored or trained. Raises SpecLoraError where there
+    is none.
+    """
     if engine.draft is None:
         raise SpecLoraError("there is no draft model to train", "set models.draft.name")
     return Learner(engine.draft)

@@ -1,6 +1,8 @@
-"""The trainer daemon: looks at the store, gives its MLX thread one job at a time, answers requests and announces adapters.
+"""The trainer daemon: looks at the store, gives its MLX thread one job at a time, answers requests
+and announces adapters.
 
-The loop thread owns the sockets, the outbox and the schedule; the MLX thread (worker.py) owns the models.
+The loop thread owns the sockets, the outbox and the schedule; the MLX thread (worker.py) owns the
+models.
 """
 
 import queue
@@ -95,7 +97,9 @@ class Trainer:
         self.outbox.close()
 
     def _record_adapters(self) -> None:
-        """Record adapters again: a trainer that was killed right after publishing had no time to, and twice is once."""
+        """Record adapters again: a trainer that was killed right after publishing had no time to,
+        and twice is once.
+        """
         for id in self.adapters.ids():
             try:
                 self.records.add(adapter_record(self.adapters, self.adapters.manifest(id)))
@@ -155,7 +159,9 @@ class Trainer:
             self.worker.submit(job)
 
     def _request_job(self, job: Job, override: bool) -> None:
-        """Do what a user asked for as soon as the thread is free; with `override`, whatever the machine says."""
+        """Do what a user asked for as soon as the thread is free; with `override`, whatever the
+        machine says.
+        """
         if override:
             self.power_policy.override(job)
         self.schedule.requested.append(job)
@@ -223,7 +229,9 @@ class Trainer:
                 self.server.send(peer, Reply(False, "the trainer does not know this request"))
 
     def train(self, message: Train) -> Reply:
-        """Queue a run that a user asks for, or let the one under way go on whatever the machine says."""
+        """Queue a run that a user asks for, or let the one under way go on whatever the machine
+        says.
+        """
         if self.settings.records.keep == "statistics":
             return Reply(False, "records.keep is statistics: no text is kept, so there is nothing to learn from")
         self.records.offer()

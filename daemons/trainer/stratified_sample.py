@@ -1,7 +1,8 @@
-"""A stratified sample of generations: rows of every period, and no conversation above its fair share.
+"""A stratified sample of generations: rows of every period, and no conversation above its fair
+share.
 
-Pure: outlines in, a choice of them out. The same rows give the same choice, and a few new ones change little of it, so that
-a run that was killed finds most of its work again.
+Pure: outlines in, a choice of them out. The same rows give the same choice, and a few new ones
+change little of it, so that a run that was killed finds most of its work again.
 """
 
 import hashlib
@@ -14,7 +15,8 @@ STRATA = 10  # of the rows that are older than the newest half
 
 
 def stratified_sample(rows: Sequence[Outline], most: int) -> list[Outline]:
-    """`most` of `rows` (newest first), in their order; all of them where they are no more than that. Guaranteed are:
+    """`most` of `rows` (newest first), in their order; all of them where they are no more than
+    that. Guaranteed are:
 
     - a fair share: no choice of `most` rows has a smaller largest conversation. One that is over it is first cut down to it,
       the newest half of the share from its newest rows, the rest from all of its time;
@@ -32,7 +34,9 @@ def stratified_sample(rows: Sequence[Outline], most: int) -> list[Outline]:
 
 
 def fair_share(counts: Iterable[int], most: int) -> int:
-    """The least cap on every count with which `most` places are filled; the largest count where they are not filled."""
+    """The least cap on every count with which `most` places are filled; the largest count where
+    they are not filled.
+    """
     ordered = sorted(counts)
     left = most
     for index, count in enumerate(ordered):
@@ -58,5 +62,7 @@ def _thinned(rows: Sequence[Outline], most: int) -> list[Outline]:
 
 
 def _hash_order(row: Outline) -> bytes:
-    """A pseudo-random order that is always the same. Taking every second row would change the whole choice with one new row."""
+    """A pseudo-random order that is always the same. Taking every second row would change the whole
+    choice with one new row.
+    """
     return hashlib.blake2b(row.id.encode(), digest_size=8).digest()

@@ -1,9 +1,10 @@
-"""When the trainer may work: not while inference answers, nor at once after, nor while the machine gives a reason to wait. Knows time,
-one flag and that reason, nothing else.
+"""When the trainer may work: not while inference answers, nor at once after, nor while the machine
+gives a reason to wait. Knows time, one flag and that reason, nothing else.
 
-After ten minutes of deferral it takes a quarter of the time, so that a daemon that is always busy learns too. Deferral is waiting
-beyond that quarter: it grows while work waits, also between requests that are too close together to work in, and every second of work
-pays three of it back. Time in which the machine gives a reason to wait is no deferral.
+After ten minutes of deferral it takes a quarter of the time, so that a daemon that is always busy
+learns too. Deferral is waiting beyond that quarter: it grows while work waits, also between
+requests that are too close together to work in, and every second of work pays three of it back.
+Time in which the machine gives a reason to wait is no deferral.
 """
 
 import threading
@@ -29,7 +30,9 @@ class Superseded(Interrupted):
 
 
 class Throttle:
-    """`wait_for_turn` is called between two pieces of work. Time is an argument, so that tests need not wait."""
+    """`wait_for_turn` is called between two pieces of work. Time is an argument, so that tests need
+    not wait.
+    """
 
     def __init__(
         self,
@@ -79,7 +82,9 @@ class Throttle:
         return now - self._quiet_since >= self._idle_s
 
     def wait_for_turn(self) -> float:
-        """Wait until work may go on; seconds waited. Raises Interrupted when told to stop, Abandoned when the run must end."""
+        """Wait until work may go on; seconds waited. Raises Interrupted when told to stop,
+        Abandoned when the run must end.
+        """
         start = self._clock()
         worked = min(start - self._worked_until, MAX_PIECE_S)
         deferred = max(0.0, self._deferred_s - worked * (1 - DUTY) / DUTY)

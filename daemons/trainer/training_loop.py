@@ -1,4 +1,5 @@
-"""The steps of one run: batches, budget, early stop, and checkpoints that a killed or stopped run goes on from.
+"""The steps of one run: batches, budget, early stop, and checkpoints that a killed or stopped run
+goes on from.
 
 Knows what is trained and for how long, nothing of scores, gates or published adapters.
 """
@@ -40,7 +41,9 @@ _log = log.get("training")
 
 @dataclass(slots=True)
 class RunProgress:
-    """What `status` shows of the work under way. The MLX thread writes it, the loop thread reads it."""
+    """What `status` shows of the work under way. The MLX thread writes it, the loop thread reads
+    it.
+    """
 
     state: str = "idle"
     step: int = 0
@@ -58,11 +61,13 @@ class RunProgress:
 
 @dataclass(slots=True)
 class TrainingLoop:
-    """Trains what is attached to a learner. `base` is what the weights begin from: fingerprint of the draft, id of the parent;
-    `parent_seen_ids` are generations that the parent was trained on. `pause` as in RunContext.
+    """Trains what is attached to a learner. `base` is what the weights begin from: fingerprint of
+    the draft, id of the parent; `parent_seen_ids` are generations that the parent was trained on.
+    `pause` as in RunContext.
 
-    Afterwards `eligible_ids` names all training generations, a resumed run's included, `seen_ids` those that were in a batch, and
-    `losses` has one a step. A checkpoint keeps these under names of the first version: ids, shown, watched.
+    Afterwards `eligible_ids` names all training generations, a resumed run's included, `seen_ids`
+    those that were in a batch, and `losses` has one a step. A checkpoint keeps these under names of
+    the first version: ids, shown, watched.
     """
 
     data: TrainingData
@@ -81,7 +86,9 @@ class TrainingLoop:
     validation_losses: list[float] = field(default_factory=list)
 
     def run(self, learner: Learner) -> None:
-        """All steps, or as many as there is time for. Raises Interrupted when told to stop: the checkpoint stays."""
+        """All steps, or as many as there is time for. Raises Interrupted when told to stop: the
+        checkpoint stays.
+        """
         training = self.settings.training
         train, validation = split_validation([*self.data.failures, *self.data.successes])
         train_ids = {example.id for example in train}
@@ -114,8 +121,9 @@ class TrainingLoop:
         return LossSettings(loss.type, loss.temperature, loss.alpha, custom)
 
     def pools(self, train_ids: Collection[str]) -> tuple[list[Example], list[Example]]:
-        """Fresh texts, and texts to replay. Failures that the parent has seen are replayed, where there are enough others: else
-        work of a new kind would have to wait its turn behind all that ever failed.
+        """Fresh texts, and texts to replay. Failures that the parent has seen are replayed, where
+        there are enough others: else work of a new kind would have to wait its turn behind all that
+        ever failed.
         """
         failures, successes = (
             [example for example in part if example.id in train_ids]
@@ -177,8 +185,9 @@ class TrainingLoop:
         return {**self.base, "recipe": self.settings.training.model_dump(mode="json", include=RECIPE)}
 
     def _is_same_work(self, notes: dict[str, Any]) -> bool:
-        """Whether a killed run's checkpoint is worth going on with: made with the same plan, mostly on the same generations (some
-        were answered since), all of which are still stored and none of which is judged on.
+        """Whether a killed run's checkpoint is worth going on with: made with the same plan, mostly
+        on the same generations (some were answered since), all of which are still stored and none
+        of which is judged on.
         """
         ids, now = set(notes.get("ids", [])), set(self.eligible_ids)
         held_out = {example.id for example in self.data.held_out}
@@ -187,7 +196,9 @@ class TrainingLoop:
         return same_plan and mostly and not ids & held_out and not self.store.missing(sorted(ids))
 
     def _resume(self, loop: StepLoop, batches: BatchSampler) -> float:
-        """Go on with a killed run's checkpoint if it is of the same work, otherwise drop it; seconds that it had worked."""
+        """Go on with a killed run's checkpoint if it is of the same work, otherwise drop it;
+        seconds that it had worked.
+        """
         notes = read_notes(self._checkpoint)
         if notes is None:
             return 0.0

@@ -1,7 +1,9 @@
-"""One training run: gather, train LoRA from the adapter in force, score on held-out conversations, pass the gate, publish.
+"""One training run: gather, train LoRA from the adapter in force, score on held-out conversations,
+pass the gate, publish.
 
-Runs on the trainer's MLX thread in small pieces; between any two it may be told to wait or to stop. A run that was killed goes on
-from its checkpoint. Every outcome becomes a `TrainingRun` record with its numbers, published or not.
+Runs on the trainer's MLX thread in small pieces; between any two it may be told to wait or to stop.
+A run that was killed goes on from its checkpoint. Every outcome becomes a `TrainingRun` record with
+its numbers, published or not.
 """
 
 from contextlib import suppress
@@ -34,7 +36,9 @@ _log = log.get("training")
 
 @dataclass(slots=True)
 class Parent:
-    """What a run goes on from. `in_force`: what CURRENT named. `id` and `adapter` differ from it where its files cannot be used."""
+    """What a run goes on from. `in_force`: what CURRENT named. `id` and `adapter` differ from it
+    where its files cannot be used.
+    """
 
     in_force: str
     adapter: LoadedAdapter | None
@@ -47,7 +51,9 @@ class Parent:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What the steps have made: the wrapped draft, and A and B that they began with, where those are the parent's."""
+    """What the steps have made: the wrapped draft, and A and B that they began with, where those
+    are the parent's.
+    """
 
     learner: Learner
     shape: LoraShape
@@ -55,8 +61,8 @@ class Trained:
 
 
 class AdapterTraining:
-    """One run. `run` raises Interrupted when told to stop, and Superseded where what it goes on from is in force no more; then the
-    checkpoint stays, and the next run goes on with it.
+    """One run. `run` raises Interrupted when told to stop, and Superseded where what it goes on
+    from is in force no more; then the checkpoint stays, and the next run goes on with it.
     """
 
     def __init__(self, context: RunContext, job: TrainJob) -> None:
@@ -100,7 +106,9 @@ class AdapterTraining:
         return self._judge(loop, trained, before, *gate.verdict(trained))
 
     def _too_little(self, failures: int, successes: int, held_out: int) -> tuple[RunVerdict, str] | None:
-        """What is missing yet: to train on, or to judge by, without which the training would be for nothing."""
+        """What is missing yet: to train on, or to judge by, without which the training would be for
+        nothing.
+        """
         minimum, counts = self.settings.training.min_heldout_generations, f"{failures} failures, {successes} successes"
         if failures + successes < MIN_EXAMPLES:
             return RunVerdict.NO_DATA, f"too little to train on yet: {counts}"
@@ -117,14 +125,18 @@ class AdapterTraining:
         self.report.parent_id = self.parent.id
 
     def pause_in_force(self) -> float:
-        """`pause`. Raises Superseded where CURRENT has moved: the checkpoint stays, for what was rolled back may be reinstated."""
+        """`pause`. Raises Superseded where CURRENT has moved: the checkpoint stays, for what was
+        rolled back may be reinstated.
+        """
         waited = self.context.pause()
         if self.context.adapters.current() != self.parent.in_force:
             raise Superseded(f"it goes on from adapter {self.parent.id or 'none'}, which is no longer in force")
         return waited
 
     def _parent_seen_ids(self) -> set[str]:
-        """Generations that the parent was trained on. Older manifests name those that it might have been."""
+        """Generations that the parent was trained on. Older manifests name those that it might have
+        been.
+        """
         with suppress(AdapterRejected):
             manifest = self.context.adapters.manifest(self.parent.id)
             return set(manifest.training.get("seen_ids", manifest.training.get("shown", manifest.generations)))
@@ -132,7 +144,9 @@ class AdapterTraining:
 
     # ------------------------------------------------------------------------------------------------ the training
     def _attach(self, data: TrainingData, replay: list[Example]) -> Trained:
-        """Wrap the pristine draft's layers, with the parent's A and B where its shape is the same; refresh the hot vocabulary."""
+        """Wrap the pristine draft's layers, with the parent's A and B where its shape is the same;
+        refresh the hot vocabulary.
+        """
         lora, parent = self.settings.training.lora, self.parent.adapter
         self.engine.use_adapter(None)
         learner = learner_of(self.engine)
@@ -194,7 +208,9 @@ class AdapterTraining:
         )
 
     def _training_of(self, loop: TrainingLoop) -> dict[str, Any]:
-        """The manifest's `training`: how the steps went, and which generations the weights may have or have seen."""
+        """The manifest's `training`: how the steps went, and which generations the weights may have
+        or have seen.
+        """
         return {
             **self.report.trained_on.steps,
             **self.report.trained_on.counts,
@@ -215,18 +231,21 @@ class Gate:
     pristine: float
 
     def verdict(self, trained: Trained) -> tuple[Scores, Verdict]:
-        """The trained weights' scores and verdict. Where they fail on general text alone, weights between the old and the trained
-        ones are tried (WiSE-FT, arXiv 2109.01903); the first that pass are left in the learner.
+        """The trained weights' scores and verdict. Where they fail on general text alone, weights
+        between the old and the trained ones are tried (WiSE-FT, arXiv 2109.01903); the first that
+        pass are left in the learner.
 
-        Half of a change keeps more than half of the gain and loses far less than half of the rest (docs/learning.md). Interpolation
-        is tried only if the full change's gain interval is above zero, so that chance is given no more tries.
+        Half of a change keeps more than half of the gain and loses far less than half of the rest
+        (docs/learning.md). Interpolation is tried only if the full change's gain interval is above
+        zero, so that chance is given no more tries.
         """
         trained_weights = lora_weights(trained.learner.module)
         after = self._scores(trained.learner)
         verdict = self._gate(after)
         if not verdict.fails_only_regression:
             return after, verdict
-        # where all adapters before it as well have cost too much together, the way begins without any
+        # where all adapters before it as well have cost too much together, the way begins without
+        # any
         drifted = verdict.regression is not None and verdict.regression.drifted
         start = None if drifted else trained.start
         _log.info("gate.regression_failed", reason=verdict.reason)

@@ -1,6 +1,8 @@
-"""The trainer's one MLX thread: loads the models when first needed, does one job after another, and says how each ended.
+"""The trainer's one MLX thread: loads the models when first needed, does one job after another, and
+says how each ended.
 
-It decides nothing about what is done next (schedule.py), and touches no socket and no outbox but for scores.
+It decides nothing about what is done next (schedule.py), and touches no socket and no outbox but
+for scores.
 """
 
 import queue
@@ -164,7 +166,9 @@ class TrainingWorker(threading.Thread):
             free_memory()  # a run takes many times what scoring does
 
     def _prepare(self) -> bool:
-        """Make the regression slice and a part of the texts to replay while nobody waits; whether parts are left."""
+        """Make the regression slice and a part of the texts to replay while nobody waits; whether
+        parts are left.
+        """
         self.progress.state = "preparing"
         with self._data_loader() as data_loader:
             self._context(data_loader).regression_slice()
@@ -173,7 +177,8 @@ class TrainingWorker(threading.Thread):
         return more
 
     def _score(self) -> bool:
-        """Agreement of generations that were answered without drafting: without it they would never count as failures.
+        """Agreement of generations that were answered without drafting: without it they would never
+        count as failures.
 
         Whether any could be scored: those of another target cannot.
         """

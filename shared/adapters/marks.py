@@ -1,7 +1,9 @@
-"""What was decided about adapters after they were promoted, in one small file beside them: MARKS.json.
+"""What was decided about adapters after they were promoted, in one small file beside them:
+MARKS.json.
 
-Inference and the trainer both write it, under a lock on the folder. An adapter without a mark has not been reevaluated yet. The files
-ROLLED_BACK.json and SECOND_LOOKS.json of earlier versions are read, and never written. Knows nothing of why somebody decides.
+Inference and the trainer both write it, under a lock on the folder. An adapter without a mark has
+not been reevaluated yet. The files ROLLED_BACK.json and SECOND_LOOKS.json of earlier versions are
+read, and never written. Knows nothing of why somebody decides.
 """
 
 import fcntl
@@ -84,7 +86,9 @@ class AdapterMarks:
             os.close(folder)
 
     def _read(self, name: str) -> dict[str, Any]:
-        """A file's object; what was read before where it cannot be read just now, nothing where it is damaged."""
+        """A file's object; what was read before where it cannot be read just now, nothing where it
+        is damaged.
+        """
         try:
             document = json.loads((self.folder / name).read_text())
         except (FileNotFoundError, ValueError):

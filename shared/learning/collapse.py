@@ -1,9 +1,12 @@
-"""Whether a newly activated adapter has collapsed on live traffic. Pure counts; knows no request, file or clock.
+"""Whether a newly activated adapter has collapsed on live traffic. Pure counts; knows no request,
+file or clock.
 
-Live counts stop a draft that is plainly broken and decide nothing else. Which of two working adapters is better is decided by
-judge.py, on the same answers. The test is therefore against a fixed floor, and not against live counts of the adapter before: those
-are of other requests, and a change of the kind of work between the two had three better adapters rolled back for harder work
-(docs/learning.md). At the floor drafting costs about what it brings, so little is lost while a rolled-back adapter waits for the judge.
+Live counts stop a draft that is plainly broken and decide nothing else. Which of two working
+adapters is better is decided by judge.py, on the same answers. The test is therefore against a
+fixed floor, and not against live counts of the adapter before: those are of other requests, and a
+change of the kind of work between the two had three better adapters rolled back for harder work
+(docs/learning.md). At the floor drafting costs about what it brings, so little is lost while a
+rolled-back adapter waits for the judge.
 """
 
 import math
@@ -17,7 +20,9 @@ PROBE_EVERY = 4  # one round in so many drafts even while drafting is off: 24-to
 
 @dataclass(slots=True)
 class CollapseCheck:
-    """Counts of one adapter's first drafted tokens (depth 1 of each model draft), since it was activated."""
+    """Counts of one adapter's first drafted tokens (depth 1 of each model draft), since it was
+    activated.
+    """
 
     adapter_id: str
     tested: int = 0

@@ -1,8 +1,10 @@
-"""The judge of adapters: a paired comparison of two draft states on the same answers, and the rules that decide from it.
+"""The judge of adapters: a paired comparison of two draft states on the same answers, and the rules
+that decide from it.
 
-Pure: scores in, a verdict with its numbers out; knows no file and no model. `judge` decides whether a candidate is promoted,
-`reevaluate` decides again on answers that came after the promotion. Both read one `Comparison`: the difference of pooled agreement
-with its 95% interval, from a percentile bootstrap over generations (tokens of one answer are not independent).
+Pure: scores in, a verdict with its numbers out; knows no file and no model. `judge` decides whether
+a candidate is promoted, `reevaluate` decides again on answers that came after the promotion. Both
+read one `Comparison`: the difference of pooled agreement with its 95% interval, from a percentile
+bootstrap over generations (tokens of one answer are not independent).
 """
 
 from collections.abc import Sequence
@@ -27,10 +29,12 @@ Counts = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How often a draft says what the target says. Arrays have one entry a generation, for resampling.
+    """How often a draft says what the target says. Arrays have one entry a generation, for
+    resampling.
 
-    hits / positions: at depth 1, the draft's top token = the text's (greedy), or sum of min(p, q) over the stored top-k (sampled:
-    a lower bound). by_depth: the same at each depth, given that all shallower tokens were accepted; no deeper than any draft got.
+    hits / positions: at depth 1, the draft's top token = the text's (greedy), or sum of min(p, q)
+    over the stored top-k (sampled: a lower bound). by_depth: the same at each depth, given that all
+    shallower tokens were accepted; no deeper than any draft got.
     """
 
     hits: Counts
@@ -45,7 +49,9 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Pooled agreement of two draft states on the same generations; `low` and `high` bound the difference, after less before."""
+    """Pooled agreement of two draft states on the same generations; `low` and `high` bound the
+    difference, after less before.
+    """
 
     generations: int
     before: float
@@ -67,7 +73,9 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """What an adapter was made for and from: fingerprints of the draft and of the tokenizer, the id of its parent."""
+    """What an adapter was made for and from: fingerprints of the draft and of the tokenizer, the id
+    of its parent.
+    """
 
     base: str
     tokenizer: str
@@ -76,7 +84,9 @@ class Lineage:
 
 @dataclass(frozen=True, slots=True)
 class Regression:
-    """Agreement on the regression slice (general text, no user data): before, after, and without any adapter."""
+    """Agreement on the regression slice (general text, no user data): before, after, and without
+    any adapter.
+    """
 
     before: float
     after: float
@@ -99,8 +109,9 @@ class Regression:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A decision about an adapter, the sentence for people and the numbers. `rates`: tokens a second that the cost model expects
-    before and after, None where no costs are known. `interpolation_alpha`: how far from the old weights to the trained ones.
+    """A decision about an adapter, the sentence for people and the numbers. `rates`: tokens a
+    second that the cost model expects before and after, None where no costs are known.
+    `interpolation_alpha`: how far from the old weights to the trained ones.
     """
 
     verdict: RunVerdict
@@ -112,7 +123,9 @@ class Verdict:
 
     @property
     def fails_only_regression(self) -> bool:
-        """Whether general text is all that stands against it, so that a part of the change may pass."""
+        """Whether general text is all that stands against it, so that a part of the change may
+        pass.
+        """
         regresses = self.regression is not None and bool(self.regression.problem)
         return self.verdict == RunVerdict.REJECTED and self.comparison.low > 0 and regresses
 
@@ -144,7 +157,8 @@ def compare(before: Agreement, after: Agreement, seed: int = 0) -> Comparison:
 
 
 def paired_interval(before: Agreement, after: Agreement, seed: int = 0) -> tuple[float, float]:
-    """Bounds of the gain in pooled agreement when generations are drawn again, both scores of one together.
+    """Bounds of the gain in pooled agreement when generations are drawn again, both scores of one
+    together.
 
     Raises ValueError where the two were not scored on the same positions.
     """
@@ -173,10 +187,12 @@ def judge(
     rates: tuple[float | None, float | None] = (None, None),
     problems: Sequence[str] = (),
 ) -> Verdict:
-    """Whether a candidate (`after`) replaces the adapter in force (`before`), by their scores on held-out generations.
+    """Whether a candidate (`after`) replaces the adapter in force (`before`), by their scores on
+    held-out generations.
 
-    It must be better by more than chance, and general text must not regress. Fewer than `minimum` generations: no verdict.
-    `problems` are reasons that no score can outweigh. Raises ValueError where the scores are not paired.
+    It must be better by more than chance, and general text must not regress. Fewer than `minimum`
+    generations: no verdict. `problems` are reasons that no score can outweigh. Raises ValueError
+    where the scores are not paired.
     """
     comparison = compare(before, after)
     figures = f"held-out {comparison}"
@@ -200,10 +216,12 @@ def judge(
 
 
 def reevaluate(predecessor: Agreement, adapter: Agreement, minimum: int, was_rolled_back: bool) -> Verdict:
-    """The second decision about a promoted adapter, by both scores on the same answers since its promotion.
+    """The second decision about a promoted adapter, by both scores on the same answers since its
+    promotion.
 
-    The state of affairs stays unless the other one is better by more than chance: an adapter in force is KEPT or ROLLED_BACK, one
-    that live counts have rolled back is REINSTATED, or its rollback is CONFIRMED. Fewer than `minimum` answers: no verdict.
+    The state of affairs stays unless the other one is better by more than chance: an adapter in
+    force is KEPT or ROLLED_BACK, one that live counts have rolled back is REINSTATED, or its
+    rollback is CONFIRMED. Fewer than `minimum` answers: no verdict.
     """
     comparison = compare(predecessor, adapter)
     if comparison.generations < minimum:
@@ -230,7 +248,9 @@ def lineage_problems(candidate: Lineage, current: Lineage) -> list[str]:
 
 
 def expected_rate(costs: Costs | None, by_depth: Sequence[float], most: int) -> float | None:
-    """Tokens a second that the cost model expects at the best k for this agreement by depth; None where nothing is measured."""
+    """Tokens a second that the cost model expects at the best k for this agreement by depth; None
+    where nothing is measured.
+    """
     if costs is None or not by_depth:
         return None
     estimate = AcceptanceEstimate()

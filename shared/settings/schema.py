@@ -121,7 +121,7 @@ class Training(_Section):
 
     enabled: bool = Field(
         True,
-        description="false: train only when asked (`specl-ctl train`, the page, `purge --retrain`), and judge no adapter again",
+        description="false: train only when asked (`specl-ctl train`, the page, `purge --retrain`)",
     )
     lora: Lora = Lora()
     loss: Loss = Loss()
