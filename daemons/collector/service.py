@@ -107,6 +107,7 @@ class Collector:
     def open(self) -> None:
         """Open the store now, so that a store of a newer program ends the daemon at once."""
         try:
+            _ = self.store  # opening may upgrade it: that is not what figures cost
             self.summary.make()
         except StoreTooNew:
             raise
