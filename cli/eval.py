@@ -15,7 +15,7 @@ from specl.shared.paths import find_paths
 from specl.shared.settings.load import load_settings
 
 if TYPE_CHECKING:
-    from specl.shared.bench.compare_adapters import Difference, Side
+    from specl.shared.bench.compare_adapters import AdapterResults, Difference
     from specl.shared.bench.prompt_sets import BenchPrompt
     from specl.shared.engine.core import EngineCore
 
@@ -61,11 +61,11 @@ def evaluate(
     from specl.shared.sampling_params import SamplingParams
 
     items = [BenchPrompt(str(item.line), file, item.messages) for item in prompts]
-    sides = [compare_adapters.Side(name, _adapter(engine, name)) for name in names]
+    sides = [compare_adapters.AdapterResults(name, _adapter(engine, name)) for name in names]
     sampling = SamplingParams(temperature=temperature)
     items = _fitting(engine, items, max_tokens)
     with ProgressReporter() as report_progress:
-        plain = compare_adapters.duel(engine, items, max_tokens, sampling, sides, report_progress)
+        plain = compare_adapters.measure_adapters(engine, items, max_tokens, sampling, sides, report_progress)
     report(sides, compare_adapters.difference(*sides), plain, len(items), as_object)
 
 
@@ -120,7 +120,7 @@ def _fitting(engine: "EngineCore", items: "list[BenchPrompt]", limit: int) -> "l
 
 
 # ------------------------------------------------------------------------------------------------ the report
-def report(sides: "list[Side]", change: "Difference", plain: float, prompts: int, as_object: bool) -> None:
+def report(sides: "list[AdapterResults]", change: "Difference", plain: float, prompts: int, as_object: bool) -> None:
     """The figures side by side, and a sentence."""
     if as_object:
         found = {"prompts": prompts, "plain_tokens_per_second": plain, "agreement_difference": asdict(change)}
@@ -132,7 +132,7 @@ def report(sides: "list[Side]", change: "Difference", plain: float, prompts: int
     click.echo(sentence(sides, change, prompts))
 
 
-def _rows(sides: "list[Side]", plain: float) -> list[tuple[str, list[str]]]:
+def _rows(sides: "list[AdapterResults]", plain: float) -> list[tuple[str, list[str]]]:
     share = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
     depths = range(max(len(side.by_depth) for side in sides))  # as far as any draft got
     at = lambda side, depth: share(side.by_depth[depth] if depth < len(side.by_depth) else None)  # noqa: E731
@@ -145,7 +145,7 @@ def _rows(sides: "list[Side]", plain: float) -> list[tuple[str, list[str]]]:
     ]
 
 
-def sentence(sides: "list[Side]", change: "Difference", prompts: int) -> str:
+def sentence(sides: "list[AdapterResults]", change: "Difference", prompts: int) -> str:
     """What the difference in agreement says, and what it does not."""
     span = f"{change.value:+.3f} (95% interval {change.low:+.3f} to {change.high:+.3f}, {prompts} prompts)"
     first, second = (f"adapter {side.name}" if side.name != NONE else "the bare draft" for side in sides)

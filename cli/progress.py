@@ -37,7 +37,8 @@ class ProgressReporter:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[details]}", markup=False),
             )
-            self._bar = ProgressBar(*columns, console=Console(stderr=True))
+            # lines printed meanwhile go above the bar, but never from a stdout that is a file to stderr
+            self._bar = ProgressBar(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
             self._bar.start()
         return self
 

@@ -1,4 +1,4 @@
-"""`specl-ctl bench`: the same prompts through mlx-lm and through us, interleaved in one run; tables, JSON and a plot."""
+"""`specl-ctl bench`: the same prompts through mlx-lm and through this engine, interleaved in one run; tables, JSON and a plot."""
 
 import contextlib
 import json
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from specl.shared.bench.arms import Arm
     from specl.shared.bench.measure import Run
     from specl.shared.bench.prompt_sets import BenchPrompt
+    from specl.shared.bench.scratch_daemons import ScratchDaemons
     from specl.shared.engine.core import EngineCore
 
 SETS = ("general", "code", "structured", "copy", "adversarial")
@@ -32,7 +33,7 @@ MLX_K = "1,2,3,4,5,6"
 
 
 class _Numbers(click.ParamType):
-    """Numbers with commas between."""
+    """Numbers separated by commas."""
 
     name = "N,N,..."
 
@@ -104,7 +105,7 @@ class _Numbers(click.ParamType):
 )
 @click.option("--plot", type=click.Path(dir_okay=False), help="Write a picture of the ratios here (PNG).")
 @click.pass_context
-def bench(ctx: click.Context, **wish: Any) -> None:
+def bench(ctx: click.Context, **options: Any) -> None:
     """Measure speed and equality: the same prompts through mlx-lm and through this engine, interleaved in one run.
 
     \b
@@ -119,12 +120,12 @@ def bench(ctx: click.Context, **wish: Any) -> None:
     """
     if ctx.invoked_subcommand is not None:
         return
-    if wish["plot"]:
+    if options["plot"]:
         from specl.shared.bench.plot import require_matplotlib
 
         require_matplotlib()
     with contextlib.ExitStack() as stack:
-        _Bench(stack, **wish).run()
+        _Bench(stack, **options).run()
 
 
 bench.add_command(learning)
@@ -133,42 +134,41 @@ bench.add_command(learning)
 class _Bench:
     """One invocation."""
 
-    def __init__(self, stack: contextlib.ExitStack, **wish: Any) -> None:
+    def __init__(self, stack: contextlib.ExitStack, **options: Any) -> None:
         from specl.shared.sampling_params import SamplingParams
 
-        self.wish, self.stack = wish, stack
+        self.options, self.stack = options, stack
         self.paths: Paths = find_paths()
-        self.settings = _settings(wish["target"], wish["draft"])
-        self.sampling = SamplingParams(temperature=wish["temperature"], top_p=wish["top_p"])
+        self.settings = _settings(options["target"], options["draft"])
+        self.sampling = SamplingParams(temperature=options["temperature"], top_p=options["top_p"])
         # a report on standard output stands alone there
-        self.console = Console(stderr=wish["json_file"] == "-", highlight=False)
+        self.console = Console(stderr=options["json_file"] == "-", highlight=False)
         if not self.console.is_terminal:
-            self.console = Console(stderr=wish["json_file"] == "-", highlight=False, width=WIDE)
+            self.console = Console(stderr=options["json_file"] == "-", highlight=False, width=WIDE)
 
     def run(self) -> None:
         """Load, measure, report."""
         engine = self._engine()
         items = self._prompts()
-        if self.wish["clients"]:
-            found = self._crowds(engine, items)
-            return self._write({"clients": found})
+        if self.options["clients"]:
+            return self._write({"clients": self._concurrent(engine, items)})
         from specl.shared.bench.measure import Plan, measure
         from specl.shared.bench.report import as_json
 
-        arms = self._suite(engine) if self.wish["suite"] else self._arms(engine)
+        arms = self._suite(engine) if self.options["suite"] else self._arms(engine)
         self.console.print(
-            f"{len(items)} prompts x {self.wish['iterations']}, {len(arms)} arms, up to {self.wish['tokens']} tokens an answer"
+            f"{len(items)} prompts x {self.options['iterations']}, {len(arms)} arms, up to {self.options['tokens']} tokens an answer"
         )
-        plan = Plan(items, self.wish["tokens"], self.wish["iterations"], arms)
+        plan = Plan(items, self.options["tokens"], self.options["iterations"], arms)
         with ProgressReporter() as report_progress:
             runs = measure(engine, plan, self.sampling.greedy, report_progress)
         report = as_json(runs)
         _print_tables(self.console, runs, report)
         self._write(report)
-        if self.wish["plot"]:
+        if self.options["plot"]:
             from specl.shared.bench.plot import draw
 
-            draw(runs, Path(self.wish["plot"]))
+            draw(runs, Path(self.options["plot"]))
 
     def _engine(self) -> "EngineCore":
         from specl.shared.loading.costs import load_or_calibrate
@@ -190,13 +190,17 @@ class _Bench:
     def _prompts(self) -> "list[BenchPrompt]":
         from specl.shared.bench import prompt_sets
 
-        if self.wish["prompt"]:
-            return [prompt_sets.BenchPrompt("own", prompt_sets.OWN, [{"role": "user", "content": self.wish["prompt"]}])]
-        names = self.wish["sets"] or SETS
+        if self.options["prompt"]:
+            return [
+                prompt_sets.BenchPrompt(
+                    "prompt", prompt_sets.FROM_OPTION, [{"role": "user", "content": self.options["prompt"]}]
+                )
+            ]
+        names = self.options["sets"] or SETS
         self.hashes = {name: prompt_sets.sha256(name) for name in names}
         for name, digest in self.hashes.items():
             self.console.print(f"set {name}: sha256 {digest[:16]}")
-        return [item for name in names for item in prompt_sets.pick(name, self.wish["prompts"])]
+        return [item for name in names for item in prompt_sets.pick(name, self.options["prompts"])]
 
     def _arms(self, engine: "EngineCore") -> "list[Arm]":
         from specl.shared.bench.arms import STOCK, EngineArm, MlxSpeculativeArm, PlainArm, stock_copy
@@ -204,20 +208,21 @@ class _Bench:
 
         sampling, top_k = self.sampling, self.settings.training.loss.top_k_logits
         arms: list[Any] = [PlainArm(engine.target, sampling)]
-        if self.wish["stock"]:
+        if self.options["stock"]:
             arms.append(PlainArm(stock_copy(engine.target, self.paths.models), sampling, STOCK))
         if isinstance(engine.draft, LanguageModel):
-            arms += [MlxSpeculativeArm(engine.target, engine.draft, k, sampling) for k in self.wish["mlx_k"]]
+            arms += [MlxSpeculativeArm(engine.target, engine.draft, k, sampling) for k in self.options["mlx_k"]]
         # without a draft a fixed length would go to the n-gram drafter: only 0 means anything
-        fixed = self.wish["fixed"] if engine.draft is not None else [k for k in self.wish["fixed"] if k == 0]
+        fixed = self.options["fixed"] if engine.draft is not None else [k for k in self.options["fixed"] if k == 0]
         arms += [EngineArm(f"k={k}", engine, sampling, k, ngram=False) for k in fixed]
         arms.append(EngineArm("auto fast, no n-gram", engine, sampling, None, ngram=False))
         arms.append(EngineArm("auto fast", engine, sampling, None, ngram=True))
         arms.append(EngineArm("auto detailed", engine, sampling, None, ngram=True, capture_k=top_k))
-        if not self.wish["no_daemon"]:
-            from specl.shared.bench.scratch import DaemonArm
+        if not self.options["no_daemon"]:
+            from specl.shared.bench.arms import DaemonArm
 
-            arms.append(DaemonArm(self._daemons(engine), sampling))
+            client = self.stack.enter_context(self._daemons(engine).client())
+            arms.append(DaemonArm(client, sampling))
         return arms
 
     def _suite(self, engine: "EngineCore") -> "list[Arm]":
@@ -243,34 +248,34 @@ class _Bench:
         arms.append(EngineArm("adapted draft, k=4", engine, sampling, 4, ngram=False, adapter=adapter))
         return arms
 
-    def _daemons(self, engine: "EngineCore") -> Any:
-        from specl.shared.bench.scratch import ScratchDaemons
+    def _daemons(self, engine: "EngineCore") -> "ScratchDaemons":
+        from specl.shared.bench.scratch_daemons import ScratchDaemons, with_models
 
         folder = getattr(engine.draft, "folder", None) or getattr(engine.draft, "path", None)
-        daemons = ScratchDaemons(
-            self.settings, engine.target.path, str(folder) if folder else None, self.paths.models, self.paths.costs
-        )
+        settings = with_models(self.settings, engine.target.path, str(folder) if folder else None)
+        roles = ("inference", "collector")
+        daemons = ScratchDaemons(settings, self.paths.models, roles, costs=self.paths.costs)
         return self.stack.enter_context(daemons)
 
-    def _crowds(self, engine: "EngineCore", items: "list[BenchPrompt]") -> list[dict[str, Any]]:
+    def _concurrent(self, engine: "EngineCore", items: "list[BenchPrompt]") -> list[dict[str, Any]]:
         from dataclasses import asdict
 
-        from specl.shared.bench.concurrency import measure_crowds
-        from specl.shared.bench.scratch import MlxServer
+        from specl.shared.bench.concurrency import measure_concurrency
+        from specl.shared.bench.mlx_server import MlxServer
 
         server = self.stack.enter_context(MlxServer(engine.target))
-        found = measure_crowds(
+        rows = measure_concurrency(
             self._daemons(engine),
             server,
             items,
-            self.wish["clients"],
-            self.wish["tokens"],
+            self.options["clients"],
+            self.options["tokens"],
             self.sampling,
-            self.wish["iterations"],
+            self.options["iterations"],
             lambda note: click.echo(note, err=True),
         )
         table = Table("clients", "ours tok/s", "mlx_lm.server tok/s", "ratio of each turn")
-        for row in found:
+        for row in rows:
             table.add_row(
                 str(row.clients),
                 f"{row.ours:.1f}",
@@ -278,18 +283,18 @@ class _Bench:
                 ", ".join(f"{value:.2f}" for value in row.ratios),
             )
         self.console.print(table)
-        return [asdict(row) for row in found]
+        return [asdict(row) for row in rows]
 
     def _write(self, report: dict[str, Any]) -> None:
-        """The JSON file, with what is needed to read it."""
-        file = self.wish["json_file"]
+        """Write the JSON file, with what is needed to read it."""
+        file = self.options["json_file"]
         if not file:
             return
         about = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
         about |= {"mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
-        wish = {name: value for name, value in self.wish.items() if name not in ("json_file", "plot")}
+        options = {name: value for name, value in self.options.items() if name not in ("json_file", "plot")}
         models = {"target": self.settings.models.target.name, "draft": self.settings.models.draft.name}
-        whole = {"about": about, "models": models, "options": wish, "sets": getattr(self, "hashes", {})} | report
+        whole = {"about": about, "models": models, "options": options, "sets": getattr(self, "hashes", {})} | report
         text = json.dumps(whole, indent=1)
         if file == "-":
             click.echo(text)
@@ -317,7 +322,9 @@ def _print_tables(console: Console, runs: "list[Run]", report: dict[str, Any]) -
         console.print(f"{name}: best fixed length of hindsight {row['best_fixed']}; {shares} of it")
     apart = report["apart"]
     if apart["looping"] or apart["short"]:
-        console.print(f"reported apart: {apart['looping']} looping answers; left out: {apart['short']} under 16 tokens")
+        console.print(
+            f"reported separately: {apart['looping']} looping answers; left out: {apart['short']} under 16 tokens"
+        )
     for arm, row in report["equality"].items():
         console.print(equality_line(arm, row))
 
@@ -350,5 +357,5 @@ def equality_line(arm: str, row: dict[str, Any]) -> str:
     counts = ", ".join(
         f"{row[verdict]} {verdict}" for verdict in ("equal", "tie", "different", "unchecked") if row[verdict]
     )
-    note = "" if row["conclusive"] else f" INCONCLUSIVE ({row['drafted']} drafted, {row['rejected']} refused)"
+    note = "" if row["conclusive"] else f" INCONCLUSIVE ({row['drafted']} drafted, {row['rejected']} rejected)"
     return f"texts of {arm}: {counts}{note}"

@@ -1,4 +1,4 @@
-"""`specl-ctl demo`: ask, record, train, publish, fuse, faster; on a kind of work that the shipped draft has never seen.
+"""`specl-ctl demo`: ask, record, train, publish, measure again, on a kind of work that the shipped draft has never seen.
 
 Everything printed was measured in this run. The unseen prompts share no record with those that were learned from, are asked
 without recording, and n-gram drafting is off, so that what changes is the adapter alone.
@@ -6,21 +6,21 @@ without recording, and n-gram drafting is off, so that what changes is the adapt
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from specl.shared.bench.scratch_daemons import scratch_daemons
+from specl.shared.answer_stats import AnswerTotals
+from specl.shared.bench.scratch_daemons import ScratchDaemons
 from specl.shared.bench.stream import (
     FIXED_K,
-    Item,
+    StreamItem,
     ask,
     conversation,
     count_failures,
-    items,
-    train,
+    run_training,
+    stream_items,
     wait_adapter,
     wait_stored,
 )
@@ -38,29 +38,8 @@ TRAIN_TIMEOUT_S = 900
 REPLAYED = 96  # general texts are captured first: 20 s instead of two minutes
 
 
-@dataclass(slots=True)
-class Measured:
-    """What one pass over the unseen prompts gave."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    drafted: int = 0
-    accepted: int = 0
-    rounds: int = 0
-
-    @property
-    def speed(self) -> float:
-        """Tokens a second while decoding."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def acceptance(self) -> float:
-        """accepted / drafted."""
-        return self.accepted / self.drafted if self.drafted else 0.0
-
-
 def _demo_settings() -> Settings:
-    """The settings in force, with a short training run that starts when told to."""
+    """The settings in force, with a short training run that starts on request."""
     settings = load_settings()
     training = settings.training.model_copy(
         update={
@@ -79,9 +58,9 @@ def _demo_settings() -> Settings:
 
 
 def _pass(
-    client: Client, prompts: Sequence[Item], tokens: int, k: int | None, record: bool
-) -> tuple[Measured, set[str]]:
-    """Ask every prompt greedily; what it gave, and which adapters drafted."""
+    client: Client, prompts: Sequence[StreamItem], tokens: int, k: int | None, record: bool
+) -> tuple[AnswerTotals, set[str]]:
+    """Ask every prompt greedily; the totals of the answers, and which adapters drafted."""
     share = client.settings.training.heldout_share
     rows = [
         ask(
@@ -90,14 +69,10 @@ def _pass(
         )
         for item in prompts
     ]  # fmt: skip
-    total = Measured(
-        tokens=sum(len(row.output) for row in rows),
-        seconds=sum(row.seconds for row in rows),
-        drafted=sum(row.drafted for row in rows),
-        accepted=sum(row.accepted for row in rows),
-        rounds=sum(row.rounds for row in rows),
-    )
-    return total, {row.adapter_id for row in rows}
+    totals = AnswerTotals()
+    for row in rows:
+        totals.add_counts(len(row.output), row.seconds, row.drafted, row.accepted, row.rounds)
+    return totals, {row.adapter_id for row in rows}
 
 
 @click.command()
@@ -121,22 +96,23 @@ def demo(kind: str, live: int, unseen: int, tokens: int, keep: bool) -> None:
     start = time.monotonic()
     console.print("[bold]1[/] starting inference, collector and trainer in a scratch run directory")
     settings = _demo_settings()
-    with scratch_daemons(settings, find_paths().models, keep, console.print) as client:
+    daemons = ScratchDaemons(settings, find_paths().models, keep=keep, report=console.print)
+    with daemons, daemons.client() as client:
         models = system_status(client).models
         console.print(f"  {models.target} drafted by {models.draft}, ready after {time.monotonic() - start:.0f} s")
-        test_prompts = items([kind], unseen, split="unseen")
+        test_prompts = stream_items([kind], unseen, split="unseen")
         console.print(f"[bold]2[/] {unseen} unseen prompts of the kind {kind}, before learning")
         before, _ = _measure(client, test_prompts, tokens, plain=True)
         console.print(f"[bold]3[/] {live} requests of that kind, as a user would send them")
         with console.status("asking"):
-            _pass(client, items([kind], live), tokens, None, True)
+            _pass(client, stream_items([kind], live), tokens, None, True)
         wait_stored(client, live)
         failures = count_failures(client)
         console.print(
             f"  stored; {failures} are failures: acceptance (agreement, where drafting was parked) below the threshold"
         )
         console.print("[bold]4[/] training")
-        last = train(client, console.print, TRAIN_TIMEOUT_S)
+        last = run_training(client, console.print, TRAIN_TIMEOUT_S)
         console.print(f"  {last.verdict}: {last.reason}")
         if last.verdict != RunVerdict.PROMOTED:
             raise SpecLoraError("no adapter was published, so there is nothing to compare")
@@ -151,7 +127,9 @@ def demo(kind: str, live: int, unseen: int, tokens: int, keep: bool) -> None:
     )
 
 
-def _measure(client: Client, prompts: Sequence[Item], tokens: int, plain: bool) -> tuple[dict[str, Measured], set[str]]:
+def _measure(
+    client: Client, prompts: Sequence[StreamItem], tokens: int, plain: bool
+) -> tuple[dict[str, AnswerTotals], set[str]]:
     """Fixed k for acceptance, automatic k for speed, and plain decoding once."""
     passes, adapters = {}, set()
     for name, k in (("fixed", FIXED_K), ("auto", None), *((("plain", 0),) if plain else ())):
@@ -160,19 +138,21 @@ def _measure(client: Client, prompts: Sequence[Item], tokens: int, plain: bool) 
     return passes, adapters
 
 
-def _table(before: dict[str, Measured], after: dict[str, Measured]) -> Table:
-    plain = before["plain"].speed
+def _table(before: dict[str, AnswerTotals], after: dict[str, AnswerTotals]) -> Table:
+    plain = before["plain"].tokens_per_second
     table = Table(title="unseen prompts", box=None, padding=(0, 3, 0, 0))
     for column in ("", "before", "after"):
         table.add_column(column)
-    table.add_row(f"acceptance (k = {FIXED_K})", *(f"{side['fixed'].acceptance:.3f}" for side in (before, after)))
+    table.add_row(f"acceptance (k = {FIXED_K})", *(f"{side['fixed'].acceptance or 0:.3f}" for side in (before, after)))
     table.add_row(
         "tokens a round (k chosen by costs)",
         *(f"{side['auto'].tokens / max(side['auto'].rounds, 1):.2f}" for side in (before, after)),
     )
-    table.add_row("tokens a second (k chosen by costs)", *(f"{side['auto'].speed:.1f}" for side in (before, after)))
+    table.add_row(
+        "tokens a second (k chosen by costs)", *(f"{side['auto'].tokens_per_second:.1f}" for side in (before, after))
+    )
     table.add_row(
         f"against plain decoding ({plain:.1f} tok/s)",
-        *(f"{side['auto'].speed / plain:.2f}x" for side in (before, after)),
+        *(f"{side['auto'].tokens_per_second / plain:.2f}x" for side in (before, after)),
     )
     return table

@@ -1,12 +1,12 @@
-"""The contestants. Each answers a prompt under the same clock: seconds to the first piece, seconds from there to the last.
+"""The arms of a bench: mlx-lm's loops, this engine, and this engine behind its daemon, each timed by the same clock.
 
-mlx-lm's two loops run on the very same model object as ours, so that ratios tell what speculation does, not what kernels
-do; `STOCK` is mlx-lm as it comes, on a dense copy without our kernels. An arm of the engine keeps its own acceptance
-history, so that what one arm learns does not help another.
+mlx-lm's two loops run on the same model object as the engine, so that ratios show what speculation does, not what kernels do;
+`STOCK` is mlx-lm as it comes, on a dense copy without our kernels. Every arm of the engine has an acceptance history of its own,
+so that what one arm learns does not help another.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.sample_utils import make_sampler
 
+from specl.shared.answer_stats import AnswerTotals
 from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.bench.text_equality import TopTwo
 from specl.shared.engine.acceptance_history import RequestHistory
@@ -23,6 +24,8 @@ from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.engine.decoding_stats import DecodingStats
 from specl.shared.engine.request_options import RequestOptions
 from specl.shared.engine.sampling import top_indices
+from specl.shared.messaging.client import Client
+from specl.shared.messaging.messages import Purge
 from specl.shared.models.language_model import LanguageModel
 from specl.shared.models.load import load
 from specl.shared.sampling_params import SamplingParams
@@ -32,8 +35,10 @@ STOCK = "mlx-lm stock"
 
 
 @dataclass(slots=True)
-class Answer:
-    """`first` tokens came at once after `ttft_s` seconds; the rest took `decode_s`. Counts as in the engine's tally."""
+class ArmResult:
+    """One arm's output for one prompt. The first `first` tokens came together after `ttft_s` seconds, the rest took `decode_s`.
+    The counts are those of DecodingStats.
+    """
 
     tokens: list[int] = field(default_factory=list)
     first: int = 0
@@ -52,11 +57,17 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding: prompt and first piece left out."""
+        """Of decoding: prompt and first tokens left out."""
         return (len(self.tokens) - self.first) / self.decode_s if self.decode_s > 0 else 0.0
 
-    def count(self, tally: DecodingStats) -> None:
-        """Take the engine's counts."""
+    def add_to(self, totals: AnswerTotals) -> None:
+        """Count this answer; its first tokens, which took no decoding time, are left out."""
+        totals.add_counts(
+            len(self.tokens) - self.first, self.decode_s, self.model_drafted, self.model_accepted, self.rounds
+        )
+
+    def take_stats(self, tally: DecodingStats) -> None:
+        """Copy the engine's counts."""
         self.rounds = tally.rounds
         self.drafted, self.accepted = sum(tally.drafted.values()), sum(tally.accepted.values())
         self.rejected = tally.rejected
@@ -66,51 +77,49 @@ class Answer:
         self.tested_by_depth, self.accepted_by_depth = list(tally.tested_by_depth), list(tally.accepted_by_depth)
 
 
-def timed(pieces: Iterable[Sequence[int]]) -> Answer:
-    """Run through the pieces under the clock."""
-    answer = Answer()
+def timed(pieces: Iterable[Sequence[int]]) -> ArmResult:
+    """Time the pieces of an output as they come."""
+    result = ArmResult()
     start = time.perf_counter()
     for piece in pieces:
         now = time.perf_counter()
-        if not answer.tokens:
-            answer.ttft_s, answer.first, start = now - start, len(piece), now
-        answer.tokens.extend(piece)
-        answer.decode_s = now - start
-    return answer
+        if not result.tokens:
+            result.ttft_s, result.first, start = now - start, len(piece), now
+        result.tokens.extend(piece)
+        result.decode_s = now - start
+    return result
 
 
 class Arm(Protocol):
-    """What a contestant is."""
+    """One way to answer prompts."""
 
     name: str
 
-    def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
-        """At most `limit` tokens, ending with a stop token where there is one."""
+    def run(self, item: BenchPrompt, prompt: list[int], limit: int) -> ArmResult:
+        """Answer `prompt` with at most `limit` tokens, ending with a stop token where there is one."""
         ...
 
     def resume(self, tokens: list[int], limit: int) -> list[int] | None:
-        """What it writes after these tokens, or None where it cannot be asked that."""
+        """What it writes after these tokens; None where it cannot continue tokens."""
         ...
 
 
 class PlainArm:
-    """mlx-lm's generate_step on a model object: ours, native kernels and all, is what everything is measured against."""
+    """mlx-lm's generate_step on a model object. On ours, with its native kernels, it is the reference of all ratios."""
 
     def __init__(self, target: LanguageModel, sampling: SamplingParams, name: str = PLAIN) -> None:
         self.target, self.sampling, self.name = target, sampling, name
 
-    def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
-        """See Arm."""
+    def run(self, item: BenchPrompt, prompt: list[int], limit: int) -> ArmResult:
+        """Answer one prompt."""
         return timed(self._pieces(prompt, limit))
 
     def resume(self, tokens: list[int], limit: int) -> list[int] | None:
-        """See Arm."""
+        """What it writes after these tokens."""
         return timed(self._pieces(tokens, limit)).tokens
 
     def _pieces(self, prompt: list[int], limit: int) -> Iterable[list[int]]:
-        sampler = make_sampler(
-            self.sampling.temperature, self.sampling.top_p, self.sampling.min_p, top_k=self.sampling.top_k
-        )
+        sampler = _sampler(self.sampling)
         for token, _ in generate_step(mx.array(prompt), self.target.model, max_tokens=limit, sampler=sampler):
             yield [token]
             if token in self.target.stop_tokens:
@@ -124,21 +133,19 @@ class MlxSpeculativeArm:
         self.name = f"mlx-lm speculative K={k}"
         self.target, self.draft, self.k, self.sampling = target, draft, k, sampling
 
-    def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
-        """See Arm. Its loop does not tell rejections from rounds; accepted drafts are counted, drafted ones are not."""
+    def run(self, item: BenchPrompt, prompt: list[int], limit: int) -> ArmResult:
+        """Answer one prompt. mlx-lm's loop reports accepted drafts only, so that drafted and rejected stay 0."""
         self._accepted = 0
-        answer = timed(self._pieces(prompt, limit))
-        answer.accepted = answer.model_accepted = self._accepted
-        return answer
+        result = timed(self._pieces(prompt, limit))
+        result.accepted = result.model_accepted = self._accepted
+        return result
 
     def resume(self, tokens: list[int], limit: int) -> list[int] | None:
-        """See Arm."""
+        """What it writes after these tokens."""
         return timed(self._pieces(tokens, limit)).tokens
 
     def _pieces(self, prompt: list[int], limit: int) -> Iterable[list[int]]:
-        sampler = make_sampler(
-            self.sampling.temperature, self.sampling.top_p, self.sampling.min_p, top_k=self.sampling.top_k
-        )
+        sampler = _sampler(self.sampling)
         steps = speculative_generate_step(
             mx.array(prompt),
             self.target.model,
@@ -155,7 +162,7 @@ class MlxSpeculativeArm:
 
 
 class EngineArm:
-    """Ours: `k` None is auto; `capture_k` above 0 is the detailed mode."""
+    """This engine: `k` None is automatic; `capture_k` above 0 is the detailed mode."""
 
     def __init__(
         self,
@@ -176,19 +183,19 @@ class EngineArm:
         }
         self._history = RequestHistory()
 
-    def answer(self, item: BenchPrompt, prompt: list[int], limit: int) -> Answer:
-        """See Arm. No prefix is reused: every arm reads the whole prompt."""
+    def run(self, item: BenchPrompt, prompt: list[int], limit: int) -> ArmResult:
+        """Answer one prompt. No prefix is reused: every arm reads the whole prompt."""
         engine = self.engine
         engine.prefixes.purge()
         if engine.adapter_id != (self.adapter.id if self.adapter else ""):
             engine.use_adapter(self.adapter)
         engine.request_history = self._history
-        answer = timed(self._pieces(prompt, limit))
-        answer.count(self._session.stats)
-        return answer
+        result = timed(self._pieces(prompt, limit))
+        result.take_stats(self._session.stats)
+        return result
 
     def resume(self, tokens: list[int], limit: int) -> list[int] | None:
-        """See Arm."""
+        """What it writes after these tokens."""
         self.engine.prefixes.purge()
         return timed(self._pieces(tokens, limit)).tokens
 
@@ -200,8 +207,44 @@ class EngineArm:
             yield session.round()
 
 
+class DaemonArm:
+    """This engine behind its daemon, with sockets, records and store. The clock is the client's.
+
+    The daemon does not report rejections; drafting rounds that were not accepted whole are an upper bound.
+    """
+
+    def __init__(self, client: Client, sampling: SamplingParams, mode: str = "detailed") -> None:
+        self.name = f"daemon {mode}"
+        self.client = client
+        self.options: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "mode": mode}
+
+    def run(self, item: BenchPrompt, prompt: list[int], limit: int) -> ArmResult:
+        """Answer one prompt. The daemon's prefix cache is emptied first, so that it reads the whole prompt too."""
+        self.client.command("inference", Purge([], None, ""))
+        request = self.client.request(item.messages, max_tokens=limit, **self.options)
+        result = timed(delta.tokens for delta in self.client.deltas(request))
+        stats = self.client.last.stats
+        result.rounds, result.drafted, result.accepted = stats.rounds, stats.drafted, stats.accepted
+        result.model_drafted, result.model_accepted = stats.model_drafted, stats.model_accepted
+        result.k_histogram = {int(k): count for k, count in stats.k_histogram.items()}
+        result.drafting_rounds = result.rounds - result.k_histogram.get(0, 0)
+        result.rejected = min(result.drafted - result.accepted, result.drafting_rounds)
+        return result
+
+    def resume(self, tokens: list[int], limit: int) -> list[int] | None:
+        """None: the daemon takes text, not tokens."""
+        return None
+
+
+def _sampler(sampling: SamplingParams) -> Callable[[mx.array], mx.array]:
+    sampler: Callable[[mx.array], mx.array] = make_sampler(
+        sampling.temperature, sampling.top_p, sampling.min_p, top_k=sampling.top_k
+    )
+    return sampler
+
+
 def stock_copy(target: LanguageModel, models: Path) -> LanguageModel:
-    """The same weights, dense, as mlx-lm alone would compute them."""
+    """A dense copy of the target's weights, as mlx-lm alone would compute them."""
     from specl.shared.native import accelerate
 
     copy = load(target.name, models, "fp32")

@@ -1,7 +1,7 @@
-"""Two states of one draft on the same prompts: acceptance at a fixed length, agreement, and speed as it would be served.
+"""Adapters of one draft on the same prompts: acceptance at a fixed draft length, agreement, and speed as served.
 
-The n-gram drafter is off, so that every figure is the draft's own. Prompt by prompt both are measured in turn and the order
-changes, so that a machine's moods hit both alike. Agreement is teacher-forced on the target's own text, made once.
+The n-gram drafter is off, so that every figure is that of the draft. Prompt by prompt all are measured in turn and the order
+alternates, so that the load of the machine affects all alike. Agreement is teacher-forced on the target's text, generated once.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from specl.shared.bench.arms import Answer, EngineArm
+from specl.shared.answer_stats import AnswerTotals
+from specl.shared.bench.arms import EngineArm
 from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.learning.examples import Example
 from specl.shared.learning.learner import Learner, agreement
 from specl.shared.learning.recapture import recapture
+from specl.shared.models.head import HeadDraft
+from specl.shared.models.language_model import LanguageModel
 from specl.shared.runtime.progress import OnProgress, ProgressMeter, ignore_progress
 from specl.shared.sampling_params import SamplingParams
 
@@ -26,13 +29,16 @@ TOP_K = 32
 
 
 @dataclass(slots=True)
-class Side:
-    """One state of the draft, and what was measured of it. `adapter` None is the bare draft."""
+class AdapterResults:
+    """One adapter, None for the bare draft, and what was measured of it. `fixed` sums answers with the fixed draft length,
+    `served` those with the length chosen by costs.
+    """
 
     name: str
     adapter: LoadedAdapter | None
-    fixed: list[Answer] = field(default_factory=list)
-    served: list[Answer] = field(default_factory=list)
+    fixed: AnswerTotals = field(default_factory=AnswerTotals)
+    served: AnswerTotals = field(default_factory=AnswerTotals)
+    tokens: int = 0  # of all served answers
     agreement: float = 0.0
     by_depth: tuple[float, ...] = ()
     hits: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -41,15 +47,12 @@ class Side:
     @property
     def acceptance(self) -> float | None:
         """Accepted of drafted at the fixed length."""
-        drafted = sum(answer.model_drafted for answer in self.fixed)
-        return sum(answer.model_accepted for answer in self.fixed) / drafted if drafted else None
+        return self.fixed.acceptance
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all answers, as served."""
-        seconds = sum(answer.decode_s for answer in self.served)
-        tokens = sum(len(answer.tokens) - answer.first for answer in self.served)
-        return tokens / seconds if seconds else 0.0
+        """As served."""
+        return self.served.tokens_per_second
 
     def figures(self) -> dict[str, Any]:
         """For a report."""
@@ -59,62 +62,73 @@ class Side:
             "agreement": self.agreement,
             "agreement_by_depth": list(self.by_depth),
             "tokens_per_second": self.tokens_per_second,
-            "drafted": sum(answer.model_drafted for answer in self.fixed),
-            "accepted": sum(answer.model_accepted for answer in self.fixed),
+            "drafted": self.fixed.drafted,
+            "accepted": self.fixed.accepted,
             "positions": int(self.positions.sum()),
-            "tokens": sum(len(answer.tokens) for answer in self.served),
+            "tokens": self.tokens,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How much more the first side agrees than the second, with a 95% interval over prompts (bootstrap)."""
+    """How much more the first adapter agrees than the second, with a 95% interval over prompts (bootstrap)."""
 
     value: float
     low: float
     high: float
 
 
-def duel(
+def measure_adapters(
     engine: EngineCore,
     items: Sequence[BenchPrompt],
     limit: int,
     sampling: SamplingParams,
-    sides: Sequence[Side],
+    results: Sequence[AdapterResults],
     report: OnProgress = ignore_progress,
 ) -> float:
-    """Measure every side on every prompt; results stand in `sides` afterwards. Tokens a second without any draft.
+    """Measure every adapter on every prompt, filling in `results`; the tokens a second without any draft are returned.
 
-    The engine keeps its last adapter.
+    The engine is left with the last adapter.
     """
-    fixed = [EngineArm(side.name, engine, sampling, FIXED_K, ngram=False, adapter=side.adapter) for side in sides]
-    served = [EngineArm(side.name, engine, sampling, None, ngram=False, adapter=side.adapter) for side in sides]
-    plain = Side("no draft", None)
-    plain_arm = EngineArm(plain.name, engine, sampling, 0, ngram=False)
+    fixed = [EngineArm(one.name, engine, sampling, FIXED_K, ngram=False, adapter=one.adapter) for one in results]
+    served = [EngineArm(one.name, engine, sampling, None, ngram=False, adapter=one.adapter) for one in results]
+    plain_arm, plain = EngineArm("no draft", engine, sampling, 0, ngram=False), AnswerTotals()
     prompts = [engine.encode_chat(item.messages)[1] for item in items]
     for arm in (*served, plain_arm):  # once uncounted: caches and pages are warm
-        arm.answer(items[0], prompts[0], min(8, limit))
+        arm.run(items[0], prompts[0], min(8, limit))
     examples = []
     meter = ProgressMeter("prompts", len(items), report)
-    for place, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
-        order = range(len(sides)) if place % 2 == 0 else reversed(range(len(sides)))
-        for i in order:
-            sides[i].served.append(served[i].answer(item, prompt, limit))
-            sides[i].fixed.append(fixed[i].answer(item, prompt, limit))
-        plain.served.append(plain_arm.answer(item, prompt, limit))
-        # greedy answers are the same whoever drafts; sampled ones are the target's all the same
-        examples.append(example_of(engine, item.id, prompt, sides[0].fixed[-1].tokens, sampling))
+    for index, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
+        order = list(range(len(results)))
+        for i in order if index % 2 == 0 else reversed(order):
+            answer = served[i].run(item, prompt, limit)
+            answer.add_to(results[i].served)
+            results[i].tokens += len(answer.tokens)
+            output = fixed[i].run(item, prompt, limit)
+            output.add_to(results[i].fixed)
+            if i == 0:
+                # greedy answers do not depend on the adapter, and sampled ones are the target's as well
+                examples.append(capture_example(engine, item.id, prompt, output.tokens, sampling))
+        plain_arm.run(item, prompt, limit).add_to(plain)
         meter.advance()
-    for side in sides:
-        engine.use_adapter(side.adapter)
-        found = agreement(Learner(engine.draft), examples, DEPTHS)
-        side.agreement, side.by_depth = found.value, found.by_depth
-        side.hits, side.positions = found.hits, found.positions
+    for one in results:
+        engine.use_adapter(one.adapter)
+        score = agreement(Learner(_draft(engine)), examples, DEPTHS)
+        one.agreement, one.by_depth = score.value, score.by_depth
+        one.hits, one.positions = score.hits, score.positions
     return plain.tokens_per_second
 
 
-def example_of(engine: EngineCore, id: str, prompt: list[int], output: list[int], sampling: SamplingParams) -> Example:
-    """A finished text with the law and states of the target, for scoring drafts on it."""
+def _draft(engine: EngineCore) -> HeadDraft | LanguageModel:
+    if engine.draft is None:
+        raise ValueError("there is no draft to compare adapters of")
+    return engine.draft
+
+
+def capture_example(
+    engine: EngineCore, id: str, prompt: list[int], output: list[int], sampling: SamplingParams
+) -> Example:
+    """A finished text with the target's distributions and states, for scoring drafts on it."""
     tokens = np.array([*prompt, *output], np.uint32)
     states, ids, logprobs = recapture(engine.target, tokens, len(prompt), TOP_K)
     weights = np.ones(len(output), np.float32)
@@ -123,11 +137,11 @@ def example_of(engine: EngineCore, id: str, prompt: list[int], output: list[int]
     )
 
 
-def difference(first: Side, second: Side, seed: int = 0) -> Difference:
-    """The difference in agreement, prompts resampled in pairs."""
+def difference(first: AdapterResults, second: AdapterResults, seed: int = 0) -> Difference:
+    """The difference in agreement; prompts are resampled in pairs."""
     if not len(first.hits):
         return Difference(0.0, 0.0, 0.0)
     picks = np.random.default_rng(seed).integers(0, len(first.hits), (RESAMPLES, len(first.hits)))
-    rates = [side.hits[picks].sum(1) / np.maximum(side.positions[picks].sum(1), 1) for side in (first, second)]
+    rates = [one.hits[picks].sum(1) / np.maximum(one.positions[picks].sum(1), 1) for one in (first, second)]
     low, high = np.quantile(rates[0] - rates[1], [0.025, 0.975])
     return Difference(first.agreement - second.agreement, float(low), float(high))

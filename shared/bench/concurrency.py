@@ -1,22 +1,24 @@
-"""Several clients at once: total tokens a second of our daemon against mlx_lm.server without a draft, in turn."""
+"""Several concurrent clients: total tokens a second of our daemon and of mlx_lm.server without a draft, in alternating turns."""
 
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from specl.shared.bench.mlx_server import MlxServer
 from specl.shared.bench.prompt_sets import BenchPrompt
-from specl.shared.bench.scratch import MlxServer, ScratchDaemons
+from specl.shared.bench.scratch_daemons import ScratchDaemons
 from specl.shared.messaging.messages import Purge
 from specl.shared.sampling_params import SamplingParams
 
-Complete = Callable[[BenchPrompt], int]
+Complete = Callable[[BenchPrompt], int]  # answers a prompt; the tokens of the answer
 
 
 @dataclass(frozen=True, slots=True)
-class CrowdFigures:
-    """`clients` at once: all tokens over wall seconds, best of the turns each way and every turn's ratio."""
+class ConcurrencyFigures:
+    """All tokens over wall seconds with so many clients: the best turn of each server, and the ratio of every turn."""
 
     clients: int
     ours: float
@@ -24,24 +26,25 @@ class CrowdFigures:
     ratios: list[float]
 
 
-def crowd_rate(connect: Callable[[], Complete], clients: int, items: Sequence[BenchPrompt]) -> float:
-    """Total tokens a second when `clients` threads work through `items`. An error in any thread is raised here."""
+def concurrent_rate(connect: Callable[[], Complete], clients: int, items: Sequence[BenchPrompt]) -> float:
+    """Total tokens a second of `clients` threads that work through `items`. An error in any thread is raised here."""
     work: queue.SimpleQueue[BenchPrompt] = queue.SimpleQueue()
     for item in items:
         work.put(item)
-    counts, errors = [0] * clients, []
+    counts = [0] * clients
+    errors: list[Exception] = []
 
-    def run(place: int) -> None:
+    def run(index: int) -> None:
         try:
             complete = connect()
             while True:
-                counts[place] += complete(work.get_nowait())
+                counts[index] += complete(work.get_nowait())
         except queue.Empty:
             return
         except Exception as error:  # carried to the caller's thread
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(clients)]
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(clients)]
     start = time.perf_counter()
     for thread in threads:
         thread.start()
@@ -52,41 +55,41 @@ def crowd_rate(connect: Callable[[], Complete], clients: int, items: Sequence[Be
     return sum(counts) / (time.perf_counter() - start)
 
 
-def measure_crowds(
+def measure_concurrency(
     daemons: ScratchDaemons,
     server: MlxServer,
     items: Sequence[BenchPrompt],
-    crowds: Sequence[int],
+    client_counts: Sequence[int],
     limit: int,
     sampling: SamplingParams,
     turns: int,
-    tell: Callable[[str], None] = lambda note: None,
-) -> list[CrowdFigures]:
-    """For each number of clients, `turns` times each way in alternating order; ours forgets every time what it answered before."""
+    say: Callable[[str], object] = lambda note: None,
+) -> list[ConcurrencyFigures]:
+    """For each number of clients `turns` turns of each server, in alternating order. The daemon's caches are emptied every time."""
 
     def ours() -> Complete:
         client = daemons.client()
-        wish = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": limit}
-        return lambda item: client.ask(item.messages, **wish).tokens
+        options: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": limit}
+        return lambda item: client.ask(item.messages, **options).tokens
 
     def theirs() -> Complete:
         return lambda item: server.complete(item.messages, limit, sampling.temperature, sampling.top_p)
 
-    crowd_rate(ours, 1, items[:1])
-    crowd_rate(theirs, 1, items[:1])
-    found = []
-    for clients in crowds:
+    concurrent_rate(ours, 1, items[:1])
+    concurrent_rate(theirs, 1, items[:1])
+    figures = []
+    for clients in client_counts:
         pairs = []
         for turn in range(turns):
-            tell(f"{clients} clients, turn {turn + 1} of {turns}")
-            order = [ours, theirs] if turn % 2 == 0 else [theirs, ours]
+            say(f"{clients} clients, turn {turn + 1} of {turns}")
+            order = (("ours", ours), ("theirs", theirs))
             rates = {}
-            for side in order:
+            for name, connect in order if turn % 2 == 0 else reversed(order):
                 with daemons.client() as client:
                     client.command("inference", Purge([], None, ""))
-                rates[side] = crowd_rate(side, clients, items)
-            pairs.append((rates[ours], rates[theirs]))
-        found.append(
-            CrowdFigures(clients, max(a for a, _ in pairs), max(b for _, b in pairs), [a / b for a, b in pairs])
+                rates[name] = concurrent_rate(connect, clients, items)
+            pairs.append((rates["ours"], rates["theirs"]))
+        figures.append(
+            ConcurrencyFigures(clients, max(a for a, _ in pairs), max(b for _, b in pairs), [a / b for a, b in pairs])
         )
-    return found
+    return figures

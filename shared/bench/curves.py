@@ -4,20 +4,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from specl.shared.bench.learning_report import ROLLING, Side, curve
+from specl.shared.bench.learning_report import ROLLING, StreamFigures, curve
 from specl.shared.bench.plot import require_matplotlib
-from specl.shared.bench.stream import Pass, StreamRow
+from specl.shared.bench.stream import StreamPass, StreamRow
 
 PANELS = (
-    ("acceptance", Side.acceptance),
-    ("agreement", Side.agreement),
-    ("tokens a second", Side.speed),
-    ("speed / plain decoding", Side.to_plain),
+    ("acceptance", StreamFigures.acceptance),
+    ("agreement", StreamFigures.agreement),
+    ("tokens a second", StreamFigures.speed),
+    ("speed / plain decoding", StreamFigures.to_plain),
 )
 COLOURS = {"on": "tab:green", "off": "tab:gray"}
 
 
-def draw_stream(passes: dict[str, dict[str, Pass]], shift_at: int | None, file: Path) -> None:
+def draw_stream(passes: dict[str, dict[str, StreamPass]], shift_at: int | None, file: Path) -> None:
     """`passes` by column ("n-gram off", ...) and by side ("on", "off"); `shift_at` is the request where the kind changes."""
     pyplot = require_matplotlib()
     passes = {name: sides for name, sides in passes.items() if any(part.rows for part in sides.values())}
@@ -25,22 +25,22 @@ def draw_stream(passes: dict[str, dict[str, Pass]], shift_at: int | None, file: 
     figure, grid = pyplot.subplots(
         len(PANELS), len(passes), figsize=size, sharex="col", squeeze=False, layout="constrained"
     )
-    for place, (name, sides) in enumerate(passes.items()):
-        for axes, (label, statistic) in zip(grid[:, place], PANELS, strict=True):
+    for column, (name, sides) in enumerate(passes.items()):
+        for axes, (label, statistic) in zip(grid[:, column], PANELS, strict=True):
             for side, part in sides.items():
                 axes.plot(*curve(part.rows, statistic), color=COLOURS[side], label=f"learning {side}")
-            _mark(axes, sides.get("on", Pass()).rows, shift_at)
+            _mark(axes, sides.get("on", StreamPass()).rows, shift_at)
             axes.set_ylabel(label)
             axes.grid(alpha=0.25)
-        grid[0, place].set_title(f"{name} (the last {ROLLING} requests, pooled)", fontsize="medium")
-        grid[0, place].legend(fontsize="small")
-        grid[-1, place].set_xlabel("minutes since the stream began")
+        grid[0, column].set_title(f"{name} (the last {ROLLING} requests, pooled)", fontsize="medium")
+        grid[0, column].legend(fontsize="small")
+        grid[-1, column].set_xlabel("minutes since the stream began")
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
 
 
 def _mark(axes: Any, rows: list[StreamRow], shift_at: int | None) -> None:
-    """Where another adapter came in, and where the kind changed."""
+    """Vertical lines where another adapter came in, and where the kind of request changed."""
     top = axes.get_ylim()[1]
     for before, row in pairwise(rows):
         if row.adapter_id != before.adapter_id:

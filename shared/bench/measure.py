@@ -1,4 +1,4 @@
-"""The interleaving: prompt by prompt, every arm in turn, the order rotated, so that a machine's moods hit all arms alike.
+"""Interleaved measuring: prompt by prompt every arm in turn, in rotating order, so that the load of the machine affects all alike.
 
 Greedy texts are compared with mlx-lm plain's for the same prompt in the same run.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from specl.shared.bench.arms import PLAIN, Answer, Arm, top_two
+from specl.shared.bench.arms import PLAIN, Arm, ArmResult, top_two
 from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.bench.text_equality import TIE_FP32, TIE_HALF, Comparison, compare, copied_share, repeated_share
 from specl.shared.engine.core import EngineCore
@@ -19,14 +19,14 @@ ENOUGH_DRAFTED, ENOUGH_REJECTED = 100, 20  # below these a run says nothing abou
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One arm's answer to one prompt. `copied` is the share of the output that stands in the prompt."""
+    """One arm's result for one prompt: `repeated` and `copied` are shares of the output, `comparison` is with mlx-lm plain's text."""
 
     set: str
     prompt: str
     iteration: int
     arm: str
     prompt_tokens: int
-    answer: Answer
+    result: ArmResult
     repeated: float
     copied: float
     comparison: Comparison | None
@@ -49,12 +49,13 @@ def tolerance(engine: EngineCore) -> float:
 
 def measure(engine: EngineCore, plan: Plan, greedy: bool, report: OnProgress = ignore_progress) -> list[Run]:
     """Run everything. The first prompt is answered once by every arm beforehand, uncounted: caches and pages are warm."""
-    arms, runs = plan.arms, []
+    arms = plan.arms
+    runs: list[Run] = []
     turns = [(iteration, item) for iteration in range(plan.iterations) for item in plan.prompts]
     if turns:
         _, prompt = engine.encode_chat(turns[0][1].messages)
         for arm in arms:
-            arm.answer(turns[0][1], prompt, min(8, plan.limit))
+            arm.run(turns[0][1], prompt, min(8, plan.limit))
     meter = ProgressMeter("answers", len(turns) * len(arms), report)
     for index, (iteration, item) in enumerate(turns):
         turn = index % len(arms)
@@ -67,16 +68,16 @@ def _interleaved(
     engine: EngineCore, item: BenchPrompt, iteration: int, arms: list[Arm], limit: int, greedy: bool
 ) -> list[Run]:
     _, prompt = engine.encode_chat(item.messages)
-    answers = {arm.name: arm.answer(item, prompt, limit) for arm in arms}
-    expected = answers[PLAIN].tokens if PLAIN in answers else None
+    results = {arm.name: arm.run(item, prompt, limit) for arm in arms}
+    expected = results[PLAIN].tokens if PLAIN in results else None
     runs = []
     for arm in arms:
-        answer = answers[arm.name]
+        result = results[arm.name]
         comparison = None
         if greedy and expected is not None and arm.name != PLAIN:
-            comparison = check(engine, arm, prompt, expected, answer.tokens)
-        repeated, copied = repeated_share(answer.tokens), copied_share(prompt, answer.tokens)
-        runs.append(Run(item.set, item.id, iteration, arm.name, len(prompt), answer, repeated, copied, comparison))
+            comparison = check(engine, arm, prompt, expected, result.tokens)
+        repeated, copied = repeated_share(result.tokens), copied_share(prompt, result.tokens)
+        runs.append(Run(item.set, item.id, iteration, arm.name, len(prompt), result, repeated, copied, comparison))
     return runs
 
 
@@ -85,7 +86,7 @@ def check(engine: EngineCore, arm: Arm, prompt: list[int], expected: list[int], 
     return compare(
         expected,
         got,
-        lambda place: top_two(engine.target, prompt, expected[:place]),
+        lambda position: top_two(engine.target, prompt, expected[:position]),
         lambda start, left: arm.resume([*prompt, *start], left),
         tolerance(engine),
     )

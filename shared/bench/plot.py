@@ -33,12 +33,12 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     arms = list(dict.fromkeys(arm for cluster in clusters.values() for arm in cluster if arm != PLAIN))
     figure, axes = pyplot.subplots(figsize=(max(7, 1.9 * len(clusters)), 4.5), layout="constrained")
     width = 0.84 / max(len(arms), 1)
-    for place, arm in enumerate(arms):
+    for index, arm in enumerate(arms):
         rows = [(x, cluster[arm]) for x, cluster in enumerate(clusters.values()) if arm in cluster]
         heights = [ratio.median for _, ratio in rows]
         below = [ratio.median - ratio.low for _, ratio in rows]
         above = [ratio.high - ratio.median for _, ratio in rows]
-        at = [x + (place - (len(arms) - 1) / 2) * width for x, _ in rows]
+        at = [x + (index - (len(arms) - 1) / 2) * width for x, _ in rows]
         axes.bar(at, heights, width, yerr=(below, above), label=arm, error_kw={"lw": 0.7, "alpha": 0.6})
     axes.axhline(1.0, color="black", lw=0.8)
     axes.set_xticks(range(len(clusters)), list(clusters), rotation=15)

@@ -1,6 +1,6 @@
-"""The frozen prompt sets of the bench, with their hashes: chat, code, copying, traffic that defies drafting, and the reserved kinds.
+"""The frozen prompt sets of the bench, with their hashes: chat, code, copying, text that is hard to draft, the reserved kinds.
 
-The structured set is made by the seeded generator of the reserved kinds, from the half of its values that no draft ever saw.
+The structured set comes from the seeded generator of the reserved kinds, from the part of its values that no draft ever saw.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from specl.shared.prompts import reserved
 
 NAMES = ("general", "code", "structured", "copy", "adversarial")
 STRUCTURED_EACH = 20  # prompts of each reserved kind in the frozen set
-OWN = "prompt"  # the set of `--prompt`
+FROM_OPTION = "prompt"  # the set of `--prompt`
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,11 @@ class BenchPrompt:
 
 
 def _structured() -> list[BenchPrompt]:
-    made = [reserved.prompts(kind, STRUCTURED_EACH, split="unseen") for kind in reserved.KINDS]
-    ordered = [
-        (kind, n, texts[n]) for n in range(STRUCTURED_EACH) for kind, texts in zip(reserved.KINDS, made, strict=True)
-    ]
+    texts = {kind: reserved.prompts(kind, STRUCTURED_EACH, split="unseen") for kind in reserved.KINDS}
     return [
-        BenchPrompt(f"{kind}-{n:04}", "structured", [{"role": "user", "content": text}]) for kind, n, text in ordered
+        BenchPrompt(f"{kind}-{n:04}", "structured", [{"role": "user", "content": texts[kind][n]}])
+        for n in range(STRUCTURED_EACH)
+        for kind in reserved.KINDS
     ]
 
 

@@ -1,6 +1,6 @@
-"""Runs to figures: rates, ratios to mlx-lm plain, acceptance by depth, hindsight, equality. Pure; dicts only where JSON begins.
+"""The figures of runs: rates, ratios to mlx-lm plain, acceptance by depth, hindsight, equality. Pure; dicts only for JSON.
 
-A ratio is taken prompt by prompt, between answers of one turn; outputs that loop or are too short are counted apart.
+A ratio is taken prompt by prompt, between answers of one turn; outputs that loop or are too short are counted separately.
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,7 +44,7 @@ class ArmFigures:
 
 
 def ratio(pairs: Iterable[tuple[float, float]]) -> Ratio:
-    """Of (arm, reference) rates."""
+    """Ratios of (arm, reference) rates."""
     values = [a / b for a, b in pairs if a > 0 and b > 0]
     if not values:
         return Ratio(None, None, None, 0)
@@ -52,7 +52,7 @@ def ratio(pairs: Iterable[tuple[float, float]]) -> Ratio:
 
 
 def key(run: Run) -> tuple[str, str, int]:
-    """Runs with one key answered the same prompt in the same turn."""
+    """What tells turns apart: runs with the same key answered the same prompt in the same turn."""
     return run.set, run.prompt, run.iteration
 
 
@@ -63,11 +63,11 @@ def looping(runs: Sequence[Run]) -> set[tuple[str, str, int]]:
 
 def short(runs: Sequence[Run]) -> set[tuple[str, str, int]]:
     """Turns in which any arm's output is too short to time."""
-    return {key(run) for run in runs if len(run.answer.tokens) < SHORT}
+    return {key(run) for run in runs if len(run.result.tokens) < SHORT}
 
 
 def arm_names(runs: Sequence[Run]) -> list[str]:
-    """In a fixed order: the reference first."""
+    """The names of the arms in a fixed order, the reference first."""
     names = sorted(
         {run.arm for run in runs}, key=lambda name: (not name.startswith("mlx"), not name.startswith(FIXED), name)
     )
@@ -76,46 +76,46 @@ def arm_names(runs: Sequence[Run]) -> list[str]:
 
 def rate(runs: Sequence[Run]) -> float:
     """All decoded tokens over all decoding seconds."""
-    seconds = sum(run.answer.decode_s for run in runs)
-    return sum(len(run.answer.tokens) - run.answer.first for run in runs) / seconds if seconds else 0.0
+    seconds = sum(run.result.decode_s for run in runs)
+    return sum(len(run.result.tokens) - run.result.first for run in runs) / seconds if seconds else 0.0
 
 
 def figures(runs: Sequence[Run]) -> list[ArmFigures]:
-    """Every arm on these runs."""
-    reference = {key(run): run.answer.tokens_per_second for run in runs if run.arm == PLAIN}
+    """The figures of every arm on these runs."""
+    reference = {key(run): run.result.tokens_per_second for run in runs if run.arm == PLAIN}
     return [_figures(name, [run for run in runs if run.arm == name], reference) for name in arm_names(runs)]
 
 
 def _figures(name: str, runs: list[Run], reference: dict[tuple[str, str, int], float]) -> ArmFigures:
-    answers = [run.answer for run in runs]
-    drafted, accepted = sum(a.model_drafted for a in answers), sum(a.model_accepted for a in answers)
-    rounds, tokens = sum(a.rounds for a in answers), sum(len(a.tokens) for a in answers)
+    results = [run.result for run in runs]
+    drafted, accepted = sum(a.model_drafted for a in results), sum(a.model_accepted for a in results)
+    rounds, tokens = sum(a.rounds for a in results), sum(len(a.tokens) for a in results)
     histogram: dict[int, int] = {}
-    for answer in answers:
-        for k, count in answer.k_histogram.items():
+    for result in results:
+        for k, count in result.k_histogram.items():
             histogram[k] = histogram.get(k, 0) + count
     return ArmFigures(
         arm=name,
         tokens_per_second=rate(runs),
-        ttft_ms=1000 * median(a.ttft_s for a in answers),
-        ratio=ratio((run.answer.tokens_per_second, reference.get(key(run), 0.0)) for run in runs),
+        ttft_ms=1000 * median(a.ttft_s for a in results),
+        ratio=ratio((run.result.tokens_per_second, reference.get(key(run), 0.0)) for run in runs),
         acceptance=accepted / drafted if drafted else None,
         acceptance_by_depth=by_depth(runs),
         tokens_a_round=tokens / rounds if rounds else None,
-        drafting_rounds=sum(a.drafting_rounds for a in answers) / rounds if rounds else None,
+        drafting_rounds=sum(a.drafting_rounds for a in results) / rounds if rounds else None,
         k_histogram=dict(sorted(histogram.items())),
     )
 
 
 def by_depth(runs: Sequence[Run]) -> list[float]:
-    """Acceptance of the model drafter at depth 1, 2, ..., given that all before stood."""
-    depths = max((len(run.answer.tested_by_depth) for run in runs), default=0)
+    """Acceptance of the model drafter at depth 1, 2, ..., given that all before were accepted."""
+    depths = max((len(run.result.tested_by_depth) for run in runs), default=0)
     found = []
     for depth in range(depths):
-        tested = sum(run.answer.tested_by_depth[depth] for run in runs if run.answer.tested_by_depth)
+        tested = sum(run.result.tested_by_depth[depth] for run in runs if run.result.tested_by_depth)
         if not tested:
             break
-        found.append(sum(run.answer.accepted_by_depth[depth] for run in runs if run.answer.accepted_by_depth) / tested)
+        found.append(sum(run.result.accepted_by_depth[depth] for run in runs if run.result.accepted_by_depth) / tested)
     return found
 
 
@@ -136,7 +136,7 @@ def hindsight(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def equality(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """By arm: how many texts are equal, tied, different, unchecked; and whether enough was drafted and refused to tell."""
+    """By arm: how many texts are equal, tied, different, unchecked; and whether enough was drafted and rejected to conclude."""
     found = {}
     for name in arm_names(runs):
         checked = [run for run in runs if run.arm == name and run.comparison is not None]
@@ -146,7 +146,7 @@ def equality(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
             verdict: sum(run.comparison.verdict == verdict for run in checked)
             for verdict in ("equal", "tie", "different", "unchecked")
         }
-        drafted, rejected = sum(run.answer.drafted for run in checked), sum(run.answer.rejected for run in checked)
+        drafted, rejected = sum(run.result.drafted for run in checked), sum(run.result.rejected for run in checked)
         conclusive = drafted >= ENOUGH_DRAFTED and rejected >= ENOUGH_REJECTED
         ties = [{"set": run.set, "prompt": run.prompt} | asdict(tie) for run in checked for tie in run.comparison.ties]
         parted = [
@@ -165,7 +165,7 @@ def equality(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """What is reported together: each set, copying by the share copied, and apart from them all what loops."""
+    """Runs that are reported together: each set, copying by the share copied, and separately what loops."""
     apart, brief = looping(runs), short(runs)
     headline = [run for run in runs if key(run) not in apart | brief]
     found = {name: [run for run in headline if run.set == name] for name in dict.fromkeys(run.set for run in runs)}
@@ -179,7 +179,7 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def as_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything a reader may want to compute anew."""
+    """Everything a reader may want to compute again."""
     apart = looping(runs) | short(runs)
     return {
         "groups": {name: [asdict(item) for item in figures(group)] for name, group in groups(runs).items()},
@@ -193,5 +193,5 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
 def _run_json(run: Run) -> dict[str, Any]:
     fields = {name: getattr(run, name) for name in ("set", "prompt", "iteration", "arm", "prompt_tokens")}
     fields |= {"repeated_share": round(run.repeated, 4), "copied_share": round(run.copied, 4)}
-    fields |= asdict(run.answer) | {"tokens": len(run.answer.tokens), "tokens_per_second": run.answer.tokens_per_second}
+    fields |= asdict(run.result) | {"tokens": len(run.result.tokens), "tokens_per_second": run.result.tokens_per_second}
     return fields | {"comparison": asdict(run.comparison) if run.comparison else None}

@@ -1,7 +1,7 @@
-"""Requests through running daemons, one after another, one row each; and the waits of the loop around them. Knows a Client only.
+"""Requests through running daemons, one after another, one row each, and waiting for what follows from them. Knows a Client only.
 
-What `demo` and `bench learning` share. Answers are greedy, so that the words are the same whoever drafts. The plain speed
-beside a row is the same prompt answered once more without a draft: what the machine was able to do at that moment.
+`demo` and `bench learning` share it. Answers are greedy, so that the text is the same whichever adapter drafts. The plain speed
+beside a row is that of the same prompt answered once more without a draft: what the machine could do at that moment.
 """
 
 import math
@@ -23,11 +23,13 @@ from specl.shared.status import system_status
 FIXED_K = 4  # acceptance as a result is reported at this length
 STORED_S = 30.0
 ADAPTER_S = 30.0
-SETTLE_S = 15.0  # a run that was asked for has begun by then, and an older trouble is forgotten
+FAILURES_S, SCORED_S = 45.0, 8.0
+SAY_EVERY_S = 15.0
+SETTLE_S = 15.0  # a run that was asked for has begun by then, and an older problem is no longer reported
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class StreamItem:
     """One request to send."""
 
     n: int
@@ -37,8 +39,8 @@ class Item:
 
 @dataclass(slots=True)
 class StreamRow:
-    """One answered request. `at_s` is when it was sent, seconds since its stream began; `plain` the tokens a second without
-    a draft beside it; `hits` of `positions` output tokens were the draft's own first choice, teacher-forced (filled in later).
+    """One answered request. `at_s` is when it was sent, seconds since its stream began; `plain` is the tokens a second without
+    a draft beside it; `hits` of `positions` output tokens were the draft's first choice, teacher-forced (filled in later).
     """
 
     n: int
@@ -62,12 +64,12 @@ class StreamRow:
 
     @property
     def seconds(self) -> float:
-        """Spent decoding."""
+        """Spent decoding the answer."""
         return len(self.output) / self.tokens_per_second if self.tokens_per_second else 0.0
 
 
 @dataclass(slots=True)
-class Event:
+class TrainingEvent:
     """A training run that ended while a stream ran, after the request number `n`."""
 
     n: int
@@ -78,15 +80,15 @@ class Event:
 
 
 @dataclass(slots=True)
-class Pass:
+class StreamPass:
     """One pass over a stream: what was measured so far, also where it was cut short."""
 
     rows: list[StreamRow] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    events: list[TrainingEvent] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class StreamSchedule:
     """How a stream is sent: seconds between requests, most tokens of an answer, every how many requests plain decoding is
     measured beside one, after how many minutes no more is sent (None: never).
     """
@@ -97,36 +99,36 @@ class Pace:
     minutes: float | None = None
 
 
-def items(kinds: Sequence[str], total: int, shift: bool = False, split: str = "live") -> list[Item]:
+def stream_items(kinds: Sequence[str], total: int, shift: bool = False, split: str = "live") -> list[StreamItem]:
     """A stream of `total` prompts: the kinds in turn, or with `shift` the first kind and from half-way on the others."""
     rest = list(kinds[1:]) if shift else list(kinds)
     half = total // 2 if shift else 0
     order = [kinds[0] if n < half else rest[(n - half) % len(rest)] for n in range(total)]
     prompts = {kind: iter(reserved.prompts(kind, order.count(kind), split=split)) for kind in dict.fromkeys(order)}
-    return [Item(n, kind, next(prompts[kind])) for n, kind in enumerate(order)]
+    return [StreamItem(n, kind, next(prompts[kind])) for n, kind in enumerate(order)]
 
 
 def conversation(n: int, share: float) -> str:
-    """The conversation id of the n-th request: the same in every pass. The hash that holds out a `share` of conversations
-    is left as it is; ids are chosen so that those it holds out are spread evenly, also over a short stream.
+    """The conversation id of the n-th request, equal in every pass. Ids are chosen so that the hash which holds out a `share` of
+    conversations holds out evenly spread ones, also of a short stream.
     """
-    wanted = int((n + 1) * share) > int(n * share)
+    holds_out = int((n + 1) * share) > int(n * share)
     ids = (f"stream-{n:05}-{attempt}" for attempt in count())
-    return next(id for id in ids if is_held_out(id, share) == wanted)
+    return next(id for id in ids if is_held_out(id, share) == holds_out)
 
 
-def scaled(
+def scaled_settings(
     settings: Settings, requests: int, share: float, minutes: float, gap_s: float, learning: bool, ngram: bool
 ) -> Settings:
-    """The settings in force, made small: a run of at most `minutes` starts at `requests` failures, works in gaps of `gap_s`,
-    and needs no more held-out generations than so many requests bring (some repeat each other). The gate judges as ever.
+    """The settings in force for a short stream: a run of at most `minutes` starts at `requests` failures, works in gaps of
+    `gap_s`, and needs no more held-out generations than so many requests bring (some repeat each other). The gate is unchanged.
     """
-    held = int(requests * share)
+    held_out = int(requests * share)
     change = {
         "enabled": learning,
         "min_failure_cases": requests,
         "heldout_share": share,
-        "min_heldout_generations": max(2, min(settings.training.min_heldout_generations, held * 4 // 5)),
+        "min_heldout_generations": max(2, min(settings.training.min_heldout_generations, held_out * 4 // 5)),
         "max_minutes": minutes,
         "idle_seconds": min(settings.training.idle_seconds, gap_s / 4),
         "on_battery": True,  # somebody is watching
@@ -138,9 +140,9 @@ def scaled(
 
 
 # ------------------------------------------------------------------------------------------------ asking
-def ask(client: Client, item: Item, tokens: int, at_s: float = 0.0, **wish: Any) -> StreamRow:
-    """One greedy answer; `wish` as in Client.request."""
-    request = client.request(item.prompt, temperature=0.0, max_tokens=tokens, **wish)
+def ask(client: Client, item: StreamItem, tokens: int, at_s: float = 0.0, **options: Any) -> StreamRow:
+    """One greedy answer; `options` as in Client.request."""
+    request = client.request(item.prompt, temperature=0.0, max_tokens=tokens, **options)
     output = [token for delta in client.deltas(request) for token in delta.tokens]
     done = client.last
     stats = done.stats
@@ -163,47 +165,48 @@ def ask(client: Client, item: Item, tokens: int, at_s: float = 0.0, **wish: Any)
     )
 
 
-def plain_speed(client: Client, item: Item, tokens: int) -> float:
+def plain_speed(client: Client, item: StreamItem, tokens: int) -> float:
     """Tokens a second of the same answer without any draft; not recorded."""
     return ask(client, item, tokens, num_draft_tokens=0, ngram=False, record=False).tokens_per_second
 
 
-def stream(
-    client: Client, wanted: Sequence[Item], pace: Pace, found: Pass, report: OnProgress = ignore_progress
+def send_stream(
+    client: Client,
+    items: Sequence[StreamItem],
+    schedule: StreamSchedule,
+    result: StreamPass,
+    report: OnProgress = ignore_progress,
 ) -> None:
-    """Send everything, filling `found` as it goes."""
-    start, before, share = time.monotonic(), _verdict(client), client.settings.training.heldout_share
-    meter = ProgressMeter("requests", len(wanted), report)
-    for item in wanted:
+    """Send every item, filling `result` as it goes."""
+    start, last_run, share = time.monotonic(), _last_run(client), client.settings.training.heldout_share
+    limit_s = math.inf if schedule.minutes is None else 60 * schedule.minutes
+    meter = ProgressMeter("requests", len(items), report)
+    for item in items:
         if item.n:
-            time.sleep(pace.gap_s)
+            time.sleep(schedule.gap_s)
         at_s = time.monotonic() - start
-        if pace.minutes is not None and at_s > 60 * pace.minutes:
+        if at_s > limit_s:
             return
-        row = ask(client, item, pace.tokens, at_s, conversation_id=conversation(item.n, share))
-        found.rows.append(row)
-        if item.n % pace.plain_every == 0:
-            row.plain = plain_speed(client, item, pace.tokens)
+        row = ask(client, item, schedule.tokens, at_s, conversation_id=conversation(item.n, share))
+        result.rows.append(row)
+        if item.n % schedule.plain_every == 0:
+            row.plain = plain_speed(client, item, schedule.tokens)
         now = time.monotonic() - start
-        verdict = _verdict(client)
-        if verdict is not None and verdict != before:
-            fields = (verdict.verdict, verdict.reason, verdict.adapter_id)
-            found.events.append(Event(item.n, round(now, 2), *fields))
-            before = verdict  # a collector that is late for once says nothing, which is no new verdict
-        meter.advance(note=_note(row), at_most_s=math.inf if pace.minutes is None else 60 * pace.minutes - now)
+        run = _last_run(client)
+        if run is not None and run != last_run:  # None: the collector is late for once, which is no new run
+            result.events.append(TrainingEvent(item.n, round(now, 2), run.verdict, run.reason, run.adapter_id))
+            last_run = run
+        note = f"{row.kind}, adapter {row.adapter_id or 'none'}, {row.tokens_per_second:.1f} tok/s"
+        meter.advance(note=note, at_most_s=limit_s - now)
 
 
-def _verdict(client: Client) -> LastRun | None:
+def _last_run(client: Client) -> LastRun | None:
     return system_status(client).training.last_verdict
 
 
-def _note(row: StreamRow) -> str:
-    return f"{row.kind}, adapter {row.adapter_id or 'none'}, {row.tokens_per_second:.1f} tok/s"
-
-
-# ------------------------------------------------------------------------------------------------ the loop around it
+# ------------------------------------------------------------------------------------------------ waiting
 def wait_stored(client: Client, least: int) -> None:
-    """Until so many generations are in the store. Raises SpecLoraError after half a minute."""
+    """Wait until so many generations are in the store. Raises SpecLoraError after STORED_S."""
     end = time.monotonic() + STORED_S
     while system_status(client).store.generations < least:
         if time.monotonic() > end:
@@ -212,25 +215,25 @@ def wait_stored(client: Client, least: int) -> None:
 
 
 def count_failures(client: Client) -> int:
-    """Failures, once the trainer has scored what inference did not draft; whatever there is after a while."""
-    end, seen, since = time.monotonic() + 45, -1, time.monotonic()
+    """The number of failures once it has been the same for SCORED_S: the trainer scores later what inference did not draft."""
+    end, seen, since = time.monotonic() + FAILURES_S, -1, time.monotonic()
     while time.monotonic() < end:
         status = system_status(client)
         failures = status.failures.total
         if failures != seen:
             seen, since = failures, time.monotonic()
-        if failures and time.monotonic() - since > 8 and status.training.state == "idle":
+        if failures and time.monotonic() - since > SCORED_S and status.training.state == "idle":
             break
         time.sleep(0.5)
     return max(seen, 0)
 
 
-def train(client: Client, say: Callable[[str], None], timeout_s: float) -> LastRun:
-    """Have the trainer do its first run, and wait; its verdict. Raises SpecLoraError where none comes."""
+def run_training(client: Client, say: Callable[[str], object], timeout_s: float) -> LastRun:
+    """Have the trainer do its first run, wait for it, and return how it ended. Raises SpecLoraError where it does not end."""
     reply = client.train(now=True)
     if not reply.ok:
         raise SpecLoraError(reply.message)
-    began, said = time.monotonic(), 0.0
+    began, said_at = time.monotonic(), 0.0
     while time.monotonic() < began + timeout_s:
         status = system_status(client)
         training = status.training
@@ -239,8 +242,8 @@ def train(client: Client, say: Callable[[str], None], timeout_s: float) -> LastR
         trainer = client.status().trainer
         if trainer and trainer.trouble and training.state == "idle" and time.monotonic() > began + SETTLE_S:
             raise SpecLoraError(f"training: {trainer.trouble}")
-        if time.monotonic() - said > 15:
-            said = time.monotonic()
+        if time.monotonic() - said_at > SAY_EVERY_S:
+            said_at = time.monotonic()
             loss = f", loss {training.loss:.3f}" if training.loss is not None else ""
             say(f"  {training.state} {training.step}/{training.total}{loss}")
         time.sleep(0.5)
@@ -248,7 +251,7 @@ def train(client: Client, say: Callable[[str], None], timeout_s: float) -> LastR
 
 
 def wait_adapter(client: Client, adapter_id: str) -> None:
-    """Until inference drafts with it. Raises SpecLoraError where it does not."""
+    """Wait until inference drafts with the adapter. Raises SpecLoraError after ADAPTER_S."""
     end = time.monotonic() + ADAPTER_S
     while system_status(client).adapter.active != adapter_id:
         if time.monotonic() > end:

@@ -1,8 +1,8 @@
-"""What token lists say without a model: repeats, copies, and whether two greedy texts are the same text. Pure.
+"""Token lists without a model: repeats, copies, and whether two greedy texts are equal. Pure.
 
-Small models loop, and a loop is easy to draft: outputs that repeat themselves are told apart, never put in a headline. Two
-greedy texts may part where the target's two best logits are equal up to rounding: a tie, logged, after which checking goes
-on from the reference.
+Small models loop, and a loop is easy to draft: outputs that repeat themselves are reported apart from the others. Two greedy
+texts may differ where the target's two best logits are equal up to rounding. That is a tie; checking then goes on from the
+reference.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ Resume = Callable[[list[int], int], list[int] | None]
 
 @dataclass(frozen=True, slots=True)
 class TopTwo:
-    """The target's best and second-best token at a place, and by how much the first wins (logits)."""
+    """The target's best and second-best token at a position, and by how much the first wins (logits)."""
 
     first: int
     second: int
@@ -27,7 +27,7 @@ class TopTwo:
 
 @dataclass(frozen=True, slots=True)
 class Tie:
-    """A place where rounding decided. `position` counts output tokens from 0."""
+    """A position where rounding decided. `position` counts output tokens from 0."""
 
     position: int
     expected: int
@@ -37,7 +37,7 @@ class Tie:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`verdict`: equal, tie (equal but for ties), different (at `position`), unchecked (after a tie nobody could resume)."""
+    """`verdict`: equal, tie (equal but for ties), different (at `position`), unchecked (after a tie that the arm could not resume from)."""
 
     verdict: str
     ties: list[Tie] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Comparison:
 
 
 def repeated_share(tokens: Sequence[int], span: int = SPAN) -> float:
-    """Share of `span`-grams that stood earlier in the same list; 0 for a list shorter than one."""
+    """Share of `span`-grams that occur earlier in the same list; 0 for a list shorter than one."""
     grams = [tuple(tokens[i : i + span]) for i in range(len(tokens) - span + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -61,7 +61,7 @@ def copied_share(prompt: Sequence[int], output: Sequence[int], span: int = SPAN)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """The first place where two lists differ (the shorter's end where one begins the other); None for equal ones."""
+    """The first index where two lists differ (the shorter's end where one begins the other); None for equal ones."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
@@ -78,16 +78,16 @@ def compare(
     """
     ties: list[Tie] = []
     got = list(got)
-    while (place := first_difference(expected, got)) is not None:
-        if place >= min(len(expected), len(got)):
-            return Comparison("different", ties, place)
-        best = top_two(place)
-        if best.gap >= tolerance or {expected[place], got[place]} != {best.first, best.second}:
-            return Comparison("different", ties, place)
-        ties.append(Tie(place, expected[place], got[place], best.gap))
-        start, left = list(expected[: place + 1]), len(expected) - place - 1
+    while (position := first_difference(expected, got)) is not None:
+        if position >= min(len(expected), len(got)):
+            return Comparison("different", ties, position)
+        best = top_two(position)
+        if best.gap >= tolerance or {expected[position], got[position]} != {best.first, best.second}:
+            return Comparison("different", ties, position)
+        ties.append(Tie(position, expected[position], got[position], best.gap))
+        start, left = list(expected[: position + 1]), len(expected) - position - 1
         rest = resume(start, left) if left else []
         if rest is None:
-            return Comparison("unchecked", ties, place)
+            return Comparison("unchecked", ties, position)
         got = start + rest
     return Comparison("tie" if ties else "equal", ties)

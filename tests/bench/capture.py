@@ -9,7 +9,7 @@ import argparse
 import time
 
 from specl.shared.bench import prompt_sets
-from specl.shared.bench.scratch import ScratchDaemons
+from specl.shared.bench.scratch_daemons import ScratchDaemons, with_models
 from specl.shared.loading.engine import draft_folder
 from specl.shared.models.find import ensure_model
 from specl.shared.paths import find_paths
@@ -29,7 +29,9 @@ def main():
     draft = str(draft_folder(name, paths.models) or name) if name else None
     items = prompt_sets.pick("general", options.requests)
     seconds, tokens = {"fast": 0.0, "detailed": 0.0}, {"fast": 0, "detailed": 0}
-    with ScratchDaemons(settings, target, draft, paths.models, paths.costs) as daemons, daemons.client() as client:
+    roles = ("inference", "collector")
+    daemons = ScratchDaemons(with_models(settings, target, draft), paths.models, roles, costs=paths.costs)
+    with daemons, daemons.client() as client:
         client.ask(items[0].messages, max_tokens=8, temperature=0.0)
         for start in range(0, len(items), options.block):
             order = ["fast", "detailed"] if (start // options.block) % 2 == 0 else ["detailed", "fast"]

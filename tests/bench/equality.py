@@ -97,7 +97,7 @@ def main():
     )
     counts, drafted, rejected, ties = {}, 0, 0, []
     for item, prompt, text in zip(items, prompts, expected, strict=True):
-        answer = arm.answer(item, prompt, options.tokens)
+        answer = arm.run(item, prompt, options.tokens)
         found = check(engine, arm, prompt, text, answer.tokens)
         counts[found.verdict] = counts.get(found.verdict, 0) + 1
         drafted, rejected = drafted + answer.drafted, rejected + answer.rejected

@@ -23,7 +23,7 @@ import numpy as np
 
 from specl.shared.bench import prompt_sets
 from specl.shared.bench.learning_report import estimate
-from specl.shared.bench.scratch_daemons import scratch_daemons
+from specl.shared.bench.scratch_daemons import ScratchDaemons
 from specl.shared.bench.stream import conversation
 from specl.shared.loading.engine import SHIPPED
 from specl.shared.messaging.client import Client
@@ -123,7 +123,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sp-") as folder:
         draft = Path(folder) / "head"
         shutil.copytree(SHIPPED / "smollm2-135m-head", draft, ignore=shutil.ignore_patterns("replay.npz"))
-        with scratch_daemons(settings_with(draft), find_paths().models) as client:
+        daemons = ScratchDaemons(settings_with(draft), find_paths().models)
+        with daemons, daemons.client() as client:
             begin(client, options)
             found = compare(client, options)
     print(json.dumps(found))

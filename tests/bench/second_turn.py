@@ -10,7 +10,7 @@ import argparse
 import statistics
 import time
 
-from specl.shared.bench.scratch import ScratchDaemons
+from specl.shared.bench.scratch_daemons import ScratchDaemons, with_models
 from specl.shared.loading.engine import draft_folder
 from specl.shared.messaging.messages import Purge
 from specl.shared.models.find import ensure_model
@@ -58,7 +58,9 @@ def main():
     name = options.draft or settings.models.draft.name
     draft = str(draft_folder(name, paths.models) or name) if name else None
     ratios = []
-    with ScratchDaemons(settings, target, draft, paths.models, paths.costs) as daemons, daemons.client() as client:
+    roles = ("inference", "collector")
+    daemons = ScratchDaemons(with_models(settings, target, draft), paths.models, roles, costs=paths.costs)
+    with daemons, daemons.client() as client:
         client.ask([{"role": "user", "content": "hello"}], max_tokens=8, temperature=0.0)
         for pair in range(options.pairs):
             client.command("inference", Purge([], None, ""))
@@ -68,8 +70,8 @@ def main():
             second, _, after = timed(client, messages, 8)
             ratios.append(second / first)
             print(
-                f"first {1000 * first:.0f} ms ({before['prompt_tokens']} tokens), second {1000 * second:.0f} ms"
-                f" ({after['reused_prompt_tokens']} of {after['prompt_tokens']} reused): {second / first:.3f}"
+                f"first {1000 * first:.0f} ms ({before.prompt_tokens} tokens), second {1000 * second:.0f} ms"
+                f" ({after.reused_prompt_tokens} of {after.prompt_tokens} reused): {second / first:.3f}"
             )
     print(f"median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 

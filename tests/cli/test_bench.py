@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from specl.cli.main import main
 from specl.shared.bench import measure as measuring
 from specl.shared.bench import prompt_sets
-from specl.shared.bench.arms import PLAIN, Answer, EngineArm, MlxSpeculativeArm, PlainArm, timed, top_two
-from specl.shared.bench.concurrency import crowd_rate
+from specl.shared.bench.arms import PLAIN, ArmResult, EngineArm, MlxSpeculativeArm, PlainArm, timed, top_two
+from specl.shared.bench.concurrency import concurrent_rate
 from specl.shared.bench.measure import Plan, Run, measure
 from specl.shared.bench.report import as_json, equality, groups, hindsight, ratio
 from specl.shared.bench.text_equality import TopTwo, compare, copied_share, first_difference, repeated_share
@@ -185,14 +185,14 @@ def test_a_wrong_text_is_found(engine):
     item = prompt_sets.pick("general", 1)[0]
     _, prompt = engine.encode_chat(item.messages)
     arm = PlainArm(engine.target, SamplingParams())
-    expected = arm.answer(item, prompt, 12).tokens
+    expected = arm.run(item, prompt, 12).tokens
     wrong = [*expected[:5], (expected[5] + 1) % 256, *expected[6:]]
     found = measuring.check(engine, arm, prompt, expected, wrong)
     assert (found.verdict, found.position) == ("different", 5)
 
 
 def test_the_draft_is_both_believed_and_refused(runs):
-    answers = [run.answer for run in runs if run.arm == "k=4"]
+    answers = [run.result for run in runs if run.arm == "k=4"]
     assert sum(answer.accepted for answer in answers) > 0
     assert sum(answer.rejected for answer in answers) > 0
     assert all(answer.rejected <= answer.drafted - answer.accepted for answer in answers)
@@ -215,7 +215,7 @@ def test_the_report_is_json_with_every_run(runs):
 
 # ------------------------------------------------------------------------------------------------ report
 def a_run(arm, seconds, prompt="p", tokens=21, set="general", repeated=0.0, copied=0.0, **counts):
-    answer = Answer(tokens=list(range(tokens)), first=1, ttft_s=0.1, decode_s=seconds, **counts)
+    answer = ArmResult(tokens=list(range(tokens)), first=1, ttft_s=0.1, decode_s=seconds, **counts)
     return Run(set, prompt, 0, arm, 5, answer, repeated, copied, counts.pop("comparison", None))
 
 
@@ -269,13 +269,13 @@ def test_picks_are_spread_and_distinct():
 
 def test_concurrent_workers_share_work_and_raise_errors():
     items = prompt_sets.pick("general", 7)
-    assert crowd_rate(lambda: lambda item: 10, 3, items) > 0
+    assert concurrent_rate(lambda: lambda item: 10, 3, items) > 0
 
     def broken(item):
         raise ConfigError("no")
 
     with pytest.raises(ConfigError):
-        crowd_rate(lambda: broken, 2, items)
+        concurrent_rate(lambda: broken, 2, items)
 
 
 def test_the_command_writes_everything(folders, tmp_path, monkeypatch, capsys):

@@ -13,8 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from specl.cli.bench.gain import gain_lines
-from specl.cli.bench.learning import stream_lines
+from specl.cli.bench.learning_lines import column_lines, gain_lines
 from tests.cli.test_bench import write_model
 
 SETTINGS = """\
@@ -156,7 +155,7 @@ def test_report_reads_well_with_one_or_two_arms():
     window = {"requests": [0, 10], "on": figures, "off": figures, "on_against_off": {"speed": change}}
     report = {"windows": {"whole": window, "last quarter": {"requests": [8, 10], "on": figures}}, "words": None}
     report |= {"adapters": [{"adapter": "", "from_request": 0, "requests": 10}], "training": []}
-    text = "\n".join(stream_lines("n-gram off", report))
+    text = "\n".join(column_lines("n-gram off", report))
     assert "n-gram off, whole (0 to 9)" in text and "1.25x (1.10 to 1.40)" in text
     assert "adapter none: from request 0, 10 requests" in text
     assert max(map(len, text.splitlines())) <= 100

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specl.shared.bench.compare_adapters import Side, difference
+from specl.shared.bench.compare_adapters import AdapterResults, difference
 from specl.shared.paths import find_paths
 from specl.shared.settings.schema import Settings
 from tests.harness.fake_models import fake_engine, publish_adapter
@@ -68,7 +68,7 @@ def test_the_interval_holds_what_was_put_in():
     rng = np.random.default_rng(1)
     positions = np.full(60, 50.0)
     first, second = (
-        Side(n, None, hits=rng.binomial(50, p, 60).astype(float), positions=positions)
+        AdapterResults(n, None, hits=rng.binomial(50, p, 60).astype(float), positions=positions)
         for n, p in (("a", 0.7), ("b", 0.5))
     )
     for side in (first, second):

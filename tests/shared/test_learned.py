@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 
 from specl.shared.bench import stream
-from specl.shared.bench.learning_report import Side, adapters, beside, compare, curve, estimate, gain, report, windows
-from specl.shared.bench.stream import Pass, StreamRow
+from specl.shared.bench.learning_report import (
+    StreamFigures,
+    adapters,
+    compare,
+    curve,
+    estimate,
+    gain,
+    plain_beside,
+    report,
+    windows,
+)
+from specl.shared.bench.stream import StreamPass, StreamRow
 from specl.shared.learning.examples import is_held_out
 from specl.shared.prompts import reserved
 from specl.shared.settings.schema import Settings
@@ -28,18 +38,18 @@ def rows(count=16, **same):
 
 # ------------------------------------------------------------------------------------------------ figures
 def test_speed_is_all_tokens_over_all_seconds():
-    side = Side([row(0, speed=10, tokens=10), row(1, speed=30, tokens=90)])
+    side = StreamFigures([row(0, speed=10, tokens=10), row(1, speed=30, tokens=90)])
     assert side.figures()["tokens_per_second"] == pytest.approx(100 / 4)
 
 
 def test_a_constant_ratio_has_no_spread():
-    found = compare(Side(rows(speed=30)), Side(rows(speed=20)))["speed"]
+    found = compare(StreamFigures(rows(speed=30)), StreamFigures(rows(speed=20)))["speed"]
     assert (found.value, found.low, found.high, found.n) == pytest.approx((1.5, 1.5, 1.5, 16))
 
 
-def test_plain_speed_beside_it_removes_machine_load():
+def test_plain_speed_plain_beside_it_removes_machine_load():
     # the machine was half as fast while learning was on, and learning made it twice as fast
-    on, off = Side(rows(speed=20, plain=10)), Side(rows(speed=20, plain=20))
+    on, off = StreamFigures(rows(speed=20, plain=10)), StreamFigures(rows(speed=20, plain=20))
     found = compare(on, off)
     assert found["speed"].value == pytest.approx(1.0)
     assert found["speed_to_plain"].value == pytest.approx(2.0)
@@ -48,22 +58,22 @@ def test_plain_speed_beside_it_removes_machine_load():
 
 def test_plain_speed_is_the_median_of_five_neighbours():
     plain = {0: 10, 4: 11, 8: 12, 12: 13, 16: 100, 20: 14}
-    found = beside([row(n, plain=plain.get(n)) for n in range(24)])
+    found = plain_beside([row(n, plain=plain.get(n)) for n in range(24)])
     assert found[0] == 12  # of 0 to 16: one outlier does not matter
     assert found[23] == 13  # of 4 to 20
-    assert np.isnan(beside(rows(3))).all()
+    assert np.isnan(plain_beside(rows(3))).all()
 
 
 def test_agreement_covers_only_rows_that_have_it():
-    side = Side([row(0, hits=10), row(1, hits=30), row(2)])
+    side = StreamFigures([row(0, hits=10), row(1, hits=30), row(2)])
     assert side.figures()["agreement"] == pytest.approx(40 / 80)
-    assert Side([row(0)]).figures()["agreement"] is None
+    assert StreamFigures([row(0)]).figures()["agreement"] is None
 
 
 def test_one_sided_agreement_counts_on_neither_side():
     on = [row(n, hits=None if n == 0 else 20) for n in range(8)]
     off = [row(n, hits=40 if n == 0 else 10) for n in range(8)]
-    found = compare(Side(on), Side(off))["agreement"]
+    found = compare(StreamFigures(on), StreamFigures(off))["agreement"]
     assert (found.value, found.n) == (pytest.approx(0.25), 7)
 
 
@@ -71,13 +81,13 @@ def test_agreement_gain_lies_within_its_interval():
     rng = np.random.default_rng(1)
     before = [row(n, hits=int(h)) for n, h in enumerate(rng.binomial(40, 0.2, 40))]
     after = [row(n, hits=int(h)) for n, h in enumerate(rng.binomial(40, 0.6, 40))]
-    found = compare(Side(after), Side(before))["agreement"]
+    found = compare(StreamFigures(after), StreamFigures(before))["agreement"]
     assert 0.3 < found.low < found.value < found.high < 0.5
 
 
 def test_noise_alone_is_no_gain():
     rng = np.random.default_rng(2)
-    sides = [Side([row(n, hits=int(h)) for n, h in enumerate(rng.binomial(40, 0.4, 60))]) for _ in range(2)]
+    sides = [StreamFigures([row(n, hits=int(h)) for n, h in enumerate(rng.binomial(40, 0.4, 60))]) for _ in range(2)]
     found = compare(*sides)["agreement"]
     assert found.low < 0 < found.high
 
@@ -86,7 +96,9 @@ def test_the_interval_widens_with_fewer_requests():
     rng = np.random.default_rng(3)
     speeds = rng.normal(30, 8, 64).clip(5)
     wide, narrow = (
-        compare(Side([row(n, speed=s) for n, s in enumerate(speeds[:count])]), Side(rows(count)))["speed"]
+        compare(StreamFigures([row(n, speed=s) for n, s in enumerate(speeds[:count])]), StreamFigures(rows(count)))[
+            "speed"
+        ]
         for count in (8, 64)
     )
     assert wide.high - wide.low > narrow.high - narrow.low
@@ -99,7 +111,7 @@ def test_a_single_pair_says_nothing():
 
 def test_sides_of_other_prompts_are_not_compared():
     with pytest.raises(ValueError, match="same prompts"):
-        compare(Side(rows(4)), Side([row(n, prompt="another") for n in range(4)]))
+        compare(StreamFigures(rows(4)), StreamFigures([row(n, prompt="another") for n in range(4)]))
 
 
 # ------------------------------------------------------------------------------------------------ reports
@@ -112,8 +124,8 @@ def test_the_windows_are_halves_and_the_last_quarter():
 
 
 def test_learning_shows_only_in_its_second_half():
-    on = Pass([row(n, speed=20 if n < 10 else 30, hits=4 if n < 10 else 24) for n in range(20)])
-    off = Pass(rows(20, speed=20, hits=4))
+    on = StreamPass([row(n, speed=20 if n < 10 else 30, hits=4 if n < 10 else 24) for n in range(20)])
+    off = StreamPass(rows(20, speed=20, hits=4))
     found = report(on, off)["windows"]
     assert found["first half"]["on_against_off"]["speed"]["value"] == pytest.approx(1.0)
     assert found["second half"]["on_against_off"]["speed"]["value"] == pytest.approx(1.5)
@@ -122,7 +134,7 @@ def test_learning_shows_only_in_its_second_half():
 
 
 def test_truncated_pass_is_compared_where_both_answered():
-    found = report(Pass(rows(20, speed=30)), Pass(rows(12)))["windows"]
+    found = report(StreamPass(rows(20, speed=30)), StreamPass(rows(12)))["windows"]
     assert found["second half"]["pairs"] == 2 and found["last quarter"]["pairs"] == 0
     assert found["last quarter"]["on_against_off"]["speed"]["value"] is None
     assert found["second half"]["on_against_off"]["speed"]["value"] == pytest.approx(1.5)
@@ -131,12 +143,12 @@ def test_truncated_pass_is_compared_where_both_answered():
 def test_texts_that_part_are_counted():
     off = rows(6)
     off[3] = replace(off[3], output=[1, 2])
-    assert report(Pass(rows(6)), Pass(off))["words"] == {"compared": 6, "different": 1}
+    assert report(StreamPass(rows(6)), StreamPass(off))["words"] == {"compared": 6, "different": 1}
 
 
 def test_adapters_are_listed_in_order_with_a_rollback():
     names = ["", "", "000001", "000001", "000001", ""]
-    found = adapters(Pass([row(n, adapter=name) for n, name in enumerate(names)]))
+    found = adapters(StreamPass([row(n, adapter=name) for n, name in enumerate(names)]))
     assert [(item["adapter"], item["from_request"], item["requests"]) for item in found] == [
         ("", 0, 2), ("000001", 2, 3), ("", 5, 1),
     ]  # fmt: skip
@@ -154,7 +166,7 @@ def test_gain_uses_fixed_k_and_auto_k():
 
 def test_a_curve_pools_the_last_dozen():
     made = [row(n, speed=10 if n < 12 else 40) for n in range(24)]
-    minutes, values = curve(made, Side.speed)
+    minutes, values = curve(made, StreamFigures.speed)
     assert values[11] == pytest.approx(10) and values[23] == pytest.approx(40) and 10 < values[15] < 40
     assert minutes[3] == pytest.approx(0.1)
 
@@ -162,8 +174,8 @@ def test_a_curve_pools_the_last_dozen():
 # ------------------------------------------------------------------------------------------------ the stream itself
 def test_kinds_alternate_and_shift_half_way():
     kinds = reserved.KINDS
-    assert [item.kind for item in stream.items(kinds, 4)] == [kinds[0], kinds[1], kinds[2], kinds[0]]
-    shifted = stream.items(kinds, 8, shift=True)
+    assert [item.kind for item in stream.stream_items(kinds, 4)] == [kinds[0], kinds[1], kinds[2], kinds[0]]
+    shifted = stream.stream_items(kinds, 8, shift=True)
     assert [item.kind for item in shifted] == [kinds[0]] * 4 + [kinds[1], kinds[2]] * 2
     assert len({item.prompt for item in shifted}) == 8
     assert [item.n for item in shifted] == list(range(8))
@@ -179,7 +191,7 @@ def test_held_out_conversations_are_spread_evenly(share):
 
 def test_settings_shrink_only_what_a_short_stream_needs():
     given = Settings()
-    found = stream.scaled(given, 20, 0.3, 1.5, 1.0, True, False)
+    found = stream.scaled_settings(given, 20, 0.3, 1.5, 1.0, True, False)
     names = type(given.training).model_fields
     changed = {name for name in names if getattr(found.training, name) != getattr(given.training, name)}
     small = {"min_failure_cases", "heldout_share", "min_heldout_generations", "max_minutes", "idle_seconds"}
@@ -187,7 +199,7 @@ def test_settings_shrink_only_what_a_short_stream_needs():
     assert found.training.min_failure_cases == 20
     assert found.training.min_heldout_generations == 4
     assert found.speculative.ngram is False
-    assert stream.scaled(given, 1000, 0.3, 1.5, 1.0, True, False).training.min_heldout_generations == 30
+    assert stream.scaled_settings(given, 1000, 0.3, 1.5, 1.0, True, False).training.min_heldout_generations == 30
 
 
 def test_the_picture_marks_where_an_adapter_came_in(tmp_path):
@@ -197,7 +209,9 @@ def test_the_picture_marks_where_an_adapter_came_in(tmp_path):
     names = [""] * 8 + ["000001"] * 8
     pictures = []
     for name, adapters_of in (("with", names), ("without", [""] * 16)):
-        on = Pass([row(n, hits=8, plain=20, adapter=adapter) for n, adapter in enumerate(adapters_of)])
-        draw_stream({"n-gram off": {"on": on, "off": Pass(rows(16))}, "n-gram on": {}}, 8, tmp_path / f"{name}.png")
+        on = StreamPass([row(n, hits=8, plain=20, adapter=adapter) for n, adapter in enumerate(adapters_of)])
+        draw_stream(
+            {"n-gram off": {"on": on, "off": StreamPass(rows(16))}, "n-gram on": {}}, 8, tmp_path / f"{name}.png"
+        )
         pictures.append((tmp_path / f"{name}.png").read_bytes())
     assert pictures[0] != pictures[1] and all(picture.startswith(b"\x89PNG") for picture in pictures)
