@@ -61,12 +61,12 @@ def evaluate(
     from specl.shared.sampling_params import SamplingParams
 
     items = [BenchPrompt(str(item.line), file, item.messages) for item in prompts]
-    sides = [compare_adapters.AdapterResults(name, _adapter(engine, name)) for name in names]
+    results = [compare_adapters.AdapterResults(name, _adapter(engine, name)) for name in names]
     sampling = SamplingParams(temperature=temperature)
     items = _fitting(engine, items, max_tokens)
     with ProgressReporter() as report_progress:
-        plain = compare_adapters.measure_adapters(engine, items, max_tokens, sampling, sides, report_progress)
-    report(sides, compare_adapters.difference(*sides), plain, len(items), as_object)
+        plain = compare_adapters.measure_adapters(engine, items, max_tokens, sampling, results, report_progress)
+    report(results, compare_adapters.difference(results[0], results[1]), plain, len(items), as_object)
 
 
 def _resolve(name: str) -> str:
@@ -120,35 +120,37 @@ def _fitting(engine: "EngineCore", items: "list[BenchPrompt]", limit: int) -> "l
 
 
 # ------------------------------------------------------------------------------------------------ the report
-def report(sides: "list[AdapterResults]", change: "Difference", plain: float, prompts: int, as_object: bool) -> None:
+def report(results: "list[AdapterResults]", change: "Difference", plain: float, prompts: int, as_object: bool) -> None:
     """The figures side by side, and a sentence."""
     if as_object:
         found = {"prompts": prompts, "plain_tokens_per_second": plain, "agreement_difference": asdict(change)}
-        click.echo(json.dumps(found | {"sides": [side.figures() for side in sides]}))
+        click.echo(json.dumps(found | {"sides": [one.figures() for one in results]}))
         return
-    click.echo(f"{'':24}" + "".join(f"{side.name:>12}" for side in sides))
-    for name, text in _rows(sides, plain):
+    click.echo(f"{'':24}" + "".join(f"{one.name:>12}" for one in results))
+    for name, text in _rows(results, plain):
         click.echo(f"{name:24}" + "".join(f"{value:>12}" for value in text))
-    click.echo(sentence(sides, change, prompts))
+    click.echo(sentence(results, change, prompts))
 
 
-def _rows(sides: "list[AdapterResults]", plain: float) -> list[tuple[str, list[str]]]:
-    share = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
-    depths = range(max(len(side.by_depth) for side in sides))  # as far as any draft got
-    at = lambda side, depth: share(side.by_depth[depth] if depth < len(side.by_depth) else None)  # noqa: E731
+def _rows(results: "list[AdapterResults]", plain: float) -> list[tuple[str, list[str]]]:
+    depths = range(max(len(one.by_depth) for one in results))  # as far as any draft got
     return [
-        ("acceptance (k=4)", [share(side.acceptance) for side in sides]),
-        ("agreement", [share(side.agreement) for side in sides]),
-        *((f"  at depth {d + 1}", [at(side, d) for side in sides]) for d in depths),
-        ("tokens a second", [f"{side.tokens_per_second:.1f}" for side in sides]),
-        ("  against no draft", [f"{side.tokens_per_second / plain:.2f}x" if plain else "-" for side in sides]),
+        ("acceptance (k=4)", [_share(one.acceptance) for one in results]),
+        ("agreement", [_share(one.agreement) for one in results]),
+        *((f"  at depth {d + 1}", [_share(dict(enumerate(one.by_depth)).get(d)) for one in results]) for d in depths),
+        ("tokens a second", [f"{one.tokens_per_second:.1f}" for one in results]),
+        ("  against no draft", [f"{one.tokens_per_second / plain:.2f}x" if plain else "-" for one in results]),
     ]
 
 
-def sentence(sides: "list[AdapterResults]", change: "Difference", prompts: int) -> str:
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def sentence(results: "list[AdapterResults]", change: "Difference", prompts: int) -> str:
     """What the difference in agreement says, and what it does not."""
     span = f"{change.value:+.3f} (95% interval {change.low:+.3f} to {change.high:+.3f}, {prompts} prompts)"
-    first, second = (f"adapter {side.name}" if side.name != NONE else "the bare draft" for side in sides)
+    first, second = (f"adapter {one.name}" if one.name != NONE else "the bare draft" for one in results)
     if change.low > 0:
         return f"{first} agrees more with the target than {second}: {span}"
     if change.high < 0:

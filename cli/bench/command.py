@@ -32,7 +32,7 @@ FIXED_K = "0,1,2,3,4,6"
 MLX_K = "1,2,3,4,5,6"
 
 
-class _Numbers(click.ParamType):
+class _Numbers(click.ParamType):  # type: ignore[type-arg]  # click 8.2 cannot subscript it
     """Numbers separated by commas."""
 
     name = "N,N,..."
@@ -105,7 +105,7 @@ class _Numbers(click.ParamType):
 )
 @click.option("--plot", type=click.Path(dir_okay=False), help="Write a picture of the ratios here (PNG).")
 @click.pass_context
-def bench(ctx: click.Context, **options: Any) -> None:
+def bench(ctx: click.Context, /, **options: Any) -> None:
     """Measure speed and equality: the same prompts through mlx-lm and through this engine, interleaved in one run.
 
     \b

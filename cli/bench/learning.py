@@ -17,8 +17,8 @@ STREAM_MINUTES, GAIN_MINUTES = 1.5, 5.0
 RUNS = 5  # training runs that a stream has room for, unless --trigger says otherwise
 
 
-class _Kinds(click.ParamType):
-    """Reserved kinds with commas between."""
+class _Kinds(click.ParamType):  # type: ignore[type-arg]  # click 8.2 cannot subscript it
+    """Reserved kinds separated by commas."""
 
     name = "KIND,..."
 

@@ -28,8 +28,8 @@ def column_lines(column: str, row: dict[str, Any]) -> Iterator[str]:
         yield f"{f'{column}, {name} ({start} to {stop - 1})':44}" + _cells("on", "off", "on / off, on - off (95%)")
         changes = window.get("on_against_off", {})
         for label, figure, change, form in FIGURES:
-            sides = [_figure(window.get(side, {}).get(figure), form) for side in ("on", "off")]
-            yield f"  {label:42}" + _cells(*sides, _change(changes.get(change), change))
+            on, off = (_figure(window.get(side, {}).get(figure), form) for side in ("on", "off"))
+            yield f"  {label:42}" + _cells(on, off, _change(changes.get(change), change))
     if row["words"]:
         yield f"texts that differ between on and off: {row['words']['different']} of {row['words']['compared']}"
     for item in row["adapters"]:
@@ -51,8 +51,8 @@ def gain_lines(report: dict[str, Any]) -> Iterator[str]:
     for label, figure, change, form in FIGURES:
         mode = _mode(figure)
         note = f"{label} ({'k chosen by costs' if mode == 'auto' else 'k = 4'})"
-        sides = [_figure(report[side][mode].get(figure), form) for side in ("before", "after")]
-        yield f"  {note:42}" + _cells(*sides, _change(report.get(which.get(change, "")), change))
+        before, after = (_figure(report[side][mode].get(figure), form) for side in ("before", "after"))
+        yield f"  {note:42}" + _cells(before, after, _change(report.get(which.get(change, "")), change))
     yield f"texts that differ between before and after: {report['words']['different']} of {report['words']['compared']}"
 
 
@@ -61,9 +61,9 @@ def _mode(figure: str) -> str:
     return "fixed" if figure in ("agreement", "acceptance") else "auto"
 
 
-def _cells(first: str, second: str, third: str) -> str:
+def _cells(first: str, second: str, change: str) -> str:
     """Three columns behind a label."""
-    return f"{first:>9}{second:>9}  {third}"
+    return f"{first:>9}{second:>9}  {change}"
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -229,6 +229,7 @@ def _table(target: "LanguageModel", built: "BuiltDraft", settings: Settings, cos
             tokens[k] += len(session.output)
     plain, drafted = tokens[0] / seconds[0], tokens[None] / seconds[None]
     expected = expected_rate(measured, built.by_depth.acceptance, settings.speculative.max_draft_tokens)
+    promised = "?" if expected is None else f"{expected * measured.verify_s(1):.2f}"
     manifest = built.manifest
     figures = manifest["training"]
     click.echo(
@@ -241,7 +242,7 @@ def _table(target: "LanguageModel", built: "BuiltDraft", settings: Settings, cos
     )
     click.echo(
         f"one draft token {1000 * measured.draft_s(1):.1f} ms, one plain step {1000 * measured.verify_s(1):.1f} ms; "
-        f"these promise {expected * measured.verify_s(1):.2f}x plain"
+        f"these promise {promised}x plain"
     )
     click.echo(
         f"plain {plain:.1f} tok/s, drafted {drafted:.1f} tok/s: {drafted / plain:.2f}x ({MEASURED_PROMPTS} held-out prompts, greedy)"

@@ -24,6 +24,7 @@ from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.engine.decoding_stats import DecodingStats
 from specl.shared.engine.request_options import RequestOptions
 from specl.shared.engine.sampling import top_indices
+from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Purge
 from specl.shared.models.language_model import LanguageModel
@@ -121,8 +122,8 @@ class PlainArm:
     def _pieces(self, prompt: list[int], limit: int) -> Iterable[list[int]]:
         sampler = _sampler(self.sampling)
         for token, _ in generate_step(mx.array(prompt), self.target.model, max_tokens=limit, sampler=sampler):
-            yield [token]
-            if token in self.target.stop_tokens:
+            yield [int(token)]
+            if int(token) in self.target.stop_tokens:
                 return
 
 
@@ -223,6 +224,8 @@ class DaemonArm:
         self.client.command("inference", Purge([], None, ""))
         request = self.client.request(item.messages, max_tokens=limit, **self.options)
         result = timed(delta.tokens for delta in self.client.deltas(request))
+        if self.client.last is None:
+            raise SpecLoraError("the answer ended without its statistics")
         stats = self.client.last.stats
         result.rounds, result.drafted, result.accepted = stats.rounds, stats.drafted, stats.accepted
         result.model_drafted, result.model_accepted = stats.model_drafted, stats.model_accepted

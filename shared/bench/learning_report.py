@@ -6,7 +6,7 @@ a user sees, the trainer's share of the machine included. `speed_to_plain` first
 beside it (the median of the nearest few), which removes how busy the machine was, and the trainer with it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,20 +59,23 @@ def over(top: float, bottom: float) -> float:
     return top / bottom if bottom else float("nan")
 
 
+def _column(values: Iterable[float]) -> np.ndarray:
+    return np.array(list(values), float)
+
+
 # ------------------------------------------------------------------------------------------------ one side
 class StreamFigures:
     """Figures of rows, which are kept as arrays. `units` are decoding times in plain tokens: seconds times the plain speed beside."""
 
     def __init__(self, rows: Sequence[StreamRow]) -> None:
         self.rows = list(rows)
-        column = lambda values: np.array(list(values), float)  # noqa: E731
-        self.tokens = column(len(row.output) for row in rows)
-        self.seconds = column(row.seconds for row in rows)
-        self.rounds = column(row.rounds for row in rows)
-        self.drafted = column(row.drafted for row in rows)
-        self.accepted = column(row.accepted for row in rows)
-        self.hits = column(np.nan if row.hits is None else row.hits for row in rows)
-        self.positions = column(np.nan if row.positions is None else row.positions for row in rows)
+        self.tokens = _column(len(row.output) for row in rows)
+        self.seconds = _column(row.seconds for row in rows)
+        self.rounds = _column(row.rounds for row in rows)
+        self.drafted = _column(row.drafted for row in rows)
+        self.accepted = _column(row.accepted for row in rows)
+        self.hits = _column(np.nan if row.hits is None else row.hits for row in rows)
+        self.positions = _column(np.nan if row.positions is None else row.positions for row in rows)
         self.units = self.seconds * plain_beside(rows)
 
     def speed(self, picks: np.ndarray) -> float:

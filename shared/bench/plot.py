@@ -35,11 +35,11 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     width = 0.84 / max(len(arms), 1)
     for index, arm in enumerate(arms):
         rows = [(x, cluster[arm]) for x, cluster in enumerate(clusters.values()) if arm in cluster]
-        heights = [ratio.median for _, ratio in rows]
-        below = [ratio.median - ratio.low for _, ratio in rows]
-        above = [ratio.high - ratio.median for _, ratio in rows]
+        medians = [ratio.median or 0.0 for _, ratio in rows]
+        below = [(ratio.median or 0.0) - (ratio.low or 0.0) for _, ratio in rows]
+        above = [(ratio.high or 0.0) - (ratio.median or 0.0) for _, ratio in rows]
         at = [x + (index - (len(arms) - 1) / 2) * width for x, _ in rows]
-        axes.bar(at, heights, width, yerr=(below, above), label=arm, error_kw={"lw": 0.7, "alpha": 0.6})
+        axes.bar(at, medians, width, yerr=(below, above), label=arm, error_kw={"lw": 0.7, "alpha": 0.6})
     axes.axhline(1.0, color="black", lw=0.8)
     axes.set_xticks(range(len(clusters)), list(clusters), rotation=15)
     axes.set_ylabel(f"tokens a second / {PLAIN}")

@@ -129,7 +129,7 @@ def hindsight(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         fixed = {arm: rate([r for r in group if r.arm == arm]) for arm in arm_names(group) if arm.startswith(FIXED)}
         if not fixed:
             continue
-        best = max(fixed, key=fixed.get)
+        best = max(fixed, key=lambda arm: fixed[arm])
         auto = {arm: rate([r for r in group if r.arm == arm]) for arm in AUTO}
         found[name] = {"best_fixed": best} | {arm: value / fixed[best] for arm, value in auto.items() if value}
     return found
@@ -139,20 +139,20 @@ def equality(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """By arm: how many texts are equal, tied, different, unchecked; and whether enough was drafted and rejected to conclude."""
     found = {}
     for name in arm_names(runs):
-        checked = [run for run in runs if run.arm == name and run.comparison is not None]
-        if not checked:
+        pairs = [(run, run.comparison) for run in runs if run.arm == name and run.comparison is not None]
+        if not pairs:
             continue
         counts = {
-            verdict: sum(run.comparison.verdict == verdict for run in checked)
+            verdict: sum(comparison.verdict == verdict for _, comparison in pairs)
             for verdict in ("equal", "tie", "different", "unchecked")
         }
-        drafted, rejected = sum(run.result.drafted for run in checked), sum(run.result.rejected for run in checked)
+        drafted, rejected = sum(run.result.drafted for run, _ in pairs), sum(run.result.rejected for run, _ in pairs)
         conclusive = drafted >= ENOUGH_DRAFTED and rejected >= ENOUGH_REJECTED
-        ties = [{"set": run.set, "prompt": run.prompt} | asdict(tie) for run in checked for tie in run.comparison.ties]
+        ties = [{"set": run.set, "prompt": run.prompt} | asdict(tie) for run, found in pairs for tie in found.ties]
         parted = [
-            {"set": run.set, "prompt": run.prompt, "position": run.comparison.position}
-            for run in checked
-            if run.comparison.verdict == "different"
+            {"set": run.set, "prompt": run.prompt, "position": comparison.position}
+            for run, comparison in pairs
+            if comparison.verdict == "different"
         ]
         found[name] = counts | {
             "drafted": drafted,

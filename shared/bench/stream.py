@@ -145,6 +145,8 @@ def ask(client: Client, item: StreamItem, tokens: int, at_s: float = 0.0, **opti
     request = client.request(item.prompt, temperature=0.0, max_tokens=tokens, **options)
     output = [token for delta in client.deltas(request) for token in delta.tokens]
     done = client.last
+    if done is None:
+        raise SpecLoraError("the answer ended without its statistics")
     stats = done.stats
     return StreamRow(
         n=item.n,

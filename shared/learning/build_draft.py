@@ -164,7 +164,7 @@ def new_draft(
     mx.random.seed(settings.seed)
     draft = new_head(target, hot)
     if begin is not None:
-        draft.head.update(begin.head.parameters())
+        draft.head.update(begin.head.parameters())  # type: ignore[no-untyped-call]  # mlx has no types here
     return draft
 
 
@@ -179,8 +179,9 @@ def embedding_digest(target: LanguageModel) -> str:
     digest = hashlib.sha256()
     for holder, name in ((target.model.model, "embed_tokens"), (target.model, "lm_head")):
         if name in holder:
-            for _, value in sorted(tree_flatten(holder[name].parameters())):
-                digest.update(np.array(value.view(mx.uint8), copy=False))
+            arrays: dict[str, mx.array] = dict(tree_flatten(holder[name].parameters()))
+            for _, value in sorted(arrays.items()):
+                digest.update(np.array(value.view(mx.uint8), copy=False).data)
     return digest.hexdigest()
 
 

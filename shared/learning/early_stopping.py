@@ -79,6 +79,6 @@ class EarlyStopping:
         for text in self._texts:
             pause()
             loss, weight = self._learner.weighted_loss(collate([text]), self._settings, self._depths)
-            weights += float(weight.item())
-            total += float(loss.item()) * float(weight.item())
+            weights += float(np.array(weight))
+            total += float(np.array(loss)) * float(np.array(weight))
         return total / weights if weights and math.isfinite(total) else math.inf

@@ -4,6 +4,7 @@ A head is unrolled over its own steps as drafting would run it (models/head.py);
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -149,15 +150,16 @@ def _mean_over_chunks(
             values.append(value)
             scales.append(scale)
             gradients.append(gradient)
-        scale = sum(scales)
+        scale = mx.stack(scales).sum()
         share = 1 / mx.maximum(scale, EPSILON)
-        return sum(values) * share, mx.concatenate(gradients) * share, scale
+        return mx.stack(values).sum() * share, mx.concatenate(gradients) * share, scale
 
     @mean_and_gradient.vjp
     def _(rows: mx.array, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> mx.array:
         return cotangents[0] * outputs[1]
 
-    return mean_and_gradient
+    function: Callable[..., Any] = mean_and_gradient  # mlx types a custom function's result as object
+    return function
 
 
 # ---------------------------------------------------------------------------------------------------- scores

@@ -129,7 +129,9 @@ def _(logits: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx
 
 
 def _log_sum_exp(logits: mx.array) -> mx.array:
-    return _log_sum_exp_and_softmax(logits)[0]
+    outputs: Any = _log_sum_exp_and_softmax(logits)  # mlx types a custom function's result as object
+    log_sum_exp: mx.array = outputs[0]
+    return log_sum_exp
 
 
 def _kl_and_overlap(logits: mx.array, target: TargetTopK, temperature: float) -> tuple[mx.array, mx.array, mx.array]:

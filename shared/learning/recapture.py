@@ -10,7 +10,8 @@ import numpy as np
 
 from specl.shared.engine.sampling import log_sum_exp, top_indices
 from specl.shared.learning.examples import Example
-from specl.shared.models.language_model import FEW_ROWS, LanguageModel
+from specl.shared.models.cpu_kernels import FEW_ROWS
+from specl.shared.models.language_model import LanguageModel
 
 CAPTURE_ROWS = 128  # rows of logits at once: 512 x 151,936 in fp32 would be 311 MB
 LONGEST = 512  # tokens of an example: the last of a long text

@@ -113,7 +113,8 @@ class StepLoop:
     @property
     def state(self) -> TrainingState:
         """A copy of what `restore` needs to go on from here."""
-        optimizer = {name: value for name, value in tree_flatten(self.optimizer.state) if isinstance(value, mx.array)}
+        values: dict[str, object] = dict(tree_flatten(self.optimizer.state))
+        optimizer = {name: value for name, value in values.items() if isinstance(value, mx.array)}
         return TrainingState(
             dict(tree_flatten(self.learner.module.trainable_parameters())), optimizer, self.step_number
         )

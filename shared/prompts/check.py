@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import reserved
+from specl.shared.prompts import reserved
 
 HERE = Path(__file__).resolve().parent
 GRAM = 8
