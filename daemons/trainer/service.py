@@ -199,7 +199,7 @@ class Trainer:
             self.server.publish(AdapterReady(outcome.path.name, str(outcome.path)))
             self.adapters.prune(keep=())
         adapter = outcome.adapter_id or None
-        _log.info(f"{job.kind}.done", verdict=outcome.verdict, reason=outcome.reason, adapter=adapter)
+        _log.info("run.ended", kind=job.kind, verdict=outcome.verdict, reason=outcome.reason, adapter=adapter)
 
     def _end_evaluation(self, job: EvaluateAdapterJob, ended: JobEnded) -> None:
         """The staged copy has served, and whoever waits for a verdict gets one."""

@@ -166,7 +166,7 @@ class Soak:
             "accepted": len(instance.acknowledged), "lost": len(set(instance.acknowledged) - set(stored)), "doubled": len(instance.doubled()),
             "changed": len(instance.changed()),
             "settled_s": round(settled, 2),
-            "trained": trained, "runs_lost": max(0, instance.output("trainer").count("training.done") - trained),
+            "trained": trained, "runs_lost": max(0, instance.output("trainer").count("kind=run ") - trained),
             "adapters": len(instance.stored("adapters")), "adapters_untold": len(untold),
             "recorded_ms": recorded, "unrecorded_ms": unrecorded,
             "added_p50_ms": round(recorded[0] - unrecorded[0], 1), "added_p99_ms": round(recorded[1] - unrecorded[1], 1),
