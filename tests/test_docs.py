@@ -16,9 +16,7 @@ def defined_in(path):
     """Names of the functions, methods and classes of a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {
-        node.name
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
     }
 
 
