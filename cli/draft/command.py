@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 MEASURED_PROMPTS = 8
 MEASURED_TOKENS = 64
-# what a manifest says of the drafts before it
-TOLD = (
+# what a manifest keeps of the manifests of the drafts it goes on from
+ANCESTOR_FIELDS = (
     "command", "prompts_sha256", "answers_sha256", "training_prompts", "training_tokens", "hours", "heldout_acceptance_by_depth",
     "heldout_agreement_by_depth", "training",
 )  # fmt: skip
@@ -85,15 +85,15 @@ def draft() -> None:
     "--loss", type=click.Choice(["acceptance", "kl", "tv", "mixed", "ce"]), default="acceptance", show_default=True
 )
 @click.option(
-    "--begin", type=click.Path(exists=True, file_okay=False), help="A head draft of this target to go on from."
+    "--begin", type=click.Path(exists=True, file_okay=False), help="A head draft of this target to continue from."
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--out", type=click.Path(file_okay=False), help="Where the draft goes (default: var/models/drafts/NAME-KIND)."
 )
 @click.option("--work", type=click.Path(file_okay=False), help="Where a stopped build goes on (default: beside --out).")
-def build(target: str | None, limit: str, out: str | None, work: str | None, **wish: Any) -> None:
-    """Distil a draft out of the target: it writes text, the draft learns to guess it.
+def build(target: str | None, limit: str, out: str | None, work: str | None, **options: Any) -> None:
+    """Build a draft out of the target: the target writes text, the draft learns to predict it.
 
     A stopped build goes on where it was when the same command is run again. The draft is ready for
     `models.draft.name` in the settings file.
@@ -106,106 +106,106 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **w
 
     seconds = seconds_of(limit)
     settings, paths = load_settings(), find_paths()
-    if wish["begin"] and wish["kind"] != "head":
+    if options["begin"] and options["kind"] != "head":
         raise ConfigError(
             "--begin goes on from a head draft; a layers draft always begins with the target's own layers"
         )
-    keep = Path(wish["keep"]).expanduser() if wish["keep"] else None
+    keep = Path(options["keep"]).expanduser() if options["keep"] else None
     if keep and not keep.parent.is_dir():
         raise ConfigError(f"--keep-answers {keep}: there is no folder {keep.parent}")
     name = target or settings.models.target.name
     check_memory(settings, paths, local_path(name, paths.models), None, "building a draft")
     loaded = load(name, paths.models, settings.models.precision, to_stderr)
-    short = Path(name).name
-    chosen = _settings(wish, loaded, seconds)
-    texts, about = _texts(wish, loaded, settings, paths.store)
-    about = {"command": _command(short, limit, wish), **about}
-    folder = Path(out) if out else paths.models / "drafts" / f"{short}-{wish['kind']}"
+    short_name = Path(name).name
+    build_settings = _settings(options, loaded, seconds)
+    texts, about = _texts(options, loaded, settings, paths.store)
+    about = {"command": _command(short_name, limit, options), **about}
+    folder = Path(out) if out else paths.models / "drafts" / f"{short_name}-{options['kind']}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    begin = load_head(Path(wish["begin"]), wish["begin"], loaded) if wish["begin"] else None
-    about |= {"ancestors": _ancestors(Path(wish["begin"]))} if begin else {}
-    workshop = Path(work) if work else folder.with_name(f".{folder.name}.work")
+    begin = load_head(Path(options["begin"]), options["begin"], loaded) if options["begin"] else None
+    about |= {"ancestors": _ancestors(Path(options["begin"]))} if begin else {}
+    work_folder = Path(work) if work else folder.with_name(f".{folder.name}.work")
     with ProgressReporter() as report:
-        built = build_draft(loaded, texts, workshop, folder, chosen, about, report, begin, keep)
+        built = build_draft(loaded, texts, work_folder, folder, build_settings, about, report, begin, keep)
     _table(loaded, built, settings, paths.costs)
     click.echo(f"models:\n  draft: {{name: {folder}}}")
 
 
 def _ancestors(folder: Path) -> list[dict[str, Any]]:
-    """What the drafts were made of that a build goes on from, the nearest first: a manifest tells of the last stage alone."""
+    """How the drafts were built that this build goes on from, the nearest first: a manifest describes its own stage only."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
         return []
-    return [{name: manifest[name] for name in TOLD if name in manifest}, *manifest.get("ancestors", [])]
+    return [{name: manifest[name] for name in ANCESTOR_FIELDS if name in manifest}, *manifest.get("ancestors", [])]
 
 
-def _settings(wish: dict[str, Any], target: "LanguageModel", seconds: float) -> "BuildSettings":
-    """What the options ask for. Raises ConfigError for layers that the target does not have."""
+def _settings(options: dict[str, Any], target: "LanguageModel", seconds: float) -> "BuildSettings":
+    """The options as BuildSettings. Raises ConfigError for layers that the target does not have."""
     from specl.shared.learning.build_draft import BuildSettings
     from specl.shared.learning.losses import LossSettings
     from specl.shared.models.layers import pick_layers
 
-    kind = wish["kind"]
+    kind = options["kind"]
     total = int(target.config["num_hidden_layers"])
     return BuildSettings(
         kind=kind,
-        layers=pick_layers(wish["layers"], total) if kind == "layers" else (),
-        tokens=wish["tokens"],
+        layers=pick_layers(options["layers"], total) if kind == "layers" else (),
+        tokens=options["tokens"],
         seconds=seconds,
-        hot_size=wish["hot"],
-        epochs=wish["epochs"],
-        depths=wish["depths"] if kind == "head" else 1,
-        learning_rate=wish["learning_rate"],
-        loss=LossSettings(wish["loss"]),
-        seed=wish["seed"],
+        hot_size=options["hot"],
+        epochs=options["epochs"],
+        depths=options["depths"] if kind == "head" else 1,
+        learning_rate=options["learning_rate"],
+        loss=LossSettings(options["loss"]),
+        seed=options["seed"],
     )
 
 
 def _texts(
-    wish: dict[str, Any], target: "LanguageModel", settings: Settings, store: Path
+    options: dict[str, Any], target: "LanguageModel", settings: Settings, store: Path
 ) -> tuple["BuildTexts", dict[str, Any]]:
-    """What is learned from, and what a manifest says of it."""
+    """The texts to learn from, and what the manifest says of them."""
     from specl.cli.draft.texts import SHIPPED, answers_of, prompts_of, texts_of_store
     from specl.shared import prompts
     from specl.shared.training_files.draft_build import BuildTexts
 
-    own = texts_of_store(store, settings, target.fingerprint, target.name) if wish["from_store"] else []
-    written, digests = answers_of(wish["answers"], target.fingerprint)
-    file = wish["file"] or (None if own or written else SHIPPED)
+    user_texts = texts_of_store(store, settings, target.fingerprint, target.name) if options["from_store"] else []
+    written, digests = answers_of(options["answers"], target.fingerprint)
+    file = options["file"] or (None if user_texts or written else SHIPPED)
     items, digest = prompts_of(file) if file else ([], None)
     about = {
         "prompts_sha256": digest,
-        "prompt_kinds": sorted({prompt.kind for prompt in items} | ({"own traffic"} if own else set())),
+        "prompt_kinds": sorted({prompt.kind for prompt in items} | ({"user traffic"} if user_texts else set())),
         "heldout_sha256": prompts.sha256("heldout"),
         "answers_sha256": digests,
     }
     if written:
         click.echo(f"{len(written)} answers of earlier builds to learn from", err=True)
-    if own:
-        click.echo(f"{len(own)} answers of your own traffic to learn from", err=True)
-    return BuildTexts(items, prompts.load("heldout"), own, written, prompts.may_train), about
+    if user_texts:
+        click.echo(f"{len(user_texts)} answers of your own traffic to learn from", err=True)
+    return BuildTexts(items, prompts.load("heldout"), user_texts, written, prompts.may_train), about
 
 
-def _command(target: str, limit: str, wish: dict[str, Any]) -> str:
+def _command(target: str, limit: str, options: dict[str, Any]) -> str:
     """The command line that makes the same draft again; no path of this machine is in it."""
-    parts = [f"specl-ctl draft build --target {target} --kind {wish['kind']}"]
+    parts = [f"specl-ctl draft build --target {target} --kind {options['kind']}"]
     parts += (
-        [f"--layers {wish['layers']}"]
-        if wish["kind"] == "layers"
-        else [f"--hot {wish['hot']} --depths {wish['depths']}"]
+        [f"--layers {options['layers']}"]
+        if options["kind"] == "layers"
+        else [f"--hot {options['hot']} --depths {options['depths']}"]
     )
-    parts += [f"--prompts {Path(wish['file']).name}"] if wish["file"] else []
-    parts += ["--from-store"] if wish["from_store"] else []
-    parts += [f"--answers {Path(file).name}" for file in wish["answers"]]
-    parts += [f"--tokens {wish['tokens']} --time {limit} --epochs {wish['epochs']} --loss {wish['loss']}"]
-    parts += [f"--learning-rate {wish['learning_rate']:g} --seed {wish['seed']}"]
-    parts += [f"--begin {Path(wish['begin']).name}"] if wish["begin"] else []
+    parts += [f"--prompts {Path(options['file']).name}"] if options["file"] else []
+    parts += ["--from-store"] if options["from_store"] else []
+    parts += [f"--answers {Path(file).name}" for file in options["answers"]]
+    parts += [f"--tokens {options['tokens']} --time {limit} --epochs {options['epochs']} --loss {options['loss']}"]
+    parts += [f"--learning-rate {options['learning_rate']:g} --seed {options['seed']}"]
+    parts += [f"--begin {Path(options['begin']).name}"] if options["begin"] else []
     return " ".join(parts)
 
 
 def _table(target: "LanguageModel", built: "BuiltDraft", settings: Settings, costs: Path) -> None:
-    """What was made, and what it does here: measured on held-out prompts, plain and drafted in turn."""
+    """Print what was built and its speed on this machine: held-out prompts, plain and drafted in turn."""
     from specl.shared import prompts
     from specl.shared.engine.core import EngineCore
     from specl.shared.engine.request_options import RequestOptions
@@ -242,7 +242,7 @@ def _table(target: "LanguageModel", built: "BuiltDraft", settings: Settings, cos
     )
     click.echo(
         f"one draft token {1000 * measured.draft_s(1):.1f} ms, one plain step {1000 * measured.verify_s(1):.1f} ms; "
-        f"these promise {promised}x plain"
+        f"expected speed {promised}x plain"
     )
     click.echo(
         f"plain {plain:.1f} tok/s, drafted {drafted:.1f} tok/s: {drafted / plain:.2f}x ({MEASURED_PROMPTS} held-out prompts, greedy)"

@@ -1,6 +1,6 @@
 """How fast a backlog drains: real collector and inference, real files, synchronous=FULL. `python -m tests.bench.drain --help`.
 
-Large: generations of 200 tokens with the target's top-32, about 50 KB each. Small: 1.5 KB of text and no laws. One process
+Large: generations of 200 tokens with the target's top-32, about 50 KB each. Small: 1.5 KB of text and no distributions. One process
 on each side, one exchange in flight, as always. The figures per CPU second (both processes together) are those of one core that
 nobody else uses, disk waits left out.
 """

@@ -5,7 +5,7 @@
 `tiny`: a random two-layer Llama is the target; a head draft of it is built on its general text, and each decision has
 conversations of its own. `builtin`: SmolLM2 and the head that ships, with the settings' recipe; a decision draws its
 conversations from a pool of answers to reserved prompts. LoRA trains on some, the gate judges on others and on a regression
-slice of general text. Null: every target (token and law) is permuted across the positions of all training records, held-out
+slice of general text. Null: every target (token and distribution) is permuted across the positions of all training records, held-out
 untouched; so the tokens' frequencies are all there is to learn. Control: the same without the permutation. Exit code 0: at most
 one of the nulls in 40 was promoted, and the control's interval lies above zero. (`builtin` replays nothing, so that the control
 loses general text, and the slice keeps it from being promoted.)

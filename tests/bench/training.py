@@ -41,7 +41,7 @@ from specl.shared.paths import find_paths
 from specl.shared.settings.load import load_settings
 
 RANK, SCALE, RATE, DECAY = 8, 2.0, 1e-4, 0.01
-TOP_K = 8  # of the stored law; cross-entropy does not read it
+TOP_K = 8  # of the stored distribution; cross-entropy does not read it
 
 
 class Clock:

@@ -53,7 +53,7 @@ def write_model(folder, seed, layers=2):
     shape = {"model_type": "llama", "max_position_embeddings": 2048, "eos_token_id": 256} | sizes | rest
     mx.random.seed(seed)
     model = Model(ModelArgs.from_dict(shape))
-    # weights three times the usual: sharp enough laws, so that argmaxes are no matter of rounding
+    # weights three times the usual: sharp enough distributions, so that rounding decides no argmax
     weights = {name: value * 3 if value.ndim == 2 else value for name, value in tree_flatten(model.parameters())}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(shape))

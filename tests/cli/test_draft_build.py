@@ -116,7 +116,7 @@ def test_evaluation_prompts_are_not_trained_on(tmp_path, capsys):
     assert [item.messages[-1]["content"] for item in prompts_of(str(file))[0]] == ["one"]
     assert "1 prompts of" in capsys.readouterr().err
     file.write_text(json.dumps({"prompt": judge}))
-    with pytest.raises(ConfigError, match="judged by"):
+    with pytest.raises(ConfigError, match="evaluated on"):
         prompts_of(str(file))
 
 
@@ -172,7 +172,7 @@ def test_build_command_makes_a_draft_the_settings_accept(specl, stored, monkeypa
     assert outcome.exit_code == 0, outcome.stderr
     assert "held-out acceptance by depth" in outcome.stdout and f"name: {out}" in outcome.stdout
     assert (out / "model.safetensors").is_file()
-    assert "one draft token" in outcome.stdout and "these promise" in outcome.stdout
+    assert "one draft token" in outcome.stdout and "expected speed" in outcome.stdout
 
     def no_text(*arguments, **more):
         raise AssertionError("text was written")

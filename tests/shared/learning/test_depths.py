@@ -53,7 +53,7 @@ def sampling(model, tokens):
 
 
 def written(target, n, rows=24, greedy=True):
-    """A text that the target wrote itself, with its whole law."""
+    """A text that the target wrote itself, with its whole distribution."""
     rng = np.random.default_rng(n)
     tokens = rng.integers(4, 97, 5).astype(np.uint32)
     for _ in range(rows):
@@ -132,7 +132,9 @@ def test_mean_acceptance_of_drawn_tokens_is_the_overlap(pair):
     assert stands == pytest.approx(np.minimum(1, q / p), rel=1e-3, abs=1e-6) and 0.1 < stands.min() < 0.9
     assert score == pytest.approx(np.full(97, np.minimum(p, q).sum()), rel=1e-4)
     assert (p * stands).sum() == pytest.approx(score[0], rel=1e-4)
-    beyond = [replace(one, ids=one.ids[:, :40], logprobs=one.logprobs[:, :40]) for one in texts]  # of the stored law
+    beyond = [
+        replace(one, ids=one.ids[:, :40], logprobs=one.logprobs[:, :40]) for one in texts
+    ]  # of the stored distribution
     batch = collate(beyond)
     _, stands = score_rows(Learner(draft), rows, batch, pick, np.ones(97, bool))
     assert (stands[:40] > 0).all() and (stands[40:] == 0).all()

@@ -1,4 +1,4 @@
-"""What a draft learns from, cut and put into batches: nothing loses its place, and laws of unlike length stand side by side."""
+"""What a draft learns from, cut and put into batches: positions stay right, and distributions of different k fit into one batch."""
 
 import mlx.core as mx
 import numpy as np
@@ -44,9 +44,9 @@ def test_overlong_prompt_leaves_the_answer_to_learn():
     assert len(batch.supervised) == 43
 
 
-# ---------------------------------------------------------------------------------------------------- laws of unlike length
+# ---------------------------------------------------------------------------------------------------- distributions of different k
 def text(n, k, rows=9):
-    """A text with a made-up law over `k` tokens, the emitted one first."""
+    """A text with a made-up distribution over `k` tokens, the emitted one first."""
     rng = np.random.default_rng(n)
     tokens = rng.integers(4, 97, 5 + rows).astype(np.uint32)
     others = [rng.choice(np.setdiff1d(np.arange(97), [token]), k - 1, replace=False) for token in tokens[5:]]

@@ -1,4 +1,4 @@
-"""Prompts that a target invents: whole, wanted, of one seed; and what keeps judging sets out of training."""
+"""Synthetic prompts: complete, accepted, reproducible by seed; and what keeps evaluation sets out of training."""
 
 from types import SimpleNamespace
 

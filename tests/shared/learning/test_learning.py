@@ -24,7 +24,7 @@ from tests.lora import change_norm, fuse, problems
 
 
 def example(target, seed=0, prompt=5, rows=9, k=97, id="a"):
-    """A text with the target's own law at every output position."""
+    """A text with the target's own distribution at every output position."""
     tokens = np.random.default_rng(seed).integers(4, 97, prompt + rows).astype(np.uint32)
     states = target.hidden_states(mx.array(tokens[None, :-1].astype(np.int64)))[0]
     logits = np.array(target.logits(states))[prompt - 1 :].astype(np.float64)
@@ -120,7 +120,7 @@ def test_agreement_is_what_counting_by_hand_gives(tiny):
         Example(e.id, e.tokens, e.prompt_length, e.ids, e.logprobs, e.weights, e.states, greedy=False) for e in examples
     ]
     assert agreement(Learner(target), own).value == pytest.approx(1, abs=1e-3), (
-        "a sampled text's overlap with its own law"
+        "a sampled text's overlap with its own distribution"
     )
 
 

@@ -24,7 +24,7 @@ def distributions():
 
 
 def merged(sampling, top):
-    """The law's probabilities of `top`, then of everything else together."""
+    """The distribution's probabilities of `top`, then of everything else together."""
     kept = np.take_along_axis(sampling, top, 1)
     return np.concatenate([kept, 1 - kept.sum(1, keepdims=True)], 1)
 

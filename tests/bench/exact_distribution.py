@@ -1,10 +1,10 @@
-"""The law of sampled sequences of 3 tokens through the whole engine, vocabulary 8, against the exact one: chi-square.
+"""The distribution of sampled sequences of 3 tokens through the whole engine, vocabulary 8, against the exact one: chi-square.
 
-    python -m tests.bench.law [--draws 100000] [--temperature 0.7] [--top-p 0.8] [--broken]
+    python -m tests.bench.exact_distribution [--draws 100000] [--temperature 0.7] [--top-p 0.8] [--broken]
 
-Auto k with a chooser that drafts, parks and probes, n-gram drafts over a repetitive prompt, an end-of-answer token inside
+Automatic draft length that drafts, parks and probes, n-gram drafts over a repetitive prompt, an end-of-answer token inside
 runs, and a draft whose weights are swapped in the middle of answers. `--broken` replaces the residual by the target's own
-law, which must be noticed. Exit code 0: p > 0.001 (with --broken: p < 0.001).
+distribution, which must be detected. Exit code 0: p > 0.001 (with --broken: p < 0.001).
 """
 
 # ruff: noqa: I001 - the BLAS comes before mlx
