@@ -84,8 +84,9 @@ class Reevaluation:
         try:
             adapter = self._load(self.id)
         except AdapterRejected as error:
-            loses = RunVerdict.CONFIRMED if self.was_rolled_back else RunVerdict.ROLLED_BACK
-            return self._unusable(error, loses, other)
+            if not self.was_rolled_back:  # inference refuses it, and says why
+                return self.report.end(RunVerdict.NO_VERDICT, str(error))
+            return self._unusable(error, RunVerdict.CONFIRMED, other)
         try:
             predecessor = self._predecessor(other)
         except AdapterRejected as error:

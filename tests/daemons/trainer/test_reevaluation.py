@@ -135,11 +135,11 @@ def test_promotion_without_proof_against_it_is_kept(tmp_path, scales):
     ("torn", "rolled_back", "verdict", "current"),
     [
         ("000002", True, RunVerdict.CONFIRMED, "000001"),
-        ("000002", False, RunVerdict.ROLLED_BACK, "000001"),
+        ("000002", False, RunVerdict.NO_VERDICT, "000002"),  # inference refuses it, and says why
         ("000001", False, RunVerdict.KEPT, "000002"),
     ],
 )
-def test_adapter_that_cannot_be_loaded_loses(tmp_path, torn, rolled_back, verdict, current):
+def test_rolled_back_or_former_adapter_must_load(tmp_path, torn, rolled_back, verdict, current):
     stage = Stage(tmp_path, (GOOD, GOOD), rolled_back=rolled_back)
     (stage.adapters.folder / torn / "adapters.safetensors").write_bytes(b"torn")
     assert stage.reevaluate().verdict == verdict and stage.adapters.current() == current
