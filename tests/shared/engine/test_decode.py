@@ -226,7 +226,7 @@ def chi_square_p(observed, expected, draws):
     return 0.5 * erfc(z / np.sqrt(2))
 
 
-DRAWS = 1500  # enough to refuse a broken rule with p < 0.001
+DRAWS, LENGTH = 1500, 2  # enough to refuse a broken rule with p < 0.001: a few cells, each with many draws
 
 
 def sampled(tiny, sampling, draws=DRAWS, k=2):
@@ -237,12 +237,12 @@ def sampled(tiny, sampling, draws=DRAWS, k=2):
     for i in range(draws):
         session = run(
             engine,
-            RequestOptions(sampling=sampling, max_tokens=3, num_draft_tokens=(k if i % 3 else None), ngram=i % 2 == 0),
+            RequestOptions(sampling=sampling, max_tokens=LENGTH, num_draft_tokens=(k if i % 3 else None), ngram=i % 2 == 0),
             [1, 2, 1, 2],
         )
         key = tuple(session.output)
         observed[key] = observed.get(key, 0) + 1
-    return observed, exact_distribution(target, [1, 2, 1, 2], sampling, 3)
+    return observed, exact_distribution(target, [1, 2, 1, 2], sampling, LENGTH)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])

@@ -73,7 +73,7 @@ def test_an_emoji_split_over_tokens_comes_whole(tokenizer):
     assert stream.text == "a😀b"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tokens=st.lists(st.integers(0, 275), max_size=40))
 def test_streamed_tokens_equal_decoding_at_once(tokenizer, tokens):
     pieces, stream = stream_text(tokenizer, tokens)
@@ -95,7 +95,7 @@ def test_unfinished_character_at_the_end_is_shown(tokenizer):
     assert stream_text(tokenizer, tokens)[1].text == f"ab{HOLD}"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=st.text("abc", max_size=30), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string(tokenizer, text, stops):
     tokens = tokenizer.encode(text, add_special_tokens=False)
@@ -146,7 +146,7 @@ few_bytes = st.lists(st.sampled_from([0x41, 0x80, 0x98, 0x9F, 0xE2, 0xF0, 0xFF])
 broken = few_bytes.map(lambda values: [FIRST_BYTE + value for value in values])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @example(parts=[spelled("\N{GRINNING FACE}\N{GRINNING FACE}")])
 @given(parts=st.lists(words | bytes_of_words, max_size=8))
 def test_byte_fallback_text_is_whole_at_any_cut(by_bytes, parts):
@@ -157,7 +157,7 @@ def test_byte_fallback_text_is_whole_at_any_cut(by_bytes, parts):
     assert all(whole.startswith("".join(pieces[:count])) for count in range(len(pieces)))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(parts=st.lists(words | bytes_of_words | broken, max_size=8))
 def test_broken_bytes_never_retract_or_repeat_text(by_bytes, parts):
     tokens = [token for part in parts for token in part]

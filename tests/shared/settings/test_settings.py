@@ -91,7 +91,7 @@ def test_control_character_is_reported_with_its_line(code):
         "logging: {level: 0o9}\n",
         "a: &x [*x]\n",
         "a: *nowhere\n",
-        "[" * 1500,
+        "[" * 1000,
         "- 1\n",
         "just words",
         "--- 1\n--- 2\n",
