@@ -3,13 +3,9 @@
 KNOWN: dict[str, set[str]] = {}
 # how often a rule that counts is broken
 COUNTS = {
-    "retired": {
-        "facts": 17,
-        "told": 12,
-        "wish": 155,
-    },
+    "retired": {"facts": 3},
     "long names": 0,
-    "private reads": 37,
+    "private reads": 17,
     "private reads of code": 0,
 }
 
