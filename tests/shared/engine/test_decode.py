@@ -237,7 +237,9 @@ def sampled(tiny, sampling, draws=DRAWS, k=2):
     for i in range(draws):
         session = run(
             engine,
-            RequestOptions(sampling=sampling, max_tokens=LENGTH, num_draft_tokens=(k if i % 3 else None), ngram=i % 2 == 0),
+            RequestOptions(
+                sampling=sampling, max_tokens=LENGTH, num_draft_tokens=(k if i % 3 else None), ngram=i % 2 == 0
+            ),
             [1, 2, 1, 2],
         )
         key = tuple(session.output)
