@@ -1,4 +1,6 @@
-"""`specl-ctl eval`: does an adapter help on these prompts? Loads the models here; the daemons are not asked or disturbed."""
+"""`specl-ctl eval`: does an adapter help on these prompts? Loads the models here; the daemons are
+not asked or disturbed.
+"""
 
 import json
 from dataclasses import asdict
@@ -70,7 +72,9 @@ def evaluate(
 
 
 def _resolve(name: str) -> str:
-    """The id that `name` stands for; `none` for the bare draft. Raises SpecLoraError for a name that nothing has."""
+    """The id that `name` stands for; `none` for the bare draft. Raises SpecLoraError for a name
+    that nothing has.
+    """
     adapters = Adapters(find_paths().adapters)
     if name == NONE or (name == "current" and not adapters.current()):
         return NONE

@@ -1,4 +1,6 @@
-"""Progress of long work on stderr: a bar on a terminal, a line now and then elsewhere. One reporter for all commands."""
+"""Progress of long work on stderr: a bar on a terminal, a line now and then elsewhere. One reporter
+for all commands.
+"""
 
 import math
 import sys
@@ -17,7 +19,9 @@ LINE_EVERY_S = 20.0  # where stderr is no terminal
 
 
 class ProgressReporter:
-    """`with ProgressReporter() as report: work(report)`; `report(progress)` shows a `Progress`. A new stage begins a new line."""
+    """`with ProgressReporter() as report: work(report)`; `report(progress)` shows a `Progress`. A
+    new stage begins a new line.
+    """
 
     def __init__(self) -> None:
         self._bar: ProgressBar | None = None
@@ -37,7 +41,8 @@ class ProgressReporter:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[details]}", markup=False),
             )
-            # lines printed meanwhile go above the bar, but never from a stdout that is a file to stderr
+            # lines printed meanwhile go above the bar, but never from a stdout that is a file to
+            # stderr
             self._bar = ProgressBar(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
             self._bar.start()
         return self

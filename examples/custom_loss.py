@@ -1,6 +1,8 @@
-"""A custom loss: reverse KL, which avoids words that the target would not say. `python examples/custom_loss.py` tries it on toy rows.
+"""A custom loss: reverse KL, which avoids words that the target would not say. `python
+examples/custom_loss.py` tries it on toy rows.
 
-For the trainer: `training: {loss: {type: "custom_loss:reverse_kl"}}` in the settings, with this folder on PYTHONPATH.
+For the trainer: `training: {loss: {type: "custom_loss:reverse_kl"}}` in the settings, with this
+folder on PYTHONPATH.
 """
 
 import mlx.core as mx
@@ -10,10 +12,12 @@ from specl.shared.learning.losses import LossSettings, TargetTopK
 
 
 def reverse_kl(logits: mx.array, target: TargetTopK, settings: LossSettings) -> tuple[mx.array, mx.array]:
-    """KL(draft || target) over the target's top-k, a loss and a validity (0 or 1) for each row of `logits` [m, columns].
+    """KL(draft || target) over the target's top-k, a loss and a validity (0 or 1) for each row of
+    `logits` [m, columns].
 
-    `target.columns` [m, k] says which columns the top-k are (-1: not in the draft's vocabulary), `target.logprobs` their
-    log-probabilities; `settings` are type, temperature and alpha of training.loss. Gradients must flow: no `.item()`.
+    `target.columns` [m, k] says which columns the top-k are (-1: not in the draft's vocabulary),
+    `target.logprobs` their log-probabilities; `settings` are type, temperature and alpha of
+    training.loss. Gradients must flow: no `.item()`.
     """
     inside = (target.columns >= 0).astype(mx.float32)
     columns = mx.maximum(target.columns, 0)

@@ -1,4 +1,6 @@
-"""`specl-ctl bench`: the same prompts through mlx-lm and through this engine, interleaved in one run; tables, JSON and a plot."""
+"""`specl-ctl bench`: the same prompts through mlx-lm and through this engine, interleaved in one
+run; tables, JSON and a plot.
+"""
 
 import contextlib
 import json

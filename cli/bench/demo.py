@@ -1,7 +1,9 @@
-"""`specl-ctl demo`: ask, record, train, publish, measure again, on a kind of work that the shipped draft has never seen.
+"""`specl-ctl demo`: ask, record, train, publish, measure again, on a kind of work that the shipped
+draft has never seen.
 
-Everything printed was measured in this run. The unseen prompts share no record with those that were learned from, are asked
-without recording, and n-gram drafting is off, so that what changes is the adapter alone.
+Everything printed was measured in this run. The unseen prompts share no record with those that were
+learned from, are asked without recording, and n-gram drafting is off, so that what changes is the
+adapter alone.
 """
 
 import time
@@ -49,7 +51,8 @@ def _demo_settings() -> Settings:
             "on_battery": True,
             "when_hot": True,
             "min_heldout_generations": 4,
-            # two minutes of one kind at a high rate do harm general text (0.52 -> 0.39 here), which the gate would refuse
+            # two minutes of one kind at a high rate do harm general text (0.52 -> 0.39 here), which
+            # the gate would refuse
             "regression_prompts": 0,
             "replay_buffer_size": REPLAYED,
         }
@@ -88,7 +91,8 @@ def _pass(
 @click.option("--tokens", type=click.IntRange(8), default=64, show_default=True, help="Most tokens of an answer.")
 @click.option("--keep", is_flag=True, help="Keep the scratch run directory to look into.")
 def demo(kind: str, live: int, unseen: int, tokens: int, keep: bool) -> None:
-    """Show the whole loop on a new kind of work: measure, use, train, measure again. Under ten minutes on two cores.
+    """Show the whole loop on a new kind of work: measure, use, train, measure again. Under ten
+    minutes on two cores.
 
     Starts its own daemons in a scratch run directory; your own store and adapters are not touched.
     """

@@ -1,4 +1,6 @@
-"""`specl-ctl bench learning`: does live traffic make it faster? The command's options, and which measurement they ask for."""
+"""`specl-ctl bench learning`: does live traffic make it faster? The command's options, and which
+measurement they ask for.
+"""
 
 from pathlib import Path
 from typing import Any

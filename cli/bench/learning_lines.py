@@ -57,7 +57,9 @@ def gain_lines(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _mode(figure: str) -> str:
-    """Speeds are those of the automatic draft length, acceptance and agreement those of the fixed one."""
+    """Speeds are those of the automatic draft length, acceptance and agreement those of the fixed
+    one.
+    """
     return "fixed" if figure in ("agreement", "acceptance") else "auto"
 
 

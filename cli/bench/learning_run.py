@@ -1,4 +1,6 @@
-"""Runs a measurement of `bench learning` and reports it: prints lines, writes learning.json and learning.png, cleans up."""
+"""Runs a measurement of `bench learning` and reports it: prints lines, writes learning.json and
+learning.png, cleans up.
+"""
 
 import json
 import os

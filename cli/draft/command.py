@@ -1,4 +1,6 @@
-"""`specl-ctl draft build`: a draft out of the target itself, with progress, resumable, ending in a measured table."""
+"""`specl-ctl draft build`: a draft out of the target itself, with progress, resumable, ending in a
+measured table.
+"""
 
 import json
 import re
@@ -132,7 +134,9 @@ def build(target: str | None, limit: str, out: str | None, work: str | None, **o
 
 
 def _ancestors(folder: Path) -> list[dict[str, Any]]:
-    """How the drafts were built that this build goes on from, the nearest first: a manifest describes its own stage only."""
+    """How the drafts were built that this build goes on from, the nearest first: a manifest
+    describes its own stage only.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
@@ -205,7 +209,9 @@ def _command(target: str, limit: str, options: dict[str, Any]) -> str:
 
 
 def _table(target: "LanguageModel", built: "BuiltDraft", settings: Settings, costs: Path) -> None:
-    """Print what was built and its speed on this machine: held-out prompts, plain and drafted in turn."""
+    """Print what was built and its speed on this machine: held-out prompts, plain and drafted in
+    turn.
+    """
     from specl.shared import prompts
     from specl.shared.engine.core import EngineCore
     from specl.shared.engine.request_options import RequestOptions

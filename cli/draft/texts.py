@@ -1,4 +1,6 @@
-"""What `specl-ctl draft build` learns from: the shipped prompts, a file's, or what the store holds of the user's own traffic."""
+"""What `specl-ctl draft build` learns from: the shipped prompts, a file's, or what the store holds
+of the user's own traffic.
+"""
 
 import hashlib
 import time
@@ -32,8 +34,9 @@ class Unusable(Enum):
 
 
 def prompts_of(file: str) -> tuple[list[Any], str]:
-    """The prompts in `file` (in plain text a line may also be JSON), or the shipped ones, and their sha256. Prompts that share
-    eight words in a row with an evaluation prompt are left out. Raises ConfigError that names file and line.
+    """The prompts in `file` (in plain text a line may also be JSON), or the shipped ones, and their
+    sha256. Prompts that share eight words in a row with an evaluation prompt are left out. Raises
+    ConfigError that names file and line.
     """
     from specl.shared import prompts
 
@@ -56,7 +59,9 @@ def prompts_of(file: str) -> tuple[list[Any], str]:
 
 
 def answers_of(files: Sequence[str], fingerprint: str) -> tuple[list["WrittenText"], list[str]]:
-    """Texts that this target wrote for earlier builds, and the sha256 of each file. Raises ConfigError for a file of another kind."""
+    """Texts that this target wrote for earlier builds, and the sha256 of each file. Raises
+    ConfigError for a file of another kind.
+    """
     from specl.shared.training_files.target_texts import load_target_texts
 
     texts: list[WrittenText] = []
@@ -72,9 +77,10 @@ def answers_of(files: Sequence[str], fingerprint: str) -> tuple[list["WrittenTex
 
 
 def texts_of_store(path: Path, settings: Settings, fingerprint: str, name: str) -> list["WrittenText"]:
-    """The answers of this target in the store that a draft may learn from. Left out are conversations that are held out for
-    evaluating adapters, texts that also occur in one of those, texts older than retention allows, and records without tokens
-    (statistics only, or redacted). Raises ConfigError that says why where nothing is left.
+    """The answers of this target in the store that a draft may learn from. Left out are
+    conversations that are held out for evaluating adapters, texts that also occur in one of those,
+    texts older than retention allows, and records without tokens (statistics only, or redacted).
+    Raises ConfigError that says why where nothing is left.
     """
     from specl.shared.learning.examples import is_held_out
     from specl.shared.learning.recapture import LONGEST

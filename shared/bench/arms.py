@@ -1,8 +1,10 @@
-"""The arms of a bench: mlx-lm's loops, this engine, and this engine behind its daemon, each timed by the same clock.
+"""The arms of a bench: mlx-lm's loops, this engine, and this engine behind its daemon, each timed
+by the same clock.
 
-mlx-lm's two loops run on the same model object as the engine, so that ratios show what speculation does, not what kernels do;
-`STOCK` is mlx-lm as it comes, on a dense copy without our kernels. Every arm of the engine has an acceptance history of its own,
-so that what one arm learns does not help another.
+mlx-lm's two loops run on the same model object as the engine, so that ratios show what speculation
+does, not what kernels do; `STOCK` is mlx-lm as it comes, on a dense copy without our kernels. Every
+arm of the engine has an acceptance history of its own, so that what one arm learns does not help
+another.
 """
 
 import time
@@ -37,8 +39,8 @@ STOCK = "mlx-lm stock"
 
 @dataclass(slots=True)
 class ArmResult:
-    """One arm's output for one prompt. The first `first` tokens came together after `ttft_s` seconds, the rest took `decode_s`.
-    The counts are those of DecodingStats.
+    """One arm's output for one prompt. The first `first` tokens came together after `ttft_s`
+    seconds, the rest took `decode_s`. The counts are those of DecodingStats.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -106,7 +108,9 @@ class Arm(Protocol):
 
 
 class PlainArm:
-    """mlx-lm's generate_step on a model object. On ours, with its native kernels, it is the reference of all ratios."""
+    """mlx-lm's generate_step on a model object. On ours, with its native kernels, it is the
+    reference of all ratios.
+    """
 
     def __init__(self, target: LanguageModel, sampling: SamplingParams, name: str = PLAIN) -> None:
         self.target, self.sampling, self.name = target, sampling, name
@@ -135,7 +139,9 @@ class MlxSpeculativeArm:
         self.target, self.draft, self.k, self.sampling = target, draft, k, sampling
 
     def run(self, item: BenchPrompt, prompt: list[int], limit: int) -> ArmResult:
-        """Answer one prompt. mlx-lm's loop reports accepted drafts only, so that drafted and rejected stay 0."""
+        """Answer one prompt. mlx-lm's loop reports accepted drafts only, so that drafted and
+        rejected stay 0.
+        """
         self._accepted = 0
         result = timed(self._pieces(prompt, limit))
         result.accepted = result.model_accepted = self._accepted
@@ -211,7 +217,8 @@ class EngineArm:
 class DaemonArm:
     """This engine behind its daemon, with sockets, records and store. The clock is the client's.
 
-    The daemon does not report rejections; drafting rounds that were not accepted whole are an upper bound.
+    The daemon does not report rejections; drafting rounds that were not accepted whole are an upper
+    bound.
     """
 
     def __init__(self, client: Client, sampling: SamplingParams, mode: str = "detailed") -> None:
@@ -220,7 +227,9 @@ class DaemonArm:
         self.options: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "mode": mode}
 
     def run(self, item: BenchPrompt, prompt: list[int], limit: int) -> ArmResult:
-        """Answer one prompt. The daemon's prefix cache is emptied first, so that it reads the whole prompt too."""
+        """Answer one prompt. The daemon's prefix cache is emptied first, so that it reads the whole
+        prompt too.
+        """
         self.client.command("inference", Purge([], None, ""))
         request = self.client.request(item.messages, max_tokens=limit, **self.options)
         result = timed(delta.tokens for delta in self.client.deltas(request))

@@ -1,4 +1,6 @@
-"""Several concurrent clients: total tokens a second of our daemon and of mlx_lm.server without a draft, in alternating turns."""
+"""Several concurrent clients: total tokens a second of our daemon and of mlx_lm.server without a
+draft, in alternating turns.
+"""
 
 import queue
 import threading
@@ -18,7 +20,9 @@ Complete = Callable[[BenchPrompt], int]  # answers a prompt; the tokens of the a
 
 @dataclass(frozen=True, slots=True)
 class ConcurrencyFigures:
-    """All tokens over wall seconds with so many clients: the best turn of each server, and the ratio of every turn."""
+    """All tokens over wall seconds with so many clients: the best turn of each server, and the
+    ratio of every turn.
+    """
 
     clients: int
     ours: float
@@ -27,7 +31,9 @@ class ConcurrencyFigures:
 
 
 def concurrent_rate(connect: Callable[[], Complete], clients: int, items: Sequence[BenchPrompt]) -> float:
-    """Total tokens a second of `clients` threads that work through `items`. An error in any thread is raised here."""
+    """Total tokens a second of `clients` threads that work through `items`. An error in any thread
+    is raised here.
+    """
     work: queue.SimpleQueue[BenchPrompt] = queue.SimpleQueue()
     for item in items:
         work.put(item)
@@ -65,7 +71,9 @@ def measure_concurrency(
     turns: int,
     say: Callable[[str], object] = lambda note: None,
 ) -> list[ConcurrencyFigures]:
-    """For each number of clients `turns` turns of each server, in alternating order. The daemon's caches are emptied every time."""
+    """For each number of clients `turns` turns of each server, in alternating order. The daemon's
+    caches are emptied every time.
+    """
 
     def ours() -> Complete:
         client = daemons.client()

@@ -1,4 +1,6 @@
-"""A stream as a picture: acceptance, agreement and speed over time, learning on and off, adapters as vertical lines."""
+"""A stream as a picture: acceptance, agreement and speed over time, learning on and off, adapters
+as vertical lines.
+"""
 
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +20,9 @@ COLOURS = {"on": "tab:green", "off": "tab:gray"}
 
 
 def draw_stream(passes: dict[str, dict[str, StreamPass]], shift_at: int | None, file: Path) -> None:
-    """`passes` by column ("n-gram off", ...) and by side ("on", "off"); `shift_at` is the request where the kind changes."""
+    """`passes` by column ("n-gram off", ...) and by side ("on", "off"); `shift_at` is the request
+    where the kind changes.
+    """
     pyplot = require_matplotlib()
     passes = {name: sides for name, sides in passes.items() if any(part.rows for part in sides.values())}
     size = (max(7, 6.5 * len(passes)), 2.3 * len(PANELS))

@@ -1,8 +1,10 @@
-"""Does learning from live traffic help? Streams with learning on and off, or unseen prompts before and after one training run.
+"""Does learning from live traffic help? Streams with learning on and off, or unseen prompts before
+and after one training run.
 
-Runs daemons in scratch run directories only; the user's store and adapters are not touched. Calibrations (costs, the regression
-slice, states of replayed texts) are copied from the user's run directory and from one pass to the next, so that all passes
-choose draft lengths by the same costs. Measures; prints nothing and writes no report.
+Runs daemons in scratch run directories only; the user's store and adapters are not touched.
+Calibrations (costs, the regression slice, states of replayed texts) are copied from the user's run
+directory and from one pass to the next, so that all passes choose draft lengths by the same costs.
+Measures; prints nothing and writes no report.
 """
 
 import shutil
@@ -48,7 +50,9 @@ class LearningOptions:
 
 
 class LearningBench:
-    """What both measurements share. `folder` holds the run directories; `say` gets a sentence about each stage."""
+    """What both measurements share. `folder` holds the run directories; `say` gets a sentence about
+    each stage.
+    """
 
     def __init__(
         self,
@@ -65,7 +69,9 @@ class LearningBench:
 
     @contextmanager
     def daemons(self, name: str, settings: Settings) -> Iterator[Client]:
-        """A client of three daemons in the run directory `name`, which begin with the calibrations known so far."""
+        """A client of three daemons in the run directory `name`, which begin with the calibrations
+        known so far.
+        """
         folder = self.folder / name
         folder.mkdir()
         for part in COPIED:
@@ -79,7 +85,9 @@ class LearningBench:
             yield client
 
     def rescore(self, parts: Sequence[tuple[str, Sequence[StreamRow]]]) -> None:
-        """Fill in the agreement of rows; each part is a run directory's name and the rows that its adapters drafted."""
+        """Fill in the agreement of rows; each part is a run directory's name and the rows that its
+        adapters drafted.
+        """
         from specl.shared.adapters.registry import Adapters
         from specl.shared.bench.rescore import Rescorer
         from specl.shared.loading.engine import load_engine
@@ -96,7 +104,9 @@ class LearningBench:
 
 
 class StreamBench(LearningBench):
-    """One stream, with learning on and off, without n-gram drafting and, if asked for, with it: `passes[column][side]`."""
+    """One stream, with learning on and off, without n-gram drafting and, if asked for, with it:
+    `passes[column][side]`.
+    """
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -123,7 +133,9 @@ class StreamBench(LearningBench):
         )
 
     def measure(self) -> None:
-        """Send every stream. A pass without learning answers what the pass with learning had time for."""
+        """Send every stream. A pass without learning answers what the pass with learning had time
+        for.
+        """
         options = self.options
         schedule = StreamSchedule(options.gap_s, options.tokens, options.plain_every, options.minutes)
         for column in self.columns:
@@ -168,7 +180,9 @@ class StreamBench(LearningBench):
 
 
 class GainBench(LearningBench):
-    """Unseen prompts, traffic to learn from, one training run, the same unseen prompts: `passes[before or after][mode]`."""
+    """Unseen prompts, traffic to learn from, one training run, the same unseen prompts:
+    `passes[before or after][mode]`.
+    """
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -210,7 +224,9 @@ class GainBench(LearningBench):
             meter.advance(note=item.kind)
 
     def _measure_unseen(self, client: Client, name: str, items: Sequence[StreamItem]) -> None:
-        """Each prompt three times: automatic draft length, plain beside it, fixed draft length. Nothing is recorded."""
+        """Each prompt three times: automatic draft length, plain beside it, fixed draft length.
+        Nothing is recorded.
+        """
         tokens = self.options.tokens
         rows = self.passes[name] = {mode: [] for mode in MODES}
         meter = ProgressMeter("prompts", len(items), self._report)

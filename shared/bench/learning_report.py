@@ -1,9 +1,11 @@
-"""What a stream shows about learning: rows in, figures with intervals out. Pure; knows no model, no clock, no file.
+"""What a stream shows about learning: rows in, figures with intervals out. Pure; knows no model, no
+clock, no file.
 
-With learning on and off the same prompts are answered, so rows are paired by number and resampled together: 95% percentile
-bootstrap, 2,000 resamples over requests. Speeds are pooled: all tokens over all seconds. Two ratios are reported. `speed` is what
-a user sees, the trainer's share of the machine included. `speed_to_plain` first divides each side by the plain decoding measured
-beside it (the median of the nearest few), which removes how busy the machine was, and the trainer with it.
+With learning on and off the same prompts are answered, so rows are paired by number and resampled
+together: 95% percentile bootstrap, 2,000 resamples over requests. Speeds are pooled: all tokens
+over all seconds. Two ratios are reported. `speed` is what a user sees, the trainer's share of the
+machine included. `speed_to_plain` first divides each side by the plain decoding measured beside it
+(the median of the nearest few), which removes how busy the machine was, and the trainer with it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -65,7 +67,9 @@ def _column(values: Iterable[float]) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------ one side
 class StreamFigures:
-    """Figures of rows, which are kept as arrays. `units` are decoding times in plain tokens: seconds times the plain speed beside."""
+    """Figures of rows, which are kept as arrays. `units` are decoding times in plain tokens:
+    seconds times the plain speed beside.
+    """
 
     def __init__(self, rows: Sequence[StreamRow]) -> None:
         self.rows = list(rows)
@@ -114,7 +118,9 @@ class StreamFigures:
 
 
 def plain_beside(rows: Sequence[StreamRow]) -> np.ndarray:
-    """For each row the plain speed at its time: the median of the NEAREST measurements; NaN where there is none."""
+    """For each row the plain speed at its time: the median of the NEAREST measurements; NaN where
+    there is none.
+    """
     known = [(row.n, row.plain) for row in rows if row.plain]
     result = []
     for row in rows:
@@ -125,7 +131,8 @@ def plain_beside(rows: Sequence[StreamRow]) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------ two sides
 def compare(first: StreamFigures, second: StreamFigures) -> dict[str, Estimate]:
-    """`first` against `second`, row by row the same prompts: ratios of speed, differences of acceptance and agreement.
+    """`first` against `second`, row by row the same prompts: ratios of speed, differences of
+    acceptance and agreement.
 
     Raises ValueError where the prompts are not the same.
     """
@@ -143,7 +150,9 @@ def compare(first: StreamFigures, second: StreamFigures) -> dict[str, Estimate]:
 
 
 def windows(count: int, shift_at: int | None = None) -> dict[str, range]:
-    """The parts of a stream of `count` requests that are reported; the second half begins where the kind changes."""
+    """The parts of a stream of `count` requests that are reported; the second half begins where the
+    kind changes.
+    """
     half = count // 2 if shift_at is None else min(shift_at, count)
     return {
         "whole": range(count),
@@ -154,7 +163,9 @@ def windows(count: int, shift_at: int | None = None) -> dict[str, range]:
 
 
 def report(on: StreamPass, off: StreamPass | None, shift_at: int | None = None) -> dict[str, Any]:
-    """For each window of requests: the figures with learning on and off, and their comparison over the requests that both answered."""
+    """For each window of requests: the figures with learning on and off, and their comparison over
+    the requests that both answered.
+    """
     result: dict[str, Any] = {"windows": {}, "words": words(on, off) if off else None}
     ons, offs = by_number(on), by_number(off) if off else {}
     for name, numbers in windows(len(on.rows), shift_at).items():
@@ -181,7 +192,9 @@ def by_number(part: StreamPass) -> dict[int, StreamRow]:
 
 
 def words(on: StreamPass, off: StreamPass) -> dict[str, int]:
-    """How many texts were compared and differ; greedy texts may differ where floating point decides a tie."""
+    """How many texts were compared and differ; greedy texts may differ where floating point decides
+    a tie.
+    """
     ons, offs = by_number(on), by_number(off)
     both = ons.keys() & offs.keys()
     return {"compared": len(both), "different": sum(ons[n].output != offs[n].output for n in both)}
@@ -200,8 +213,8 @@ def adapters(part: StreamPass) -> list[dict[str, Any]]:
 def gain(
     fixed: tuple[Sequence[StreamRow], Sequence[StreamRow]], auto: tuple[Sequence[StreamRow], Sequence[StreamRow]]
 ) -> dict[str, Any]:
-    """Before and after one training run on unseen prompts: each pair is (before, after). Acceptance and agreement are of the
-    fixed length, speeds of the automatic one.
+    """Before and after one training run on unseen prompts: each pair is (before, after). Acceptance
+    and agreement are of the fixed length, speeds of the automatic one.
     """
     before, after = StreamFigures(fixed[0]), StreamFigures(fixed[1])
     slow, fast = StreamFigures(auto[0]), StreamFigures(auto[1])
@@ -222,7 +235,9 @@ def gain(
 def curve(
     rows: Sequence[StreamRow], figure: Callable[[StreamFigures, np.ndarray], float]
 ) -> tuple[list[float], list[float]]:
-    """Minutes and the pooled figure of the last ROLLING requests; a change of adapter does not reset it."""
+    """Minutes and the pooled figure of the last ROLLING requests; a change of adapter does not
+    reset it.
+    """
     side = StreamFigures(rows)
     values = [figure(side, np.arange(max(0, i - ROLLING + 1), i + 1)) for i in range(len(rows))]
     return [row.at_s / 60 for row in rows], values

@@ -1,4 +1,5 @@
-"""Interleaved measuring: prompt by prompt every arm in turn, in rotating order, so that the load of the machine affects all alike.
+"""Interleaved measuring: prompt by prompt every arm in turn, in rotating order, so that the load of
+the machine affects all alike.
 
 Greedy texts are compared with mlx-lm plain's for the same prompt in the same run.
 """
@@ -19,7 +20,9 @@ ENOUGH_DRAFTED, ENOUGH_REJECTED = 100, 20  # below these a run says nothing abou
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One arm's result for one prompt: `repeated` and `copied` are shares of the output, `comparison` is with mlx-lm plain's text."""
+    """One arm's result for one prompt: `repeated` and `copied` are shares of the output,
+    `comparison` is with mlx-lm plain's text.
+    """
 
     set: str
     prompt: str
@@ -48,7 +51,9 @@ def tolerance(engine: EngineCore) -> float:
 
 
 def measure(engine: EngineCore, plan: Plan, greedy: bool, report: OnProgress = ignore_progress) -> list[Run]:
-    """Run everything. The first prompt is answered once by every arm beforehand, uncounted: caches and pages are warm."""
+    """Run everything. The first prompt is answered once by every arm beforehand, uncounted: caches
+    and pages are warm.
+    """
     arms = plan.arms
     runs: list[Run] = []
     turns = [(iteration, item) for iteration in range(plan.iterations) for item in plan.prompts]

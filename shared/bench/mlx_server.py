@@ -1,4 +1,6 @@
-"""mlx_lm.server without a draft as the rival of a bench: on loopback, with the target's weights as the engine holds them."""
+"""mlx_lm.server without a draft as the rival of a bench: on loopback, with the target's weights as
+the engine holds them.
+"""
 
 import json
 import os
@@ -24,7 +26,9 @@ SERVE = "import specl.shared.models; from mlx_lm.server import main; main()"  # 
 
 
 def save_dense(target: LanguageModel, folder: Path) -> None:
-    """Write the weights as the engine holds them to a folder that mlx-lm reads, so that both compute with the same numbers."""
+    """Write the weights as the engine holds them to a folder that mlx-lm reads, so that both
+    compute with the same numbers.
+    """
     config = {name: value for name, value in target.config.items() if not name.startswith("quantization")}
     (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(
@@ -39,7 +43,9 @@ def save_dense(target: LanguageModel, folder: Path) -> None:
 
 
 class MlxServer:
-    """`with MlxServer(target) as server`: a server on a free port, gone after the block. Raises SpecLoraError if it does not start."""
+    """`with MlxServer(target) as server`: a server on a free port, gone after the block. Raises
+    SpecLoraError if it does not start.
+    """
 
     def __init__(self, target: LanguageModel) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slbench-mlx-"))

@@ -25,7 +25,9 @@ def require_matplotlib() -> Any:
 
 
 def draw(runs: Sequence[Run], file: Path) -> None:
-    """Median ratio to mlx-lm plain, an arm a colour, a group of prompts a cluster; whiskers are the smallest and largest."""
+    """Median ratio to mlx-lm plain, an arm a colour, a group of prompts a cluster; whiskers are the
+    smallest and largest.
+    """
     pyplot = require_matplotlib()
     clusters = {
         name: {item.arm: item.ratio for item in figures(group) if item.ratio.n} for name, group in groups(runs).items()

@@ -1,6 +1,8 @@
-"""The frozen prompt sets of the bench, with their hashes: chat, code, copying, text that is hard to draft, the reserved kinds.
+"""The frozen prompt sets of the bench, with their hashes: chat, code, copying, text that is hard to
+draft, the reserved kinds.
 
-The structured set comes from the seeded generator of the reserved kinds, from the part of its values that no draft ever saw.
+The structured set comes from the seeded generator of the reserved kinds, from the part of its
+values that no draft ever saw.
 """
 
 import hashlib

@@ -1,6 +1,8 @@
-"""The figures of runs: rates, ratios to mlx-lm plain, acceptance by depth, hindsight, equality. Pure; dicts only for JSON.
+"""The figures of runs: rates, ratios to mlx-lm plain, acceptance by depth, hindsight, equality.
+Pure; dicts only for JSON.
 
-A ratio is taken prompt by prompt, between answers of one turn; outputs that loop or are too short are counted separately.
+A ratio is taken prompt by prompt, between answers of one turn; outputs that loop or are too short
+are counted separately.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +22,9 @@ COPIED = {"copied >= 0.75": (0.75, 1.01), "copied 0.6 to 0.75": (0.6, 0.75), "co
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Of tokens a second, arm against reference, over `n` prompts; None where there is nothing to compare."""
+    """Of tokens a second, arm against reference, over `n` prompts; None where there is nothing to
+    compare.
+    """
 
     median: float | None
     low: float | None
@@ -30,7 +34,9 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class ArmFigures:
-    """One arm on one group of prompts. `tokens_per_second` is all tokens over all seconds; times are medians."""
+    """One arm on one group of prompts. `tokens_per_second` is all tokens over all seconds; times
+    are medians.
+    """
 
     arm: str
     tokens_per_second: float
@@ -136,7 +142,9 @@ def hindsight(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def equality(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """By arm: how many texts are equal, tied, different, unchecked; and whether enough was drafted and rejected to conclude."""
+    """By arm: how many texts are equal, tied, different, unchecked; and whether enough was drafted
+    and rejected to conclude.
+    """
     found = {}
     for name in arm_names(runs):
         pairs = [(run, run.comparison) for run in runs if run.arm == name and run.comparison is not None]
@@ -165,7 +173,9 @@ def equality(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that are reported together: each set, copying by the share copied, and separately what loops."""
+    """Runs that are reported together: each set, copying by the share copied, and separately what
+    loops.
+    """
     apart, brief = looping(runs), short(runs)
     headline = [run for run in runs if key(run) not in apart | brief]
     found = {name: [run for run in headline if run.set == name] for name in dict.fromkeys(run.set for run in runs)}

@@ -1,6 +1,8 @@
-"""Agreement of stream rows, computed afterwards: each text with the adapter that drafted it, teacher-forced. Asks no daemon.
+"""Agreement of stream rows, computed afterwards: each text with the adapter that drafted it,
+teacher-forced. Asks no daemon.
 
-Every output position counts, whether drafting was parked there or not, so that rows of any draft length are comparable.
+Every output position counts, whether drafting was parked there or not, so that rows of any draft
+length are comparable.
 """
 
 from collections.abc import Sequence
@@ -29,7 +31,9 @@ class Rescorer:
         self._read: dict[tuple[str, bytes], Example] = {}
 
     def score(self, rows: Sequence[StreamRow], adapters: Adapters, report: OnProgress = ignore_progress) -> int:
-        """Fill in hits and positions; returns how many rows could not be scored because their adapter is gone from the folder."""
+        """Fill in hits and positions; returns how many rows could not be scored because their
+        adapter is gone from the folder.
+        """
         missing = 0
         rows = [row for row in rows if row.output]
         meter = ProgressMeter("agreement", len(rows), report)

@@ -1,6 +1,8 @@
-"""Daemons as children of a command, in a scratch run directory, for `demo`, benches and tests. The user's store is not touched.
+"""Daemons as children of a command, in a scratch run directory, for `demo`, benches and tests. The
+user's store is not touched.
 
-Knows processes and folders. Imports no MLX, so that a command that only talks to daemons starts fast.
+Knows processes and folders. Imports no MLX, so that a command that only talks to daemons starts
+fast.
 """
 
 import os
@@ -40,10 +42,12 @@ def with_models(settings: Settings, target: Path, draft: str | None) -> Settings
 
 
 class ScratchDaemons:
-    """`with ScratchDaemons(settings, models) as daemons`: the daemons of `roles`, ready when the block begins and gone after it.
+    """`with ScratchDaemons(settings, models) as daemons`: the daemons of `roles`, ready when the
+    block begins and gone after it.
 
-    Their run directory is `folder`, which then is the caller's and stays, or a new one that is removed at the end unless `keep`.
-    `costs` is a folder of measured costs to begin with. Entering raises SpecLoraError where a daemon does not come up.
+    Their run directory is `folder`, which then is the caller's and stays, or a new one that is
+    removed at the end unless `keep`. `costs` is a folder of measured costs to begin with. Entering
+    raises SpecLoraError where a daemon does not come up.
     """
 
     def __init__(

@@ -1,7 +1,9 @@
-"""Requests through running daemons, one after another, one row each, and waiting for what follows from them. Knows a Client only.
+"""Requests through running daemons, one after another, one row each, and waiting for what follows
+from them. Knows a Client only.
 
-`demo` and `bench learning` share it. Answers are greedy, so that the text is the same whichever adapter drafts. The plain speed
-beside a row is that of the same prompt answered once more without a draft: what the machine could do at that moment.
+`demo` and `bench learning` share it. Answers are greedy, so that the text is the same whichever
+adapter drafts. The plain speed beside a row is that of the same prompt answered once more without a
+draft: what the machine could do at that moment.
 """
 
 import math
@@ -39,8 +41,9 @@ class StreamItem:
 
 @dataclass(slots=True)
 class StreamRow:
-    """One answered request. `at_s` is when it was sent, seconds since its stream began; `plain` is the tokens a second without
-    a draft beside it; `hits` of `positions` output tokens were the draft's first choice, teacher-forced (filled in later).
+    """One answered request. `at_s` is when it was sent, seconds since its stream began; `plain` is
+    the tokens a second without a draft beside it; `hits` of `positions` output tokens were the
+    draft's first choice, teacher-forced (filled in later).
     """
 
     n: int
@@ -89,8 +92,9 @@ class StreamPass:
 
 @dataclass(frozen=True, slots=True)
 class StreamSchedule:
-    """How a stream is sent: seconds between requests, most tokens of an answer, every how many requests plain decoding is
-    measured beside one, after how many minutes no more is sent (None: never).
+    """How a stream is sent: seconds between requests, most tokens of an answer, every how many
+    requests plain decoding is measured beside one, after how many minutes no more is sent (None:
+    never).
     """
 
     gap_s: float = 1.0
@@ -100,7 +104,9 @@ class StreamSchedule:
 
 
 def stream_items(kinds: Sequence[str], total: int, shift: bool = False, split: str = "live") -> list[StreamItem]:
-    """A stream of `total` prompts: the kinds in turn, or with `shift` the first kind and from half-way on the others."""
+    """A stream of `total` prompts: the kinds in turn, or with `shift` the first kind and from
+    half-way on the others.
+    """
     rest = list(kinds[1:]) if shift else list(kinds)
     half = total // 2 if shift else 0
     order = [kinds[0] if n < half else rest[(n - half) % len(rest)] for n in range(total)]
@@ -109,8 +115,8 @@ def stream_items(kinds: Sequence[str], total: int, shift: bool = False, split: s
 
 
 def conversation(n: int, share: float) -> str:
-    """The conversation id of the n-th request, equal in every pass. Ids are chosen so that the hash which holds out a `share` of
-    conversations holds out evenly spread ones, also of a short stream.
+    """The conversation id of the n-th request, equal in every pass. Ids are chosen so that the hash
+    which holds out a `share` of conversations holds out evenly spread ones, also of a short stream.
     """
     holds_out = int((n + 1) * share) > int(n * share)
     ids = (f"stream-{n:05}-{attempt}" for attempt in count())
@@ -120,8 +126,9 @@ def conversation(n: int, share: float) -> str:
 def scaled_settings(
     settings: Settings, requests: int, share: float, minutes: float, gap_s: float, learning: bool, ngram: bool
 ) -> Settings:
-    """The settings in force for a short stream: a run of at most `minutes` starts at `requests` failures, works in gaps of
-    `gap_s`, and needs no more held-out generations than so many requests bring (some repeat each other). The gate is unchanged.
+    """The settings in force for a short stream: a run of at most `minutes` starts at `requests`
+    failures, works in gaps of `gap_s`, and needs no more held-out generations than so many requests
+    bring (some repeat each other). The gate is unchanged.
     """
     held_out = int(requests * share)
     change = {
@@ -217,7 +224,9 @@ def wait_stored(client: Client, least: int) -> None:
 
 
 def count_failures(client: Client) -> int:
-    """The number of failures once it has been the same for SCORED_S: the trainer scores later what inference did not draft."""
+    """The number of failures once it has been the same for SCORED_S: the trainer scores later what
+    inference did not draft.
+    """
     end, seen, since = time.monotonic() + FAILURES_S, -1, time.monotonic()
     while time.monotonic() < end:
         status = system_status(client)
@@ -231,7 +240,9 @@ def count_failures(client: Client) -> int:
 
 
 def run_training(client: Client, say: Callable[[str], object], timeout_s: float) -> LastRun:
-    """Have the trainer do its first run, wait for it, and return how it ended. Raises SpecLoraError where it does not end."""
+    """Have the trainer do its first run, wait for it, and return how it ended. Raises SpecLoraError
+    where it does not end.
+    """
     reply = client.train(now=True)
     if not reply.ok:
         raise SpecLoraError(reply.message)

@@ -1,8 +1,8 @@
 """Token lists without a model: repeats, copies, and whether two greedy texts are equal. Pure.
 
-Small models loop, and a loop is easy to draft: outputs that repeat themselves are reported apart from the others. Two greedy
-texts may differ where the target's two best logits are equal up to rounding. That is a tie; checking then goes on from the
-reference.
+Small models loop, and a loop is easy to draft: outputs that repeat themselves are reported apart
+from the others. Two greedy texts may differ where the target's two best logits are equal up to
+rounding. That is a tie; checking then goes on from the reference.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,9 @@ Resume = Callable[[list[int], int], list[int] | None]
 
 @dataclass(frozen=True, slots=True)
 class TopTwo:
-    """The target's best and second-best token at a position, and by how much the first wins (logits)."""
+    """The target's best and second-best token at a position, and by how much the first wins
+    (logits).
+    """
 
     first: int
     second: int
@@ -37,7 +39,9 @@ class Tie:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`verdict`: equal, tie (equal but for ties), different (at `position`), unchecked (after a tie that the arm could not resume from)."""
+    """`verdict`: equal, tie (equal but for ties), different (at `position`), unchecked (after a tie
+    that the arm could not resume from).
+    """
 
     verdict: str
     ties: list[Tie] = field(default_factory=list)
@@ -61,7 +65,9 @@ def copied_share(prompt: Sequence[int], output: Sequence[int], span: int = SPAN)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """The first index where two lists differ (the shorter's end where one begins the other); None for equal ones."""
+    """The first index where two lists differ (the shorter's end where one begins the other); None
+    for equal ones.
+    """
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
@@ -73,8 +79,8 @@ def compare(
 ) -> Comparison:
     """Whether `got` is the greedy text `expected`, but for ties.
 
-    `top_two(i)` looks at the target after the first i expected tokens; `resume(start, count)` lets the arm under test write
-    at most `count` tokens after `start`, or returns None where it cannot.
+    `top_two(i)` looks at the target after the first i expected tokens; `resume(start, count)` lets
+    the arm under test write at most `count` tokens after `start`, or returns None where it cannot.
     """
     ties: list[Tie] = []
     got = list(got)

@@ -1,6 +1,8 @@
-"""Answers that the target writes to many prompts at once, with its top-k distributions and hidden states, for training a draft.
+"""Answers that the target writes to many prompts at once, with its top-k distributions and hidden
+states, for training a draft.
 
-Tokens, top-k and states are taken in one pass, while generating. Rows of a batch are left-padded; finished rows leave it.
+Tokens, top-k and states are taken in one pass, while generating. Rows of a batch are left-padded;
+finished rows leave it.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +55,9 @@ class _Row:
     def sample_with_top_k(
         self, logits: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, rng: np.random.Generator
     ) -> int:
-        """Choose the next token, recording `ids`, the largest of `logits`, and their log-probabilities."""
+        """Choose the next token, recording `ids`, the largest of `logits`, and their
+        log-probabilities.
+        """
         self._ids.append(ids.astype(np.uint32))
         self._logprobs.append(logprobs.astype(np.float16))
         if self.prompt.temperature == 0:
@@ -103,10 +107,11 @@ def batch_generate(
     rng: np.random.Generator,
     on_tokens: OnTokens = lambda count: None,
 ) -> list[Example]:
-    """Answer all prompts; `on_tokens` is called with the number of tokens of every step, and may raise to stop.
+    """Answer all prompts; `on_tokens` is called with the number of tokens of every step, and may
+    raise to stop.
 
-    Where a few rows run on native kernels, lanes with caches of their own are faster than a padded batch. Raises ModelError
-    for a target whose caches cannot be batched.
+    Where a few rows run on native kernels, lanes with caches of their own are faster than a padded
+    batch. Raises ModelError for a target whose caches cannot be batched.
     """
     rows = [_Row(prompt) for prompt in prompts]
     generation = _Generation(target, max_tokens, k, with_states, rng, on_tokens)
@@ -148,7 +153,9 @@ def _generate_padded(generation: _Generation, rows: Sequence[_Row]) -> None:
 
 
 def _prefill_padded(target: LanguageModel, rows: Sequence[_Row], with_states: bool) -> tuple[list[Any], mx.array]:
-    """Read all prompts at once: the batch's cache, and the last hidden state of each row [rows, hidden]."""
+    """Read all prompts at once: the batch's cache, and the last hidden state of each row [rows,
+    hidden].
+    """
     if any(type(layer) is not KVCache for layer in target.new_cache()):
         raise ModelError(f"{target.name} cannot be run in batches: its cache is not a plain one")
     longest = max(len(row.prompt.tokens) for row in rows)
@@ -163,7 +170,9 @@ def _prefill_padded(target: LanguageModel, rows: Sequence[_Row], with_states: bo
 
 
 def _generate_in_lanes(generation: _Generation, rows: Sequence[_Row]) -> None:
-    """A few answers side by side, each with its own cache; a finished one leaves its lane to the next prompt."""
+    """A few answers side by side, each with its own cache; a finished one leaves its lane to the
+    next prompt.
+    """
     target = generation.target
     waiting = list(reversed(rows))
     lanes: list[tuple[_Row, list[Any], mx.array]] = []  # row, cache, last hidden state [1, hidden]

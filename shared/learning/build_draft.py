@@ -1,6 +1,8 @@
-"""The stages of `draft build` as functions of arrays: which prompts the target answers, the untrained draft, its training.
+"""The stages of `draft build` as functions of arrays: which prompts the target answers, the
+untrained draft, its training.
 
-Knows no folder: `training_files.draft_build` keeps what each stage makes, so that a stopped build goes on where it was.
+Knows no folder: `training_files.draft_build` keeps what each stage makes, so that a stopped build
+goes on where it was.
 """
 
 import hashlib
@@ -40,8 +42,8 @@ PromptGroup = Callable[[], list[Prompt]]  # called when needed: a shard that exi
 
 @dataclass(frozen=True, slots=True)
 class BuildSettings:
-    """How a draft is built. `tokens` counts generated tokens; `seconds` limits the whole build. `layers` are the target's that a
-    `layers` draft has; `hot_size` and `depths` are a head's.
+    """How a draft is built. `tokens` counts generated tokens; `seconds` limits the whole build.
+    `layers` are the target's that a `layers` draft has; `hot_size` and `depths` are a head's.
     """
 
     kind: str = "head"
@@ -78,8 +80,9 @@ def encode_prompts(
     sampled: bool = True,
     rng: np.random.Generator | None = None,
 ) -> list[Prompt]:
-    """Prompts through the chat template, in random order: a share is answered at temperature, the rest greedily. Without
-    `sampled` all are greedy and in order. Raises ModelError where none fits the target's context.
+    """Prompts through the chat template, in random order: a share is answered at temperature, the
+    rest greedily. Without `sampled` all are greedy and in order. Raises ModelError where none fits
+    the target's context.
     """
     rng = rng or np.random.default_rng(settings.seed)
     encoded = []
@@ -107,8 +110,8 @@ def prompt_groups(prompts: Sequence[Prompt]) -> list[PromptGroup]:
 def training_groups(
     target: LanguageModel, prompts: Sequence[Any], may_train: Callable[[str], bool], settings: BuildSettings
 ) -> Iterator[PromptGroup]:
-    """Groups of all `prompts`, then, without end, of synthetic prompts that pass `may_train`. Where the target writes none,
-    of `prompts` again, sampled.
+    """Groups of all `prompts`, then, without end, of synthetic prompts that pass `may_train`. Where
+    the target writes none, of `prompts` again, sampled.
     """
     encoded = encode_prompts(target, prompts, settings)
     yield from prompt_groups(encoded)
@@ -142,8 +145,8 @@ def _synthetic_group(
 
 # ---------------------------------------------------------------------------------------------------- the draft
 def split_replay(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Training examples, and greedy answers to replay later, which the draft must not know by heart: the last ones, which a
-    draft that this build began from has not seen either.
+    """Training examples, and greedy answers to replay later, which the draft must not know by
+    heart: the last ones, which a draft that this build began from has not seen either.
     """
     count = min(REPLAY_TEXTS, int(REPLAY_SHARE * len(examples)))
     greedy = [i for i, example in enumerate(examples) if example.greedy]
@@ -157,7 +160,9 @@ def split_replay(examples: Sequence[Example]) -> tuple[list[Example], list[Examp
 def new_draft(
     target: LanguageModel, examples: Sequence[Example], settings: BuildSettings, begin: HeadDraft | None
 ) -> HeadDraft | LanguageModel:
-    """The draft before training: a head at random or with the weights of `begin`, or the target's own layers."""
+    """The draft before training: a head at random or with the weights of `begin`, or the target's
+    own layers.
+    """
     if settings.kind != "head":
         return new_layers(target, settings.layers)
     hot = hot_vocabulary(examples, settings.hot_size, int(target.config["vocab_size"]))
@@ -175,7 +180,9 @@ def hot_coverage(examples: Sequence[Example], hot: np.ndarray) -> float:
 
 
 def embedding_digest(target: LanguageModel) -> str:
-    """sha256 over the target's embedding and output head in memory, which every draft shares and no training may change."""
+    """sha256 over the target's embedding and output head in memory, which every draft shares and no
+    training may change.
+    """
     digest = hashlib.sha256()
     for holder, name in ((target.model.model, "embed_tokens"), (target.model, "lm_head")):
         if name in holder:
@@ -209,7 +216,9 @@ class TrainingFigures:
 
 
 class DraftTraining:
-    """Trains a draft for some epochs. `state` and `figures` are what a checkpoint needs, and `resume` takes them back."""
+    """Trains a draft for some epochs. `state` and `figures` are what a checkpoint needs, and
+    `resume` takes them back.
+    """
 
     def __init__(self, draft: HeadDraft | LanguageModel, examples: Sequence[Example], settings: BuildSettings) -> None:
         self.figures = TrainingFigures()
@@ -244,7 +253,9 @@ class DraftTraining:
 
 
 def training_plan(settings: BuildSettings) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on with: what shapes weights, data order or schedule, but not length."""
+    """What must be the same for a checkpoint to be gone on with: what shapes weights, data order or
+    schedule, but not length.
+    """
     names = ["kind", "layers", "batch_size", "learning_rate", "loss", "seed"]
     names += ["hot_size", "depths"] if settings.kind == "head" else []
     return {name: value for name, value in settings.as_json().items() if name in names}

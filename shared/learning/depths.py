@@ -1,7 +1,9 @@
-"""Acceptance by depth as drafting meets it: how often the n-th drafted token is accepted, given that those before it were.
+"""Acceptance by depth as drafting meets it: how often the n-th drafted token is accepted, given
+that those before it were.
 
-Computed from teacher-forced scores, without running target or draft token by token: where all shallower guesses were the text's
-own tokens, the draft saw what teacher forcing shows it. Arrays in, rates out; knows no model.
+Computed from teacher-forced scores, without running target or draft token by token: where all
+shallower guesses were the text's own tokens, the draft saw what teacher forcing shows it. Arrays
+in, rates out; knows no model.
 """
 
 from collections.abc import Sequence
@@ -12,8 +14,9 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class DepthRates:
-    """One rate for each depth that any draft reached. `acceptance`: of tokens drafted after accepted ones. `agreement`: at every
-    position, whatever the draft itself would have guessed before it.
+    """One rate for each depth that any draft reached. `acceptance`: of tokens drafted after
+    accepted ones. `agreement`: at every position, whatever the draft itself would have guessed
+    before it.
     """
 
     acceptance: tuple[float, ...]
@@ -22,11 +25,13 @@ class DepthRates:
 
 @dataclass(frozen=True, slots=True)
 class DepthScores:
-    """Scores of one depth of a batch, [rows, positions]; NaN where nothing is scored. `accepted` is the probability that the
-    draft's guess for this position is accepted, `matches` that it is and equals the text's token. Greedy text: both 1 or 0.
+    """Scores of one depth of a batch, [rows, positions]; NaN where nothing is scored. `accepted` is
+    the probability that the draft's guess for this position is accepted, `matches` that it is and
+    equals the text's token. Greedy text: both 1 or 0.
 
-    Sampled text: the sum of min(p, q), and min(1, q/p) of the token that was drawn. Over draws from p the mean of the second is
-    the first, so the second is a position's weight among those where the next token would have been drafted.
+    Sampled text: the sum of min(p, q), and min(1, q/p) of the token that was drawn. Over draws from
+    p the mean of the second is the first, so the second is a position's weight among those where
+    the next token would have been drafted.
     """
 
     accepted: np.ndarray

@@ -1,8 +1,8 @@
 """Early stopping: training ends when the loss on a few validation texts no longer falls.
 
-Validation texts are training texts that are set aside. What an adapter is judged on afterwards (held-out conversations, the
-regression slice) is never used here, or the gate would see what was selected on its own data. Knows losses and seconds worked,
-not who trains.
+Validation texts are training texts that are set aside. What an adapter is judged on afterwards
+(held-out conversations, the regression slice) is never used here, or the gate would see what was
+selected on its own data. Knows losses and seconds worked, not who trains.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ PATIENCE = 3  # validations without a new lowest loss that end the training
 
 
 def split_validation(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Training and validation texts: one in SHARE, chosen by id, so that a resumed run keeps nearly all of the choice. There is
-    no validation text where that is fewer than LEAST.
+    """Training and validation texts: one in SHARE, chosen by id, so that a resumed run keeps nearly
+    all of the choice. There is no validation text where that is fewer than LEAST.
     """
     count = min(len(examples) // SHARE, MOST)
     if count < LEAST:
@@ -38,8 +38,9 @@ def split_validation(examples: Sequence[Example]) -> tuple[list[Example], list[E
 
 
 class EarlyStopping:
-    """Validates on `texts` (of `split_validation`; without any it never stops). `losses` has one loss for each validation, those
-    of earlier runs first; the very first is taken before any training and is the loss to fall below.
+    """Validates on `texts` (of `split_validation`; without any it never stops). `losses` has one
+    loss for each validation, those of earlier runs first; the very first is taken before any
+    training and is the loss to fall below.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class EarlyStopping:
         self.losses = list(losses)
 
     def should_stop(self, worked_s: float, pause: Callable[[], object] = lambda: None) -> bool:
-        """Whether to stop. Call it before the first step and after every step; it validates once `every_s` more seconds were
-        worked. `pause` is called between texts, and may wait or raise.
+        """Whether to stop. Call it before the first step and after every step; it validates once
+        `every_s` more seconds were worked. `pause` is called between texts, and may wait or raise.
         """
         if not self._texts or worked_s < self._next:
             return False
@@ -73,7 +74,9 @@ class EarlyStopping:
         return len(self.losses) - 1 - lowest >= self._patience
 
     def _validation_loss(self, pause: Callable[[], object]) -> float:
-        """Mean loss, weighted as in training. One text at a time: no forward pass is long, and nothing is padded."""
+        """Mean loss, weighted as in training. One text at a time: no forward pass is long, and
+        nothing is padded.
+        """
         self._learner.module.eval()
         total = weights = 0.0
         for text in self._texts:

@@ -1,7 +1,8 @@
-"""What a draft learns from: one answered request with the target's distribution at each output position. Arrays only.
+"""What a draft learns from: one answered request with the target's distribution at each output
+position. Arrays only.
 
-Knows the shape of an example, how examples become a padded batch, and how they are split by conversation; nothing of where
-they are stored.
+Knows the shape of an example, how examples become a padded batch, and how they are split by
+conversation; nothing of where they are stored.
 """
 
 import hashlib
@@ -15,9 +16,10 @@ PAD_TO = 32  # lengths are rounded up, so that few distinct shapes are computed
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One text. tokens [t] are the prompt, then the output; row j of the others belongs to output token j, which is
-    tokens[prompt_length + j]: top-k ids [n, k], natural log-probabilities [n, k] at temperature 1, weights [n] of the loss.
-    states [t-1, hidden] are the target's normed hidden states (fp16), where the draft reads them.
+    """One text. tokens [t] are the prompt, then the output; row j of the others belongs to output
+    token j, which is tokens[prompt_length + j]: top-k ids [n, k], natural log-probabilities [n, k]
+    at temperature 1, weights [n] of the loss. states [t-1, hidden] are the target's normed hidden
+    states (fp16), where the draft reads them.
     """
 
     id: str
@@ -39,7 +41,8 @@ class Example:
         return replace(self, states=states)
 
     def clipped(self, limit: int) -> "Example":
-        """A copy with the last `limit` tokens. The prompt is cut first, the answer only where it alone is longer than `limit`.
+        """A copy with the last `limit` tokens. The prompt is cut first, the answer only where it
+        alone is longer than `limit`.
 
         At least one token of the prompt stays, for the answer's first token to follow.
         """
@@ -62,8 +65,9 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded examples: tokens [b, t]; states [b, t-1, hidden] or None. The m tokens to predict are flat: `supervised` [m, 2] is
-    their row and position, beside ids [m, k], logprobs [m, k] and weights [m].
+    """Padded examples: tokens [b, t]; states [b, t-1, hidden] or None. The m tokens to predict are
+    flat: `supervised` [m, 2] is their row and position, beside ids [m, k], logprobs [m, k] and
+    weights [m].
     """
 
     tokens: np.ndarray
@@ -75,7 +79,9 @@ class Batch:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad on the right. A distribution of fewer tokens than the widest is filled up with token 0 at log-probability -inf."""
+    """Pad on the right. A distribution of fewer tokens than the widest is filled up with token 0 at
+    log-probability -inf.
+    """
     longest = max(len(example.tokens) for example in examples)
     width = -(-longest // PAD_TO) * PAD_TO
     tokens = np.zeros((len(examples), width), np.int64)
@@ -106,13 +112,17 @@ def _padded_states(examples: Sequence[Example], width: int) -> np.ndarray | None
 
 
 def _same_width(rows: Sequence[np.ndarray], value: float) -> np.ndarray:
-    """Arrays [n, k] below each other, as wide as the widest: rows have the k of the setting that they were stored under."""
+    """Arrays [n, k] below each other, as wide as the widest: rows have the k of the setting that
+    they were stored under.
+    """
     k = max(part.shape[1] for part in rows)
     return np.concatenate([np.pad(part, ((0, 0), (0, k - part.shape[1])), constant_values=value) for part in rows])
 
 
 def is_held_out(conversation_id: str, share: float) -> bool:
-    """Whether a conversation is held out: a stable choice by conversation, not by turn, because turns share their prefix."""
+    """Whether a conversation is held out: a stable choice by conversation, not by turn, because
+    turns share their prefix.
+    """
     digest = hashlib.sha256(conversation_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -120,7 +130,8 @@ def is_held_out(conversation_id: str, share: float) -> bool:
 def hot_vocabulary(
     examples: Sequence[Example], size: int, vocabulary: int, keep: np.ndarray | None = None
 ) -> np.ndarray:
-    """The `size` tokens with the most probability mass over all rows, sorted; tokens of `keep` come before those hardly expected.
+    """The `size` tokens with the most probability mass over all rows, sorted; tokens of `keep` come
+    before those hardly expected.
 
     After FR-Spec (arXiv 2502.14856), with the target's distributions in place of corpus counts.
     """

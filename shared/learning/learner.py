@@ -1,6 +1,8 @@
-"""A draft as something to train and to score: logits for supervised tokens, by drafting depth. Two kinds, one interface.
+"""A draft as something to train and to score: logits for supervised tokens, by drafting depth. Two
+kinds, one interface.
 
-A head is unrolled over its own steps as drafting would run it (models/head.py); a language model is teacher-forced once.
+A head is unrolled over its own steps as drafting would run it (models/head.py); a language model is
+teacher-forced once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -56,8 +58,9 @@ class Learner:
         )
 
     def outputs(self, batch: Batch, depths: int) -> list[tuple[mx.array, np.ndarray]]:
-        """For each depth: hidden rows [m, hidden] that predict supervised tokens, and which tokens (indices into
-        batch.supervised). Depth s has no row for the first s tokens of a text. A language model has one depth.
+        """For each depth: hidden rows [m, hidden] that predict supervised tokens, and which tokens
+        (indices into batch.supervised). Depth s has no row for the first s tokens of a text. A
+        language model has one depth.
         """
         tokens = mx.array(batch.tokens)
         if isinstance(self.draft, HeadDraft):
@@ -90,11 +93,15 @@ class Learner:
 
     # ------------------------------------------------------------------------------------------------ loss
     def loss(self, batch: Batch, settings: LossSettings, depths: int) -> mx.array:
-        """Mean loss over depths and supervised tokens; differentiable in `module`'s trainable parameters."""
+        """Mean loss over depths and supervised tokens; differentiable in `module`'s trainable
+        parameters.
+        """
         return self.weighted_loss(batch, settings, depths)[0]
 
     def weighted_loss(self, batch: Batch, settings: LossSettings, depths: int) -> tuple[mx.array, mx.array]:
-        """The mean loss, and the sum of the token weights that it is a mean over: its weight among other batches."""
+        """The mean loss, and the sum of the token weights that it is a mean over: its weight among
+        other batches.
+        """
         total, scale, tokens = mx.array(0.0), 0.0, mx.array(0.0)
         for depth, (rows, indices) in enumerate(self.outputs(batch, depths)):
             weight = DEPTH_WEIGHT**depth
@@ -106,8 +113,9 @@ class Learner:
     def _chunked_loss(
         self, rows: mx.array, batch: Batch, indices: np.ndarray, settings: LossSettings
     ) -> tuple[mx.array, mx.array]:
-        """In one piece where the logits are small, else in chunks: each chunk's gradient is taken with its loss, so that its
-        logits are computed once and then freed (as Liger's fused linear cross-entropy does, arXiv 2410.10989).
+        """In one piece where the logits are small, else in chunks: each chunk's gradient is taken
+        with its loss, so that its logits are computed once and then freed (as Liger's fused linear
+        cross-entropy does, arXiv 2410.10989).
         """
         size = self.chunk_rows
         starts = range(0, max(len(indices), 1), size)
@@ -137,8 +145,8 @@ def _column_table(draft: HeadDraft | LanguageModel) -> np.ndarray:
 def _mean_over_chunks(
     chunk_sums: Callable[[mx.array, TargetTopK], tuple[mx.array, mx.array]], targets: Sequence[TargetTopK], size: int
 ) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
-    """A function of all rows: their mean loss, its gradient in the rows, and the sum of their weights. Only the rows' gradient
-    leads on: the weights that turn rows into logits are frozen.
+    """A function of all rows: their mean loss, its gradient in the rows, and the sum of their
+    weights. Only the rows' gradient leads on: the weights that turn rows into logits are frozen.
     """
     with_gradient = mx.value_and_grad(chunk_sums)
 
@@ -170,7 +178,9 @@ def agreement(
     batch_size: int = 8,
     pause: Callable[[], object] = lambda: None,
 ) -> Agreement:
-    """Score a draft on examples, teacher-forced: no target run is needed. `pause` is called between batches."""
+    """Score a draft on examples, teacher-forced: no target run is needed. `pause` is called between
+    batches.
+    """
     hits, positions = np.zeros(len(examples)), np.zeros(len(examples))
     counts = DepthCounts(depths)
     for members, scores in _scored_batches(learner, examples, depths, batch_size, pause):
@@ -183,7 +193,9 @@ def agreement(
 def acceptance_by_depth(
     learner: Learner, examples: Sequence[Example], depths: int = 3, batch_size: int = 8
 ) -> DepthRates:
-    """Acceptance and agreement by depth over the greedy `examples`: a sampled token is not the target's only answer."""
+    """Acceptance and agreement by depth over the greedy `examples`: a sampled token is not the
+    target's only answer.
+    """
     counts = DepthCounts(depths)
     for _, scores in _scored_batches(learner, [example for example in examples if example.greedy], depths, batch_size):
         counts.add(scores)
@@ -197,7 +209,9 @@ def _scored_batches(
     batch_size: int,
     pause: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[list[int], list[DepthScores]]]:
-    """Batches of texts of similar length: which examples they are, and their scores, a DepthScores for each depth."""
+    """Batches of texts of similar length: which examples they are, and their scores, a DepthScores
+    for each depth.
+    """
     learner.module.eval()  # no dropout while it is scored
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
     for start in range(0, len(order), batch_size):
@@ -227,7 +241,9 @@ def _depth_scores(
 def score_rows(
     learner: Learner, rows: mx.array, batch: Batch, indices: np.ndarray, sampled: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`accepted` and `matches` of DepthScores, a value for each row. `sampled` [texts] says which texts are not greedy."""
+    """`accepted` and `matches` of DepthScores, a value for each row. `sampled` [texts] says which
+    texts are not greedy.
+    """
     size = learner.chunk_rows
     all_accepted, all_matches = [np.zeros(0)], [np.zeros(0)]
     for start in range(0, len(indices), size):
@@ -241,7 +257,9 @@ def score_rows(
 
 
 def _row_scores(logits: mx.array, target: TargetTopK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each row: whether the draft's best token is the text's; the sum of min(p, q); min(1, q/p) of the text's token."""
+    """For each row: whether the draft's best token is the text's; the sum of min(p, q); min(1, q/p)
+    of the text's token.
+    """
     hit = (mx.argmax(logits, axis=1) == target.label).astype(mx.float32)
     inside = target.columns >= 0
     q = mx.take_along_axis(logits, mx.maximum(target.columns, 0), axis=1) - mx.logsumexp(logits, axis=1, keepdims=True)

@@ -1,10 +1,12 @@
-"""The training losses: cross-entropy, KL on the target's top-k with its tail, both mixed, total variation, or acceptance.
+"""The training losses: cross-entropy, KL on the target's top-k with its tail, both mixed, total
+variation, or acceptance.
 
-All are vectorised over positions (a loss that calls `.item()` for a position has no gradient). A draft with a hot vocabulary
-scores a subset of tokens: the target's distribution is renormalised over it and its remaining mass is one tail outcome,
-otherwise KL would be infinite.
+All are vectorised over positions (a loss that calls `.item()` for a position has no gradient). A
+draft with a hot vocabulary scores a subset of tokens: the target's distribution is renormalised
+over it and its remaining mass is one tail outcome, otherwise KL would be infinite.
 
-Sources: KL on top-k with tail, DistillSpec (arXiv 2310.08461); acceptance-shaped, LK losses (2602.23881).
+Sources: KL on top-k with tail, DistillSpec (arXiv 2310.08461); acceptance-shaped, LK losses
+(2602.23881).
 """
 
 from collections.abc import Callable
@@ -21,8 +23,9 @@ ROUNDING = 1e-6  # a probability mass below this may be rounding of float32 alon
 
 @dataclass(frozen=True, slots=True)
 class TargetTopK:
-    """The target's distributions at m positions, in the draft's columns: columns [m, k] (-1: not in the draft's vocabulary),
-    natural logprobs [m, k], label [m] (column of the text's token, or -1), weights [m] of the loss.
+    """The target's distributions at m positions, in the draft's columns: columns [m, k] (-1: not in
+    the draft's vocabulary), natural logprobs [m, k], label [m] (column of the text's token, or -1),
+    weights [m] of the loss.
     """
 
     columns: mx.array
@@ -33,9 +36,9 @@ class TargetTopK:
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """`temperature` softens both sides of KL; `alpha` is the share of KL in `mixed`. `custom` is a loss of the user's, whose name
-    is then `kind`: called with float32 logits [m, columns], the TargetTopK and these settings, it returns the loss and the
-    validity (0 or 1) of each row.
+    """`temperature` softens both sides of KL; `alpha` is the share of KL in `mixed`. `custom` is a
+    loss of the user's, whose name is then `kind`: called with float32 logits [m, columns], the
+    TargetTopK and these settings, it returns the loss and the validity (0 or 1) of each row.
     """
 
     kind: str = "mixed"
@@ -49,7 +52,9 @@ class LossSettings:
 
 
 def position_losses(logits: mx.array, target: TargetTopK, settings: LossSettings) -> tuple[mx.array, mx.array]:
-    """Loss and validity (0 or 1) of each row of `logits` [m, columns]. Raises ValueError for an unknown kind."""
+    """Loss and validity (0 or 1) of each row of `logits` [m, columns]. Raises ValueError for an
+    unknown kind.
+    """
     logits = logits.astype(mx.float32)
     if settings.custom is not None:
         return _custom(settings.custom, logits, target, settings)
@@ -98,7 +103,9 @@ def mixed(logits: mx.array, target: TargetTopK, settings: LossSettings) -> tuple
 
 
 def acceptance(logits: mx.array, target: TargetTopK, settings: LossSettings) -> tuple[mx.array, mx.array]:
-    """Total variation, led by KL until acceptance is up: total variation alone has no gradient to start from."""
+    """Total variation, led by KL until acceptance is up: total variation alone has no gradient to
+    start from.
+    """
     kl, overlap, valid = _kl_and_overlap(logits, target, settings.temperature)
     weight = mx.exp(-3.0 * mx.stop_gradient((overlap * valid).sum() / mx.maximum(valid.sum(), 1)))
     return weight * kl + (1 - weight) * (1 - overlap), valid
@@ -116,8 +123,9 @@ LOSSES: dict[str, Callable[[mx.array, TargetTopK, LossSettings], tuple[mx.array,
 # ---------------------------------------------------------------------------------------------------- sums
 @mx.custom_function
 def _log_sum_exp_and_softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """Log-sum-exp of each row, and its gradient in the logits, which is the softmax: exp is computed once for both. For a
-    CPU's 49,152 columns exp costs nearly as much as the product that made the logits (30 of 40 ms for 64 rows).
+    """Log-sum-exp of each row, and its gradient in the logits, which is the softmax: exp is
+    computed once for both. For a CPU's 49,152 columns exp costs nearly as much as the product that
+    made the logits (30 of 40 ms for 64 rows).
     """
     q = mx.softmax(logits, axis=1)
     return logits.max(axis=1) - mx.log(q.max(axis=1)), q
@@ -135,13 +143,15 @@ def _log_sum_exp(logits: mx.array) -> mx.array:
 
 
 def _kl_and_overlap(logits: mx.array, target: TargetTopK, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
-    """KL(target || draft) over (top-k inside the draft's vocabulary, tail); the sum of min(p, q) over the same top-k at
-    temperature 1; validity: rows where the draft's vocabulary has some of the target's probability.
+    """KL(target || draft) over (top-k inside the draft's vocabulary, tail); the sum of min(p, q)
+    over the same top-k at temperature 1; validity: rows where the draft's vocabulary has some of
+    the target's probability.
     """
     inside = (target.columns >= 0).astype(mx.float32)
     columns = mx.maximum(target.columns, 0)
     p = mx.exp(target.logprobs) * inside
-    # the tail lies beyond the top k; top-k tokens outside the draft's vocabulary are left out and the rest renormalised
+    # the tail lies beyond the top k; top-k tokens outside the draft's vocabulary are left out and
+    # the rest renormalised
     tail = mx.maximum(1.0 - mx.exp(target.logprobs).sum(axis=1), 0.0)
     log_q = mx.take_along_axis(logits, columns, axis=1) - _log_sum_exp(logits)[:, None]
     q = mx.exp(log_q) * inside
@@ -161,7 +171,9 @@ def _kl_and_overlap(logits: mx.array, target: TargetTopK, temperature: float) ->
 
 
 def _soften(p: mx.array, tail: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
-    """The distribution at another temperature; the tail is tempered as one outcome, which is exact only at 1."""
+    """The distribution at another temperature; the tail is tempered as one outcome, which is exact
+    only at 1.
+    """
     power = 1.0 / temperature
     tempered = [mx.power(mx.maximum(part, EPSILON), power) for part in (p, tail)]
     return mx.where(p > 0, tempered[0], 0.0), mx.where(tail > ROUNDING, tempered[1], 0.0)

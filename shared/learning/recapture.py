@@ -1,6 +1,8 @@
-"""A text that is already written, read again by the target: its top-k distributions and hidden states. One forward pass.
+"""A text that is already written, read again by the target: its top-k distributions and hidden
+states. One forward pass.
 
-Knows token ids and the target; where a text comes from and whether it may be used is for the caller to say.
+Knows token ids and the target; where a text comes from and whether it may be used is for the caller
+to say.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ READ = 1024  # tokens of a long text that the target reads, at most, for what it
 
 @dataclass(frozen=True, slots=True)
 class WrittenText:
-    """One answered request as token ids: the rendered prompt and then the answer, as the target read and wrote them."""
+    """One answered request as token ids: the rendered prompt and then the answer, as the target
+    read and wrote them.
+    """
 
     id: str
     tokens: np.ndarray
@@ -31,7 +35,9 @@ class WrittenText:
 def recapture(
     target: LanguageModel, tokens: np.ndarray, prompt_length: int, k: int, with_top_k: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """States fp16 [t-1, hidden], top-k ids uint32 and log-probabilities fp16 [n, k] of a text of t tokens, n of them output."""
+    """States fp16 [t-1, hidden], top-k ids uint32 and log-probabilities fp16 [n, k] of a text of t
+    tokens, n of them output.
+    """
     states = target.prefill(tokens[:-1].tolist(), target.new_cache())
     ids, logprobs = [], []
     rows = FEW_ROWS if target.few_rows_native else CAPTURE_ROWS

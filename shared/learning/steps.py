@@ -1,7 +1,8 @@
-"""The step loop: gradients, AdamW, a cosine schedule, accumulation, a time budget, and a state to go on from.
+"""The step loop: gradients, AdamW, a cosine schedule, accumulation, a time budget, and a state to
+go on from.
 
-Each `step` is one small piece of work, so that a trainer can stop between any two. Does not know where examples come from, what
-is done with the result, or where a state is kept.
+Each `step` is one small piece of work, so that a trainer can stop between any two. Does not know
+where examples come from, what is done with the result, or where a state is kept.
 """
 
 import math
@@ -28,9 +29,11 @@ MAX_GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """`total_steps` shapes the schedule; `depths` is the number of its own steps that a head is trained over.
+    """`total_steps` shapes the schedule; `depths` is the number of its own steps that a head is
+    trained over.
 
-    `checkpointing` recomputes activations of the draft's layers in the backward pass: less memory, more time.
+    `checkpointing` recomputes activations of the draft's layers in the backward pass: less memory,
+    more time.
     """
 
     learning_rate: float
@@ -43,7 +46,9 @@ class StepSettings:
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """What a run goes on from: trainable weights and optimizer arrays by parameter path, and the number of steps taken."""
+    """What a run goes on from: trainable weights and optimizer arrays by parameter path, and the
+    number of steps taken.
+    """
 
     weights: dict[str, mx.array]
     optimizer: dict[str, mx.array]
@@ -72,10 +77,12 @@ class StepLoop:
         return self.settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * phase)))
 
     def step(self, groups: Sequence[Sequence[Example]], yield_now: Callable[[], None] = lambda: None) -> float:
-        """One optimizer step over all `groups` as if they were one (accumulation): every group has the weight of its tokens.
-        Returns their mean loss. Raises FloatingPointError where it is not finite.
+        """One optimizer step over all `groups` as if they were one (accumulation): every group has
+        the weight of its tokens. Returns their mean loss. Raises FloatingPointError where it is not
+        finite.
 
-        `yield_now` is called before each group; it may wait, or raise to stop (nothing has changed then).
+        `yield_now` is called before each group; it may wait, or raise to stop (nothing has changed
+        then).
         """
         self.learner.module.train()
         try:
@@ -94,7 +101,9 @@ class StepLoop:
     def _accumulate(
         self, groups: Sequence[Sequence[Example]], yield_now: Callable[[], None]
     ) -> tuple[float, Gradients]:
-        """Mean loss and mean gradients of the groups. Running means: sums could be too large for half precision."""
+        """Mean loss and mean gradients of the groups. Running means: sums could be too large for
+        half precision.
+        """
         mean_loss, mean_gradients, total_weight = 0.0, None, 0.0
         for group in groups:
             yield_now()
@@ -136,7 +145,8 @@ def _towards(mean: Gradients, new: Gradients, share: float) -> Gradients:
 class BatchSampler:
     """Endless shuffled groups from two pools: `fresh` examples and replayed ones; seeded.
 
-    The replayed share holds on average: groups of 2 with a share of 0.2 have one replayed text in two groups of five.
+    The replayed share holds on average: groups of 2 with a share of 0.2 have one replayed text in
+    two groups of five.
     """
 
     def __init__(
@@ -168,7 +178,9 @@ class BatchSampler:
 
 
 class Deadline:
-    """Time budget of a run in seconds, counted only while it works; `used` by earlier runs counts too."""
+    """Time budget of a run in seconds, counted only while it works; `used` by earlier runs counts
+    too.
+    """
 
     def __init__(self, seconds: float, used: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds, self._clock, self._start, self._away = seconds, clock, clock() - used, 0.0

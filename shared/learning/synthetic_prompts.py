@@ -1,7 +1,9 @@
-"""Prompts that the target writes itself: given only what its chat template puts before a user's words, it writes the words.
+"""Prompts that the target writes itself: given only what its chat template puts before a user's
+words, it writes the words.
 
-After Magpie (Xu et al. 2024, arXiv 2406.08464). The shipped prompts come from templates and end after some thousands; a draft
-that sees the same ones again and again learns them by heart. Synthetic ones do not repeat.
+After Magpie (Xu et al. 2024, arXiv 2406.08464). The shipped prompts come from templates and end
+after some thousands; a draft that sees the same ones again and again learns them by heart.
+Synthetic ones do not repeat.
 """
 
 from collections.abc import Callable

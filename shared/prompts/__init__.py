@@ -1,4 +1,6 @@
-"""The shipped prompt sets, which are frozen (README.md in this folder says how they were made). Reads files, knows no models."""
+"""The shipped prompt sets, which are frozen (README.md in this folder says how they were made).
+Reads files, knows no models.
+"""
 
 import hashlib
 import json
@@ -56,10 +58,14 @@ def _evaluation_runs() -> frozenset[tuple[str, ...]]:
 
 
 def may_train(text: str) -> bool:
-    """Whether a synthetic prompt shares no eight words with an evaluation set and has no trace of a reserved kind."""
+    """Whether a synthetic prompt shares no eight words with an evaluation set and has no trace of a
+    reserved kind.
+    """
     return not TRACES.search(text) and not is_evaluation_text(text)
 
 
 def is_evaluation_text(text: str) -> bool:
-    """Whether a text shares eight words in a row with an evaluation set: a draft that learns it cannot be evaluated on it."""
+    """Whether a text shares eight words in a row with an evaluation set: a draft that learns it
+    cannot be evaluated on it.
+    """
     return not _evaluation_runs().isdisjoint(runs(text))

@@ -1,12 +1,14 @@
-"""Builds the prompt files from the hand-written sources in `source/`; the same sources always give the same files.
+"""Builds the prompt files from the hand-written sources in `source/`; the same sources always give
+the same files.
 
-Templates, slot values, passages and code samples are plain text. Slot values and samples are cut into disjoint parts, one for
-each split, so that a held-out prompt has another template and other content than every training prompt. A prompt is dropped
-when it repeats another one, when it is too similar to one of the same file, or when it shares eight words in a row with another
-file.
+Templates, slot values, passages and code samples are plain text. Slot values and samples are cut
+into disjoint parts, one for each split, so that a held-out prompt has another template and other
+content than every training prompt. A prompt is dropped when it repeats another one, when it is too
+similar to one of the same file, or when it shares eight words in a row with another file.
 
-Run `python build_prompts.py` in this folder, then `python check.py`. Long because it is the record of how the frozen files were
-made: it stands alone, needs nothing that is installed, and changes only together with the files.
+Run `python build_prompts.py` in this folder, then `python check.py`. Long because it is the record
+of how the frozen files were made: it stands alone, needs nothing that is installed, and changes
+only together with the files.
 """
 
 import json
@@ -324,7 +326,9 @@ def typo(text: str, rng: random.Random) -> str:
 
 
 def copy_prompts() -> list[tuple[str, str, str]]:
-    """Edits whose answer repeats most of the prompt; each passage serves at most three quite different edits."""
+    """Edits whose answer repeats most of the prompt; each passage serves at most three quite
+    different edits.
+    """
     rng = random.Random(f"{SEED}/copy")
     passages = read_passages("bench")
     rows: list[tuple[str, str, str]] = []
@@ -405,7 +409,9 @@ def write(file: str, rows: list[Prompt]) -> None:
 
 
 def main() -> None:
-    """Build every file; the ones that measure come first, so that training prompts give way to them."""
+    """Build every file; the ones that measure come first, so that training prompts give way to
+    them.
+    """
     builder = Builder()
     write("bench/copy", list(builder.from_list("bench/copy", copy_prompts())))
     write("bench/adversarial", list(builder.from_list("bench/adversarial", adversarial_prompts())))

@@ -1,11 +1,14 @@
-"""Seeded generator of the three reserved kinds of prompt, which stand for daily work that no draft saw when it was built.
+"""Seeded generator of the three reserved kinds of prompt, which stand for daily work that no draft
+saw when it was built.
 
-They must not appear in any training file; `check.py` looks for them. Every kind has a few schemas with one fixed instruction
-each, as from a user who does the same work every day, filled with new values (source/reserved_values.json) every time.
+They must not appear in any training file; `check.py` looks for them. Every kind has a few schemas
+with one fixed instruction each, as from a user who does the same work every day, filled with new
+values (source/reserved_values.json) every time.
 
-The two splits use the same schemas with disjoint names, towns, products, hosts and so on, so that they share no prompt: `live`
-is traffic that a draft may learn from while the server runs, `unseen` are the prompts that its gain is measured on. Only
-`random.Random.random` is used, whose sequence for a given string seed is the same in every Python 3 version.
+The two splits use the same schemas with disjoint names, towns, products, hosts and so on, so that
+they share no prompt: `live` is traffic that a draft may learn from while the server runs, `unseen`
+are the prompts that its gain is measured on. Only `random.Random.random` is used, whose sequence
+for a given string seed is the same in every Python 3 version.
 """
 
 import json
@@ -24,7 +27,9 @@ TRACES = re.compile(r"json|sql|select .* from|log line|log entr|stack trace|yaml
 
 @cache
 def _values() -> dict[str, list[str]]:
-    """The lists of values. Each is cut in two: of each four neighbours, three belong to "live" and one to "unseen"."""
+    """The lists of values. Each is cut in two: of each four neighbours, three belong to "live" and
+    one to "unseen".
+    """
     path = Path(__file__).parent / "source" / "reserved_values.json"
     values: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
     return values
@@ -304,10 +309,12 @@ _SCHEMAS: dict[str, tuple[Callable[[_Source], str], ...]] = {
 
 
 def prompts(kind: str, count: int, *, seed: int = 0, split: str = "live") -> list[str]:
-    """`count` distinct prompts of a reserved kind. The same arguments always give the same list, and a shorter list is the
-    beginning of a longer one; thousands are possible. Another seed gives other prompts, of which a few may occur under both.
+    """`count` distinct prompts of a reserved kind. The same arguments always give the same list,
+    and a shorter list is the beginning of a longer one; thousands are possible. Another seed gives
+    other prompts, of which a few may occur under both.
 
-    Raises ValueError for an unknown kind or split, and for a count that is negative or so large that no new prompt is found.
+    Raises ValueError for an unknown kind or split, and for a count that is negative or so large
+    that no new prompt is found.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(KINDS)}")

@@ -1,4 +1,6 @@
-"""How far long work is, as a value that the work reports and a command shows. Knows neither of the two."""
+"""How far long work is, as a value that the work reports and a command shows. Knows neither of the
+two.
+"""
 
 import math
 import time
@@ -8,7 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` (tokens, texts, steps or answers), seconds left at the pace so far, and a note."""
+    """`done` of `total` (tokens, texts, steps or answers), seconds left at the pace so far, and a
+    note.
+    """
 
     stage: str
     done: int
@@ -25,7 +29,8 @@ def ignore_progress(progress: Progress) -> None:
 
 
 class ProgressMeter:
-    """Counts the work of one stage and reports it, with the seconds left at the pace since the meter was made.
+    """Counts the work of one stage and reports it, with the seconds left at the pace since the
+    meter was made.
 
     `done` is what earlier runs did already: it counts as done, but not towards the pace.
     """

@@ -1,7 +1,9 @@
-"""Written texts that the target has read again, as shards in a work folder, so that a stopped build does not read them twice.
+"""Written texts that the target has read again, as shards in a work folder, so that a stopped build
+does not read them twice.
 
-The work folder can be read by its owner alone, and the shards stay until the build is done. A purge does not look there, but the
-next run of a stopped build drops every shard that holds a text which has been purged.
+The work folder can be read by its owner alone, and the shards stay until the build is done. A purge
+does not look there, but the next run of a stopped build drops every shard that holds a text which
+has been purged.
 """
 
 import hashlib
@@ -29,7 +31,9 @@ def capture_texts(
     deadline: float,
     report: OnProgress,
 ) -> list[Example]:
-    """`texts` as examples, in their order. After `deadline` (monotonic seconds) no further shard is begun, unless there is none."""
+    """`texts` as examples, in their order. After `deadline` (monotonic seconds) no further shard is
+    begun, unless there is none.
+    """
     texts = [text for text in texts if text.prompt_length + 1 < len(text.tokens)]
     captured = _captured_before(work, {text.id for text in texts}, with_states)
     missing = [text for text in texts if text.id not in captured]
@@ -48,7 +52,9 @@ def capture_texts(
 
 
 def _captured_before(work: Path, ids: set[str], with_states: bool) -> dict[str, Example]:
-    """Examples of a stopped build by id. A shard is removed where it holds a text that is not among `ids`, or lacks states."""
+    """Examples of a stopped build by id. A shard is removed where it holds a text that is not among
+    `ids`, or lacks states.
+    """
     captured: dict[str, Example] = {}
     _remove(work, UNFINISHED)
     for path in sorted(work.glob(SHARDS)):

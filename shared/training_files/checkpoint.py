@@ -1,4 +1,5 @@
-"""A training run on disk: weights, optimizer state and the run's own notes, replaced whole, so that a kill leaves the last one.
+"""A training run on disk: weights, optimizer state and the run's own notes, replaced whole, so that
+a kill leaves the last one.
 
 Where a run's checkpoint lies and when it is removed is `retention.checkpoints`'s.
 """
@@ -16,7 +17,9 @@ from specl.shared.runtime.failpoints import failpoint
 
 
 def save_checkpoint(folder: Path, state: TrainingState, notes: Mapping[str, object]) -> None:
-    """Replace the checkpoint in `folder`; `notes` must be JSON. Raises OSError where it cannot be written: the last one stays."""
+    """Replace the checkpoint in `folder`; `notes` must be JSON. Raises OSError where it cannot be
+    written: the last one stays.
+    """
     try:
         with atomic_dir(folder, sync=True) as scratch:
             mx.save_safetensors(str(scratch / "weights.safetensors"), state.weights)
@@ -28,7 +31,9 @@ def save_checkpoint(folder: Path, state: TrainingState, notes: Mapping[str, obje
 
 
 def load_checkpoint(folder: Path) -> TrainingState:
-    """The state that was saved. Raises OSError, RuntimeError, ValueError or KeyError for a damaged one."""
+    """The state that was saved. Raises OSError, RuntimeError, ValueError or KeyError for a damaged
+    one.
+    """
     weights = mx.load(str(folder / "weights.safetensors"))
     optimizer = mx.load(str(folder / "optimizer.safetensors"))
     assert isinstance(weights, dict) and isinstance(optimizer, dict)  # mx.load returns other types for other suffixes
@@ -36,7 +41,9 @@ def load_checkpoint(folder: Path) -> TrainingState:
 
 
 def read_notes(folder: Path) -> dict[str, Any] | None:
-    """The notes that were saved with the checkpoint, and its `step`; None where there is no whole checkpoint."""
+    """The notes that were saved with the checkpoint, and its `step`; None where there is no whole
+    checkpoint.
+    """
     try:
         notes: dict[str, Any] = json.loads((folder / "state.json").read_text())
         return notes

@@ -1,7 +1,9 @@
-"""`draft build` in a work folder: generate, choose a hot vocabulary, train, evaluate, write. How is `learning.build_draft`'s.
+"""`draft build` in a work folder: generate, choose a hot vocabulary, train, evaluate, write. How is
+`learning.build_draft`'s.
 
-Every stage leaves files in the work folder and skips what is already there, so that a stopped build goes on where it was.
-A time limit is divided between generating and training; the draft is made of what there is when it ends.
+Every stage leaves files in the work folder and skips what is already there, so that a stopped build
+goes on where it was. A time limit is divided between generating and training; the draft is made of
+what there is when it ends.
 """
 
 import json
@@ -52,9 +54,9 @@ HELDOUT_PROMPTS = 96
 
 @dataclass(frozen=True, slots=True)
 class BuildTexts:
-    """What a build learns from and is evaluated on: prompts that the target answers, texts that it wrote before in a user's
-    traffic, and texts that it wrote for earlier builds. Where `prompts` do not give enough text, the target writes prompts,
-    of which those that pass `may_train` are used.
+    """What a build learns from and is evaluated on: prompts that the target answers, texts that it
+    wrote before in a user's traffic, and texts that it wrote for earlier builds. Where `prompts` do
+    not give enough text, the target writes prompts, of which those that pass `may_train` are used.
     """
 
     prompts: Sequence[Any]
@@ -66,7 +68,9 @@ class BuildTexts:
 
 @dataclass(frozen=True, slots=True)
 class BuiltDraft:
-    """A finished build: the draft as written and loaded again, its held-out acceptance by depth, its manifest."""
+    """A finished build: the draft as written and loaded again, its held-out acceptance by depth,
+    its manifest.
+    """
 
     draft: HeadDraft | LanguageModel
     by_depth: DepthRates
@@ -98,8 +102,9 @@ def build(
     begin: HeadDraft | None = None,
     keep_answers: Path | None = None,
 ) -> BuiltDraft:
-    """The whole build. `about` goes into the manifest; a head begins with the weights of `begin` where given; `keep_answers` is
-    the file that the target's answers are written to, a user's traffic left out. Raises ModelError where the target was changed.
+    """The whole build. `about` goes into the manifest; a head begins with the weights of `begin`
+    where given; `keep_answers` is the file that the target's answers are written to, a user's
+    traffic left out. Raises ModelError where the target was changed.
     """
     work.mkdir(parents=True, exist_ok=True)
     work.chmod(0o700)  # it may hold what a user wrote
@@ -224,7 +229,9 @@ def generate(
     deadline: float,
     report: OnProgress,
 ) -> list[Path]:
-    """Answer groups of prompts, a shard each, until there are `settings.tokens` tokens or until `deadline` (monotonic seconds)."""
+    """Answer groups of prompts, a shard each, until there are `settings.tokens` tokens or until
+    `deadline` (monotonic seconds).
+    """
     shards: list[Path] = []
     meter = ProgressMeter(f"writing {name} text", settings.tokens, report)
     for number, group in enumerate(groups):
@@ -248,7 +255,9 @@ def generate(
 
 
 def read_examples(target: LanguageModel, shards: Sequence[Path], kind: str) -> list[Example]:
-    """The examples of shards, as this kind of draft needs them: a head reads states, which are captured where a shard has none."""
+    """The examples of shards, as this kind of draft needs them: a head reads states, which are
+    captured where a shard has none.
+    """
     examples = []
     for shard in shards:
         for example in load_shard(shard):
@@ -269,7 +278,9 @@ def train(
     deadline: float,
     report: OnProgress,
 ) -> TrainingFigures:
-    """Train until the epochs or the time are over, with checkpoints. Raises ModelError for a checkpoint of another training."""
+    """Train until the epochs or the time are over, with checkpoints. Raises ModelError for a
+    checkpoint of another training.
+    """
     training = DraftTraining(draft, examples, settings)
     checkpoint, plan = work / "checkpoint", json.loads(json.dumps(training_plan(settings)))
     _resume(training, work, checkpoint, plan)
@@ -307,7 +318,9 @@ def _resume(training: DraftTraining, work: Path, checkpoint: Path, plan: dict[st
 
 
 def check_origin(work: Path, origin: dict[str, Any]) -> None:
-    """Note in `work` what it is for. Raises ModelError where it was begun with another `origin`, whose text it holds."""
+    """Note in `work` what it is for. Raises ModelError where it was begun with another `origin`,
+    whose text it holds.
+    """
     path = work / "origin.json"
     try:
         noted = json.loads(path.read_text())

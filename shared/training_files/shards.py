@@ -1,4 +1,6 @@
-"""Shards: examples (text, top-k distributions, hidden states) in one .npz file, written whole; a damaged one is made again."""
+"""Shards: examples (text, top-k distributions, hidden states) in one .npz file, written whole; a
+damaged one is made again.
+"""
 
 import errno
 from collections.abc import Sequence
@@ -59,8 +61,9 @@ def load_shard(path: Path) -> list[Example]:
 
 
 def load_or_discard(path: Path, report: Report = to_stderr) -> list[Example] | None:
-    """The examples of a shard, or None where there is no file. A damaged file is removed and `report` is told: its content can be
-    made again. Raises OSError where the disk does not let the file be read.
+    """The examples of a shard, or None where there is no file. A damaged file is removed and
+    `report` is told: its content can be made again. Raises OSError where the disk does not let the
+    file be read.
     """
     try:
         return load_shard(path)

@@ -1,5 +1,6 @@
-"""Answers that a target has written, as token ids alone: small enough to keep and to hand on, so that a draft can be made again
-of the same text. What the target expects at each token, and the hidden states of a head, are read again.
+"""Answers that a target has written, as token ids alone: small enough to keep and to hand on, so
+that a draft can be made again of the same text. What the target expects at each token, and the
+hidden states of a head, are read again.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,9 @@ class TokenizedAnswer(Protocol):
 
 
 def save_target_texts(path: Path, answers: Sequence[TokenizedAnswer], target: str) -> None:
-    """Write answers to one file, which appears whole. `target` is the fingerprint of the model that wrote them."""
+    """Write answers to one file, which appears whole. `target` is the fingerprint of the model that
+    wrote them.
+    """
     tokens = np.concatenate([answer.tokens for answer in answers]).astype(np.uint32)
     with atomic_file(path, sync=True, mode=0o666) as file:  # as other files of the user's: by the umask
         np.savez_compressed(
@@ -51,7 +54,9 @@ def save_target_texts(path: Path, answers: Sequence[TokenizedAnswer], target: st
 
 
 def load_target_texts(path: Path, target: str) -> list[WrittenText]:
-    """The answers of a file. Raises ModelError for the answers of another target and for a file of another kind."""
+    """The answers of a file. Raises ModelError for the answers of another target and for a file of
+    another kind.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             writer = str(file["target"])
@@ -74,7 +79,8 @@ def load_target_texts(path: Path, target: str) -> list[WrittenText]:
 
 
 def save_replay(examples: Sequence[Example], path: Path) -> None:
-    """Token ids of texts kept out of training: what the trainer replays so that general text is not forgotten.
+    """Token ids of texts kept out of training: what the trainer replays so that general text is not
+    forgotten.
 
     Never a user's text: a purge does not reach the files that come with a draft.
     """
