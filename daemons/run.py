@@ -9,7 +9,8 @@ from contextlib import suppress
 
 from specl.shared.errors import AlreadyRunning, ConfigError, SpecLoraError
 from specl.shared.messaging.bus import Server
-from specl.shared.messaging.endpoints import Addresses
+from specl.shared.messaging.endpoints import Addresses, is_loopback
+from specl.shared.messaging.sockets import make_missing_keys
 from specl.shared.paths import Paths, find_paths
 from specl.shared.runtime import log
 from specl.shared.runtime.locks import Lock
@@ -61,6 +62,8 @@ def run_exclusively(role: str, serve: Serve) -> int:
         paths = find_paths().create()
         log.set_up(role, paths.logs, settings.logging.level)
         lock = Lock(paths.run, role)  # before the bind: a second process would take over an ipc path
+        if settings.bus.transport == "tcp" and is_loopback(settings.bus.host):
+            make_missing_keys(paths.keys)
         log.get(role).info("daemon.started", var=str(paths.root), settings=str(settings_file()))
         serve(paths, settings)
         log.get(role).info("daemon.stopped")

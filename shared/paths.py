@@ -81,7 +81,7 @@ class Paths:
 
     @property
     def keys(self) -> Path:
-        """CURVE keys of the bus, if `specl-ctl keys make` has made any."""
+        """CURVE keys of the bus, if any were made."""
         return self.root / "keys"
 
     def outbox(self, producer: str) -> Path:

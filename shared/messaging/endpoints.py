@@ -1,8 +1,8 @@
 """Where daemons listen, and who may connect: addresses from the settings, CURVE keys from var/keys, the gateway's token.
 Knows no socket.
 
-ipc in a private folder is the default: whoever is this user may talk to the daemons, nobody else. TCP reaches further, so
-beyond loopback it needs keys; once keys are made, every socket uses them, ipc too. `server.json` stays with the daemons;
+ipc in a private folder is the default: whoever is this user may talk to the daemons, nobody else. TCP reaches further (a web
+page reaches a port of loopback, too), so it needs keys; once keys are made, every socket uses them, ipc too. `server.json` stays with the daemons;
 `client.json` is all that a client on another machine needs.
 """
 
@@ -35,7 +35,7 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One socket's address, and the keys it must show; None for a private ipc or loopback socket without keys."""
+    """One socket's address, and the keys it must show; None for a private ipc socket without keys."""
 
     address: str
     keys: Keys | None = None
@@ -119,7 +119,9 @@ def check_exposure(settings: "Gateway", token: str | None) -> None:
 class Addresses:
     """Both endpoints of every role on one run directory.
 
-    Raises ConfigError for TCP beyond loopback without keys, and for a run directory whose name is too long for a socket.
+    Without keys nothing is answered over TCP: on loopback the daemons make keys at their first start, beyond loopback a user
+    makes them. Raises ConfigError for TCP beyond loopback without keys, and for a run directory whose name is too long for a
+    socket.
     """
 
     def __init__(self, paths: Paths, bus: "Bus") -> None:

@@ -1,8 +1,11 @@
 """ZeroMQ sockets as the bus needs them: size limits, CURVE keys, private ipc files. Knows addresses and keys, no messages.
 
 An ipc path can be stolen by a second bind, so callers lock before they bind. Where there are keys, both sides must show theirs.
+TCP is bound with keys only: without them libzmq takes the bytes of an HTTP request for frames (ZMTP 1.0), and any web page may
+send one to a port of loopback.
 """
 
+import fcntl
 import os
 import stat
 from contextlib import suppress
@@ -13,7 +16,7 @@ import zmq
 
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.messaging.codec import MAX_FRAME
-from specl.shared.messaging.endpoints import Endpoint, Keys
+from specl.shared.messaging.endpoints import MAKE_KEYS, Endpoint, Keys, read_keys, write_keys
 from specl.shared.paths import DISK_REFUSES
 
 Socket = zmq.Socket[bytes]
@@ -39,6 +42,24 @@ def new_keys() -> Keys:
     return Keys(*(key.decode() for key in (server_public, client_public, client_secret, server_secret)))
 
 
+def make_missing_keys(folder: Path) -> None:
+    """Make keys in `folder` where there are none; daemons that start together make them once.
+
+    Raises ConfigError for keys that cannot be used, SpecLoraError where they cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if read_keys(folder) is None:
+                write_keys(folder, new_keys())
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise SpecLoraError(f"the keys in {folder} could not be written: {error}") from error
+
+
 class ClientKeyCheck:
     """CURVE alone lets in whoever knows the server's public key; this asks for the one client key too."""
 
@@ -60,6 +81,8 @@ def bind(socket: Socket, endpoint: Endpoint) -> None:
         socket.curve_server = True
         socket.curve_publickey = endpoint.keys.server_public.encode()
         socket.curve_secretkey = endpoint.keys.server_secret.encode()
+    elif endpoint.address.startswith("tcp://"):
+        raise ConfigError(f"{endpoint.address} needs keys, as every TCP socket does", MAKE_KEYS)
     path = Path(endpoint.address.removeprefix("ipc://"))
     with suppress(FileNotFoundError):
         if endpoint.address.startswith("ipc://") and not stat.S_ISSOCK(path.lstat().st_mode):

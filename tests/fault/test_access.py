@@ -2,9 +2,11 @@
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import zmq
@@ -14,7 +16,7 @@ from specl.shared.messaging.bus import Server
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.codec import encode
 from specl.shared.messaging.endpoints import Addresses, is_loopback, read_keys, write_keys
-from specl.shared.messaging.messages import GetStatus
+from specl.shared.messaging.messages import GetStatus, Purge
 from specl.shared.messaging.sockets import new_keys
 from specl.shared.paths import ROLES, Paths
 from specl.shared.settings.schema import Bus
@@ -121,15 +123,51 @@ def test_remote_client_needs_only_the_client_key(instance, tmp_path):
         Server(addresses.answer("inference"), addresses.publish("inference"))
 
 
+def test_web_page_cannot_command_a_daemon(instance):
+    """libzmq takes a peer that sends `POST` for one of ZMTP 1.0; the body of a request is the page's free choice."""
+    port = free_ports(6)
+    instance.set(SETTINGS + f"bus: {{transport: tcp, host: 127.0.0.1, port: {port}}}\n")
+    collector = instance.start("collector")
+    instance.start("inference")
+    instance.ready("inference")
+    instance.ask("a record to keep")
+    instance.settle()
+    kept = instance.stored()
+    command = encode(Purge(kept, None, ""))
+    frames = b"\x01\x00" + b"\xff" + (len(command) + 1).to_bytes(8, "big") + b"\x00" + command
+    for empty_frames in (300, 301):  # wherever in the headers frames are cut, one of the two has `frames` in step
+        body = b"\x01" * empty_frames + frames
+        head = f"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        for role in (0, 2, 4):
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port + role)) as page:
+                page.sendall(head.encode() + body)
+                page.settimeout(0.5)
+                with suppress(OSError):
+                    while page.recv(4096):
+                        pass
+    status = instance.ready("collector")
+    assert kept and instance.stored() == kept and status["malformed"] == 0 and collector.code is None
+
+
+def test_daemons_that_start_together_make_keys_once(tmp_path):
+    code = "import sys, pathlib; from specl.shared.messaging import sockets as s; s.make_missing_keys(pathlib.Path(sys.argv[1]));" \
+        "from specl.shared.messaging.endpoints import read_keys; print(read_keys(pathlib.Path(sys.argv[1])))"  # fmt: skip
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "keys")], stdout=subprocess.PIPE) for _ in range(4)
+    ]
+    seen = {process.communicate(timeout=30)[0] for process in processes}
+    assert len(seen) == 1 and b"server_secret=''" not in seen.pop()
+
+
 def _answered(address, server=None, own=None):
     context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
+    dealer = context.socket(zmq.DEALER)
     if server:
-        socket.curve_serverkey = server.encode()
-        socket.curve_publickey, socket.curve_secretkey = (key.encode() for key in own)
-    socket.connect(address)
-    socket.send(encode(GetStatus()), zmq.NOBLOCK)
-    found = bool(socket.poll(800))
+        dealer.curve_serverkey = server.encode()
+        dealer.curve_publickey, dealer.curve_secretkey = (key.encode() for key in own)
+    dealer.connect(address)
+    dealer.send(encode(GetStatus()), zmq.NOBLOCK)
+    found = bool(dealer.poll(800))
     context.destroy(linger=0)
     return found
 

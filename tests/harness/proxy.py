@@ -8,6 +8,8 @@ import threading
 
 import zmq
 
+from specl.shared.messaging.endpoints import Endpoint, read_keys
+from specl.shared.messaging.sockets import bind, connect, make_missing_keys
 from tests.harness.instance import SETTINGS, Instance
 
 
@@ -39,8 +41,10 @@ class LossyProxy:
         instance.set(SETTINGS + f"bus: {{transport: tcp, port: {inference}}}\n")
         self._context = zmq.Context()
         self._clients, self._daemon = self._context.socket(zmq.ROUTER), self._context.socket(zmq.DEALER)
-        self._clients.bind(f"tcp://127.0.0.1:{self._front}")
-        self._daemon.connect(f"tcp://127.0.0.1:{inference}")
+        make_missing_keys(instance.paths.keys)
+        keys = read_keys(instance.paths.keys)
+        bind(self._clients, Endpoint(f"tcp://127.0.0.1:{self._front}", keys))
+        connect(self._daemon, Endpoint(f"tcp://127.0.0.1:{inference}", keys))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
