@@ -2,8 +2,8 @@
 Knows no socket.
 
 ipc in a private folder is the default: whoever is this user may talk to the daemons, nobody else. TCP reaches further (a web
-page reaches a port of loopback, too), so it needs keys; once keys are made, every socket uses them, ipc too. `server.json` stays with the daemons;
-`client.json` is all that a client on another machine needs.
+page reaches a port of loopback, too), so it needs keys. Once keys are made, every socket uses them, ipc too. `server.json`
+stays with the daemons; `client.json` is all that a client on another machine needs.
 """
 
 import ipaddress

@@ -223,7 +223,9 @@ class Bus(_Section):
     """How processes reach each other (ZeroMQ)."""
 
     transport: Literal["ipc", "tcp"] = Field("ipc", description="ipc: sockets in the run directory; tcp: ports")
-    host: str = Field("127.0.0.1", description="tcp: on loopback keys are made at first start; beyond it, `specl-ctl keys make`")
+    host: str = Field(
+        "127.0.0.1", description="tcp: on loopback keys are made at first start; beyond it, `specl-ctl keys make`"
+    )
     port: Annotated[int, Field(ge=1, le=65530)] = Field(5570, description="tcp: the first of six ports in a row")
 
 
