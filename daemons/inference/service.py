@@ -49,6 +49,7 @@ from specl.shared.retention.purge_matching import purge_matches
 from specl.shared.retention.redaction import Redactor
 from specl.shared.runtime import log
 from specl.shared.runtime.signals import StopFlag
+from specl.shared.runtime.thread_failure import raise_failure
 from specl.shared.settings.schema import Settings
 
 TICK_S = 0.5
@@ -101,7 +102,7 @@ class Inference:
             self._flush()
             self._publish_activity()
             if failure := self.decoding.failure or self.recorder.failure:
-                raise failure
+                raise_failure(failure)
             if time.monotonic() >= next_check:
                 next_check = time.monotonic() + TICK_S
                 self._drop_silent_clients()

@@ -44,6 +44,7 @@ from specl.shared.runtime import log, power
 from specl.shared.runtime.failpoints import failpoint
 from specl.shared.runtime.power import Power
 from specl.shared.runtime.signals import StopFlag
+from specl.shared.runtime.thread_failure import raise_failure
 from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
 
@@ -69,7 +70,7 @@ class Trainer:
         )
         self.schedule = Schedule()
         self.evaluations: dict[str, EvaluationStatus] = {}  # the last imports, by run id
-        self.worker = TrainingWorker(paths, settings, self.throttle, self.records, self.job_ended)
+        self.worker = TrainingWorker(paths, settings, self.throttle, self.records, self.job_ended, server.wake)
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[JobEnded] = queue.SimpleQueue()
         self._started_at = time.monotonic()
@@ -79,7 +80,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ the loop
     def run(self, stop: StopFlag) -> None:
-        """Serve until stopped."""
+        """Serve until stopped. Raises what ended the MLX thread, so that the supervisor starts the daemon again."""
         self.adapters.sweep()
         self._record_adapters()
         self.worker.start()
@@ -89,6 +90,8 @@ class Trainer:
             while not self._out.empty():
                 self.server.publish(self._out.get())
             self.take_results()
+            if failure := self.worker.failure:
+                raise_failure(failure)
             if time.monotonic() >= next_check:
                 next_check = time.monotonic() + STORE_CHECK_S
                 self.check()

@@ -50,7 +50,10 @@ _log = log.get("trainer")
 
 
 class TrainingWorker(threading.Thread):
-    """`ended` is called on this thread after each job; `progress` may be read from any thread."""
+    """`ended` is called on this thread after each job; `progress` may be read from any thread.
+
+    `failure` is set, and `wake_loop` called, when the thread cannot go on.
+    """
 
     def __init__(
         self,
@@ -59,8 +62,11 @@ class TrainingWorker(threading.Thread):
         throttle: Throttle,
         records: RecordQueue,
         ended: Callable[[JobEnded], None],
+        wake_loop: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name="mlx", daemon=True)
+        self._wake_loop = wake_loop
+        self.failure: BaseException | None = None
         self._paths, self._settings, self._throttle, self._records = paths, settings, throttle, records
         self._ended = ended
         self._adapters = Adapters(paths.adapters)
@@ -80,13 +86,17 @@ class TrainingWorker(threading.Thread):
 
     def run(self) -> None:
         """One job after another."""
-        while not isinstance(job := self._jobs.get(), Stop):
-            ended = self.do(job)
-            self.progress.state = "idle"
-            self._ended(ended)
+        try:
+            while not isinstance(job := self._jobs.get(), Stop):
+                ended = self.do(job)
+                self.progress.state = "idle"
+                self._ended(ended)
+        except BaseException as error:  # SystemExit out of a custom loss, a panic of native code
+            self.failure = error
+            self._wake_loop()
 
     def do(self, job: Job) -> JobEnded:
-        """Do one job on the calling thread. Nothing that goes wrong with it ends the daemon."""
+        """Do one job on the calling thread. No Exception of it ends the daemon."""
         try:
             return self._do(job)
         except Abandoned:

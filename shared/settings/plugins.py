@@ -30,7 +30,7 @@ def load_plugin(name: str, setting: str) -> Callable[..., Any]:
         hook = getattr(importlib.import_module(module), attribute)
     except AttributeError as error:
         raise ConfigError(f"{setting}: the module {module} has no {attribute!r}") from error
-    except Exception as error:  # the user's module: importing it may raise anything
+    except (Exception, SystemExit) as error:  # the user's module: importing it may raise anything
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(
             f"{setting}: the module {module} cannot be imported ({type(error).__name__}: {reason})",

@@ -130,3 +130,25 @@ def test_error_of_a_job_ends_no_thread(trainer, monkeypatch, error, ending, prob
     ended = results.get(timeout=20)
     thread.stop()
     assert ended.ending == ending and problem in ended.problem and thread.progress.state == "idle"
+
+
+class Panic(BaseException):
+    """What native code raises that panics."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(78), KeyboardInterrupt(), Panic("of native code")])
+def test_what_ends_the_thread_ends_the_daemon(trainer, monkeypatch, error):
+    def fail(*parts):
+        raise error
+
+    turns = []
+
+    def stopped():
+        turns.append(1)
+        return len(turns) > 1 and not trainer.worker.join(timeout=20) and len(turns) > 3
+
+    trainer.server.poll = lambda timeout_s, handle: None
+    monkeypatch.setattr(trainer.worker, "do", fail)
+    stop = type("Stop", (), {"__bool__": lambda self: stopped()})()
+    with pytest.raises(RuntimeError, match=f"a thread ended with {type(error).__name__}"):
+        trainer.run(stop)
