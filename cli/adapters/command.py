@@ -49,10 +49,10 @@ def _history() -> tuple[list[Row], dict[str, list[Row]]]:
 
 
 @adapters.command("list")
-@click.option("--all", "everything", is_flag=True, help="Also the candidates that the gate did not promote.")
+@click.option("--all", "everything", is_flag=True, help="Also the candidates that the judge did not promote.")
 @click.option("--json", "as_object", is_flag=True, help="A JSON list: manifest, run and activations of each adapter.")
 def list_(everything: bool, as_object: bool) -> None:
-    """Every adapter: the adapter that it was trained from, and what the gate measured before and
+    """Every adapter: the adapter that it was trained from, and what the judge measured before and
     after.
 
     held-out: agreement with the target on conversations that were never trained on. gain: its 95%

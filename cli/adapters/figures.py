@@ -47,16 +47,16 @@ def _difference(before: Any, after: Any) -> str:
     return f"{after - before:+.4f}" if _is_number(before) and _is_number(after) else "-"
 
 
-def _gate_of(manifest: Manifest) -> dict[str, Any]:
-    """What the gate measured; empty where the manifest has no such object."""
-    gate = manifest.metrics.get("gate")
-    return gate if isinstance(gate, dict) else {}
+def _judged(manifest: Manifest) -> dict[str, Any]:
+    """What the judge measured; empty where the manifest has no such object."""
+    judged = manifest.metrics.get("gate")
+    return judged if isinstance(judged, dict) else {}
 
 
 # ------------------------------------------------------------------------------------ adapters list
 def adapter_cells(adapters: Adapters, manifest: Manifest) -> list[str]:
     """A published adapter as a row of COLUMNS."""
-    metrics, gate, id = manifest.metrics, _gate_of(manifest), manifest.id
+    metrics, judged, id = manifest.metrics, _judged(manifest), manifest.id
     names = {"current": adapters.current(), "best": adapters.resolve("best"), "latest": adapters.resolve("latest")}
     state = [name for name, named in names.items() if named == id]
     state += ["rolled back"] if id in adapters.rolled_back() else []
@@ -65,8 +65,8 @@ def adapter_cells(adapters: Adapters, manifest: Manifest) -> list[str]:
         _date(manifest.created_at)[5:],
         manifest.parent_id or "none",
         f"{_number(metrics.get('heldout_before'), 3)} > {_number(metrics.get('heldout_after'), 3)}",
-        _interval(gate.get("low"), gate.get("high")),
-        _difference(gate.get("regression_before"), gate.get("regression_after")),
+        _interval(judged.get("low"), judged.get("high")),
+        _difference(judged.get("regression_before"), judged.get("regression_after")),
         ", ".join(state),
     ]
 
@@ -127,12 +127,12 @@ def _data(training: Mapping[str, Any]) -> str:
 
 
 def history_lines(manifest: Manifest, run: Row | None, activations: list[Row]) -> list[Line]:
-    """What the gate measured, its verdict, and when the adapter was used."""
-    gate = _gate_of(manifest)
+    """What the judge measured, its verdict, and when the adapter was used."""
+    judged = _judged(manifest)
     lines: list[Line] = []
-    if gate:
-        lines.append(("gain, 95% interval", _interval(gate.get("low"), gate.get("high"))))
-        lines.append(("general text", _change(gate, "regression_before", "regression_after")))
+    if judged:
+        lines.append(("gain, 95% interval", _interval(judged.get("low"), judged.get("high"))))
+        lines.append(("general text", _change(judged, "regression_before", "regression_after")))
     if run is not None:
         lines.append(("verdict", f"{run['verdict']} ({run['caused_by']})"))
     for index, event in enumerate(activations):

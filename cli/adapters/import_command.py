@@ -1,4 +1,4 @@
-"""`specl-ctl adapters import`: has an external adapter judged by the gate that judges every trained
+"""`specl-ctl adapters import`: has an external adapter judged by the rule that judges every trained
 one.
 
 Copies its files into the adapters folder, where the trainer reads them. The trainer evaluates the

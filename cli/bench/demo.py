@@ -52,7 +52,7 @@ def _demo_settings() -> Settings:
             "when_hot": True,
             "min_heldout_generations": 4,
             # two minutes of one kind at a high rate do harm general text (0.52 -> 0.39 here), which
-            # the gate would refuse
+            # the judge would reject
             "regression_prompts": 0,
             "replay_buffer_size": REPLAYED,
         }

@@ -84,7 +84,7 @@ def learning(**options: Any) -> None:
     specl-ctl bench learning --gain --kinds sql-from-a-sentence
 
     Kinds are those that no draft was trained on; answers are greedy, so that the words are the same. Training starts by
-    itself, as often as failures allow, and works in the gaps; the gate decides. Written to --out: every request, and
+    itself, as often as failures allow, and works in the gaps; the judge decides. Written to --out: every request, and
     acceptance, agreement and speed over time. Ctrl-C keeps what was measured. Close other programs first.
     """
     _check(options)

@@ -111,7 +111,7 @@ class AdapterMonitor:
         check.add(sum(tested[:1]), sum(accepted[:1]))
         reason = check.collapse()
         if reason or check.done:
-            self.last = _status_of(check, WatchState.ROLLED_BACK if reason else WatchState.KEPT)
+            self.last = _status_of(check, WatchState.ROLLED_BACK if reason else WatchState.PASSED)
             self.check = None
         self._save()
         return reason

@@ -254,7 +254,7 @@ class AdapterSwap:
             return
         target = self.previous if self.previous not in self.adapters.rolled_back() else ""
         try:
-            self.adapters.marks.set(id, MarkState.ROLLED_BACK, reason)
+            self.adapters.marks.set(id, MarkState.ROLLBACK_PENDING, reason)
         except OSError as error:
             _log.error("rollback.not_written", adapter=id, reason=str(error))
         run_all(self._go_back(id, target, reason))

@@ -1,5 +1,5 @@
-"""An adapter made elsewhere, before the gate that trained ones pass: read, score against the one in
-force, promote or refuse.
+"""Judges an adapter made elsewhere by the rule for trained ones: read it, score it against the
+active one, promote or refuse.
 
 An evaluation trains nothing and uses up no failures. Its verdict is a `TrainingRun` record like any
 other.
@@ -40,7 +40,7 @@ def evaluate_adapter(context: RunContext, job: EvaluateAdapterJob) -> Outcome:
     adapter = adapter_in_force(context.adapters, context.engine)
     report.parent_id = adapter.id if adapter is not None else ""
     before, after = scorer.with_adapter(adapter), scorer.with_adapter(external.adapter)
-    verdict = context.gate(before, after, scorer.pristine(), in_force)
+    verdict = context.judge(before, after, scorer.pristine(), in_force)
     context.pause()
     if problems := lineage_problems(context.lineage(in_force), context.lineage(context.adapters.current())):
         verdict = replace(verdict, verdict=RunVerdict.REJECTED, reason="; ".join(problems))
@@ -66,7 +66,7 @@ def _end(
     after: Scores,
     verdict: Verdict,
 ) -> Outcome:
-    """Publish if the gate says so: a directory around the external tensors; nothing else that came
+    """Publish if the verdict is to promote: a directory around the external tensors; nothing else that came
     with them is kept.
     """
     if verdict.verdict != RunVerdict.PROMOTED:

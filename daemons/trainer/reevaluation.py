@@ -132,10 +132,10 @@ class Reevaluation:
             case RunVerdict.KEPT:
                 marks.set(self.id, MarkState.KEPT, reason)
             case RunVerdict.CONFIRMED:
-                marks.set(self.id, MarkState.CONFIRMED, reason)
+                marks.set(self.id, MarkState.ROLLED_BACK_FINAL, reason)
             case RunVerdict.ROLLED_BACK:
                 # killed in between: inference goes back from an adapter that is marked
-                marks.set(self.id, MarkState.CONFIRMED, reason)
+                marks.set(self.id, MarkState.ROLLED_BACK_FINAL, reason)
                 self.adapters.set_current(predecessor)
                 winner = predecessor
             case RunVerdict.REINSTATED:

@@ -1,5 +1,5 @@
-"""What every run of the trainer works with, and the gate that trained and imported adapters pass
-alike.
+"""What every run of the trainer works with, and the rule that judges trained and imported
+adapters alike.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class RunContext:
             _log.warning("regression.impossible", reason=str(error))
             return []
 
-    def gate(self, before: Scores, after: Scores, pristine: float, parent: str) -> Verdict:
+    def judge(self, before: Scores, after: Scores, pristine: float, parent: str) -> Verdict:
         """The verdict on a candidate that was compared with `parent`, with the tokens a second that
         measured costs expect.
         """

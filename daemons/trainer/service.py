@@ -267,7 +267,7 @@ class Trainer:
         return f"{self.worker.progress.state}, step {self.worker.progress.step}"
 
     def evaluate(self, message: EvaluateAdapter) -> Reply:
-        """Queue a staged adapter for the gate."""
+        """Queue a staged adapter to be judged."""
         try:
             self.adapters.staged(message.folder)
         except AdapterRejected as error:

@@ -1,5 +1,5 @@
 """One training run: gather, train LoRA from the adapter in force, score on held-out conversations,
-pass the gate, publish.
+judge, publish.
 
 Runs on the trainer's MLX thread in small pieces; between any two it may be told to wait or to stop.
 A run that was killed goes on from its checkpoint. Every outcome becomes a `TrainingRun` record with
@@ -102,8 +102,8 @@ class AdapterTraining:
         except FloatingPointError as error:
             return self._end(loop, RunVerdict.FAILED, str(error))
         progress.state = "scoring"
-        gate = Gate(self.context, scorer, self.parent.in_force, before, pristine)
-        return self._judge(loop, trained, before, *gate.verdict(trained))
+        judge = CandidateJudge(self.context, scorer, self.parent.in_force, before, pristine)
+        return self._judge(loop, trained, before, *judge.verdict(trained))
 
     def _too_little(self, failures: int, successes: int, held_out: int) -> tuple[RunVerdict, str] | None:
         """What is missing yet: to train on, or to judge by, without which the training would be for
@@ -178,7 +178,7 @@ class AdapterTraining:
 
     # ------------------------------------------------------------------------------------------------ the end
     def _judge(self, loop: TrainingLoop, trained: Trained, before: Scores, after: Scores, verdict: Verdict) -> Outcome:
-        """Publish if the gate says so."""
+        """Publish if the verdict is to promote."""
         self.pause_in_force()  # the last chance to be told that the data is to be forgotten
         if verdict.verdict != RunVerdict.PROMOTED:
             self.report.add_scores("candidate", before, after, verdict)
@@ -221,8 +221,8 @@ class AdapterTraining:
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
-    """The gate of a trained candidate, which may pass in part."""
+class CandidateJudge:
+    """Judges a trained candidate, and parts of its change where the whole is rejected."""
 
     context: RunContext
     scorer: Scorer
@@ -241,14 +241,14 @@ class Gate:
         """
         trained_weights = lora_weights(trained.learner.module)
         after = self._scores(trained.learner)
-        verdict = self._gate(after)
+        verdict = self._verdict(after)
         if not verdict.fails_only_regression:
             return after, verdict
         # where all adapters before it as well have cost too much together, the way begins without
         # any
         drifted = verdict.regression is not None and verdict.regression.drifted
         start = None if drifted else trained.start
-        _log.info("gate.regression_failed", reason=verdict.reason)
+        _log.info("judge.regression_failed", reason=verdict.reason)
         for alpha in ALPHAS:
             weights = interpolate(trained_weights, alpha, start)
             trained.learner.module.load_weights(list(weights.items()), strict=False)
@@ -256,12 +256,12 @@ class Gate:
             if Regression(self.before.general.value, general.value, self.pristine).problem:
                 continue
             part = Scores(self.scorer.on_held_out(trained.learner), general)
-            interpolated = self._gate(part).at_alpha(alpha)
+            interpolated = self._verdict(part).at_alpha(alpha)
             return (part, interpolated) if interpolated.verdict == RunVerdict.PROMOTED else (after, verdict)
         return after, verdict
 
     def _scores(self, learner: Learner) -> Scores:
         return Scores(self.scorer.on_held_out(learner), self.scorer.on_general(learner))
 
-    def _gate(self, after: Scores) -> Verdict:
-        return self.context.gate(self.before, after, self.pristine, self.in_force)
+    def _verdict(self, after: Scores) -> Verdict:
+        return self.context.judge(self.before, after, self.pristine, self.in_force)

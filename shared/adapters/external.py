@@ -2,7 +2,7 @@
 
 mlx-lm names layers within a block or not at all, so the layers are taken from the tensors' names. A
 manifest is optional; where there is one, its base, tokenizer and file hashes must be right. Does
-not judge quality: the trainer's gate does.
+not judge quality: the trainer's judge does.
 """
 
 import stat

@@ -25,15 +25,15 @@ OLD_ROLLED_BACK, OLD_REEVALUATIONS = "ROLLED_BACK.json", "SECOND_LOOKS.json"
 class MarkState(StrEnum):
     """What was decided last. The values are in the file."""
 
-    ROLLED_BACK = "rolled_back"  # live counts stopped it; the trainer has still to reevaluate it
-    CONFIRMED = "confirmed"  # rolled back for good
+    ROLLBACK_PENDING = "rolled_back"  # the collapse check stopped it; the trainer has still to reevaluate it
+    ROLLED_BACK_FINAL = "confirmed"  # the reevaluation agreed with the rollback
     REINSTATING = "reinstating"  # its rollback was wrong; CURRENT may not have moved yet
     REINSTATED = "reinstated"
-    KEPT = "kept"  # reevaluated and still in force, or a user wants it whatever was decided
+    KEPT = "kept"  # reevaluated and still active, or a user wants it whatever was decided
 
 
-AWAY = (MarkState.ROLLED_BACK, MarkState.CONFIRMED)
-UNDECIDED = (MarkState.ROLLED_BACK, MarkState.REINSTATING)
+ROLLED_BACK = (MarkState.ROLLBACK_PENDING, MarkState.ROLLED_BACK_FINAL)
+UNDECIDED = (MarkState.ROLLBACK_PENDING, MarkState.REINSTATING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,8 @@ class AdapterMarks:
 
     def all(self) -> dict[str, Mark]:
         """Marks by adapter id."""
-        rolled_back, states = self._read(OLD_ROLLED_BACK), self._read(OLD_REEVALUATIONS)
-        old: dict[str, Any] = {id: [MarkState.KEPT] for id in states}  # forgiven by a user where it is in no other file
-        old |= {id: [states.get(id, MarkState.ROLLED_BACK), reason] for id, reason in rolled_back.items()}
         marks = {}
-        for id, value in (old | self._read(MARKS)).items():
+        for id, value in (self._read_version_1() | self._read(MARKS)).items():
             match value:
                 case [state, *reason] if state in list(MarkState):
                     marks[id] = Mark(MarkState(state), str(*reason[:1]))
@@ -65,7 +62,7 @@ class AdapterMarks:
 
     def rolled_back(self) -> dict[str, str]:
         """Adapters that were rolled back and not reinstated since, with the reason."""
-        return {id: mark.reason for id, mark in self.all().items() if mark.state in AWAY}
+        return {id: mark.reason for id, mark in self.all().items() if mark.state in ROLLED_BACK}
 
     def set(self, id: str, state: MarkState, reason: str = "") -> None:
         """Mark `id`. Marks of adapters that are gone are dropped. Raises OSError."""
@@ -74,6 +71,15 @@ class AdapterMarks:
             marks[id] = Mark(state, reason)
             document = {other: [mark.state, mark.reason] for other, mark in sorted(marks.items())}
             write_file(self.folder / MARKS, json.dumps(document, indent=1), sync=True)
+
+    def _read_version_1(self) -> dict[str, Any]:
+        """The marks in the two files of earlier versions: rollbacks with reasons, and states.
+
+        An adapter that has a state and no rollback was activated again by a user.
+        """
+        rollbacks, states = self._read(OLD_ROLLED_BACK), self._read(OLD_REEVALUATIONS)
+        rolled_back = {id: [states.get(id, MarkState.ROLLBACK_PENDING), reason] for id, reason in rollbacks.items()}
+        return {id: [MarkState.KEPT] for id in states} | rolled_back
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -86,8 +92,8 @@ class AdapterMarks:
             os.close(folder)
 
     def _read(self, name: str) -> dict[str, Any]:
-        """A file's object; what was read before where it cannot be read just now, nothing where it
-        is damaged.
+        """The JSON object of a file; empty where the file is missing or damaged. Where the disk
+        fails, the object that was read last.
         """
         try:
             document = json.loads((self.folder / name).read_text())

@@ -128,7 +128,7 @@ def scaled_settings(
 ) -> Settings:
     """The settings in force for a short stream: a run of at most `minutes` starts at `requests`
     failures, works in gaps of `gap_s`, and needs no more held-out generations than so many requests
-    bring (some repeat each other). The gate is unchanged.
+    bring (some repeat each other). The judge is unchanged.
     """
     held_out = int(requests * share)
     change = {

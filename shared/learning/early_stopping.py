@@ -1,7 +1,7 @@
 """Early stopping: training ends when the loss on a few validation texts no longer falls.
 
 Validation texts are training texts that are set aside. What an adapter is judged on afterwards
-(held-out conversations, the regression slice) is never used here, or the gate would see what was
+(held-out conversations, the regression slice) is never used here, or the judge would see what was
 selected on its own data. Knows losses and seconds worked, not who trains.
 """
 

@@ -205,7 +205,7 @@ class Client:
         return self.command("trainer", Train(now))
 
     def evaluate_adapter(self, folder: str, name: str) -> Reply:
-        """Ask the trainer to put a staged adapter through its gate; `run_id` of the reply names the run."""
+        """Ask the trainer to judge a staged adapter; `run_id` of the reply names the run."""
         return self.command("trainer", EvaluateAdapter(folder, name))
 
     def set_adapter(self, adapter: str) -> Reply:

@@ -29,7 +29,7 @@ class FailureCode(StrEnum):
 
 
 class ActivationEvent(StrEnum):
-    """What happened to the adapter that drafts."""
+    """What happened to the active adapter."""
 
     ACTIVATED = "activated"
     UNLOADED = "unloaded"  # drafting goes on without an adapter
@@ -40,7 +40,7 @@ class ActivationEvent(StrEnum):
 class ActivationReason(StrEnum):
     """Why it happened."""
 
-    ANNOUNCED = "announced"  # CURRENT names it: the gate has promoted it
+    ANNOUNCED = "announced"  # CURRENT names it: the judge has promoted it
     RESTART = "restart"  # the daemon came back and goes on with what drafted before
     BY_HAND = "by_hand"
     BY_HAND_AGAIN = "by_hand_again"  # it had been rolled back, and a user wants it all the same
@@ -54,10 +54,10 @@ class ActivationReason(StrEnum):
 
 
 class WatchState(StrEnum):
-    """What live counts or the trainer have found of a newly activated adapter."""
+    """What the collapse check or the trainer has decided about a newly activated adapter."""
 
-    WATCHING = "watching"
-    KEPT = "kept"
+    WATCHING = "watching"  # the check is on
+    PASSED = "kept"  # it passed the collapse check
     ROLLED_BACK = "rolled_back"
     REINSTATED = "reinstated"
 
@@ -68,7 +68,7 @@ class RunTrigger(StrEnum):
     FAILURES = "failures"  # enough of them were pending
     BY_HAND = "by_hand"
     BY_HAND_NOW = "by_hand_now"  # without waiting for idleness or for the machine's leave
-    IMPORT = "import"  # an adapter made elsewhere, evaluated by the gate; trains nothing
+    IMPORT = "import"  # an adapter made elsewhere, evaluated by the judge; trains nothing
     REEVALUATION = "reevaluation"  # of a promoted adapter against its predecessor; trains nothing
     OTHER = "other"  # a sentence of an earlier version that no code stands for
 
@@ -83,6 +83,6 @@ class RunVerdict(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     REINSTATED = "reinstated"  # of a re-evaluation: the rollback was wrong
-    CONFIRMED = "confirmed"  # of a re-evaluation: the rollback was right
-    KEPT = "kept"  # of a re-evaluation: the adapter in force stays
+    CONFIRMED = "confirmed"  # of a re-evaluation: the rollback stays
+    KEPT = "kept"  # of a re-evaluation: the active adapter stays
     ROLLED_BACK = "rolled_back"  # of a re-evaluation: its predecessor is better

@@ -146,7 +146,7 @@ class TrainingProgress:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationStatus:
-    """An imported adapter before the gate; no verdict yet while `verdict` is None."""
+    """The judgement of an imported adapter; `verdict` is None until there is one."""
 
     verdict: RunVerdict | None
     reason: str

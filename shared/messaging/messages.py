@@ -300,7 +300,7 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class EvaluateAdapter:
-    """Ask the trainer to put an adapter made elsewhere through its gate. `folder` is the name of a staged copy inside the
+    """Ask the trainer to judge an adapter made elsewhere. `folder` is the name of a staged copy inside the
     adapters folder; `name` is what the user calls it.
     """
 

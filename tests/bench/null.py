@@ -1,10 +1,10 @@
-"""Does the gate promote what learned nothing? Adapters trained on permuted targets before the real gate, and their control.
+"""Does the judge promote what learned nothing? Adapters trained on permuted targets before the real judge, and their control.
 
     python -m tests.bench.null [--model tiny|builtin] [--decisions 40] [--controls 8] [--steps 30] [--minutes 60] [--json FILE]
 
 `tiny`: a random two-layer Llama is the target; a head draft of it is built on its general text, and each decision has
 conversations of its own. `builtin`: SmolLM2 and the head that ships, with the settings' recipe; a decision draws its
-conversations from a pool of answers to reserved prompts. LoRA trains on some, the gate judges on others and on a regression
+conversations from a pool of answers to reserved prompts. LoRA trains on some, the judge scores others and on a regression
 slice of general text. Null: every target (token and distribution) is permuted across the positions of all training records, held-out
 untouched; so the tokens' frequencies are all there is to learn. Control: the same without the permutation. Exit code 0: at most
 one of the nulls in 40 was promoted, and the control's interval lies above zero. (`builtin` replays nothing, so that the control

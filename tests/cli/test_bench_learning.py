@@ -113,7 +113,7 @@ def test_unseen_prompts_are_measured_around_one_run(settings, short):
     out, err = process.communicate(timeout=600)
     assert "Traceback" not in err
     report = json.loads(out)["report"]
-    if process.returncode:  # the gate may say no to so little
+    if process.returncode:  # the judge may say no to so little
         assert report["training"]["verdict"] == "rejected" and "no adapter was promoted" in err
         assert report["before"]["fixed"]["agreement"] > 0
     else:

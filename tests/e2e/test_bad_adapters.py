@@ -1,4 +1,4 @@
-"""Deliberately bad adapters of the real pair: none passes the gate, and none that is forced in by hand stays.
+"""Deliberately bad adapters of the real pair: none is promoted, and none that is forced in by hand stays.
 
 SmolLM2 and the head that ships, all daemons, the shipped settings but for the sizes named below. About 17 minutes of one
 crowded core. `pytest -m slow -s tests/e2e/test_bad_adapters.py` prints what docs/learning.md quotes.

@@ -1,4 +1,4 @@
-"""`adapters import`: what does not fit is refused with its reason, what does goes through the gate, and the verdict is stored."""
+"""`adapters import`: what does not fit is refused with its reason, what does is judged, and the verdict is stored."""
 
 import json
 import os

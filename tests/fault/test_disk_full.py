@@ -286,7 +286,7 @@ def test_a_rollback_on_a_full_disk_ends_nothing(instance, disk):
     publish_adapter(instance.paths.adapters, "000001")
     publish_adapter(instance.paths.adapters, "000002")
     marks = Adapters(instance.paths.adapters).marks
-    marks.set("000002", MarkState.ROLLED_BACK, "it collapsed")  # killed between the mark and CURRENT
+    marks.set("000002", MarkState.ROLLBACK_PENDING, "it collapsed")  # killed between the mark and CURRENT
     adapters.fill()
     inference = instance.start("inference", SPECL_TEST_LOOK_S="0.2")
     instance.ready("inference")

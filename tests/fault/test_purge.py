@@ -203,7 +203,7 @@ def test_retraining_resumes_from_the_newest_clean_adapter(instance, figures):
     db.close()
     adapter_from(instance, "000001", others[:2])
     adapter_from(instance, "000002", others[:3], parent="000001")
-    Adapters(instance.paths.adapters).marks.set("000002", MarkState.ROLLED_BACK, "it collapsed")
+    Adapters(instance.paths.adapters).marks.set("000002", MarkState.ROLLBACK_PENDING, "it collapsed")
     adapter_from(instance, "000003", [secret], parent="000001")
     adapter_from(instance, "000004", others[:3], parent="000003")
     instance.start("trainer", SPECL_TEST_RISING="1")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from specl.daemons.trainer.scoring import Scores
-from specl.daemons.trainer.training_run import ALPHAS, Gate, Trained
+from specl.daemons.trainer.training_run import ALPHAS, CandidateJudge, Trained
 from specl.shared.learning.judge import Agreement, Regression, judge
 from specl.shared.messaging.codes import RunVerdict
 from specl.shared.models.lora import LoraShape, attach, lora_weights
@@ -21,7 +21,7 @@ def agreement(value, generations=40):
 
 
 class Stage:
-    """Scores that follow from how large B is, and the gate of a context."""
+    """Scores that follow from how large B is, and the judge of a context."""
 
     def __init__(self, gain, fall, alone=0.5):
         self.gain, self.fall, self.pristine = gain, fall, alone
@@ -42,7 +42,7 @@ class Stage:
     def general(self, b):
         return agreement(self.pristine - self.fall * b**2)
 
-    def gate(self, before, after, pristine, parent):
+    def judge(self, before, after, pristine, parent):
         return judge(
             before.held_out, after.held_out, 30, Regression(before.general.value, after.general.value, pristine)
         )
@@ -60,7 +60,7 @@ def judged(stage, parent=0.0):
     start = {"layer.lora_a": mx.ones((4, 2)), "layer.lora_b": mx.full((2, 4), parent)} if parent else None
     learner = SimpleNamespace(module=module)
     before = Scores(stage.held_out(parent), stage.general(parent))
-    _, verdict = Gate(stage, stage, "", before, stage.pristine).verdict(Trained(learner, SHAPE, start))
+    _, verdict = CandidateJudge(stage, stage, "", before, stage.pristine).verdict(Trained(learner, SHAPE, start))
     return verdict, size_of_b(learner)
 
 

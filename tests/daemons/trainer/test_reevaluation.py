@@ -68,7 +68,7 @@ class Stage:
         for id, scale, its_parent in zip(("000001", "000002"), scales, ("", parent), strict=True):
             publish(self.adapters, id, scale, its_parent)
         if rolled_back:
-            self.adapters.marks.set("000002", MarkState.ROLLED_BACK, "it collapsed")
+            self.adapters.marks.set("000002", MarkState.ROLLBACK_PENDING, "it collapsed")
             self.adapters.set_current("000001")
         self.store = Store(self.paths.store)
         self.store.set_threshold(0.5)
@@ -110,7 +110,7 @@ def test_rollback_without_proof_against_it_is_confirmed(tmp_path, scales):
     stage = Stage(tmp_path, scales)
     assert stage.reevaluate().verdict == RunVerdict.CONFIRMED
     assert stage.adapters.current() == "000001" and list(stage.adapters.rolled_back()) == ["000002"]
-    assert stage.state == MarkState.CONFIRMED and reevaluation.due(stage.adapters).id == "000001"  # in its turn
+    assert stage.state == MarkState.ROLLED_BACK_FINAL and reevaluation.due(stage.adapters).id == "000001"  # in its turn
 
 
 def test_worse_adapter_in_force_is_rolled_back(tmp_path):

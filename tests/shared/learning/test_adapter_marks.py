@@ -23,7 +23,7 @@ def test_rolled_back_adapter_is_remembered_and_not_best(tmp_path):
     adapters = Adapters(tmp_path)
     first, second = publish(adapters, 0.5), publish(adapters, 0.6)
     assert adapters.resolve("best") == second
-    adapters.marks.set(second, MarkState.ROLLED_BACK, "it collapsed")
+    adapters.marks.set(second, MarkState.ROLLBACK_PENDING, "it collapsed")
     again = Adapters(tmp_path)
     assert again.rolled_back() == {second: "it collapsed"} and again.resolve("best") == first
     again.marks.set(second, MarkState.KEPT)
@@ -73,9 +73,9 @@ def test_marks_of_the_first_version_are_read(tmp_path):
     )
     states = {id: mark.state for id, mark in adapters.marks.all().items()}
     assert states == {
-        ids[0]: MarkState.ROLLED_BACK,
+        ids[0]: MarkState.ROLLBACK_PENDING,
         ids[1]: MarkState.REINSTATED,
-        ids[2]: MarkState.CONFIRMED,
+        ids[2]: MarkState.ROLLED_BACK_FINAL,
         ids[3]: MarkState.KEPT,  # a user activated it since
     }
     adapters.marks.set(ids[0], MarkState.KEPT)

@@ -1,4 +1,4 @@
-"""The gate against targets that say nothing, and swaps under load, in small; the whole of both is in tests/bench."""
+"""The judge against targets that say nothing, and swaps under load, in small; the whole of both is in tests/bench."""
 
 import importlib.util
 import json

@@ -95,14 +95,14 @@ def test_working_adapter_is_kept(run):
     daemon = promoted(run)
     while daemon.monitor.check is not None:
         assert not daemon.serve(accepted=2)
-    assert daemon.monitor.status().state == WatchState.KEPT
+    assert daemon.monitor.status().state == WatchState.PASSED
 
 
 def test_marked_adapter_is_not_tried_after_a_kill(run):
     paths, adapters, first, second = run
     adapters.set_previous(first)
     adapters.set_current(second)
-    adapters.marks.set(second, MarkState.ROLLED_BACK, "it collapsed")
+    adapters.marks.set(second, MarkState.ROLLBACK_PENDING, "it collapsed")
     before = AdapterMonitor(paths.root / "watch.json")
     before.load("draft", "target")
     before.activated(second, checked=False)
@@ -114,7 +114,7 @@ def test_marked_adapter_is_not_tried_after_a_kill(run):
 def test_trainer_rolls_back_by_moving_current(run):
     paths, adapters, first, second = run
     daemon = promoted(run)
-    adapters.marks.set(second, MarkState.CONFIRMED, "its predecessor did better")
+    adapters.marks.set(second, MarkState.ROLLED_BACK_FINAL, "its predecessor did better")
     adapters.set_current(first)
     daemon.swap.follow_current()
     assert daemon.swap.active == first == adapters.current() and daemon.swap.previous == ""
@@ -125,14 +125,14 @@ def test_trainer_rolls_back_by_moving_current(run):
 def test_trainer_killed_before_current_moved_still_rolls_back(run):
     paths, adapters, first, second = run
     daemon = promoted(run)
-    adapters.marks.set(second, MarkState.CONFIRMED, "its predecessor did better")
+    adapters.marks.set(second, MarkState.ROLLED_BACK_FINAL, "its predecessor did better")
     daemon.swap.follow_current()
     assert daemon.swap.active == first == adapters.current()
 
 
 def test_user_may_activate_a_rolled_back_adapter(run):
     paths, adapters, first, second = run
-    adapters.marks.set(second, MarkState.ROLLED_BACK, "it collapsed")
+    adapters.marks.set(second, MarkState.ROLLBACK_PENDING, "it collapsed")
     swap = Daemon(paths).swap
     assert swap.switch(second).ok and adapters.rolled_back() == {}
     assert swap.switch(first).ok and swap.switch("previous").ok and swap.active == second

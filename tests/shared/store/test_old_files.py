@@ -386,7 +386,7 @@ def test_monitor_reads_what_an_older_one_saved(paths):
     monitor = AdapterMonitor(paths.root / "watch.json")
     assert monitor.load(DRAFT, TARGET) == monitor.adapter == "000003"
     assert monitor.check is None  # its counts by depth are not those of today
-    assert monitor.last == WatchStatus("000001", WatchState.KEPT, 4, 240, 0.5333)
+    assert monitor.last == WatchStatus("000001", WatchState.PASSED, 4, 240, 0.5333)
     assert AdapterMonitor(paths.root / "watch.json").load(DRAFT, "another") is None
 
 
@@ -418,7 +418,11 @@ def test_adapters_are_verified_and_their_marks_are_known(paths):
             ("layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"),
         )
     # 000002 was reinstated, 000003 was not, of 000001 nobody has decided yet
-    states = {"000001": MarkState.ROLLED_BACK, "000002": MarkState.REINSTATED, "000003": MarkState.CONFIRMED}
+    states = {
+        "000001": MarkState.ROLLBACK_PENDING,
+        "000002": MarkState.REINSTATED,
+        "000003": MarkState.ROLLED_BACK_FINAL,
+    }
     assert {id: mark.state for id, mark in adapters.marks.all().items()} == states
     assert sorted(adapters.rolled_back()) == ["000001", "000003"]
     assert adapters.rolled_back()["000003"] == WATCH_SAID[1]
