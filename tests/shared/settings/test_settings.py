@@ -148,3 +148,10 @@ def test_a_secret_is_never_repeated(text):
 def test_logged_settings_do_not_show_the_token():
     settings = parse_settings("gateway: {token: s3cret-s3cret-s3cret}\n", FILE)
     assert settings.gateway.token and "s3cret" not in f"{settings!r} {settings}"
+
+
+def test_settings_know_the_losses_of_learning():
+    from specl.shared.learning import losses
+    from specl.shared.settings import schema
+
+    assert tuple(losses.LOSSES) == tuple(schema.LOSSES)
