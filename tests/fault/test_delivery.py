@@ -118,15 +118,15 @@ def test_f3_trainer_survives_every_outbox_failpoint(instance, point):
     trainer = instance.start("trainer", SPECL_CRASH_AT=point if point.endswith("_delete") else f"{point}:2")
     wait_until(lambda: trainer.code is not None, 60, "it scores what was parked, and dies at the point")
     assert trainer.code == 137
-    facts = lambda: instance.stored("evaluations") + instance.stored("training_runs") + instance.stored("adapters")  # noqa: E731
-    accepted = set(instance.waiting("trainer")) | set(facts())
+    records = lambda: instance.stored("evaluations") + instance.stored("training_runs") + instance.stored("adapters")  # noqa: E731
+    accepted = set(instance.waiting("trainer")) | set(records())
     assert accepted, "something was accepted"
     instance.start("trainer")
     instance.ready("trainer")
     with instance.client() as client:
         assert client.train(now=True).ok
     wait_until(lambda: instance.stored("training_runs") and not instance.waiting("trainer"), 60, "the run is stored")
-    assert accepted <= set(facts())
+    assert accepted <= set(records())
     instance.settle()  # inference may just have taken up the new adapter, and recorded that
     instance.check()
 
