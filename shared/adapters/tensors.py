@@ -19,7 +19,7 @@ from specl.shared.adapters.manifest import Manifest, reasons
 from specl.shared.adapters.registry import Adapters
 from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.errors import AdapterRejected
-from specl.shared.models.head import HeadDraft
+from specl.shared.models.head import HeadDraft, hot_vocabulary_problems
 from specl.shared.models.lora import LoraShape, Weights, change_norm_steps, check_steps
 from specl.shared.models.tensors import read_tensors
 from specl.shared.runtime.incremental import Steps, run_all
@@ -145,19 +145,3 @@ def read_hot_vocabulary(path: Path) -> np.ndarray:
     if not isinstance(mapped, np.ndarray):
         raise AdapterRejected(f"{where} is an archive, not one array")
     return np.array(mapped)
-
-
-def hot_vocabulary_problems(hot: np.ndarray, size: int, vocabulary: int) -> list[str]:
-    """Everything that keeps `hot` from being `size` distinct tokens of a vocabulary. Empty means
-    usable.
-    """
-    if hot.ndim != 1 or not np.issubdtype(hot.dtype, np.integer):
-        return [f"its hot vocabulary is {hot.dtype} of shape {hot.shape}, not a list of token ids"]
-    problems = []
-    if len(hot) != size:
-        problems.append(f"its hot vocabulary has {len(hot)} tokens; the draft scores {size}")
-    if len(np.unique(hot)) != len(hot):
-        problems.append("its hot vocabulary names a token twice")
-    if len(hot) and not 0 <= int(hot.min()) <= int(hot.max()) < vocabulary:
-        problems.append(f"its hot vocabulary goes from {hot.min()} to {hot.max()}; tokens are 0 to {vocabulary - 1}")
-    return problems

@@ -270,8 +270,10 @@ class ModelDrafter:
         return shared
 
     def _feed(self, tokens: list[int]) -> Scores:
+        last = self.model.vocabulary_size - 1  # a sibling may have fewer rows than its target: MLX checks no index
         for start in range(0, len(tokens), CATCH_UP):
-            states = self.model.hidden_states(mx.array([tokens[start : start + CATCH_UP]]), self.cache)
+            ids = [min(token, last) for token in tokens[start : start + CATCH_UP]]
+            states = self.model.hidden_states(mx.array([ids]), self.cache)
             mx.eval(states)
         self._cached.extend(tokens)
         logits = self.model.logits(states[:, -1])[0, : self._vocabulary]

@@ -10,7 +10,7 @@ acceptance. The network itself is in head_layer.py.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from specl.shared.runtime.atomic_files import atomic_dir
 from specl.shared.runtime.incremental import Steps, run_all
 
 MODEL_TYPE = "speclora_head"
+MAX_SIZE = 2**31  # of any number in a head's config
 
 
 @dataclass(slots=True)
@@ -170,30 +171,71 @@ def is_head(folder: Path) -> bool:
         return False
 
 
+def _read_shape(path: Path) -> HeadShape:
+    """The shape in a head's config.json. Raises OSError, or ValueError that names the wrong field."""
+    config = json.loads(path.read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} holds no object")
+    config.pop("model_type", None)
+    types = {field.name: field.type for field in fields(HeadShape)}
+    if unknown := sorted(config.keys() ^ types.keys()):
+        raise ValueError(f"{path.name}: {', '.join(unknown)} is missing or unknown")
+    for name, kind in types.items():
+        value = config[name]
+        if kind is str:
+            fits = isinstance(value, str)
+        else:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            fits = number and 0 < value < MAX_SIZE and (kind is float or isinstance(value, int))
+        if not fits:
+            raise ValueError(f"{path.name}: {name} is {value!r:.60}")
+    return HeadShape(**config)
+
+
+def hot_vocabulary_problems(hot: np.ndarray, size: int, vocabulary: int) -> list[str]:
+    """Everything that keeps `hot` from being `size` distinct tokens of a vocabulary. Empty means
+    usable.
+    """
+    if not isinstance(hot, np.ndarray) or hot.ndim != 1 or not np.issubdtype(hot.dtype, np.integer):
+        kind = f"{hot.dtype} of shape {hot.shape}" if isinstance(hot, np.ndarray) else "an archive"
+        return [f"its hot vocabulary is {kind}, not a list of token ids"]
+    problems = []
+    if len(hot) != size:
+        problems.append(f"its hot vocabulary has {len(hot)} tokens; the draft scores {size}")
+    if len(np.unique(hot)) != len(hot):
+        problems.append("its hot vocabulary names a token twice")
+    if len(hot) and not 0 <= int(hot.min()) <= int(hot.max()) < vocabulary:
+        problems.append(f"its hot vocabulary goes from {hot.min()} to {hot.max()}; tokens are 0 to {vocabulary - 1}")
+    return problems
+
+
 def load_head(folder: Path, name: str, target: LanguageModel) -> HeadDraft:
     """Load and bind a head. Raises ModelError where it is damaged or was made for another target."""
+    hint = "build it again with `specl-ctl draft build`"
     try:
-        config = json.loads((folder / "config.json").read_text())
-        config.pop("model_type")
-        shape = HeadShape(**config)
-        hot = np.load(folder / "hot_vocab.npy", allow_pickle=False).astype(np.int64)
+        shape = _read_shape(folder / "config.json")
+        # mapped: a header that claims more than the file holds fails before memory is allocated
+        hot = np.load(folder / "hot_vocab.npy", mmap_mode="r", allow_pickle=False)
         weights = read_tensors(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError) as error:
-        raise ModelError(
-            f"the draft {name} is damaged: {error}", "build it again with `specl-ctl draft build`"
-        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the readers of these files raise many kinds for damaged ones
+        raise ModelError(f"the draft {name} is damaged: {error or type(error).__name__}", hint) from error
     if (shape.target_fingerprint, shape.tokenizer_fingerprint) != (target.fingerprint, target.tokenizer_fingerprint):
         raise ModelError(
             f"the draft {name} was made for {shape.target_name} ({shape.target_fingerprint}), not for {target.name} ({target.fingerprint})",
             "make one for this target with `specl-ctl draft build`, or set models.draft.name to null",
         )
-    head = Head(shape)
+    if problems := hot_vocabulary_problems(hot, shape.hot_size, target.vocabulary_size):
+        raise ModelError(f"the draft {name} is damaged: {'; '.join(problems)}", hint)
+    hot = np.array(hot).astype(np.int64)
     dtype = target.embed(mx.array([0])).dtype
     try:
+        head = Head(shape)
         head.load_weights([(key, value.astype(dtype)) for key, value in weights.items()])
-    except ValueError as error:
-        raise ModelError(f"the draft {name} is damaged: {str(error).splitlines()[0]}") from error
-    mx.eval(head.parameters())
+        mx.eval(head.parameters())
+    except (ValueError, TypeError, RuntimeError, OverflowError, ZeroDivisionError) as error:
+        raise ModelError(f"the draft {name} is damaged: {str(error).splitlines()[0]}", hint) from error
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
     draft = HeadDraft(name, folder, head, shape, target, hot, digest, dtype)
     draft.use_cpu_kernels()

@@ -9,6 +9,7 @@ and CUDA.
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,6 +51,8 @@ def load(
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
         raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
+    vocabulary = _tokenizer_fingerprint(tokenizer)
+    limit_tokens(name, tokenizer, _embedding_rows(model, config))
     blocks, kernels = {}, AS_LOADED
     if precision == "fp32" or (precision == "auto" and on_cpu()):
         blocks = blocks_of(model) if on_cpu() else {}
@@ -58,7 +61,7 @@ def load(
     if on_cpu():
         kernels = use_cpu_kernels(model, blocks)
     loaded = LanguageModel(
-        name, path, model, tokenizer, config, fingerprint(path), _tokenizer_fingerprint(tokenizer), blocks, kernels
+        name, path, model, tokenizer, config, fingerprint(path), vocabulary, blocks, kernels
     )
     _check_split(loaded)
     return loaded
@@ -84,6 +87,49 @@ def _tokenizer_fingerprint(tokenizer: TokenizerWrapper) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
+def _embedding_rows(model: nn.Module, config: dict[str, Any]) -> int:
+    """Token ids that the embedding has a row for: all below this number."""
+    rows = int(model.model.embed_tokens.weight.shape[0])
+    return min(rows, int(config.get("vocab_size") or rows))
+
+
+def limit_tokens(name: str, tokenizer: TokenizerWrapper, rows: int) -> None:
+    """Let the tokenizer write ids below `rows` only: MLX reads foreign memory for any other.
+
+    Many published models have an added token more than their embedding has rows (`[PAD]` = 32000).
+    Such tokens are taken out, so that their text is text. Raises ModelError where that is not
+    possible.
+    """
+    beyond = {token for token, id in tokenizer.get_vocab().items() if not 0 <= id < rows}
+    if not beyond:
+        return
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if 0 <= token["id"] < rows]
+        pieces = state["model"].get("vocab")
+        if isinstance(pieces, dict):  # an added token may also stand in the vocabulary itself
+            written = {part for merge in state["model"].get("merges", ()) for part in _parts(merge)}
+            for token in beyond - written:
+                pieces.pop(token, None)
+        try:
+            backend.__setstate__(json.dumps(state).encode())
+        except Exception:  # a template of the post-processor may need the token
+            backend = None
+    if backend is None or any(not 0 <= id < rows for id in backend.get_vocab().values()):
+        raise ModelError(
+            f"{name}: its tokenizer has {len(beyond)} tokens that its embedding of {rows} rows does not hold "
+            f"(for example {min(beyond)!r})",
+            "the model is incomplete, or its tokenizer belongs to another one",
+        )
+
+
+def _parts(merge: str | list[str]) -> list[str]:
+    """The two sides of a merge and what they become."""
+    left, _, right = merge.partition(" ") if isinstance(merge, str) else (merge[0], "", merge[1])
+    return [left, right, left + right]
+
+
 def to_dense_fp32(model: nn.Module) -> nn.Module:
     """Turn a loaded model, quantised or not, into dense fp32; the same object, computed only when
     evaluated.
@@ -107,7 +153,7 @@ def _check_split(loaded: LanguageModel) -> None:
     """`logits(hidden_states(ids))` must equal the model's own output; some architectures scale or
     cap in between.
     """
-    ids = mx.array([[1, 2, 3]])
+    ids = mx.array([[id % loaded.vocabulary_size for id in (1, 2, 3)]])
     direct, split = loaded.model(ids), loaded.logits(loaded.hidden_states(ids))
     if not mx.allclose(direct, split, rtol=1e-3, atol=1e-3).item():
         raise ModelError(

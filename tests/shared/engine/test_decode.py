@@ -260,3 +260,13 @@ def test_a_broken_rule_fails_the_same_test(tiny, monkeypatch):
     sampling = SamplingParams(temperature=1.3)
     observed, expected = sampled(tiny, sampling)
     assert chi_square_p(observed, expected, DRAWS) < 0.001
+
+
+def test_smaller_draft_reads_no_foreign_rows(tiny):
+    sampler = DraftSampler(SamplingParams(temperature=0.0), lambda: 0.5, None)
+    drafts = []
+    for token in (96, 63):
+        drafter = ModelDrafter(tiny(vocabulary=64), 97)  # a sibling whose embedding is shorter than the target's
+        drafter.extend([5, token, 7], None)
+        drafts.append(list(drafter.propose(3, sampler).tokens))
+    assert drafts[0] == drafts[1]

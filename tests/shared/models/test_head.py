@@ -1,5 +1,6 @@
 """The head draft: its shapes, its cache against the text, its hot rows, and training's view of it against drafting's."""
 
+import io
 import json
 
 import mlx.core as mx
@@ -178,6 +179,20 @@ def test_a_saved_head_drafts_as_before(target, draft, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft"]
 
 
+WRONG_FIELDS = [
+    {"hidden_size": "64"}, {"head_dim": None}, {"head_dim": 0}, {"num_attention_heads": -1}, {"rope_theta": [1]},
+    {"hot_size": 1.5}, {"hidden_size": 10**30}, {"target_name": 3}, {"rms_norm_eps": float("nan")},
+    {"num_key_value_heads": 3},
+]  # fmt: skip
+WRONG_HOT = [HOT + 50, HOT * 10**6, -HOT, np.repeat(HOT[:1], len(HOT)), HOT[:-1], HOT.astype(float), HOT[None]]
+
+
+def npy(array):
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
 def test_damaged_or_mismatched_head_is_refused(target, tiny, draft, tmp_path):
     folder = tmp_path / "draft"
     save_head(draft, folder, {})
@@ -190,6 +205,9 @@ def test_damaged_or_mismatched_head_is_refused(target, tiny, draft, tmp_path):
         ("model.safetensors", b"abc"),
         ("config.json", json.dumps(config | {"surprise": 1}).encode()),
         ("config.json", b"{"),
+        ("config.json", b"[]"),
+        *(("config.json", json.dumps(config | changed).encode()) for changed in WRONG_FIELDS),
+        *(("hot_vocab.npy", npy(hot)) for hot in WRONG_HOT),
     ):
         kept = (folder / name).read_bytes()
         (folder / name).write_bytes(data)
