@@ -5,7 +5,9 @@ Knows the `llama` and `qwen2` architectures. Sources: the GGUF specification, ll
 convert_hf_to_gguf.py.
 """
 
-import struct
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,27 @@ import numpy as np
 from gguf import GGUFReader
 
 from specl.shared.errors import ModelError
+from specl.shared.models.gguf_header import HINT, check_header
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-_BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError, struct.error)
+MAX_SIZE = 1 << 26  # of a width, a number of heads or a context
 _REQUIRED = object()
 # tokens that end an answer in the chat formats of these families; a file names only one of them
 _ENDS = {"<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<|end|>", "</s>"}
+
+
+@contextmanager
+def wrong_values(path: Path) -> Iterator[None]:
+    """Turns what the conversion stumbles over in a file's values into a ModelError. What the disk
+    raises (OSError) passes.
+    """
+    try:
+        yield
+    except (ModelError, OSError, MemoryError):
+        raise
+    except Exception as error:  # numbers and texts of a foreign file: any of them may have another type or range
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path.name} holds values that make no model: {type(error).__name__} {reason}") from error
 
 
 class Header:
@@ -29,18 +46,19 @@ class Header:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            check_header(path)
             self.reader = GGUFReader(path)
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-        except _BROKEN as error:
-            raise ModelError(
-                f"{path} is not a whole GGUF file", "if it was downloaded, download it again: its end may be missing"
-            ) from error
+        except (ModelError, MemoryError):
+            raise
+        except Exception as error:  # the reader checks nothing: it raises whatever it stumbles over
+            raise ModelError(f"{path} is not a whole GGUF file", HINT) from error
         self.architecture = self.key("general.architecture")
-        if self.architecture not in ARCHITECTURES:
+        if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
             known = " and ".join(f"`{name}`" for name in ARCHITECTURES)
             raise ModelError(f"{path.name}: GGUF architecture {self.architecture!r} is not supported; {known} are")
-        if self.key("split.count", 1) > 1:
+        if self.key("split.count", 1) != 1:
             raise ModelError(f"{path.name} is one part of a split model", "join them with `llama-gguf-split --merge`")
 
     def key(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -62,6 +80,7 @@ def model_config(header: Header) -> dict[str, Any]:
     tensors decide.
     """
     heads, width = header.architecture_key("attention.head_count"), header.architecture_key("embedding_length")
+    _check_counts(header)
     config = {
         "model_type": header.architecture,
         "architectures": [ARCHITECTURES[header.architecture]],
@@ -70,8 +89,8 @@ def model_config(header: Header) -> dict[str, Any]:
         "intermediate_size": header.architecture_key("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": header.architecture_key("attention.head_count_kv", heads),
-        "rms_norm_eps": round(header.architecture_key("attention.layer_norm_rms_epsilon"), 12),
-        "rope_theta": header.architecture_key("rope.freq_base", 10000.0),
+        "rms_norm_eps": round(_real(header, "attention.layer_norm_rms_epsilon"), 12),
+        "rope_theta": _real(header, "rope.freq_base", 10000.0),
         "max_position_embeddings": header.architecture_key("context_length"),
         "vocab_size": _vocabulary(header),
         "eos_token_id": header.key("tokenizer.ggml.eos_token_id"),
@@ -89,6 +108,27 @@ def model_config(header: Header) -> dict[str, Any]:
     return config
 
 
+def _real(header: Header, name: str, default: Any = _REQUIRED) -> Any:
+    """A positive number. Raises ModelError."""
+    value = header.architecture_key(name, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ModelError(f"{header.path.name}: {header.architecture}.{name} is {value!r:.60}")
+    return value
+
+
+def _check_counts(header: Header) -> None:
+    """Sizes must be counts, and a layer has tensors: `block_count` alone would make any number of
+    layers. Raises ModelError.
+    """
+    tensors = len(header.reader.tensors)
+    limits = {"block_count": tensors, "attention.head_count": MAX_SIZE, "embedding_length": MAX_SIZE}
+    limits |= {"feed_forward_length": MAX_SIZE, "context_length": MAX_SIZE}
+    for name, limit in limits.items():
+        value = header.architecture_key(name)
+        if type(value) is not int or not 0 < value <= limit:
+            raise ModelError(f"{header.path.name}: {header.architecture}.{name} is {value!r:.60}")
+
+
 def _vocabulary(header: Header) -> int:
     """Rows of the embedding, which may be more than the tokenizer has tokens."""
     rows = [int(tensor.shape[1]) for tensor in header.reader.tensors if tensor.name == "token_embd.weight"]
@@ -104,7 +144,7 @@ def _rope_scaling(header: Header, theta: float, size: int) -> dict[str, Any] | N
     if kind == "none":
         return None
     if kind == "linear":
-        return {"rope_type": "linear", "factor": header.architecture_key("rope.scaling.factor")}
+        return {"rope_type": "linear", "factor": _real(header, "rope.scaling.factor")}
     raise ModelError(f"{header.path.name}: rotary scaling {kind!r} is not supported; `linear` and llama 3's are")
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from specl.shared.errors import ModelError
-from specl.shared.models.gguf_config import Header, end_tokens, model_config
+from specl.shared.models.gguf_config import Header, end_tokens, model_config, wrong_values
 from specl.shared.models.gguf_tensors import DENSE, GROUP, SUPPORTED, Part, Quantize, bits_of, parts_of, size_of
 
 SHARD = 1 << 30  # bytes of weights held at once
@@ -72,10 +72,11 @@ def size_needed(gguf: Path, quantize: Quantize = "keep") -> int:
     """Bytes that the converted model will take, within a few MB. Raises ModelError for what cannot
     be converted.
     """
-    header = Header(gguf)
-    tensors = _tensors(header)
-    dense = _dense_type(tensors, quantize)
-    return sum(size_of(tensor, quantize, dense) for tensor in tensors) + (32 << 20)
+    with wrong_values(gguf):
+        header = Header(gguf)
+        tensors = _tensors(header)
+        dense = _dense_type(tensors, quantize)
+        return sum(size_of(tensor, quantize, dense) for tensor in tensors) + (32 << 20)
 
 
 def _weights(
@@ -135,9 +136,13 @@ def convert(gguf: Path, folder: Path, quantize: Quantize = "keep", exact: bool =
     everything dense. `exact` also keeps norms in fp32 (the built-in model, by whose bytes its
     drafts know it).
     """
+    with wrong_values(gguf):
+        _convert(Header(gguf), folder, quantize, exact)
+
+
+def _convert(header: Header, folder: Path, quantize: Quantize, exact: bool) -> None:
     from specl.shared.models.gguf_tokenizer import write_tokenizer
 
-    header = Header(gguf)
     config = model_config(header)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _Shards(folder)
@@ -157,7 +162,7 @@ def convert(gguf: Path, folder: Path, quantize: Quantize = "keep", exact: bool =
     ends = end_tokens(header)
     if not exact and len(ends) > 1:
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    _check_loads(folder, gguf.name)
+    _check_loads(folder, header.path.name)
 
 
 def _check_loads(folder: Path, name: str) -> None:
@@ -166,6 +171,8 @@ def _check_loads(folder: Path, name: str) -> None:
 
     try:
         load_model(folder, lazy=True)
-    except (ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the architecture's code stumbles over
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{name} does not hold a whole model: {reason}") from error

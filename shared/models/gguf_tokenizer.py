@@ -98,6 +98,13 @@ def _leading(header: Header) -> int | None:
     return bos
 
 
+def _chat_template(header: Header) -> str | None:
+    template = header.key("tokenizer.chat_template", None)
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"{header.path.name}: its chat template is no text")
+    return template
+
+
 def write_tokenizer(header: Header, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`. Raises ModelError for another
     kind of tokenizer.
@@ -125,7 +132,7 @@ def write_tokenizer(header: Header, folder: Path) -> None:
         "eos_token": tokens[eos],
         "pad_token": tokens[header.key("tokenizer.ggml.padding_token_id", eos)],
         **({"bos_token": tokens[bos]} if bos is not None else {}),
-        "chat_template": header.key("tokenizer.chat_template", None),
+        "chat_template": _chat_template(header),
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
