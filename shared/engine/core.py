@@ -165,7 +165,9 @@ class EngineCore:
             )
         size = self.target.vocabulary_size
         if min(prompt) < 0 or max(prompt) >= size:
-            raise RequestRejected(f"the prompt has a token that is not below {size}, the vocabulary of {self.target.name}")
+            raise RequestRejected(
+                f"the prompt has a token that is not below {size}, the vocabulary of {self.target.name}"
+            )
         options.validate()
 
     def session(self, prompt: Sequence[int], options: RequestOptions) -> Session:

@@ -60,9 +60,7 @@ def load(
     mx.eval(model.parameters())
     if on_cpu():
         kernels = use_cpu_kernels(model, blocks)
-    loaded = LanguageModel(
-        name, path, model, tokenizer, config, fingerprint(path), vocabulary, blocks, kernels
-    )
+    loaded = LanguageModel(name, path, model, tokenizer, config, fingerprint(path), vocabulary, blocks, kernels)
     _check_split(loaded)
     return loaded
 

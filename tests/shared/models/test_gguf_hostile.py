@@ -81,7 +81,10 @@ WRONG = {
         lambda self, value: self.add_string(LLAMA + "attention.layer_norm_rms_epsilon", "x"),
     ),
     "text as theta": ("add_rope_freq_base", lambda self, value: self.add_string(LLAMA + "rope.freq_base", "x")),
-    "end beyond the tokens": ("add_eos_token_id", lambda self, id: self.add_uint32("tokenizer.ggml.eos_token_id", 10**6)),
+    "end beyond the tokens": (
+        "add_eos_token_id",
+        lambda self, id: self.add_uint32("tokenizer.ggml.eos_token_id", 10**6),
+    ),
     "end as a text": ("add_eos_token_id", lambda self, id: self.add_string("tokenizer.ggml.eos_token_id", "x")),
     "beginning beyond the tokens": (
         "add_bos_token_id",
