@@ -132,6 +132,8 @@ class Recorder(threading.Thread):
     ) -> None:
         if generation is not None:
             redaction = self._redactor.apply(generation)
+            if redaction.timed_out:
+                _log.warning("redaction.timed_out", id=generation.id, stored="statistics")
             if redaction.whole:
                 kept_whole()
             note = self._append(redaction.record)

@@ -4,9 +4,13 @@ parts replaced.
 Token ids, the target's top-k and rejected drafts spell the text out as well as the text does. A
 redacted record therefore loses them, and no draft can learn from it. Knows records and the settings
 of `records`, nothing of files.
+
+A pattern may need time that grows with the square of a text, or worse. So a search is cut off, and
+what could not be searched to its end is kept as statistics alone. The `regex` package lets other
+threads run meanwhile; `re` would hold the interpreter's lock to the end.
 """
 
-import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,16 +22,31 @@ if TYPE_CHECKING:
     from specl.shared.settings.schema import Records
 
 REDACTED = "[redacted]"
+SEARCH_S = 2.0  # for all patterns and texts of a record: an ordinary pattern needs some milliseconds
 
 
 @dataclass(frozen=True, slots=True)
 class Redaction:
     """A record as it may be stored. `whole`: nothing was taken out, so its tokens and hidden states
-    may be kept as well.
+    may be kept as well. `timed_out`: the patterns took too long, so only statistics are left.
     """
 
     record: Generation
     whole: bool
+    timed_out: bool = False
+
+
+class _Deadline:
+    """What is left of the time that one record's searches may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """In seconds. Raises TimeoutError where none is."""
+        if (left := self._end - time.monotonic()) <= 0:
+            raise TimeoutError
+        return left
 
 
 class Redactor:
@@ -35,7 +54,7 @@ class Redactor:
 
     def __init__(self, records: "Records") -> None:
         self.statistics_only = records.keep == "statistics"
-        self._patterns = [re.compile(pattern) for pattern in records.redact]
+        self._patterns = _compiled(records.redact) if records.redact else []
 
     @property
     def keeps_everything(self) -> bool:
@@ -48,27 +67,42 @@ class Redactor:
         """
         if self.statistics_only:
             return Redaction(_without_text(record), False)
-        if any(pattern.search(text) for pattern in self._patterns for text in texts_of(record)):
-            return Redaction(self._redacted(record), False)
+        deadline = _Deadline(SEARCH_S)
+        try:
+            if self._matches(record, deadline):
+                return Redaction(self._redacted(record, deadline), False)
+        except (TimeoutError, MemoryError):
+            return Redaction(_without_text(record), False, timed_out=True)
         return Redaction(record, True)
 
-    def _redacted(self, record: Generation) -> Generation:
+    def _matches(self, record: Generation, deadline: _Deadline) -> bool:
+        return any(
+            pattern.search(text, timeout=deadline.left()) for pattern in self._patterns for text in texts_of(record)
+        )
+
+    def _redacted(self, record: Generation, deadline: _Deadline) -> Generation:
         return replace(
             _without_tokens(record),
             conversation_id=record.id,
-            messages=[self._replaced(message) for message in record.messages],
-            prompt=self._replaced(record.prompt),
-            output=self._replaced(record.output),
+            messages=[self._replaced(message, deadline) for message in record.messages],
+            prompt=self._replaced(record.prompt, deadline),
+            output=self._replaced(record.output, deadline),
         )
 
-    def _replaced(self, value: Any) -> Any:
+    def _replaced(self, value: Any, deadline: _Deadline) -> Any:
         if isinstance(value, str):
             for pattern in self._patterns:
-                value = pattern.sub(REDACTED, value)
+                value = pattern.sub(REDACTED, value, timeout=deadline.left())
             return value
         if isinstance(value, dict):
-            return {key: self._replaced(item) for key, item in value.items()}
-        return [self._replaced(item) for item in value] if isinstance(value, list) else value
+            return {key: self._replaced(item, deadline) for key, item in value.items()}
+        return [self._replaced(item, deadline) for item in value] if isinstance(value, list) else value
+
+
+def _compiled(patterns: Sequence[str]) -> list[Any]:
+    import regex  # only here: it takes longer to load than a command to run
+
+    return [regex.compile(pattern) for pattern in patterns]
 
 
 def texts_of(record: Generation) -> Sequence[str]:

@@ -198,7 +198,9 @@ class Records(_Section):
         "content", description="statistics: no text, token or log-probability is stored, so the draft cannot learn"
     )
     redact: list[str] = Field(
-        [], description="regular expressions; text that they match is not stored, nor are the tokens of that generation"
+        [],
+        description="regular expressions; text that they match is not stored, nor are the tokens of that generation. "
+        "Where they take longer than 2 s, only statistics are stored",
     )
     retention_days: Annotated[float, Field(ge=0)] = Field(0, description="older generations are removed; 0: none are")
     max_generations: Annotated[int, Field(ge=0)] = Field(0, description="the oldest are removed first; 0: any number")
@@ -211,10 +213,14 @@ class Records(_Section):
     @field_validator("redact")
     @classmethod
     def _compile(cls, patterns: list[str]) -> list[str]:
+        if not patterns:
+            return patterns
+        import regex  # only here: most settings have no pattern, and every command would wait for it
+
         for pattern in patterns:
             try:
-                re.compile(pattern)
-            except re.error as error:
+                regex.compile(pattern)
+            except regex.error as error:
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return patterns
 
