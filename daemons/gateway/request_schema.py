@@ -6,23 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from specl.daemons.gateway.errors import ApiError
+from specl.daemons.gateway.neutral_values import asks_for_nothing, refuse_unsupported
 from specl.shared.messaging.messages import Ask
 from specl.shared.sampling_params import SEED_LIMIT, merge_sampling
 from specl.shared.settings.schema import Settings
 
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
+OFF = -1  # of top_k and of limits, in the dialects of vLLM, llama.cpp and LM Studio
 ALIASES = ("speclora", "default")
-# fields that do not change the answer
-ACCOUNTING = {"user", "safety_identifier", "metadata", "prompt_cache_key", "service_tier"}
-# fields that may be sent as long as they ask for nothing
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",),
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
-    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
-    "modalities": (["text"],), "parallel_tool_calls": (True, False), "web_search_options": (),
-    "reasoning_effort": (), "verbosity": (), "prediction": (), "audio": (),
-}  # fmt: skip
 COMMON = {
     "model", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "max_tokens", "top_k", "min_p", "speclora", "store",
     "logprobs",
@@ -30,6 +22,14 @@ COMMON = {
 CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
 TEXT = COMMON | {"prompt"}
 SPECLORA_OPTIONS = {"mode": str, "record": bool, "num_draft_tokens": int, "ngram": bool, "conversation_id": str}
+MESSAGE_FIELDS = {"role", "content", "name"}
+# fields of a message that came from an answer or are the client's bookkeeping: any value is taken, and dropped
+DROPPED = {
+    "reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "refusal", "annotations", "id", "metadata", "cache_control",
+    "created_at", "timestamp", "status", "model", "provider_specific_fields",
+}  # fmt: skip
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+THOUGHT_PARTS = {"thinking", "redacted_thinking", "reasoning", "reasoning_text"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -66,6 +66,12 @@ def _whole(body: dict[str, Any], name: str, low: int, high: int, default: int | 
     return value
 
 
+def _limit(body: dict[str, Any], name: str) -> int | None:
+    """A number of tokens; None where none is named, as by null or -1."""
+    value = body.get(name)
+    return None if value == OFF and not isinstance(value, bool) else _whole(body, name, 1, 1_000_000, None)
+
+
 def _flag(body: dict[str, Any], name: str) -> bool:
     value = body.get(name)
     if value is None:
@@ -77,28 +83,12 @@ def _flag(body: dict[str, Any], name: str) -> bool:
 
 def _stops(body: dict[str, Any]) -> list[str]:
     stop = body.get("stop")
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    stops = [] if stop in (None, "") else [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(item, str) and item for item in stops):
         raise _bad("stop", "must be a text or a list of texts, none of them empty")
     if len(stops) > MOST_STOPS:
         raise _bad("stop", f"may hold up to {MOST_STOPS} texts")
     return stops
-
-
-def _refuse_unsupported(body: dict[str, Any], known: set[str]) -> None:
-    for name, value in body.items():
-        if name in known or name in ACCOUNTING or value is None:
-            continue
-        if name not in NEUTRAL:
-            raise ApiError(400, f"`{name}` is not supported by this server", name, "unsupported_parameter")
-        if not any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in NEUTRAL[name]):
-            allowed = ", ".join(str(item) for item in NEUTRAL[name])
-            raise ApiError(
-                400,
-                f"`{name}` is not supported by this server" + (f" (only {allowed})" if allowed else ""),
-                name,
-                "unsupported_parameter",
-            )
 
 
 def served_names(settings: Settings) -> tuple[str, ...]:
@@ -115,38 +105,50 @@ def _check_model(body: dict[str, Any], settings: Settings) -> None:
         )
 
 
-def _content(value: Any, where: str) -> str:
+def _part_text(part: Any, where: str) -> str:
+    """The text of one content part; empty for an assistant's thoughts of the past."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in THOUGHT_PARTS:
+        return ""
+    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) and kind in TEXT_PARTS else None
+    if not isinstance(text, str):
+        raise ApiError(400, f"`{where}`: only text parts are supported", where, "unsupported_value")
+    return text
+
+
+def _content(message: dict[str, Any], where: str) -> str:
+    value = message.get("content")
+    if value is None:
+        value = message.get("refusal") or ""
     if isinstance(value, str):
         return value
-    if value is None:
-        return ""
     if not isinstance(value, list):
-        raise _bad(where, "must be a text or a list of text parts")
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ApiError(400, f"`{where}`: only text parts are supported", where, "unsupported_value")
-        texts.append(part["text"])
-    return "".join(texts)
+        raise _bad(f"{where}.content", "must be a text or a list of text parts")
+    return "".join(_part_text(part, f"{where}.content") for part in value)
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise _bad(where, "must be an object")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise ApiError(400, f"`{where}.role` must be one of {', '.join(ROLES)}", f"{where}.role", "invalid_value")
+    for name, value in message.items():
+        if name not in MESSAGE_FIELDS and name not in DROPPED and not asks_for_nothing(value):
+            raise ApiError(400, f"`{where}.{name}` is not supported", f"{where}.{name}", "unsupported_parameter")
+    turn = {"role": ROLES[role], "content": _content(message, where)}
+    if (name := message.get("name")) is not None and not isinstance(name, str):
+        raise _bad(f"{where}.name", "must be a text")
+    return turn | {"name": name} if name else turn
 
 
 def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise _bad("messages", "must be a list of messages, and not an empty one")
-    turns = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise _bad(where, "must be an object")
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise ApiError(400, f"`{where}.role` must be one of {', '.join(ROLES)}", f"{where}.role", "invalid_value")
-        for name, value in message.items():
-            if name not in ("role", "content") and value not in (None, [], {}):
-                raise ApiError(400, f"`{where}.{name}` is not supported", f"{where}.{name}", "unsupported_parameter")
-        turns.append({"role": ROLES[role], "content": _content(message.get("content"), f"{where}.content")})
-    return turns
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
 def _prompt(body: dict[str, Any]) -> str:
@@ -174,20 +176,21 @@ def _usage(body: dict[str, Any], stream: bool) -> bool:
     options = body.get("stream_options")
     if options is None:
         return False
-    if not stream:
-        raise _bad("stream_options", "is only for `stream: true`")
     if not isinstance(options, dict):
         raise _bad("stream_options", "must be an object")
     for name, value in options.items():
-        if name not in ("include_usage", "include_obfuscation") or (name == "include_obfuscation" and value):
+        if name != "include_usage" and not asks_for_nothing(value):
             raise ApiError(400, f"`stream_options.{name}` is not supported", "stream_options", "unsupported_parameter")
-    return _flag(options, "include_usage")
+    include = _flag(options, "include_usage")
+    if include and not stream:
+        raise _bad("stream_options", "is only for `stream: true`")
+    return include
 
 
 def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
     """How many alternatives of each token are wanted; None for no log-probabilities at all."""
     if not chat:
-        return _whole(body, "logprobs", 0, MOST_LOGPROBS, None)
+        return None if body.get("logprobs") is False else _whole(body, "logprobs", 0, MOST_LOGPROBS, None)
     requested = _flag(body, "logprobs")
     count = _whole(body, "top_logprobs", 0, MOST_LOGPROBS, 0)
     if count and not requested:
@@ -205,19 +208,20 @@ def parse_request(body: Any, settings: Settings, chat: bool) -> CompletionReques
     """The request in a body of JSON. Raises ApiError that names the field."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_body")
-    _refuse_unsupported(body, CHAT if chat else TEXT)
+    refuse_unsupported(body, CHAT if chat else TEXT)
     _check_model(body, settings)
     defaults, stream = settings.speculative, _flag(body, "stream")
+    top_k = _whole(body, "top_k", OFF, 1_000_000, None)
     requested = {
         "temperature": _number(body, "temperature", 0, 2),
         "top_p": _number(body, "top_p", 0, 1, above=True),
-        "top_k": _whole(body, "top_k", 0, 1_000_000, None),
+        "top_k": 0 if top_k == OFF else top_k,
         "min_p": _number(body, "min_p", 0, 1),
         "seed": _whole(body, "seed", -SEED_LIMIT, SEED_LIMIT - 1, None),
     }
-    limit = _whole(body, "max_tokens", 1, 1_000_000, None)
+    limit = _limit(body, "max_tokens")
     if chat:
-        limit = _whole(body, "max_completion_tokens", 1, 1_000_000, limit)
+        limit = _limit(body, "max_completion_tokens") or limit
     speclora_options = {"mode": defaults.mode} | _speclora_options(body)
     ask = Ask(
         request_id=uuid.uuid4().hex,

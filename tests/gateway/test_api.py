@@ -152,7 +152,7 @@ def test_alternatives_without_log_probabilities_are_refused(http):
 
 
 BAD = {
-    "store": [0, "no"], "temperature": [3, -1, "warm", True, 10**400], "top_p": [0, 1.5], "max_tokens": [0, -1, 2.5, "many"], "seed": [2**63, "x"],
+    "store": [0, "no"], "temperature": [3, -1, "warm", True, 10**400], "top_p": [0, 1.5], "max_tokens": [0, -5, 2.5, "many"], "seed": [2**63, "x"],
     "stop": [[""], 5, ["a"] * 17], "stream": ["yes"], "messages": [[], "hi", [5], [{"role": "tool", "content": "x"}], [{"role": [], "content": "x"}]],
     "stream_options": [{"include_usage": True}], "speclora": [{"unknown": 1}, {"record": "no"}],
 }  # fmt: skip
