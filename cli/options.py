@@ -34,7 +34,10 @@ _SAMPLING = {
     "top-p": (TOP_P, "Sample from the fewest tokens whose probabilities add up to this."),
     "top-k": (click.IntRange(0), "Sample from this many tokens at most; 0: all."),
     "min-p": (Number(0, 1), "Leave out tokens less likely than this share of the most likely one."),
-    "seed": (click.IntRange(-(2**63), 2**63 - 1), "The same seed gives the same text, whatever drafts."),
+    "seed": (
+        click.IntRange(-(2**63), 2**63 - 1),
+        "The same seed gives the same text, whatever drafts; -1: a random one.",
+    ),
 }
 
 

@@ -107,10 +107,11 @@ class Engine:
         core = self._ready()  # errors are raised here, not at the first piece
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise RequestRejected(f"unknown: {', '.join(unknown)}", f"known are {', '.join(OPTIONS)}")
+        engine_options = self._engine_options(options)
         rendered, tokens = core.encode_chat(
-            to_messages(prompt, options.get("system")), reuse_tokens=options.get("seed") is None
+            to_messages(prompt, options.get("system")), reuse_tokens=engine_options.sampling.seed is None
         )
-        session = core.session(tokens, self._engine_options(options))
+        session = core.session(tokens, engine_options)
         stop = options.get("stop") or ()
         return self._answer(core, session, rendered, (stop,) if isinstance(stop, str) else tuple(stop))
 

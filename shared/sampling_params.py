@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from specl.shared.errors import RequestRejected
 
 SEED_LIMIT = 2**63
+RANDOM_SEED = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,11 @@ class SamplingDefaults(Protocol):
         """As in SamplingParams."""
 
 
+def seed_in_range(seed: int | None) -> int | None:
+    """A requested seed as the engine takes it: None, a random one, for -1; other negative numbers count from the range's end."""
+    return None if seed is None or seed == RANDOM_SEED else seed % SEED_LIMIT if seed < 0 else seed
+
+
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
 
 
@@ -83,5 +89,5 @@ def merge_sampling(defaults: SamplingDefaults, requested: Mapping[str, Any]) -> 
         top_p=float(value("top_p")),
         top_k=value("top_k"),
         min_p=float(value("min_p")),
-        seed=requested.get("seed"),
+        seed=seed_in_range(requested.get("seed")),
     )
