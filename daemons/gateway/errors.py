@@ -1,5 +1,6 @@
 """Errors in the shape that OpenAI's clients read: {"error": {message, type, param, code}}. Knows no route."""
 
+import json
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -8,6 +9,16 @@ from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected,
 
 BUSY_S = "1"
 DOWN_S = "5"
+
+
+def ascii_json(body: dict[str, Any]) -> bytes:
+    """JSON in ASCII: an error may quote half a surrogate, which UTF-8 does not have."""
+    return json.dumps(body, separators=(",", ":")).encode("ascii")
+
+
+class _AsciiResponse(JSONResponse):
+    def render(self, content: Any) -> bytes:
+        return ascii_json(content)
 
 
 class ApiError(Exception):
@@ -26,7 +37,7 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole response."""
         headers = {429: {"Retry-After": BUSY_S}, 503: {"Retry-After": DOWN_S}, 401: {"WWW-Authenticate": "Bearer"}}
-        return JSONResponse(self.body(), self.status, headers.get(self.status))
+        return _AsciiResponse(self.body(), self.status, headers.get(self.status))
 
 
 def api_error_of(error: SpecLoraError) -> ApiError:

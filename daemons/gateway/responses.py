@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from specl.daemons.gateway.errors import ApiError
+from specl.daemons.gateway.errors import ApiError, ascii_json
 from specl.shared.messaging.messages import Delta, Done, PositionLogprobs, TokenLogprob
 
 REASONS = {"stop": "stop", "length": "length"}
@@ -155,4 +155,4 @@ class ResponseBuilder:
 
 def error_event(error: ApiError) -> bytes:
     """A failure in the middle of a stream, when the status has long been sent."""
-    return event(error.body())
+    return b"data: " + ascii_json(error.body()) + b"\n\n"

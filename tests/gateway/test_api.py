@@ -249,6 +249,22 @@ def test_what_cannot_travel_is_the_clients_mistake(http, more):
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "rejected", answer.text
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"\ud800": 1},
+        {"speclora": {"\ud800": 1}},
+        {"stream": True, "stream_options": {"\ud800": 1}},
+        {"messages": [{"role": "user", "content": "a", "\udfff": 1}]},
+        {"model": "\ud800"},
+    ],
+)
+def test_half_a_surrogate_in_a_name_is_refused(http, more):
+    content = json.dumps(ASK | more).encode()
+    answer = http.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 404) and answer.json()["error"]["message"], answer.text
+
+
 def test_a_client_that_leaves_ends_its_answer(running):
     slowly = {"num_draft_tokens": 0, "ngram": False}  # a random model repeats itself, and repeats are drafted fast
     request = ASK | {"max_tokens": 3000, "stream": True, "speclora": slowly}
