@@ -32,6 +32,11 @@ def test_text_never_becomes_markup():
     assert not re.search(r"<script>|\son\w+=|\sstyle=|<style", page)
 
 
+def test_addresses_are_relative_to_the_page():
+    page, script = (STATIC / "index.html").read_text(), (STATIC / "app.js").read_text()
+    assert not re.findall(r'(?:href|src|action)="/', page) and not re.findall(r"""["'`]/[a-z]""", script)
+
+
 @pytest.mark.process
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_the_pages_functions_in_node():

@@ -187,7 +187,7 @@ async function follow() {
   const ending = new AbortController();
   let watch = setTimeout(() => ending.abort(), SILENCE_MS);
   try {
-    const response = await fetch("/api/events", { headers: headers(), signal: ending.signal });
+    const response = await fetch("api/events", { headers: headers(), signal: ending.signal });
     $("token-form").hidden = response.status !== 401;
     if (!response.ok) return linked(response.status === 401 ? "token needed" : "refused", "lost");
     const events = new Events(show), decoder = new TextDecoder(), reader = response.body.getReader();
@@ -229,10 +229,10 @@ async function command(path, button, question) {
 
 function start() {
   $("train").addEventListener("click", (event) => {
-    command("/api/train", event.target, "Train an adapter now, on what is stored? Answers may be slower meanwhile.");
+    command("api/train", event.target, "Train an adapter now, on what is stored? Answers may be slower meanwhile.");
   });
   $("rollback").addEventListener("click", (event) => {
-    command("/api/rollback", event.target, "Go back to the adapter that was active before?");
+    command("api/rollback", event.target, "Go back to the adapter that was active before?");
   });
   $("ask").addEventListener("cancel", () => { $("ask").returnValue = "no"; });
   $("token-form").addEventListener("submit", (event) => {
