@@ -148,7 +148,8 @@ class AccessControl:
     def _check_site(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
         name = host_name(host)
-        if not (is_address(name) or name in self._hosts):
+        # a browser always sends a Host, and HTTP/1.1 needs one: what comes without is a probe in HTTP/1.0
+        if "host" in headers and not (is_address(name) or name in self._hosts):
             raise ApiError(403, f"the host name {name[:80]!r} is not in gateway.hosts", code="host")
         origin = headers.get("origin")
         if origin in self._origins:

@@ -20,6 +20,8 @@ from specl.shared.runtime.atomic_files import write_file
 if TYPE_CHECKING:
     from specl.shared.settings.schema import Bus, Gateway
 
+TOKEN_LENGTH = 16
+MAKE_TOKEN = "`openssl rand -hex 16` makes one"
 MAKE_KEYS = "make them with `specl-ctl keys make`, or set bus.host to 127.0.0.1"
 
 
@@ -93,10 +95,16 @@ def write_keys(folder: Path, keys: Keys) -> None:
 
 
 def gateway_token(settings: "Gateway") -> str | None:
-    """The bearer token in force. Raises ConfigError where it is too short to be one."""
-    token = os.environ.get("SPECL_GATEWAY_TOKEN") or settings.token
-    if token is not None and len(token) < 16:
-        raise ConfigError("SPECL_GATEWAY_TOKEN has less than 16 characters", "`openssl rand -hex 16` makes one")
+    """The bearer token in force, without white space around it. Raises ConfigError where it is too short, or cannot be sent."""
+    variable = os.environ.get("SPECL_GATEWAY_TOKEN")
+    source, token = ("SPECL_GATEWAY_TOKEN", variable) if variable else ("gateway.token", settings.token)
+    if token is None:
+        return None
+    token = token.strip()  # a file that holds a secret often ends in a line break
+    if len(token) < TOKEN_LENGTH:
+        raise ConfigError(f"{source} has less than {TOKEN_LENGTH} characters", MAKE_TOKEN)
+    if not all("!" <= character <= "~" for character in token):
+        raise ConfigError(f"{source} holds a space, or a character beyond ASCII: no client can send it", MAKE_TOKEN)
     return token
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from specl.daemons.gateway.access_control import RateLimit, host_name
 from specl.shared.errors import ConfigError
-from specl.shared.messaging.endpoints import check_exposure
+from specl.shared.messaging.endpoints import check_exposure, gateway_token
 from specl.shared.settings.schema import Gateway as Settings
 from tests.harness.waiting import wait_until
 
@@ -132,6 +132,26 @@ def test_beyond_loopback_needs_a_setting_and_a_token(settings, token, names):
     assert all(name in str(error.value) for name in names)
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n", " ", "\t"])
+def test_white_space_around_the_token_is_stripped(monkeypatch, ending):
+    monkeypatch.setenv("SPECL_GATEWAY_TOKEN", "sixteen-letters-x" + ending)
+    assert gateway_token(Settings()) == "sixteen-letters-x"
+    monkeypatch.delenv("SPECL_GATEWAY_TOKEN")
+    assert gateway_token(Settings(token=" sixteen-letters-x" + ending)) == "sixteen-letters-x"
+
+
+@pytest.mark.parametrize(
+    "token", ["sixteen-lettérs-x", "sixteen letters x", "sixteen-\x01letters", "   \n", "short\n" + " " * 20]
+)
+def test_a_token_that_no_client_can_send_is_refused(monkeypatch, token):
+    monkeypatch.setenv("SPECL_GATEWAY_TOKEN", token)
+    with pytest.raises(ConfigError, match="SPECL_GATEWAY_TOKEN"):
+        gateway_token(Settings())
+    monkeypatch.delenv("SPECL_GATEWAY_TOKEN")
+    with pytest.raises(ConfigError, match="gateway.token"):
+        gateway_token(Settings(token=token + " " * 16))
+
+
 def test_loopback_or_all_of_it_is_fine():
     for host in ("127.0.0.1", "::1", "localhost"):
         check_exposure(Settings(host=host), None)
@@ -180,6 +200,16 @@ def raw(url, *parts, pause_s=0.2, most_s=15.0):
 
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 500\r\n"
+
+
+def test_probes_without_a_host_are_answered(running):
+    for path in (b"/health", b"/v1/models"):
+        said, _ = raw(running.url, b"GET " + path + b" HTTP/1.0\r\n\r\n", most_s=3)
+        assert said.startswith(b"HTTP/1.1 200"), said
+    said, _ = raw(running.url, b"GET /health HTTP/1.0\r\nHost: evil.example\r\n\r\n", most_s=3)
+    assert said.startswith(b"HTTP/1.1 403")
+    post = b"POST /api/train HTTP/1.0\r\nOrigin: http://evil.example\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    assert raw(running.url, post, most_s=3)[0].startswith(b"HTTP/1.1 403")
 
 
 def test_trickling_headers_and_bodies_are_cut_off(lone):

@@ -102,8 +102,16 @@ def test_a_message_may_have_a_name():
 
 
 def test_text_parts_of_every_kind_are_joined():
-    parts = ["a", {"type": "text", "text": "b"}, {"type": "input_text", "text": "c"}, {"type": "output_text", "text": "d"}]
+    parts = [
+        "a",
+        {"type": "text", "text": "b"},
+        {"type": "input_text", "text": "c"},
+        {"type": "output_text", "text": "d"},
+    ]
     assert parsed(messages=[{"role": "user", "content": parts}]).messages[0]["content"] == "abcd"
     refusal = [{"type": "thinking", "thinking": "hm"}, {"type": "refusal", "refusal": "no"}]
     assert parsed(messages=[*HI, {"role": "assistant", "content": refusal}, *HI]).messages[1]["content"] == "no"
-    assert parsed(messages=[*HI, {"role": "assistant", "content": None, "refusal": "no"}, *HI]).messages[1]["content"] == "no"
+    assert (
+        parsed(messages=[*HI, {"role": "assistant", "content": None, "refusal": "no"}, *HI]).messages[1]["content"]
+        == "no"
+    )
