@@ -66,6 +66,10 @@ class RequestRejected(SpecLoraError):
     exit_code = 2
 
 
+class ContextExceeded(RequestRejected):
+    """The prompt does not fit; the message names its size and the limit. A shorter one may be served."""
+
+
 class ServerBusy(RequestRejected):
     """The queue is full; asking again later may help."""
 

@@ -174,9 +174,11 @@ def system_status(client: Client) -> SystemStatus:
     )
 
 
-def state_of(client: Client, role: str, timeout_s: float = 1.0) -> DaemonState:
-    """One daemon's state, without a look at anything else."""
-    return _process(client.status(timeout_s, (role,)).get(role), role, client.paths).state
+def state_and_context(client: Client, timeout_s: float = 1.0) -> tuple[DaemonState, int | None]:
+    """The state of inference and the context length that it serves, without a look at anything else."""
+    inference = client.status(timeout_s, ("inference",)).inference
+    state = _process(inference, "inference", client.paths).state
+    return state, inference.models.context_length if inference else None
 
 
 def gateway_file(paths: Paths) -> Path:

@@ -204,11 +204,13 @@ def _static(name: str, kind: str) -> Callable[[Request], Response]:
     return send
 
 
-def _models_route(settings: Settings) -> Callable[[Request], Awaitable[Response]]:
+def _models_route(settings: Settings, dashboard: Dashboard) -> Callable[[Request], Awaitable[Response]]:
     names = served_names(settings)
-    served = {"id": names[0], "object": "model", "created": 0, "owned_by": "speclora"}
 
     async def models(request: Request) -> Response:
+        served = {"id": names[0], "object": "model", "created": 0, "owned_by": "speclora"}
+        if length := await dashboard.context_length():  # by the names that OpenRouter, vLLM and llama.cpp give it
+            served |= {"context_length": length, "max_model_len": length, "meta": {"n_ctx": length}}
         requested = request.path_params.get("model")
         if requested is None:
             return JSONResponse({"object": "list", "data": [served]})
@@ -241,7 +243,7 @@ def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Call
     metrics = Metrics()
     completions = Completions(settings, Upstream(paths, Addresses(paths, settings.bus)), metrics)
     dashboard = Dashboard(paths, settings, stopping)
-    models = _models_route(settings)
+    models = _models_route(settings, dashboard)
 
     async def health(request: Request) -> Response:
         state = await dashboard.inference_state()

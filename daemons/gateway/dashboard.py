@@ -21,7 +21,7 @@ from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Reply
 from specl.shared.paths import Paths
 from specl.shared.settings.schema import Settings
-from specl.shared.status import state_of, system_status
+from specl.shared.status import state_and_context, system_status
 from specl.shared.store import Store
 
 REFRESH_S = 2.0
@@ -59,6 +59,7 @@ class Dashboard:
         self._costly: list[dict[str, Any]] = []
         self._health_lock = asyncio.Lock()
         self._health, self._health_at = "stopped", float("-inf")
+        self._context_length: int | None = None
         self._pages: Counter[str] = Counter()
 
     async def _fresh_state(self) -> dict[str, Any]:
@@ -94,16 +95,24 @@ class Dashboard:
 
     async def inference_state(self) -> str:
         """The inference daemon's state, asked of that daemon alone: a health check must not cost what the page does."""
+        await self._ask_inference()
+        return self._health
 
-        def ask() -> str:
+    async def context_length(self) -> int | None:
+        """Tokens that a prompt and its answer may have together; None as long as inference has not said it."""
+        await self._ask_inference()
+        return self._context_length
+
+    async def _ask_inference(self) -> None:
+        def ask() -> tuple[str, int | None]:
             with Client(self._paths, self._settings) as client:
-                return state_of(client, "inference")
+                return state_and_context(client)
 
         async with self._health_lock:
             if time.monotonic() - self._health_at >= HEALTH_S:
-                self._health = await asyncio.to_thread(ask)
+                self._health, length = await asyncio.to_thread(ask)
+                self._context_length = length or self._context_length
                 self._health_at = time.monotonic()
-        return self._health
 
     async def state(self, request: Request) -> Response:
         """GET /api/state: the whole state once."""

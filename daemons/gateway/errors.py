@@ -5,7 +5,14 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError
+from specl.shared.errors import (
+    ConfigError,
+    ContextExceeded,
+    DaemonUnreachable,
+    RequestRejected,
+    ServerBusy,
+    SpecLoraError,
+)
 
 BUSY_S = "1"
 DOWN_S = "5"
@@ -47,6 +54,8 @@ def api_error_of(error: SpecLoraError) -> ApiError:
         return ApiError(503, text, code="inference_unreachable")
     if isinstance(error, ServerBusy):
         return ApiError(429, text, code="busy")
+    if isinstance(error, ContextExceeded):
+        return ApiError(400, text, "messages", code="context_length_exceeded")
     if isinstance(error, RequestRejected):
         return ApiError(400, text, code="rejected")
     return ApiError(400 if isinstance(error, ConfigError) else 500, text)

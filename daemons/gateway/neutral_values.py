@@ -13,7 +13,8 @@ IGNORED = {
     "user", "safety_identifier", "metadata", "prompt_cache_key", "prompt_cache_retention", "service_tier", "request_id",
     "cache_prompt", "cache_salt", "priority", "keep_alive", "ttl", "id_slot", "slot_id", "include_reasoning", "parallel_tool_calls",
     "reasoning_format", "parse_tool_calls", "guided_decoding_backend", "detokenize", "spaces_between_special_tokens",
-    "repeat_last_n", "penalize_nl", "penalize_newline", "repetition_penalty_range", "mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length",
+    "repeat_last_n", "penalize_nl", "penalize_newline", "repetition_penalty_range", "mirostat_tau", "mirostat_eta",
+    "dry_base", "dry_allowed_length",
     "dry_penalty_last_n", "dry_sequence_breakers", "xtc_threshold", "dynatemp_exponent", "smoothing_curve", "adaptive_decay",
     "length_penalty", "min_keep", "temperature_last",
 }  # fmt: skip
@@ -31,7 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_sample": (True,), "add_generation_prompt": (True,), "skip_special_tokens": (True,), "add_bos_token": (True,),
     "tool_choice": ("none", "auto", {}), "function_call": ("none", "auto"),
     "response_format": ({"type": "text"}, "text"), "modalities": (["text"], []), "format": ("", "text"),
-    "reasoning_effort": ("none", ""), "verbosity": ("medium", ""), "reasoning": ({}, {"effort": "none"}, {"enabled": False}, {"effort": None}),
+    "reasoning_effort": ("none", ""), "verbosity": ("medium", ""), "reasoning": ({}, {"effort": "none"}, {"enabled": False}),
     "thinking": ({}, False, {"type": "disabled"}), "truncation": ("disabled", ""), "tool_stream": (False,), "web_search_options": (),
     "guided_json": (), "json_schema": (),
 }  # fmt: skip

@@ -25,7 +25,8 @@ SPECLORA_OPTIONS = {"mode": str, "record": bool, "num_draft_tokens": int, "ngram
 MESSAGE_FIELDS = {"role", "content", "name"}
 # fields of a message that came from an answer or are the client's bookkeeping: any value is taken, and dropped
 DROPPED = {
-    "reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "refusal", "annotations", "id", "metadata", "cache_control",
+    "reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "refusal", "annotations", "id", "metadata",
+    "cache_control",
     "created_at", "timestamp", "status", "model", "provider_specific_fields",
 }  # fmt: skip
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}

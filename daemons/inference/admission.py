@@ -10,7 +10,8 @@ from typing import Any
 from specl.daemons.inference.job import Job
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.request_options import RequestOptions
-from specl.shared.errors import RequestRejected
+from specl.shared.errors import ContextExceeded, RequestRejected, SpecLoraError
+from specl.shared.messaging.codes import FailureCode
 from specl.shared.messaging.messages import Ask
 from specl.shared.settings.schema import Settings
 
@@ -26,13 +27,22 @@ def admit(peer: bytes, ask: Ask, arrived: float, engine: EngineCore, settings: S
     text, prompt = _encode(ask, engine)
     if not prompt:
         raise RequestRejected("the prompt is empty")
-    context, budget = engine.target.context_length, settings.memory.max_kv_cache_tokens
-    limit = min(context, budget)
+    limit = context_limit(engine, settings)
     if len(prompt) >= limit:
-        what = "memory.max_kv_cache_tokens is" if budget < context else "the model's context holds"
-        raise RequestRejected(f"the prompt has {len(prompt)} tokens; {what} {limit}")
+        what = "memory.max_kv_cache_tokens is" if limit < engine.target.context_length else "the model's context holds"
+        raise ContextExceeded(f"the prompt has {len(prompt)} tokens; {what} {limit}: the maximum context length")
     reserved = min(len(prompt) + ask.max_tokens, limit)  # an answer ends where its cache would outgrow the budget
     return Job(peer, ask, arrived, text, prompt, _options(ask, reserved - len(prompt), settings), reserved)
+
+
+def context_limit(engine: EngineCore, settings: Settings) -> int:
+    """Tokens that a prompt and its answer may have together."""
+    return min(engine.target.context_length, settings.memory.max_kv_cache_tokens)
+
+
+def failure_code(error: SpecLoraError) -> FailureCode:
+    """The code that tells a client why its request is refused."""
+    return FailureCode.CONTEXT_LENGTH if isinstance(error, ContextExceeded) else FailureCode.REJECTED
 
 
 def _check_options(ask: Ask) -> None:
@@ -49,13 +59,14 @@ def _check_options(ask: Ask) -> None:
 def _encode(ask: Ask, engine: EngineCore) -> tuple[str, list[int]]:
     if not ask.messages:
         return ask.prompt, engine.encode(ask.prompt, special=True)
-    if not any(_has_user_text(message) for message in ask.messages):
+    if not any(_has_text(message) for message in ask.messages):
         raise RequestRejected("the prompt is empty")
     return engine.encode_chat(ask.messages, reuse_tokens=ask.sampling.seed is None)
 
 
-def _has_user_text(message: dict[str, Any]) -> bool:
-    return message.get("role") == "user" and bool(str(message.get("content", "")).strip())
+def _has_text(message: dict[str, Any]) -> bool:
+    """Whatever its role: a system message alone is a prompt as well."""
+    return bool(str(message.get("content") or "").strip())
 
 
 def _options(ask: Ask, max_tokens: int, settings: Settings) -> RequestOptions:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from specl.daemons.inference.adapter_monitor import AdapterMonitor
+from specl.daemons.inference.admission import context_limit
 from specl.daemons.inference.answer_messages import done_message, generation_record
 from specl.daemons.inference.job import RunningJob
 from specl.daemons.inference.outgoing import Emit
@@ -69,6 +70,7 @@ class DecodeThread(threading.Thread):
         self.monitor = AdapterMonitor(paths.root / "watch.json")
         self.failure: BaseException | None = None
         self.unloaded = False
+        self.context_length: int | None = None  # known since the first load
         self.served = 0
         self.recent: deque[RecentAnswer] = deque(maxlen=RECENT_ANSWERS)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -246,6 +248,7 @@ class DecodeThread(threading.Thread):
         engine.answer_history = AnswerHistory(self._answer_files.read)
         swap = self._attach_swap(engine)
         scheduler = Scheduler(engine, self.settings, self._emit, self.monitor.must_draft, self._finished)
+        self.context_length = context_limit(engine, self.settings)
         self.scheduler = scheduler
         self._idle_since = time.monotonic()
         _log.info(

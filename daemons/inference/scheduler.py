@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from specl.daemons.inference.admission import admit
+from specl.daemons.inference.admission import admit, failure_code
 from specl.daemons.inference.answer_messages import position_logprobs
 from specl.daemons.inference.job import Job, RunningJob
 from specl.daemons.inference.outgoing import Emit
@@ -59,7 +59,7 @@ class Scheduler:
         try:
             job = admit(peer, ask, arrived, self.engine, self.settings)
         except SpecLoraError as error:
-            self._emit(peer, Failed(ask.request_id, FailureCode.REJECTED, str(error), error.hint))
+            self._emit(peer, Failed(ask.request_id, failure_code(error), str(error), error.hint))
             return
         self.waiting.append(job)
         if self.running:
@@ -130,7 +130,7 @@ class Scheduler:
         try:
             session = self.engine.session(job.prompt, job.options)
         except SpecLoraError as error:
-            self._emit(job.peer, Failed(job.request_id, FailureCode.REJECTED, str(error), error.hint))
+            self._emit(job.peer, Failed(job.request_id, failure_code(error), str(error), error.hint))
             return False
         text = TextOutput(session, tuple(job.ask.stop))
         adapter_id = self.engine.adapter_id

@@ -189,7 +189,7 @@ class Inference:
             self._refuse(peer, ask, FailureCode.REJECTED, "a request with this id is running")
         elif (size := text_size(ask)) > serving.max_prompt_kb << 10:
             sentence = f"the prompt has {size >> 10} KB; serving.max_prompt_kb is {serving.max_prompt_kb}"
-            self._refuse(peer, ask, FailureCode.REJECTED, sentence)
+            self._refuse(peer, ask, FailureCode.CONTEXT_LENGTH, sentence)
         elif client_requests >= serving.client_queue_limit:
             self._refuse(peer, ask, FailureCode.BUSY, f"{client_requests} requests of this client wait already")
         elif len(self.pending) >= serving.queue_limit:
@@ -241,10 +241,11 @@ class Inference:
         )
 
     def _models_status(self) -> ModelsStatus:
-        engine = self.decoding.engine
+        engine, models, length = self.decoding.engine, self.settings.models, self.decoding.context_length
         if engine is None:
-            return ModelsStatus(self.settings.models.target.name, self.settings.models.draft.name, loaded=False)
-        return ModelsStatus(engine.target.name, engine.draft.name if engine.draft else None, loaded=True)
+            return ModelsStatus(models.target.name, models.draft.name, loaded=False, context_length=length)
+        draft = engine.draft.name if engine.draft else None
+        return ModelsStatus(engine.target.name, draft, loaded=True, context_length=length)
 
 
 def text_size(ask: Ask) -> int:

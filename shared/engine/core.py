@@ -24,7 +24,7 @@ from specl.shared.engine.prefix_cache import Entry, PrefixCache
 from specl.shared.engine.request_options import RequestOptions
 from specl.shared.engine.sequence_state import SequenceState
 from specl.shared.engine.text_output import INCOMPLETE
-from specl.shared.errors import ConfigError, RequestRejected
+from specl.shared.errors import ConfigError, ContextExceeded, RequestRejected
 from specl.shared.models.cpu_kernels import on_cpu, use_cpu_kernels
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.language_model import LanguageModel
@@ -160,7 +160,7 @@ class EngineCore:
             raise RequestRejected("the prompt is empty")
         context = self.target.context_length
         if len(prompt) >= context:
-            raise RequestRejected(
+            raise ContextExceeded(
                 f"the prompt has {len(prompt)} tokens; the context of {self.target.name} holds {context}"
             )
         size = self.target.vocabulary_size

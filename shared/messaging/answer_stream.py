@@ -7,7 +7,14 @@ hand them to `feed` with the time. It reads no clock and knows no socket.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specl.shared.errors import START_HINT, DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError
+from specl.shared.errors import (
+    START_HINT,
+    ContextExceeded,
+    DaemonUnreachable,
+    RequestRejected,
+    ServerBusy,
+    SpecLoraError,
+)
 from specl.shared.messaging.codes import FailureCode
 from specl.shared.messaging.messages import Ask, Cancel, Delta, Done, Failed, GetStatus, Heartbeat, Queued
 
@@ -84,6 +91,8 @@ def error_of(failed: Failed) -> SpecLoraError:
             return DaemonUnreachable(failed.message, failed.hint or START_HINT)
         case FailureCode.BUSY:
             return ServerBusy(failed.message, failed.hint)
+        case FailureCode.CONTEXT_LENGTH:
+            return ContextExceeded(failed.message, failed.hint)
         case FailureCode.REJECTED:
             return RequestRejected(failed.message, failed.hint)
         case _:

@@ -21,6 +21,7 @@ class FailureCode(StrEnum):
 
     BUSY = "busy"  # too many requests wait; asking again later may help
     REJECTED = "rejected"  # the request itself cannot be served
+    CONTEXT_LENGTH = "context_length_exceeded"  # the prompt is too long
     CANCELLED = "cancelled"  # by its client, or because the client was silent
     DEADLINE = "deadline"  # its deadline passed before the first token
     STOPPED = "stopped"  # the daemon was told to stop

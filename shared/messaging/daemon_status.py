@@ -49,11 +49,14 @@ class AdapterStatus:
 
 @dataclass(frozen=True, slots=True)
 class ModelsStatus:
-    """The pair that serves, by name. `loaded` is false before the first load and while idle models are unloaded."""
+    """The pair that serves, by name. `loaded` is false before the first load and while idle models are unloaded.
+    `context_length`: tokens that a prompt and its answer may have together; None before the first load.
+    """
 
     target: str
     draft: str | None
     loaded: bool
+    context_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

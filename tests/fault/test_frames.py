@@ -348,4 +348,4 @@ def test_a_client_has_its_limits(instance, context):
     )
     while (message := decode(socket.recv())) and getattr(message, "request_id", "") != "long":
         pass
-    assert message.code == "rejected" and "max_prompt_kb" in message.message
+    assert message.code == "context_length_exceeded" and "max_prompt_kb" in message.message

@@ -143,7 +143,7 @@ def test_white_space_around_the_token_is_stripped(monkeypatch, ending):
 @pytest.mark.parametrize(
     "token", ["sixteen-lettérs-x", "sixteen letters x", "sixteen-\x01letters", "   \n", "short\n" + " " * 20]
 )
-def test_a_token_that_no_client_can_send_is_refused(monkeypatch, token):
+def test_an_unsendable_token_is_refused(monkeypatch, token):
     monkeypatch.setenv("SPECL_GATEWAY_TOKEN", token)
     with pytest.raises(ConfigError, match="SPECL_GATEWAY_TOKEN"):
         gateway_token(Settings())

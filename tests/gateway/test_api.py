@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sqlite3
 import subprocess
 import threading
@@ -171,11 +172,37 @@ def test_neutral_values_and_nulls_are_fine(http):
     assert answer.status_code == 200, answer.text
 
 
-def test_inference_refusal_is_http_400(http):
+def test_too_long_a_prompt_names_both_counts(http):
+    (model,) = http.get("/v1/models").json()["data"]
+    assert (
+        model["context_length"]
+        == model["max_model_len"]
+        == http.get(f"/v1/models/{model['id']}").json()["context_length"]
+    )
     for stream in (False, True):
         request = ASK | {"messages": [{"role": "user", "content": "x" * 5000}], "stream": stream}
         answer = http.post("/v1/chat/completions", json=request)
-        assert answer.status_code == 400 and "tokens" in answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["code"] == "context_length_exceeded"
+        tokens, limit = map(int, re.findall(r"\d+", error["message"]))
+        assert tokens > 5000 > limit == model["context_length"]
+
+
+def test_text_beyond_all_limits_is_context_length_exceeded(http):
+    answer = http.post("/v1/completions", json={"prompt": "x" * (1100 << 10)})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("content", ["", None, "hello"])
+def test_a_system_message_alone_is_answered(http, content):
+    alone = [{"role": "system", "content": "be brief"}]
+    messages = alone if content == "hello" else [*alone, {"role": "user", "content": content}]
+    answer = http.post("/v1/chat/completions", json=ASK | {"messages": messages})
+    assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"], answer.text
+    assert (
+        http.post("/v1/chat/completions", json=ASK | {"messages": [{"role": "user", "content": " "}]}).status_code
+        == 400
+    )
 
 
 def test_nonsense_bodies_are_refused(http):
