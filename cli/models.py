@@ -128,4 +128,4 @@ def fetch() -> None:
         try:
             click.echo(f"draft   {draft_folder(draft, paths.models) or ensure_model(draft, paths.models, to_stderr)}")
         except ModelError as error:
-            raise ModelError(f"the draft: {error}", error.hint) from error
+            raise type(error)(f"the draft: {error}", error.hint) from error

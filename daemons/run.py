@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from specl.shared.errors import AlreadyRunning, ConfigError, SpecLoraError
+from specl.shared.errors import AlreadyRunning, ConfigError, ModelUnavailable, SpecLoraError
 from specl.shared.messaging.bus import Server
 from specl.shared.messaging.endpoints import Addresses, is_loopback
 from specl.shared.messaging.sockets import make_missing_keys
@@ -73,7 +73,8 @@ def run_exclusively(role: str, serve: Serve) -> int:
             print(f"{role}: {error}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr, flush=True)
         if isinstance(error, AlreadyRunning):
             return EX_TEMPFAIL
-        return EX_CONFIG if isinstance(error, ConfigError) else 1
+        may_pass = isinstance(error, ModelUnavailable)
+        return EX_CONFIG if isinstance(error, ConfigError) and not may_pass else 1
     finally:
         if lock is not None:
             lock.release()

@@ -1,6 +1,11 @@
 """The one error tree. The command line prints these in one line with their hint; anything else is a bug and shows its traceback."""
 
 
+import errno
+
+_WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL)
+
+
 class SpecLoraError(Exception):
     """Root of every error that a user is meant to read. `hint` says what to do; `exit_code` is the command's."""
 
@@ -42,6 +47,18 @@ class WireError(SpecLoraError):
 
 class ModelError(ConfigError):
     """A model, tokenizer or pair of them cannot be used."""
+
+
+class ModelUnavailable(ModelError):
+    """A model cannot be had now, because a network or a disk failed. Unlike other ConfigErrors it may pass: daemons retry."""
+
+    exit_code = 1
+
+
+def model_error(message: str, hint: str, cause: Exception) -> ModelError:
+    """ModelUnavailable where the disk or the network refused, ModelError where a file is missing or is no model."""
+    refused = isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _WRONG_PATH
+    return (ModelUnavailable if refused else ModelError)(message, hint)
 
 
 class AdapterRejected(SpecLoraError):

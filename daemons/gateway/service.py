@@ -29,7 +29,7 @@ _log = log.get("gateway")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises SpecLoraError where the port is taken, ConfigError where the address is unusable."""
+    """A listening socket. Raises SpecLoraError where the port is taken or the address not there, ConfigError where the address is unusable."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is named; with it a token would wait for the last one's ACK
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -43,6 +43,10 @@ def listen(host: str, port: int) -> socket.socket:
             raise SpecLoraError(
                 f"port {port} of {host} is taken by another program",
                 "set gateway.port, or gateway.enabled to false; until then it is tried again",
+            ) from error
+        if error.errno == errno.EADDRNOTAVAIL:  # it may come with the network
+            raise SpecLoraError(
+                f"this machine has no address {host}", "set gateway.host; until then it is tried again"
             ) from error
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", "set gateway.host and port") from error
     listening.set_inheritable(False)
@@ -79,7 +83,7 @@ def _wait_for_port(settings: Gateway, state_file: StateFile, stop: StopFlag) -> 
         except SpecLoraError as error:
             state_file.write(DaemonState.FAILED, problem=f"{error}; {error.hint}")
             if not logged:
-                _log.error("gateway.port_taken", problem=str(error), remedy=error.hint)
+                _log.error("gateway.cannot_listen", problem=str(error), remedy=error.hint)
             logged = True
         end = time.monotonic() + RETRY_S
         while time.monotonic() < end and not stop:

@@ -45,7 +45,7 @@ def resolve_draft(name: str | None, models: Path, report: Report) -> Path | None
 
 
 def _about_draft(error: ModelError) -> ModelError:
-    return ModelError(f"the draft: {error}", error.hint or "set models.draft.name, or null to decode without a draft")
+    return type(error)(f"the draft: {error}", error.hint or "set models.draft.name, or null to decode without a draft")
 
 
 def load_draft(

@@ -5,6 +5,7 @@ TCP is bound with keys only: without them libzmq takes the bytes of an HTTP requ
 send one to a port of loopback.
 """
 
+import errno
 import fcntl
 import os
 import stat
@@ -72,7 +73,7 @@ class ClientKeyCheck:
 
 
 def bind(socket: Socket, endpoint: Endpoint) -> None:
-    """Listen at `endpoint`. Raises ConfigError where that cannot be, SpecLoraError where the disk refuses."""
+    """Listen at `endpoint`. Raises ConfigError where that cannot be, SpecLoraError where the disk refuses or the address is not there yet."""
     if endpoint.keys is not None:
         if not endpoint.keys.server_secret:
             raise ConfigError(
@@ -91,7 +92,9 @@ def bind(socket: Socket, endpoint: Endpoint) -> None:
     try:
         socket.bind(endpoint.address)
     except zmq.ZMQError as error:
-        kind = SpecLoraError if error.errno in DISK_REFUSES else ConfigError
+        # an address may come with the network, after the daemons were started
+        may_pass = error.errno in (*DISK_REFUSES, errno.EADDRNOTAVAIL)
+        kind = SpecLoraError if may_pass else ConfigError
         raise kind(f"cannot bind {endpoint.address}: {error}") from error
     finally:
         os.umask(previous)

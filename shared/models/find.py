@@ -8,7 +8,7 @@ converts.
 from contextlib import suppress
 from pathlib import Path
 
-from specl.shared.errors import ModelError
+from specl.shared.errors import ModelError, ModelUnavailable
 from specl.shared.models import builtin, local_models
 from specl.shared.models.gguf_import import conversion_folder, ensure_converted, is_gguf
 from specl.shared.models.report import Report, no_report
@@ -53,7 +53,7 @@ def ensure_model(name: str, models: Path, report: Report = no_report) -> Path:
     """The folder of the model `name`; downloads the built-in model or a hub model, and converts a
     GGUF file, on first use.
 
-    Raises ModelError with one sentence that says what is wrong.
+    Raises ModelError with one sentence that says what is wrong, and ModelUnavailable where the network or the disk failed.
     """
     if name == builtin.NAME:
         return builtin.ensure(models, report)
@@ -79,7 +79,15 @@ def _from_hub(name: str, report: Report) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises its own, requests' and httpx's errors
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
+        kind = ModelError if _name_is_wrong(error) else ModelUnavailable
+        raise kind(
             f"the hub model {name} cannot be fetched: {reason[0]}",
             "check the name and the network, or use a local folder",
         ) from error
+
+
+def _name_is_wrong(error: Exception) -> bool:
+    """Whether the hub knows no such model, or refuses it to this user: asking again later cannot help."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    return isinstance(error, (GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader
 
-from specl.shared.errors import ModelError
+from specl.shared.errors import ModelError, model_error
 from specl.shared.models.gguf_header import HINT, check_header
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -49,7 +49,7 @@ class Header:
             check_header(path)
             self.reader = GGUFReader(path)
         except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise model_error(f"{path} cannot be read: {error.strerror or error}", "", error) from error
         except (ModelError, MemoryError):
             raise
         except Exception as error:  # the reader checks nothing: it raises whatever it stumbles over

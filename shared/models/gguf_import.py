@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
-from specl.shared.errors import ModelError
+from specl.shared.errors import ModelError, ModelUnavailable, model_error
 from specl.shared.models import builtin
 from specl.shared.models.gguf_file import convert, size_needed
 from specl.shared.models.gguf_tensors import Quantize
@@ -44,7 +44,7 @@ def suggested_name(text: str) -> str:
 def import_gguf(gguf: Path, models: Path, name: str, quantize: Quantize, report: Report) -> Path:
     """Convert `gguf` into the folder of the model `name` and return it.
 
-    Raises ModelError for a bad name or file, or too little disk.
+    Raises ModelError for a bad name or file, ModelUnavailable for too little disk.
     """
     if not NAME.fullmatch(name) or name in RESERVED_NAMES:
         raise ModelError(f"a model cannot be called {name!r}", "use letters, digits, dots and dashes: --name my-model")
@@ -64,13 +64,15 @@ def conversion_folder(gguf: Path, models: Path) -> Path:
         real = gguf.resolve(strict=True)
         info = real.stat()
     except OSError as error:
-        raise ModelError(f"{gguf} cannot be read: {error.strerror}") from error
+        raise model_error(f"{gguf} cannot be read: {error.strerror}", "", error) from error
     version = hashlib.sha256(f"{real}:{info.st_size}:{info.st_mtime_ns}".encode()).hexdigest()[:12]
     return models / CONVERTED / f"{suggested_name(gguf.name)}-{version}"
 
 
 def ensure_converted(gguf: Path, models: Path, report: Report) -> Path:
-    """The folder of a GGUF file's conversion, which is made on first use. Raises ModelError."""
+    """The folder of a GGUF file's conversion, which is made on first use. Raises ModelError, and
+    ModelUnavailable where the disk refuses.
+    """
     final = conversion_folder(gguf, models)
     if (final / "config.json").is_file():
         return final
@@ -86,7 +88,7 @@ def _convert(gguf: Path, final: Path, models: Path, quantize: Quantize, report: 
                 return final
             free = shutil.disk_usage(models).free
             if free < needed:
-                raise ModelError(
+                raise ModelUnavailable(
                     f"the converted model needs {needed / 1e9:.1f} GB; {models} has {free / 1e9:.1f} GB free",
                     "free some disk, set SPECL_MODELS to another one, or take --quantize 4",
                 )
@@ -94,7 +96,7 @@ def _convert(gguf: Path, final: Path, models: Path, quantize: Quantize, report: 
             with atomic_dir(final, sync=True) as folder:
                 convert(gguf, folder, quantize)
     except OSError as error:
-        raise ModelError(
+        raise ModelUnavailable(
             f"cannot write the model under {models}: {error.strerror or error}", "free some disk, or set SPECL_MODELS"
         ) from error
     return final

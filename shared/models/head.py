@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from specl.shared.errors import ModelError
+from specl.shared.errors import ModelError, model_error
 from specl.shared.models.cpu_kernels import FEW_ROWS, draft_stack, on_cpu, use_cpu_kernels, use_cpu_kernels_in_layer
 from specl.shared.models.head_layer import Head, HeadShape
 from specl.shared.models.language_model import DENSE_ROWS, LanguageModel
@@ -220,7 +220,7 @@ def load_head(folder: Path, name: str, target: LanguageModel) -> HeadDraft:
     except MemoryError:
         raise
     except Exception as error:  # the readers of these files raise many kinds for damaged ones
-        raise ModelError(f"the draft {name} is damaged: {error or type(error).__name__}", hint) from error
+        raise model_error(f"the draft {name} is damaged: {error or type(error).__name__}", hint, error) from error
     if (shape.target_fingerprint, shape.tokenizer_fingerprint) != (target.fingerprint, target.tokenizer_fingerprint):
         raise ModelError(
             f"the draft {name} was made for {shape.target_name} ({shape.target_fingerprint}), not for {target.name} ({target.fingerprint})",

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
-from specl.shared.errors import ModelError
+from specl.shared.errors import ModelError, model_error
 from specl.shared.models.cpu_kernels import AS_LOADED, blocks_of, on_cpu, use_cpu_kernels
 from specl.shared.models.find import ensure_model
 from specl.shared.models.language_model import LanguageModel
@@ -33,7 +33,8 @@ def load(
 ) -> LanguageModel:
     """Load a model by name, from the folder `path` where the caller knows it already.
 
-    Raises ModelError for a missing model, an unsupported architecture or a missing tokenizer.
+    Raises ModelError for a missing model, an unsupported architecture or a missing tokenizer,
+    ModelUnavailable where the network or the disk failed.
     """
     path = path or ensure_model(name, models, report)
     try:
@@ -41,7 +42,7 @@ def load(
     except MemoryError:
         raise
     except Exception as error:  # a damaged config raises whatever the architecture's code stumbles over
-        raise ModelError(f"the model {name} cannot be loaded: {_first_line(error)}") from error
+        raise model_error(f"the model {name} cannot be loaded: {_first_line(error)}", "", error) from error
     if not hasattr(model, "model") or not (hasattr(model, "lm_head") or hasattr(model.model, "embed_tokens")):
         raise ModelError(
             f"{name}: architecture {config.get('model_type')!r} is not supported: it hides its last hidden state"
@@ -50,7 +51,7 @@ def load(
     try:
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
-        raise ModelError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
+        raise model_error(f"{name} has no usable tokenizer: {_first_line(error)}", "", error) from error
     vocabulary = _tokenizer_fingerprint(tokenizer)
     limit_tokens(name, tokenizer, _embedding_rows(model, config))
     blocks, kernels = {}, AS_LOADED

@@ -5,11 +5,13 @@ import time
 import pytest
 import zmq
 
+from specl.daemons.gateway.service import listen
+from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.messaging import bus, sockets
 from specl.shared.messaging.codec import decode, encode
 from specl.shared.messaging.endpoints import Endpoint
 from specl.shared.messaging.messages import Fetch, RecordReady, Reply
-from specl.shared.messaging.sockets import connect
+from specl.shared.messaging.sockets import bind, connect, new_keys
 
 LIMIT = 1000  # so that 4 * LIMIT stands for 64 MiB
 LONG = b"x" * (5 * LIMIT)
@@ -100,3 +102,13 @@ def test_abusive_peer_is_not_redialled_at_once(server, peer, there, monkeypatch)
         publisher.send(LONG)
         server.poll(0.05, lambda peer, message: None)
     assert len(opened) == len(server.outgoing) == 1
+
+
+def test_address_may_come_with_the_network():
+    keys = new_keys()
+    with zmq.Context() as context, pytest.raises(SpecLoraError) as caught:
+        bind(context.socket(zmq.ROUTER), Endpoint("tcp://192.0.2.1:5570", keys))
+    assert not isinstance(caught.value, ConfigError)
+    with pytest.raises(SpecLoraError) as caught:
+        listen("192.0.2.1", 0)
+    assert not isinstance(caught.value, ConfigError)
