@@ -1,6 +1,5 @@
 """The one error tree. The command line prints these in one line with their hint; anything else is a bug and shows its traceback."""
 
-
 import errno
 
 _WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL)
