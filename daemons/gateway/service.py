@@ -29,7 +29,9 @@ _log = log.get("gateway")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises SpecLoraError where the port is taken or the address not there, ConfigError where the address is unusable."""
+    """A listening socket. Raises SpecLoraError where the port is taken or the address is not there yet, ConfigError where the
+    address is unusable.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is named; with it a token would wait for the last one's ACK
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

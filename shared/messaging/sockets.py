@@ -73,7 +73,9 @@ class ClientKeyCheck:
 
 
 def bind(socket: Socket, endpoint: Endpoint) -> None:
-    """Listen at `endpoint`. Raises ConfigError where that cannot be, SpecLoraError where the disk refuses or the address is not there yet."""
+    """Listen at `endpoint`. Raises ConfigError where that cannot be, SpecLoraError where the disk refuses or the address is
+    not there yet.
+    """
     if endpoint.keys is not None:
         if not endpoint.keys.server_secret:
             raise ConfigError(
