@@ -205,6 +205,7 @@ def test_every_reason_of_an_activation_says_who(store, path):
         "rollback": "monitor",
         "live_acceptance": "monitor",
         "reinstated": "reinstated",
+        "reevaluation": "reevaluation",
         "verification": "verification",
         "other": "other",
     }
