@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from typing import NamedTuple
@@ -122,14 +121,10 @@ def check_plugins() -> Iterator[Finding]:
     """
     settings = load_settings()
     named = {"speculative.drafter": settings.speculative.drafter, "training.loss.type": settings.training.loss.type}
-    sys.path.insert(0, os.getcwd())
-    try:
-        for setting, name in named.items():
-            if name is not None and is_plugin(name):
-                load_plugin(name, setting)
-                yield Finding(OK, "plugin", f"{setting}: {name}")
-    finally:
-        sys.path.remove(os.getcwd())
+    for setting, name in named.items():
+        if name is not None and is_plugin(name):
+            load_plugin(name, setting)
+            yield Finding(OK, "plugin", f"{setting}: {name}")
 
 
 def check_ports() -> Iterator[Finding]:

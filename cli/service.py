@@ -115,7 +115,7 @@ def systemd_unit() -> str:
             "",
             "[Service]",
             *lines,
-            f"ExecStart={program} -m specl.daemons.supervise %i",
+            f"ExecStart={program} -P -m specl.daemons.supervise %i",
             "Restart=on-failure",
             "RestartSec=5",
             f"# after a settings error starting again cannot help: `journalctl --user -u speclora@inference` names it\n"
@@ -136,7 +136,7 @@ def launchd_list(role: str) -> str:
     paths = find_paths()
     job = {
         "Label": f"{LABEL}.{role}",
-        "ProgramArguments": [sys.executable, "-m", "specl.daemons.supervise", role],
+        "ProgramArguments": [sys.executable, "-P", "-m", "specl.daemons.supervise", role],
         "EnvironmentVariables": environment(),
         "RunAtLoad": True,
         # launchd cannot tell a crash from a settings error (neither exit code is 0), so it starts

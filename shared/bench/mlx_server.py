@@ -53,7 +53,7 @@ class MlxServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-c", SERVE, "--model", str(self.folder)]
+        command = [sys.executable, "-P", "-c", SERVE, "--model", str(self.folder)]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         self._log = self.folder / "output.txt"
         with open(self._log, "wb") as out:

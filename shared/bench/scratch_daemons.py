@@ -104,7 +104,7 @@ class ScratchDaemons:
         }
         with open(self._output, "wb") as output:
             for role in self.roles:
-                command = [sys.executable, "-m", "specl.daemons.supervise", role]
+                command = [sys.executable, "-P", "-m", "specl.daemons.supervise", role]
                 self._children.append(
                     subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
                 )

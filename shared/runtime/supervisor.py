@@ -24,8 +24,8 @@ HEALTHY_AFTER_S = 60.0  # a daemon that ran for so long starts again with the sh
 
 
 def supervise(role: str, run: Path) -> int:
-    """Run `python -m specl.daemons.ROLE`, and run it again when it dies, until stopped; the exit
-    code is for honcho.
+    """Run `python -P -m specl.daemons.ROLE`, and run it again when it dies, until stopped; the exit
+    code is for honcho. Without -P a user's own random.py in the current folder would be imported.
 
     EX_CONFIG, which makes honcho stop every daemon, is returned after a settings error, and where
     another daemon of this role ran before this one was first started. A daemon that is refused
@@ -39,7 +39,7 @@ def supervise(role: str, run: Path) -> int:
     environment = os.environ | {"SPECL_DIE_WITH_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     while not flag:
         started = time.monotonic()
-        child = subprocess.Popen([sys.executable, "-m", f"specl.daemons.{role}"], env=environment)
+        child = subprocess.Popen([sys.executable, "-P", "-m", f"specl.daemons.{role}"], env=environment)
         code = _wait(child, flag)
         if flag or code == EX_CONFIG:
             return EX_CONFIG if code == EX_CONFIG else 0

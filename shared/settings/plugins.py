@@ -1,13 +1,15 @@
 """Plugins: code of the user's that the settings name as `module:name`. Knows how to import it,
 nothing of its use.
 
-Python looks for the module where it looks for every module: installed, on PYTHONPATH, or in the
-folder where the daemons were started. The code runs with the daemon's rights, so a settings file
+Python looks for the module where it looks for every module: installed, on PYTHONPATH, and last, once a
+plugin is named, in the folder where the daemons were started. The code runs with the daemon's rights, so a settings file
 must be trusted as much as a program.
 """
 
 import importlib
+import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,6 +28,8 @@ def load_plugin(name: str, setting: str) -> Callable[..., Any]:
     is none.
     """
     module, _, attribute = name.partition(":")
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)  # last: files there must not replace installed modules
     try:
         hook = getattr(importlib.import_module(module), attribute)
     except AttributeError as error:

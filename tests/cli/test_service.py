@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 def test_the_systemd_unit_says_what_runs_where(specl, monkeypatch, tmp_path):
     monkeypatch.setenv("SPECL_VAR", str(tmp_path / 'a "strange" 50% folder'))
     unit = specl("service", "systemd").stdout
-    assert f'ExecStart="{sys.executable}" -m specl.daemons.supervise %i' in unit
+    assert f'ExecStart="{sys.executable}" -P -m specl.daemons.supervise %i' in unit
     assert 'a \\"strange\\" 50%% folder"' in unit and "RestartPreventExitStatus=78" in unit
 
 
@@ -40,7 +40,7 @@ def test_systemd_accepts_the_unit(tmp_path):
 @pytest.mark.parametrize("role", DAEMONS)
 def test_the_property_list_is_one(specl, role):
     job = plistlib.loads(specl("service", "launchd", role).stdout.encode())
-    assert job["ProgramArguments"] == [sys.executable, "-m", "specl.daemons.supervise", role]
+    assert job["ProgramArguments"] == [sys.executable, "-P", "-m", "specl.daemons.supervise", role]
     assert job["EnvironmentVariables"]["SPECL_VAR"] == str(find_paths().root)
 
 

@@ -24,7 +24,7 @@ class Gateway:
         self.output = instance.outputs / "gateway.out"
         gateway_file(instance.paths).unlink(missing_ok=True)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "specl.daemons.gateway"],
+            [sys.executable, "-P", "-m", "specl.daemons.gateway"],
             env=os.environ | instance.environment(**environment), stdout=open(self.output, "ab"), stderr=subprocess.STDOUT,
         )  # fmt: skip
 
