@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from specl.daemons.gateway.access_control import AccessControl
 from specl.daemons.gateway.dashboard import Dashboard
@@ -273,4 +274,7 @@ def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Call
         Exception: _internal_error,
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
-    return _counted(AccessControl(app, settings.gateway, token), metrics, {route.path for route in routes})
+    guarded: ASGIApp = AccessControl(app, settings.gateway, token)
+    if settings.gateway.trusted_proxies:
+        guarded = ProxyHeadersMiddleware(guarded, settings.gateway.trusted_proxies)  # type: ignore[arg-type,assignment]  # uvicorn's types of ASGI
+    return _counted(guarded, metrics, {route.path for route in routes})

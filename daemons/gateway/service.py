@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 import uvicorn
 
 from specl.daemons.gateway.app import make_app
-from specl.daemons.gateway.header_timeout import with_header_timeout
+from specl.daemons.gateway.connection_timeouts import with_timeouts
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.messaging.codes import DaemonState
 from specl.shared.messaging.endpoints import check_exposure, gateway_token
@@ -22,6 +22,7 @@ from specl.shared.runtime.signals import StopFlag
 from specl.shared.settings.schema import Gateway, Settings
 from specl.shared.status import gateway_file
 
+OTHER_LOOPBACK = {"127.0.0.1": "::1", "localhost": "::1", "0.0.0.0": "::1", "::1": "127.0.0.1"}
 RETRY_S = 5.0  # between tries for a port that another program has
 POLL_S = 0.1
 SHUTDOWN_S = 1  # for answers on their way when stopped; honcho allows five in all
@@ -36,6 +37,8 @@ def listen(host: str, port: int) -> socket.socket:
     # asyncio turns Nagle's algorithm off only where the protocol is named; with it a token would wait for the last one's ACK
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if host == "::":  # IPv4, too
+        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     try:
         listening.bind((host, port))
         listening.listen(128)
@@ -53,6 +56,19 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", "set gateway.host and port") from error
     listening.set_inheritable(False)
     return listening
+
+
+def listen_on_loopbacks(host: str, port: int) -> list[socket.socket]:
+    """The listening socket of `host`, and that of the other loopback address where `host` is one of both: `localhost` may
+    mean either. Raises what `listen` raises for `host`; the other may be missing.
+    """
+    sockets = [listen(host, port)]
+    if (other := OTHER_LOOPBACK.get(host)) is not None:
+        try:
+            sockets.append(listen(other, sockets[0].getsockname()[1]))
+        except SpecLoraError as error:  # a machine without IPv6, or another program's port
+            _log.info("gateway.loopback_missing", host=other, problem=str(error))
+    return sockets
 
 
 def address_of(listening: socket.socket) -> str:
@@ -74,12 +90,12 @@ class StateFile:
             write_file(self._file, json.dumps(body), sync=False)
 
 
-def _wait_for_port(settings: Gateway, state_file: StateFile, stop: StopFlag) -> socket.socket | None:
-    """The socket, tried for until stopped: a taken port is no reason to take the other daemons down."""
+def _wait_for_port(settings: Gateway, state_file: StateFile, stop: StopFlag) -> list[socket.socket]:
+    """The sockets, tried for until stopped; empty then: a taken port is no reason to take the other daemons down."""
     logged = False
     while not stop:
         try:
-            return listen(settings.host, settings.port)
+            return listen_on_loopbacks(settings.host, settings.port)
         except ConfigError:
             raise
         except SpecLoraError as error:
@@ -90,7 +106,7 @@ def _wait_for_port(settings: Gateway, state_file: StateFile, stop: StopFlag) -> 
         end = time.monotonic() + RETRY_S
         while time.monotonic() < end and not stop:
             time.sleep(POLL_S)
-    return None
+    return []
 
 
 class _Server(uvicorn.Server):
@@ -117,24 +133,25 @@ def serve(paths: Paths, settings: Settings, stop: StopFlag) -> None:
     check_exposure(settings.gateway, token)
     state_file = StateFile(paths)
     listening = _wait_for_port(settings.gateway, state_file, stop)
-    if listening is None:
+    if not listening:
         return
     app = make_app(paths, settings, token, lambda: bool(stop))
+    # log_level: any local page could fill the log with uvicorn's warnings about malformed requests
     server = _Server(
         uvicorn.Config(
-            app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False, proxy_headers=False,
+            app, log_config=None, log_level="error", access_log=False, lifespan="off", server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=SHUTDOWN_S, timeout_keep_alive=30, ws="none",
-            http=with_header_timeout(settings.gateway.request_timeout_s),
+            http=with_timeouts(settings.gateway.request_timeout_s, settings.gateway.send_timeout_s),
         ),
         stop,
     )  # fmt: skip
-    address = address_of(listening)
+    address = address_of(listening[0])
     state_file.write(DaemonState.READY, address)
     _log.info("gateway.ready", address=address, token=token is not None)
 
     async def serve_until_stopped() -> None:
         watcher = asyncio.create_task(server.stop_with_flag())
-        await server.serve(sockets=[listening])
+        await server.serve(sockets=listening)
         watcher.cancel()
 
     asyncio.run(serve_until_stopped())

@@ -62,8 +62,8 @@ class Scheduler:
             self._emit(peer, Failed(ask.request_id, failure_code(error), str(error), error.hint))
             return
         self.waiting.append(job)
-        if self.running:
-            self._send_positions()
+        if self.running:  # the positions of the others stay
+            self._emit(peer, Queued(job.request_id, len(self.waiting) - 1))
 
     def cancel(self, request_id: str, reason: str, peer: bytes | None) -> None:
         """Stop a request; where `peer` is given, only if it is that client's."""

@@ -5,6 +5,7 @@ Knows the keys and what they may hold, nothing of files (`load.py` reads those).
 of the sources (DESIGN: names and keys). docs/settings.md is made from the descriptions here.
 """
 
+import ipaddress
 import re
 from typing import Annotated, Literal
 
@@ -179,9 +180,11 @@ class Memory(_Section):
 class Serving(_Section):
     """Limits of requests."""
 
-    queue_limit: Annotated[int, Field(ge=1)] = Field(32, description="requests that may wait; more are refused as busy")
+    queue_limit: Annotated[int, Field(ge=1)] = Field(
+        256, description="requests that may wait; more are refused as busy"
+    )
     client_queue_limit: Annotated[int, Field(ge=1)] = Field(
-        16, description="requests of one client that may wait or run at once"
+        128, description="requests of one client that may wait or run at once"
     )
     max_prompt_kb: Annotated[int, Field(ge=1, le=4096)] = Field(1024, description="text of one request at most")
     max_active: Annotated[int, Field(ge=1, le=32)] = Field(4, description="requests that are decoded together")
@@ -252,14 +255,33 @@ class Gateway(_Section):
     )
     max_body_kb: Annotated[int, Field(ge=1, le=16384)] = Field(2048, description="body of one request at most")
     requests_per_minute: Annotated[int, Field(ge=0)] = Field(600, description="from one address; 0: any number")
-    max_streams: Annotated[int, Field(ge=1, le=256)] = Field(16, description="answers that are generated at once")
+    max_streams: Annotated[int, Field(ge=1, le=1024)] = Field(
+        256, description="answers that are generated or wait at once; more are refused as busy"
+    )
     request_timeout_s: Annotated[float, Field(gt=0)] = Field(
         20.0, description="time for the headers of a request, and then for its body"
+    )
+    send_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="a client that reads nothing of its answer for so long is cut off"
+    )
+    trusted_proxies: list[str] = Field(
+        [],
+        description="addresses or networks of proxies whose X-Forwarded-For names the client, for the limits of one address",
     )
     max_event_streams: Annotated[int, Field(ge=1)] = Field(32, description="open pages (live views) at most")
     max_event_streams_per_address: Annotated[int, Field(ge=1)] = Field(
         8, description="open pages of one address at most"
     )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _addresses(cls, proxies: list[str]) -> list[str]:
+        for proxy in proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as error:
+                raise ValueError(f"{proxy!r} is no address and no network: {error}") from error
+        return proxies
 
     @field_validator("origins")
     @classmethod

@@ -1,5 +1,6 @@
 """Who may come in, and what every answer says to browsers."""
 
+import asyncio
 import socket
 import time
 
@@ -7,9 +8,12 @@ import httpx2 as httpx
 import pytest
 
 from specl.daemons.gateway.access_control import RateLimit, host_name
+from specl.daemons.gateway.app import make_app
 from specl.shared.errors import ConfigError
 from specl.shared.messaging.endpoints import check_exposure, gateway_token
+from specl.shared.paths import Paths
 from specl.shared.settings.schema import Gateway as Settings
+from specl.shared.settings.schema import Settings as Everything
 from tests.harness.waiting import wait_until
 
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -167,6 +171,34 @@ def test_rate_limit_is_per_address_and_recovers():
     for number in range(5000):
         rate.allows(str(number), 2.0)
     assert len(rate) <= 4096
+
+
+def posts(tmp_path, trusted, *forwarded):
+    """The statuses of posts that a proxy on this machine passes on, with a limit of one a minute."""
+    settings = Everything(gateway=Settings(requests_per_minute=1, trusted_proxies=trusted))
+    app = make_app(Paths(tmp_path, tmp_path).create(), settings, None, lambda: False)
+    transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+
+    async def ask():
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            return [
+                (await http.post("/api/train", json={}, headers={"X-Forwarded-For": names})).status_code
+                for names in forwarded
+            ]
+
+    return asyncio.run(ask())
+
+
+def test_clients_behind_a_trusted_proxy_are_told_apart(tmp_path):
+    assert posts(tmp_path, ["127.0.0.1"], "10.0.0.1", "10.0.0.2", "10.0.0.1") == [503, 503, 429]
+    assert posts(tmp_path, ["127.0.0.0/8"], "10.0.0.1", "faked, 10.0.0.1") == [503, 429]
+    assert posts(tmp_path, [], "10.0.0.1", "10.0.0.2") == [503, 429]
+
+
+@pytest.mark.parametrize("proxy", ["*", "proxy.example", "10.0.0.1/8", ""])
+def test_inexact_proxy_is_a_settings_error(proxy):
+    with pytest.raises(ValueError, match="is no address"):
+        Settings(trusted_proxies=[proxy])
 
 
 def test_too_many_requests_are_a_429(lone):

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
 import openai
@@ -322,6 +323,16 @@ def test_eight_streams_at_once_keep_their_texts_apart(client):
     for thread in threads:
         thread.join()
     assert together == alone
+
+
+@pytest.mark.parametrize("more", [{}, {"user": "ada"}, {"stream": True}])
+def test_a_burst_waits_instead_of_being_refused(running, more):
+    with ThreadPoolExecutor(24) as pool:
+        asked = [
+            pool.submit(httpx.post, f"{running.url}/v1/chat/completions", json=ASK | more, timeout=60)
+            for _ in range(24)
+        ]
+    assert [answer.result().status_code for answer in asked] == [200] * 24
 
 
 def test_curl_reads_a_stream(running):

@@ -8,7 +8,9 @@ import sys
 from dataclasses import asdict
 
 import httpx2 as httpx
+import pytest
 
+from specl.daemons.gateway.service import listen_on_loopbacks
 from specl.shared.runtime.locks import is_locked
 from specl.shared.status import system_status
 from tests.harness.gateway import Gateway
@@ -130,3 +132,29 @@ def test_pieces_do_not_wait_for_acknowledgements():
         accepted, _ = listening.accept()
         assert accepted.proto == socket.IPPROTO_TCP  # what asyncio looks at before it sets TCP_NODELAY
         accepted.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "'::1'"])
+def test_both_loopback_addresses_are_served(lone, host):
+    port = lone(f"gateway: {{host: {host}, port: 0}}\n").ready().rpartition(":")[2]
+    for address in ("127.0.0.1", "[::1]", "localhost"):
+        assert httpx.get(f"http://{address}:{port}/").status_code == 200
+
+
+def test_a_taken_second_loopback_stops_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+        (only,) = listen_on_loopbacks("::1", port)
+        only.close()
+
+
+def test_junk_from_a_page_fills_no_log(lone):
+    gateway = lone()
+    host, port = gateway.ready().removeprefix("http://").split(":")
+    upgrade = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    for junk in (b"\x16\x03\x01 junk\r\n\r\n", upgrade):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(junk)
+            connection.recv(4096)
+    gateway.stop()
+    assert "nvalid HTTP" not in gateway.output.read_text() and "pgrade" not in gateway.output.read_text()
