@@ -11,6 +11,7 @@ Knows JSON-like values only, no records and no files.
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -56,6 +57,13 @@ def is_hash_shaped(conversation_id: str) -> bool:
     matches only the whole.
     """
     return _HASH.fullmatch(conversation_id) is not None
+
+
+def folded(text: str) -> str:
+    """`text` as it is compared in a search: upper and lower case of all scripts are alike, and so
+    are an accented letter and a letter with an accent behind it.
+    """
+    return unicodedata.normalize("NFC", text.casefold())
 
 
 def strings(value: Any) -> Iterator[str]:

@@ -16,6 +16,7 @@ from specl.cli.store.export import export
 from specl.cli.store.import_command import import_
 from specl.cli.store.purge import parse_time, purge
 from specl.cli.store.show import show
+from specl.shared.conversations import folded
 from specl.shared.paths import find_paths
 from specl.shared.store import Store
 from specl.shared.store.failure import score_sql
@@ -130,8 +131,10 @@ def _filter(
     parts: list[str] = []
     values: dict[str, Any] = {}
     if contains:
-        parts.append("(instr(lower(g.messages), lower(:contains)) OR instr(lower(g.output), lower(:contains)))")
-        values["contains"] = contains
+        # a chat's prompt is its template as well, which would hold many a word
+        plain = "(g.messages = '[]' AND text_holds(g.prompt, :contains))"
+        parts.append(f"(messages_hold(g.messages, :contains) OR text_holds(g.output, :contains) OR {plain})")
+        values["contains"] = folded(contains)
     if adapter is not None:
         parts.append("g.adapter_id = :adapter")
         values["adapter"] = "" if adapter == "none" else adapter

@@ -48,7 +48,14 @@ class Outbox:
         db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=self._lock_timeout_s)
         try:
             # FULL: `append` returns after the commit is on disk; secure_delete: a purged text leaves no free pages
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=ON", "secure_delete=ON"):
+            # temp_store: a sort writes texts nowhere else
+            for pragma in (
+                "journal_mode=WAL",
+                "synchronous=FULL",
+                "fullfsync=ON",
+                "secure_delete=ON",
+                "temp_store=MEMORY",
+            ):
                 db.execute(f"PRAGMA {pragma}")
             db.execute(_SCHEMA)
             sums = "SELECT coalesce(sum(length(body)), 0), count(*) FROM outbox"

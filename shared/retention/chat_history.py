@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from specl.shared.conversations import folded
 from specl.shared.paths import Paths
 from specl.shared.retention.purged_text import PurgedText, remove_entries
 from specl.shared.settings.schema import Records
@@ -38,7 +39,7 @@ def erase_history(history: Path, typed: Iterable[str], purged: PurgedText, patte
 
     def is_purged(entry: bytes) -> bool:
         message = _message(entry)
-        holds_pattern = bool(pattern) and pattern.lower() in message.lower()
+        holds_pattern = bool(pattern) and folded(pattern) in folded(message)
         return holds_pattern or _unfenced(message) in equal or purged.is_repeated_in(message)
 
     remove_entries(history, _entries, is_purged)

@@ -6,7 +6,7 @@ Knows encoded records, nothing of files.
 
 from collections.abc import Sequence
 
-from specl.shared.conversations import typed_in
+from specl.shared.conversations import folded, typed_in
 from specl.shared.errors import WireError
 from specl.shared.messaging.codec import decode
 from specl.shared.messaging.messages import Envelope, Evaluation, Generation, Purge
@@ -25,17 +25,17 @@ def purge_matches(purge: Purge, row: Envelope) -> bool:
     try:
         record = decode(row.body)
     except WireError:
-        return bool(purge.pattern) and purge.pattern.lower() in row.body.decode("utf-8", "replace").lower()
+        return bool(purge.pattern) and folded(purge.pattern) in folded(row.body.decode("utf-8", "replace"))
     if isinstance(record, Evaluation):
         return record.generation_id in purge.ids
     if not isinstance(record, Generation):
         return False
     if purge.before is not None and record.created_at < purge.before:
         return True
-    pattern = purge.pattern.lower()
+    pattern = folded(purge.pattern)
     if not pattern:
         return False
-    return record.conversation_id.lower() == pattern or any(pattern in text.lower() for text in texts_of(record))
+    return record.conversation_id == pattern or any(pattern in folded(text) for text in texts_of(record))
 
 
 def texts_in(row: Envelope) -> tuple[Sequence[str], Sequence[str]]:

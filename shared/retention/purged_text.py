@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from specl.shared.conversations import strings
+from specl.shared.conversations import folded, strings
 
 PASSAGE = 24  # characters
 SHORTEST = 12
@@ -21,14 +21,14 @@ class PurgedText:
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._passages: dict[int, set[str]] = {}  # by length
-        for text in {text.lower() for text in texts if len(text) >= SHORTEST}:
+        for text in {folded(text) for text in texts if len(text) >= SHORTEST}:
             length = min(PASSAGE, len(text))
             starts = [*range(0, len(text) - length + 1, length), len(text) - length]
             self._passages.setdefault(length, set()).update(text[start : start + length] for start in starts)
 
     def is_repeated_in(self, text: str) -> bool:
         """Whether `text` holds a passage."""
-        text = text.lower()
+        text = folded(text)
         return any(
             text[start : start + length] in passages
             for length, passages in self._passages.items()

@@ -3,6 +3,7 @@ asked in short transactions.
 """
 
 import itertools
+import json
 import os
 import sqlite3
 import time
@@ -15,6 +16,7 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
+from specl.shared.conversations import folded, is_hash_shaped, strings
 from specl.shared.errors import StoreError, StoreTooNew
 from specl.shared.runtime.atomic_files import atomic_file
 from specl.shared.store.migrations import MIGRATIONS
@@ -166,9 +168,28 @@ def _create_private(path: Path) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
-def _lowered(value: str | bytes | None) -> str | None:
-    """Lower case of all scripts (SQLite's own is that of ASCII); of bytes as far as they are text."""
-    return value.decode("utf-8", "replace").lower() if isinstance(value, bytes) else value and value.lower()
+def _text_holds(value: str | bytes, pattern: str) -> bool:
+    """Whether a text, or bytes as far as they are text, holds a `folded` pattern. SQLite's own
+    LIKE ends at U+0000 and folds ASCII only.
+    """
+    return pattern in folded(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
+
+
+def _messages_hold(messages: str, pattern: str) -> bool:
+    """Whether any text in messages holds a `folded` pattern; as JSON they have escapes."""
+    return any(pattern in folded(text) for text in strings(json.loads(messages)))
+
+
+def _name_holds(conversation_id: str, pattern: str) -> bool:
+    """Whether a conversation's name holds a `folded` pattern. Three letters stand in many a hash,
+    so of a derived id only the whole counts.
+    """
+    if is_hash_shaped(conversation_id):
+        return conversation_id == pattern
+    return pattern in folded(conversation_id)
+
+
+SEARCHES = {"text_holds": _text_holds, "messages_hold": _messages_hold, "name_holds": _name_holds}
 
 
 def _on_connect(connection: sqlite3.Connection, record: object) -> None:
@@ -178,6 +199,9 @@ def _on_connect(connection: sqlite3.Connection, record: object) -> None:
 
 
 def _on_connect_read_only(connection: sqlite3.Connection, record: object) -> None:
+    # else a sort or a copy writes texts to the system's temporary folder, out of a purge's reach
+    connection.execute("PRAGMA temp_store=MEMORY")
     connection.isolation_level = None  # sqlalchemy's `begin` event starts transactions
-    connection.create_function("lowered", 1, _lowered, deterministic=True)
+    for name, function in SEARCHES.items():
+        connection.create_function(name, 2, function, deterministic=True)
     connection.execute(f"PRAGMA busy_timeout={int(1000 * LOCK_TIMEOUT_S)}")

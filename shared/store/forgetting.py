@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from specl.shared.conversations import HASH_DIGITS, strings, typed_in
+from specl.shared.conversations import folded, strings, typed_in
 from specl.shared.errors import StoreError
 from specl.shared.store.file import StoreFile, parts
 from specl.shared.store.rows import iso
@@ -19,7 +19,6 @@ EARLIEST, LATEST = 0.0, 253_000_000_000.0  # the first and the last time that ca
 PURGE_MOST = 2_000  # generations that one request removes: at 41 KB each well within a command's timeout
 DAY_S = 86400
 SIZE_TARGET = 0.95  # of the size limit: what is left after rows went for it
-_HASH_GLOB = "[0-9a-f]" * HASH_DIGITS  # an id that is_hash_shaped, as SQLite's glob
 
 g, q, t = generations.c, quarantine.c, training_runs.c
 
@@ -39,13 +38,10 @@ class Forgetting(StoreFile):
         if before is not None:
             conditions.append(g.created_at < before)
         if pattern:
-            conditions += [_holds(column, pattern) for column in (g.prompt, g.output, g.messages)]
-            # three letters of a pattern stand in many a hash: of such an id only the whole counts
-            is_name = sa.or_(
-                sa.func.glob(_HASH_GLOB, g.conversation_id) == 0,
-                sa.func.lowered(g.conversation_id) == pattern.lower(),
-            )
-            conditions.append(sa.and_(_holds(g.conversation_id, pattern), is_name))
+            text = folded(pattern)
+            conditions += [sa.func.text_holds(column, text) == 1 for column in (g.prompt, g.output)]
+            conditions += [sa.func.messages_hold(g.messages, text) == 1]
+            conditions += [sa.func.name_holds(g.conversation_id, text) == 1]
         if not conditions:
             return []
         stored = self._scalars(sa.select(g.id).where(sa.or_(*conditions)).limit(PURGE_MOST))
@@ -57,7 +53,7 @@ class Forgetting(StoreFile):
         if before is not None:
             conditions.append(q.created < iso(max(EARLIEST, min(before, LATEST))))
         if pattern:
-            conditions.append(_holds(q.raw, pattern))
+            conditions.append(sa.func.text_holds(q.raw, folded(pattern)) == 1)
         return self._scalars(sa.select(q.id).where(sa.or_(*conditions)).limit(PURGE_MOST))
 
     def _scalars(self, query: sa.Select[Any]) -> list[str]:
@@ -149,11 +145,6 @@ class Forgetting(StoreFile):
                 f"another program reads {self.path}; its write-ahead log could not be emptied",
                 "close it and purge again",
             )
-
-
-def _holds(column: sa.ColumnElement[str] | sa.ColumnElement[bytes], pattern: str) -> sa.ColumnElement[bool]:
-    """Whether `pattern` stands in a column, in upper or lower case of any script."""
-    return sa.func.lowered(column).contains(pattern.lower(), autoescape=True)
 
 
 def _used_bytes(connection: sa.Connection) -> int:

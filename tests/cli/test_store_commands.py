@@ -51,6 +51,18 @@ def test_failures_are_filtered(specl, filled):
     assert specl("store", "failures", "--since", "yesterday").exit_code == 2
 
 
+@pytest.mark.parametrize("part", ['say "été"\nto ÜBER', "L'ÉTÉ", "above\0BELOW", "plain ÉTÉ"])
+def test_failures_contain_what_a_purge_finds(specl, filled, part):
+    content = 'Say "ÉTÉ"\nto über, l\'été, above\0below'
+    store = Store(find_paths().store)
+    chat = [{"role": "user", "content": content}]
+    store.add_rows([to_row(make_generation("ab", messages=chat, prompt="", acceptance_rate=0.1))])
+    store.add_rows([to_row(make_generation("cd", messages=[], prompt="plain été", acceptance_rate=0.1))])
+    store.close()
+    expected = ["cd"] if part.startswith("plain") else ["ab"]
+    assert ids(specl("store", "failures", "--json", "--contains", part)) == expected
+
+
 def test_a_page_says_where_it_is(specl, filled):
     outcome = specl("store", "failures", "--limit", 2)
     assert "page 1 of 3, 5 failures; `--page 2` goes on" in outcome.stderr
