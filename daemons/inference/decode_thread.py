@@ -21,7 +21,7 @@ from specl.daemons.inference.recorder import Recorder
 from specl.daemons.inference.scheduler import Scheduler
 from specl.daemons.inference.swap import AdapterSwap
 from specl.shared.answer_stats import AnswerStats
-from specl.shared.engine.answer_history import AnswerHistory
+from specl.shared.engine.answer_history import AnswerHistory, PastAnswer
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.statistics import answer_stats
 from specl.shared.errors import SpecLoraError
@@ -77,6 +77,7 @@ class DecodeThread(threading.Thread):
         self._stopping = False
         self._answer_files = AnswerFiles(paths.answers)
         self._history_purges = 0  # answers that finished before the latest purge are not added after it
+        self._purged_files = 0  # which of these purges has removed the files, too
         self._expire_at = 0.0
         self._idle_since = self._current_read_at = time.monotonic()
 
@@ -141,17 +142,26 @@ class DecodeThread(threading.Thread):
     def purge(self, peer: bytes, purge: Purge, matches: Callable[[Envelope], bool]) -> None:
         """Forget cached prefixes and past answers, then have the recorder purge the disk and reply."""
 
+        self._history_purges += 1  # from here on files are not read, see `_read_answers`
+        number = self._history_purges
+
+        def files_purged() -> None:
+            self._purged_files = number
+
         def forget() -> None:
-            self._history_purges += 1
             if (engine := self.engine) is not None:
                 engine.prefixes.purge()
                 engine.answer_history.forget()
-            self.recorder.purge(peer, purge, matches, self._answer_files)
+
+        def forget_all() -> None:
+            forget()
+            self.recorder.purge(peer, purge, matches, self._answer_files, files_purged)
 
         if self.scheduler is None:  # nothing is cached, and the inbox may wait for the models
-            forget()
+            forget_all()
+            self.call(forget)  # unless they were being loaded just now
         else:
-            self.call(forget)
+            self.call(forget_all)
 
     def stop(self) -> None:
         """End after the present round; running answers are cancelled."""
@@ -221,11 +231,11 @@ class DecodeThread(threading.Thread):
         """`records.retention_days` holds for past answers as for records, whether models are loaded
         or not.
         """
-        days, now = self.settings.records.retention_days, time.time()
+        days, now = self.settings.records.retention_days, time.monotonic()
         if not days or now < self._expire_at:
             return
-        self._expire_at = now + min(EXPIRE_S, 86400 * days / 10)
-        before = now - 86400 * days
+        self._expire_at = now + min(EXPIRE_S, 86400 * days / 10)  # monotonic: a clock that is set back delays nothing
+        before = time.time() - 86400 * days
         if (engine := self.engine) is not None:
             engine.answer_history.expire(before)
         self.recorder.expire_answers(self._answer_files, before)
@@ -245,7 +255,7 @@ class DecodeThread(threading.Thread):
         )
         load_or_calibrate(engine, self.paths.costs)
         self._answer_files = AnswerFiles(self.paths.answers, engine.target.tokenizer_fingerprint)
-        engine.answer_history = AnswerHistory(self._answer_files.read)
+        engine.answer_history = AnswerHistory(self._read_answers)
         swap = self._attach_swap(engine)
         scheduler = Scheduler(engine, self.settings, self._emit, self.monitor.must_draft, self._finished)
         self.context_length = context_limit(engine, self.settings)
@@ -348,6 +358,12 @@ class DecodeThread(threading.Thread):
                 states = session.all_states()
         add = self._answer_adder(job.ask.client_id, list(session.output))
         self.recorder.finish(job.peer, done_message(running, stats), generation, states, add)
+
+    def _read_answers(self, client_id: str) -> list[PastAnswer]:
+        """A client's answers on disk; none while a purge has yet to remove the files. Otherwise a
+        request in between would bring purged answers back, and write them again.
+        """
+        return self._answer_files.read(client_id) if self._purged_files == self._history_purges else []
 
     def _answer_adder(self, client_id: str, tokens: list[int]) -> Callable[[], None]:
         """An action for the recorder, which knows whether the answer may be kept: later answers of

@@ -102,11 +102,18 @@ class Recorder(threading.Thread):
         """Discard the records that the collector has stored and send it the oldest others."""
         self._queue.put(lambda: self._emit(peer, self._outbox.answer(fetch)))
 
-    def purge(self, peer: bytes, purge: Purge, matches: Callable[[Envelope], bool], files: AnswerFiles) -> None:
+    def purge(
+        self,
+        peer: bytes,
+        purge: Purge,
+        matches: Callable[[Envelope], bool],
+        files: AnswerFiles,
+        files_purged: Callable[[], None],
+    ) -> None:
         """Remove records, hidden states and past answers, then reply with the ids that were
-        removed.
+        removed. `files_purged` is called, on the recorder's thread, once past answers are gone.
         """
-        self._queue.put(lambda: self._emit(peer, self._purge(purge, matches, files)))
+        self._queue.put(lambda: self._emit(peer, self._purge(purge, matches, files, files_purged)))
 
     def stop(self) -> None:
         """Commit what is queued, then end."""
@@ -163,9 +170,16 @@ class Recorder(threading.Thread):
         except OSError as error:
             _log.warning("hidden_states.not_spooled", reason=str(error))
 
-    def _purge(self, purge: Purge, matches: Callable[[Envelope], bool], files: AnswerFiles) -> Reply:
+    def _purge(
+        self,
+        purge: Purge,
+        matches: Callable[[Envelope], bool],
+        files: AnswerFiles,
+        files_purged: Callable[[], None],
+    ) -> Reply:
         try:
             files.purge()  # after every write that was queued before
+            files_purged()
             ids = list({*purge.ids, *self._outbox.matching(matches)})
             self._outbox.purge(ids)
             self._spool.purge(ids)

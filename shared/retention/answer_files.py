@@ -63,9 +63,14 @@ def _write(path: Path, answers: Sequence[PastAnswer]) -> None:
     """[FORMAT, count, when each was generated, the length of each, all tokens] as uint32, by
     rename.
     """
-    head = [FORMAT, len(answers), *(int(created) for created, _ in answers), *(len(text) for _, text in answers)]
+    head = [FORMAT, len(answers), *(_stamp(created) for created, _ in answers), *(len(text) for _, text in answers)]
     data = np.array([*head, *(token for _, text in answers for token in text)], "<u4")
     write_file(path, data.tobytes(), sync=False)
+
+
+def _stamp(created: float) -> int:
+    """A time as uint32, whatever a wrong clock says: 1970 at the earliest, 2106 at the latest."""
+    return int(min(max(created, 0), 2**32 - 1))
 
 
 def _read(path: Path) -> list[PastAnswer]:
