@@ -21,7 +21,7 @@ class Expiry:
 
     def __init__(self, records: Records, spool: HiddenSpool) -> None:
         self._records, self._spool = records, spool
-        self._is_log_full = False  # rows are gone, but their bytes are still in the write-ahead log
+        self._wal_needs_truncation = False  # a purge failed after deleting rows: their bytes are still in the log
         self.due_at = 0.0
 
     def run(self, store: Callable[[], Store], now: float) -> bool:
@@ -39,14 +39,14 @@ class Expiry:
         records = self._records
         store.drop_backups(records.retention_days, today)
         expired = store.expired(records.retention_days, records.max_generations, records.max_store_mb, today)
-        if not expired and not self._is_log_full:
+        if not expired and not self._wal_needs_truncation:
             return False
         portion = expired[:MAX_ROWS]
         # hidden states first: a row that stays is found again, an id that is gone is not
         self._spool.purge(portion)
-        self._is_log_full = True
+        self._wal_needs_truncation = True
         store.purge(portion)
-        self._is_log_full = False
+        self._wal_needs_truncation = False
         if len(portion) < len(expired):
             self.due_at = now
         _log.info("retention.removed", generations=len(portion), left=len(expired) - len(portion))

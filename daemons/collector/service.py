@@ -43,7 +43,7 @@ _log = log.get("collector")
 @dataclass(slots=True)
 class Producer:
     """The exchange with one producer. `acknowledged` are ids that are committed and not yet
-    reported; `asked_at` is None while no fetch is in flight. Times are those of `time.monotonic`.
+    reported; `remaining`: records that it still has; `asked_at` is None while no fetch is in flight. Times are those of `time.monotonic`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Producer:
     asked_at: float | None = None
     next_at: float = 0.0
     heard_at: float = 0.0
-    left: int = 0
+    remaining: int = 0
 
     @property
     def due_at(self) -> float:
@@ -150,7 +150,7 @@ class Collector:
             return
         failpoint("fetch.after_reply")
         now = time.monotonic()
-        producer.asked_at, producer.heard_at, producer.left = None, now, message.left
+        producer.asked_at, producer.heard_at, producer.remaining = None, now, message.left
         producer.acknowledged = []
         if not message.rows:
             producer.next_at = now + POLL_S
@@ -218,7 +218,7 @@ class Collector:
             trouble=trouble,
             malformed=self.server.malformed,
             producers={
-                producer.name: ProducerStatus(_age_s(producer.heard_at, now), producer.left)
+                producer.name: ProducerStatus(_age_s(producer.heard_at, now), producer.remaining)
                 for producer in self.producers
             },
             summary=self.summary.summary,

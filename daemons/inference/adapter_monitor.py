@@ -1,5 +1,5 @@
 """The collapse check of a newly activated adapter, kept across restarts. Lives on the MLX thread;
-the rule is learning/collapse.py.
+the rule is collapse.py.
 
 The state is a small file that is written after each answer while a check is on. Losing it (power, a
 full disk) costs the counts so far and nothing else: it is replaced whole, but not synced.
@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from specl.shared.learning.collapse import CollapseCheck
+from specl.daemons.inference.collapse import CollapseCheck
 from specl.shared.messaging.codes import ActivationEvent, ActivationReason, WatchState
 from specl.shared.messaging.daemon_status import WatchStatus
 from specl.shared.messaging.messages import Activation

@@ -59,14 +59,14 @@ class Recorder(threading.Thread):
         done: Done,
         generation: Generation | None,
         states: np.ndarray | None,
-        kept_whole: Callable[[], None],
+        on_unredacted: Callable[[], None],
     ) -> None:
         """Record an answer, then send `done`; without a `generation` it is sent as it is.
 
-        `kept_whole` is called, on the recorder's thread and before `done` goes out, if redaction
+        `on_unredacted` is called, on the recorder's thread and before `done` goes out, if redaction
         takes nothing away.
         """
-        self._queue.put(lambda: self._finish(peer, done, generation, states, kept_whole))
+        self._queue.put(lambda: self._finish(peer, done, generation, states, on_unredacted))
 
     def record(self, record: Record) -> None:
         """Record something that no client waits for."""
@@ -135,14 +135,14 @@ class Recorder(threading.Thread):
         done: Done,
         generation: Generation | None,
         states: np.ndarray | None,
-        kept_whole: Callable[[], None],
+        on_unredacted: Callable[[], None],
     ) -> None:
         if generation is not None:
             redaction = self._redactor.apply(generation)
             if redaction.timed_out:
                 _log.warning("redaction.timed_out", id=generation.id, stored="statistics")
             if redaction.whole:
-                kept_whole()
+                on_unredacted()
             note = self._append(redaction.record)
             if states is not None and redaction.whole and not note:
                 self._spool_states(generation.id, states)

@@ -22,7 +22,7 @@ from specl.shared.learning.recapture import recapture
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.runtime import log
 from specl.shared.settings.schema import Settings
-from specl.shared.store import Outline, Store, StoredGeneration
+from specl.shared.store import GenerationSummary, Store, StoredGeneration
 from specl.shared.store.failure import is_failure
 from specl.shared.training_files.shards import load_or_discard, save_shard
 
@@ -56,10 +56,10 @@ class Split:
     by.
     """
 
-    failures: list[Outline]
-    successes: list[Outline]
-    held_out: list[Outline]
-    eval_rows: list[Outline]
+    failures: list[GenerationSummary]
+    successes: list[GenerationSummary]
+    held_out: list[GenerationSummary]
+    eval_rows: list[GenerationSummary]
     newest: str
 
 
@@ -98,7 +98,7 @@ class DataLoader:
     def split(self, clock: Callable[[], float] = time.time) -> Split:
         """What this target wrote, by kind; quick, because no text is read."""
         threshold = self.settings.speculative.acceptance_threshold
-        rows = [row for row in self.store.outlines(NEWEST) if self._fits(row)]
+        rows = [row for row in self.store.generation_summaries(NEWEST) if self._fits(row)]
         failures, successes, held_out = [], [], []
         for row in rows:
             if is_held_out(row.conversation_id, self.settings.training.heldout_share):
@@ -133,7 +133,7 @@ class DataLoader:
         """What was answered after `moment` (seconds since the epoch), newest first, held out or
         not; never a text of the generations in `without`.
         """
-        rows = [row for row in self.store.outlines(most) if self._fits(row) and row.created_at > moment]
+        rows = [row for row in self.store.generation_summaries(most) if self._fits(row) and row.created_at > moment]
         excluded = self._texts_of(list(without))
         return [example for example in self._examples(rows, most) if example.tokens.tobytes() not in excluded]
 
@@ -141,10 +141,10 @@ class DataLoader:
         """The ends of these generations' texts, as long as examples are."""
         return {text[-4 * MAX_TOKENS :] for text in self.store.tokens(list(ids))}
 
-    def _fits(self, row: Outline) -> bool:
+    def _fits(self, row: GenerationSummary) -> bool:
         return row.target_fingerprint == self.engine.target.fingerprint and row.output_count > 1
 
-    def _examples(self, rows: Sequence[Outline], most: int) -> list[Example]:
+    def _examples(self, rows: Sequence[GenerationSummary], most: int) -> list[Example]:
         """At most so many of them, without repeats."""
         chosen = self.store.generations([row.id for row in stratified_sample(rows, most)])
         return _distinct([self.example(row) for row in chosen])

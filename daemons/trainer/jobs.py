@@ -1,5 +1,5 @@
-"""What the trainer's MLX thread can be given to do, and how it says that it has ended. All are
-frozen values.
+"""The jobs of the trainer's MLX thread, and the messages that say how each ended. All are frozen
+values.
 """
 
 import uuid
@@ -11,9 +11,9 @@ from specl.shared.messaging.codes import RunTrigger, RunVerdict
 from specl.shared.messaging.messages import Record
 
 
-class Kind(StrEnum):
-    """Kinds of work. Each has its own trouble and its own retry time; the values appear in
-    sentences for people.
+class JobKind(StrEnum):
+    """Kinds of jobs. Each has its own problem and its own retry time. The values appear in messages
+    to users.
     """
 
     TRAIN = "run"
@@ -29,7 +29,7 @@ class TrainJob:
 
     trigger: RunTrigger
     cause: str
-    kind = Kind.TRAIN
+    kind = JobKind.TRAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class EvaluateAdapterJob:
     folder: str
     name: str
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    kind = Kind.EVALUATE
+    kind = JobKind.EVALUATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +49,26 @@ class ReevaluateJob:
     """Compare a promoted adapter with its predecessor on answers since its promotion."""
 
     adapter_id: str
-    kind = Kind.REEVALUATE
+    kind = JobKind.REEVALUATE
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreJob:
     """Score generations that were answered without drafting."""
 
-    kind = Kind.SCORE
+    kind = JobKind.SCORE
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareRegressionJob:
     """Make the regression slice and a part of the texts to replay ahead of a run."""
 
-    kind = Kind.PREPARE
+    kind = JobKind.PREPARE
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The last one."""
+    """Ends the MLX thread. It is the last item in its queue."""
 
 
 Job = TrainJob | EvaluateAdapterJob | ReevaluateJob | ScoreJob | PrepareRegressionJob
@@ -87,8 +87,8 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The verdict of a run, and the records that say so. `path` is the adapter to announce, where
-    CURRENT has moved to one.
+    """The verdict of a run with its records. `path` is the adapter to announce, where CURRENT has
+    moved to one.
     """
 
     verdict: RunVerdict
@@ -100,8 +100,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class JobEnded:
-    """What the MLX thread tells of a job. `more`: work of this kind is left that can be done at
-    once.
+    """The report of the MLX thread that a job has ended. `more`: there is work of this kind left that
+    can be done at once.
     """
 
     job: Job

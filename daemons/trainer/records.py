@@ -41,8 +41,8 @@ def evaluations(
 
 
 def scored(generation: str, adapter_id: str, score: Agreement) -> Evaluation:
-    """Agreement of one generation under one adapter: the same record whenever it is made again, so
-    that twice is once.
+    """The record of one generation's agreement under one adapter. Its id depends on both alone, so
+    recording it again changes nothing (idempotent).
     """
     return Evaluation(
         id=uuid.uuid5(SCORE_IDS, f"{generation}/{adapter_id}").hex,

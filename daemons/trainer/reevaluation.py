@@ -52,7 +52,11 @@ def due(adapters: Adapters) -> Manifest | None:
 
 def answers_ready(manifest: Manifest, store: Store) -> bool:
     """Whether enough was answered since it was published."""
-    rows = [row for row in store.outlines(MAX_ANSWERS) if row.created_at > manifest.created_at and row.output_count > 1]
+    rows = [
+        row
+        for row in store.generation_summaries(MAX_ANSWERS)
+        if row.created_at > manifest.created_at and row.output_count > 1
+    ]
     return sum(row.target_fingerprint == manifest.target_fingerprint for row in rows) >= MIN_ANSWERS
 
 

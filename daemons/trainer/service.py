@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from specl.daemons.trainer import reevaluation
-from specl.daemons.trainer.jobs import Ending, EvaluateAdapterJob, Job, JobEnded, Kind, Outcome, TrainJob
+from specl.daemons.trainer.jobs import Ending, EvaluateAdapterJob, Job, JobEnded, JobKind, Outcome, TrainJob
 from specl.daemons.trainer.power_policy import PowerPolicy
 from specl.daemons.trainer.record_queue import RecordQueue
 from specl.daemons.trainer.records import adapter_record
-from specl.daemons.trainer.schedule import Schedule, Seen, next_job
+from specl.daemons.trainer.schedule import Schedule, TrainerInputs, next_job
 from specl.daemons.trainer.throttle import Throttle
 from specl.daemons.trainer.worker import TrainingWorker
 from specl.shared.adapters.registry import Adapters
@@ -74,8 +74,8 @@ class Trainer:
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[JobEnded] = queue.SimpleQueue()
         self._started_at = time.monotonic()
-        self._seen = Seen()
-        self._store_trouble = ""
+        self._inputs = TrainerInputs()
+        self._store_problem = ""
         server.subscribe(Addresses(paths, settings.bus).publish("inference"), self._published)
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -100,8 +100,8 @@ class Trainer:
         self.outbox.close()
 
     def _record_adapters(self) -> None:
-        """Record adapters again: a trainer that was killed right after publishing had no time to,
-        and twice is once.
+        """Record all adapters again, because a trainer that was killed right after publishing could
+        not. The store ignores records that it has (idempotent).
         """
         for id in self.adapters.ids():
             try:
@@ -118,26 +118,26 @@ class Trainer:
         self.power_policy.check()
         self.records.offer()
         try:
-            self._seen = self._see()
-            self._store_trouble = ""
+            self._inputs = self._read_inputs()
+            self._store_problem = ""
         except StoreError as error:
-            self._store_trouble = str(error)
+            self._store_problem = str(error)
             return
         if self.schedule.running is None:
-            self._begin(next_job(self._seen, time.monotonic()))
+            self._begin(next_job(self._inputs, time.monotonic()))
 
-    def _see(self) -> Seen:
-        """What the schedule depends on. Raises StoreError."""
+    def _read_inputs(self) -> TrainerInputs:
+        """The inputs of `next_job`. Raises StoreError."""
         training, schedule = self.settings.training, self.schedule
         adapter = reevaluation.due(self.adapters)
         if adapter is None:
-            schedule.forget(Kind.REEVALUATE)
+            schedule.forget(JobKind.REEVALUATE)
         try:
             store = Store(self.paths.store, read_only=True)
         except StoreError:
-            return Seen()  # the collector has not made it yet
+            return TrainerInputs()  # the collector has not made it yet
         try:
-            return Seen(
+            return TrainerInputs(
                 repeat=schedule.repeat,
                 undelivered=self.records.undelivered > 0,
                 enabled=training.enabled,
@@ -249,7 +249,7 @@ class Trainer:
                 return Reply(False, f"a run is under way ({self._progress})")
         if self.schedule.run_is_queued or (isinstance(running, TrainJob) and not self.throttle.abandoning):
             return Reply(False, "a run waits already: it starts as soon as inference is idle")
-        pending, needed = self._seen.pending_failures, self.settings.training.min_failure_cases
+        pending, needed = self._inputs.pending_failures, self.settings.training.min_failure_cases
         if not message.now and pending < needed:
             return Reply(False, f"{pending} of {needed} failures are there; --now trains on what there is")
         trigger = RunTrigger.BY_HAND_NOW if message.now else RunTrigger.BY_HAND
@@ -300,10 +300,10 @@ class Trainer:
     def _waits_for(self) -> str:
         """Why no run goes on; empty where one does, or none is wanted."""
         running, reason = self.schedule.running is not None, self.power_policy.reason_to_wait
-        if reason and (running or self._seen.wants_training):
+        if reason and (running or self._inputs.wants_training):
             return reason
-        if self._seen.waits_for_answers and not running:
-            return f"for answers to re-evaluate adapter {self._seen.reevaluation} with"
+        if self._inputs.waits_for_answers and not running:
+            return f"for answers to re-evaluate adapter {self._inputs.reevaluation} with"
         return ""
 
     def _status(self) -> TrainerStatus:
@@ -320,10 +320,10 @@ class Trainer:
                 abandoning=self.throttle.abandoning,
             ),
             evaluations=dict(self.evaluations),
-            pending=self._seen.pending_failures,
+            pending=self._inputs.pending_failures,
             trigger=self.settings.training.min_failure_cases,
             enabled=self.settings.training.enabled,
             outbox=self.records.status(),
-            trouble="; ".join(filter(None, [self._store_trouble, *self.schedule.troubles.values()])),
+            trouble="; ".join(filter(None, [self._store_problem, *self.schedule.problems.values()])),
             malformed=self.server.malformed,
         )

@@ -1,7 +1,7 @@
 """A stratified sample of generations: rows of every period, and no conversation above its fair
 share.
 
-Pure: outlines in, a choice of them out. The same rows give the same choice, and a few new ones
+Pure: summaries in, a choice of them out. The same rows give the same choice, and a few new ones
 change little of it, so that a run that was killed finds most of its work again.
 """
 
@@ -9,12 +9,12 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from specl.shared.store import Outline
+from specl.shared.store import GenerationSummary
 
 STRATA = 10  # of the rows that are older than the newest half
 
 
-def stratified_sample(rows: Sequence[Outline], most: int) -> list[Outline]:
+def stratified_sample(rows: Sequence[GenerationSummary], most: int) -> list[GenerationSummary]:
     """`most` of `rows` (newest first), in their order; all of them where they are no more than
     that. Guaranteed are:
 
@@ -25,7 +25,7 @@ def stratified_sample(rows: Sequence[Outline], most: int) -> list[Outline]:
     """
     if len(rows) <= most:
         return list(rows)
-    groups: dict[str, list[Outline]] = {}
+    groups: dict[str, list[GenerationSummary]] = {}
     for row in rows:
         groups.setdefault(row.conversation_id, []).append(row)
     share = fair_share([len(group) for group in groups.values()], most)
@@ -47,7 +47,7 @@ def fair_share(counts: Iterable[int], most: int) -> int:
     return ordered[-1] if ordered else 0
 
 
-def _thinned(rows: Sequence[Outline], most: int) -> list[Outline]:
+def _thinned(rows: Sequence[GenerationSummary], most: int) -> list[GenerationSummary]:
     """The newest half of `most` as they are, the other half from all that is older."""
     if len(rows) <= most:
         return list(rows)
@@ -61,7 +61,7 @@ def _thinned(rows: Sequence[Outline], most: int) -> list[Outline]:
     return [row for row in rows if row.id in sampled]
 
 
-def _hash_order(row: Outline) -> bytes:
+def _hash_order(row: GenerationSummary) -> bytes:
     """A pseudo-random order that is always the same. Taking every second row would change the whole
     choice with one new row.
     """

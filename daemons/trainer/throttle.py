@@ -14,8 +14,8 @@ from collections.abc import Callable
 from specl.shared.errors import Interrupted
 
 DEFER_S = 600.0
-DUTY = 0.25
-SILENCE_S = 10.0  # inference says every two seconds whether it is busy: one that says nothing for so long is not there
+TRAINER_SHARE = 0.25  # of the time, for the trainer, once it has been deferred for DEFER_S
+SILENCE_S = 10.0  # inference reports every two seconds; after this long without a report it counts as gone
 POLL_S = 0.1
 POWER_POLL_S = 1.0  # on battery every awakening costs; a stop waits 1.5 s
 MAX_PIECE_S = 30.0  # gaps longer than this are idle time, not work, and are not charged
@@ -26,7 +26,7 @@ class Abandoned(Interrupted):
 
 
 class Superseded(Interrupted):
-    """What the run goes on from is no longer in force: its outcome would be refused."""
+    """The adapter that the run goes on from is no longer active: its outcome would be refused."""
 
 
 class Throttle:
@@ -87,7 +87,7 @@ class Throttle:
         """
         start = self._clock()
         worked = min(start - self._worked_until, MAX_PIECE_S)
-        deferred = max(0.0, self._deferred_s - worked * (1 - DUTY) / DUTY)
+        deferred = max(0.0, self._deferred_s - worked * (1 - TRAINER_SHARE) / TRAINER_SHARE)
         held_up = 0.0  # by the machine
         while True:
             if self._stop.is_set():

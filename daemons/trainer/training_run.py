@@ -50,9 +50,9 @@ class Parent:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """What the steps have made: the wrapped draft, and A and B that they began with, where those
-    are the parent's.
+class TrainedDraft:
+    """The draft with LoRA layers attached. `start`: the parent's A and B, where training began from
+    them; else None.
     """
 
     learner: Learner
@@ -143,7 +143,7 @@ class AdapterTraining:
         return set()
 
     # ------------------------------------------------------------------------------------------------ the training
-    def _attach(self, data: TrainingData, replay: list[Example]) -> Trained:
+    def _attach(self, data: TrainingData, replay: list[Example]) -> TrainedDraft:
         """Wrap the pristine draft's layers, with the parent's A and B where its shape is the same;
         refresh the hot vocabulary.
         """
@@ -161,7 +161,7 @@ class AdapterTraining:
             texts = [*data.failures, *data.successes, *replay]
             size, vocabulary = draft.shape.hot_size, int(draft.target.config["vocab_size"])
             learner.set_hot(hot_vocabulary(texts, size, vocabulary, keep=old))
-        return Trained(learner, shape, start)
+        return TrainedDraft(learner, shape, start)
 
     def _loop(self, data: TrainingData, replay: list[Example]) -> TrainingLoop:
         return TrainingLoop(
@@ -177,7 +177,9 @@ class AdapterTraining:
         )
 
     # ------------------------------------------------------------------------------------------------ the end
-    def _judge(self, loop: TrainingLoop, trained: Trained, before: Scores, after: Scores, verdict: Verdict) -> Outcome:
+    def _judge(
+        self, loop: TrainingLoop, trained: TrainedDraft, before: Scores, after: Scores, verdict: Verdict
+    ) -> Outcome:
         """Publish if the verdict is to promote."""
         self.pause_in_force()  # the last chance to be told that the data is to be forgotten
         if verdict.verdict != RunVerdict.PROMOTED:
@@ -230,7 +232,7 @@ class CandidateJudge:
     before: Scores
     pristine: float
 
-    def verdict(self, trained: Trained) -> tuple[Scores, Verdict]:
+    def verdict(self, trained: TrainedDraft) -> tuple[Scores, Verdict]:
         """The trained weights' scores and verdict. Where they fail on general text alone, weights
         between the old and the trained ones are tried (WiSE-FT, arXiv 2109.01903); the first that
         pass are left in the learner.

@@ -21,7 +21,7 @@ from mlx_lm.sample_utils import make_sampler
 from specl.shared.answer_stats import AnswerTotals
 from specl.shared.bench.prompt_sets import BenchPrompt
 from specl.shared.bench.text_equality import TopTwo
-from specl.shared.engine.acceptance_history import RequestHistory
+from specl.shared.engine.acceptance_history import HistoryBySampling
 from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.engine.decoding_stats import DecodingStats
 from specl.shared.engine.request_options import RequestOptions
@@ -188,7 +188,7 @@ class EngineArm:
             "ngram": ngram,
             "capture_k": capture_k,
         }
-        self._history = RequestHistory()
+        self._history = HistoryBySampling()
 
     def run(self, item: BenchPrompt, prompt: list[int], limit: int) -> ArmResult:
         """Answer one prompt. No prefix is reused: every arm reads the whole prompt."""

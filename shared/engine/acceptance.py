@@ -3,12 +3,12 @@
 Pure: distributions and tokens in, a count and a token out. Whatever the drafts are, the output has
 exactly the target's distribution. `greedy` emits the target's argmax. `rejection` is Leviathan et
 al. 2023 (arXiv 2211.17192, algorithm 1). `block` verifies all drafts of a round together and
-accepts at least as many (Sun et al. 2024, arXiv 2403.10444, algorithm 2). `coupled` emits
+accepts at least as many (Sun et al. 2024, arXiv 2403.10444, algorithm 2). `gumbel_coupled` emits
 argmax(log p + noise), a draw by the Gumbel-max trick whose noise belongs to the position, so that
 the text of a seed does not depend on the drafts at all.
 
-`target` is called with a row number only as far as rows are needed: `rejection` and `coupled` never
-read a row after the first rejection.
+`target_row` is called with a row number only as far as rows are needed: `rejection` and
+`gumbel_coupled` never read a row after the first rejection.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,32 +60,35 @@ def residual(target_p: Distribution, draft_p: Distribution, weight: float = 1.0)
 
 
 def rejection(
-    target: TargetRow,
+    target_row: TargetRow,
     drafts: Sequence[int],
     draft_probs: Sequence[Distribution],
     uniform: Callable[[], float],
 ) -> VerifyResult:
     """Accept x with probability min(1, target_p(x) / draft_p(x)); then draw from the residual."""
     for i, (token, draft_p) in enumerate(zip(drafts, draft_probs, strict=True)):
-        target_p = target(i)
+        target_p = target_row(i)
         if uniform() * draft_p.of(token) >= target_p.of(token):
             return VerifyResult(i, residual(target_p, draft_p).draw(uniform()))
-    return VerifyResult(len(drafts), target(len(drafts)).draw(uniform()))
+    return VerifyResult(len(drafts), target_row(len(drafts)).draw(uniform()))
 
 
-def run_weights(target: TargetRow, drafts: Sequence[int], draft_probs: Sequence[Distribution]) -> list[float]:
-    """P(first i drafts stand | these drafts), i = 0..k: min(previous * target_p / draft_p, 1)."""
+def prefix_weights(target_row: TargetRow, drafts: Sequence[int], draft_probs: Sequence[Distribution]) -> list[float]:
+    """Probability that the first i drafts stand, given these drafts, for i = 0..k.
+
+    Each is min(previous * target_p / draft_p, 1).
+    """
     weights = [1.0]
     for i, (token, draft_p) in enumerate(zip(drafts, draft_probs, strict=True)):
-        weights.append(min(1.0, weights[-1] * target(i).of(token) / draft_p.of(token)))
+        weights.append(min(1.0, weights[-1] * target_row(i).of(token) / draft_p.of(token)))
     return weights
 
 
-def run_chance(weight: float, target_p: Distribution, draft_p: Distribution | None) -> float:
-    """P(accept exactly i drafts | not more than i accepted), for the run of i drafts with this
-    weight.
+def prefix_stop_probability(weight: float, target_p: Distribution, draft_p: Distribution | None) -> float:
+    """Probability that exactly i drafts are accepted, given that no more than i are, for the prefix
+    of i drafts with this weight.
 
-    `draft_p`: the distribution the next draft was drawn from, None after the last draft.
+    `draft_p`: the distribution that the next draft was drawn from; None after the last draft.
     """
     if draft_p is None:
         return weight
@@ -94,30 +97,31 @@ def run_chance(weight: float, target_p: Distribution, draft_p: Distribution | No
 
 
 def block(
-    target: TargetRow,
+    target_row: TargetRow,
     drafts: Sequence[int],
     draft_probs: Sequence[Distribution],
     uniform: Callable[[], float],
 ) -> VerifyResult:
-    """Accept the longest run of drafts that its own draw lets stand; then draw from its residual.
+    """Accept the longest prefix of the drafts whose own random draw lets it stand; then draw from
+    its residual.
 
     Whether a draft goes on may depend on the tokens before it, never on the token drawn next. The
-    runs' chances then add up to their weights, whatever the lengths (proved in the paper by
-    induction from the last draft back).
+    probabilities of the prefixes then add up to their weights, whatever their lengths (proved in
+    the paper by induction from the last draft back).
     """
-    weights = run_weights(target, drafts, draft_probs)
+    weights = prefix_weights(target_row, drafts, draft_probs)
     for i in range(len(drafts), 0, -1):
         draft_p = draft_probs[i] if i < len(drafts) else None
-        if uniform() < run_chance(weights[i], target(i), draft_p):
-            probs = residual(target(i), draft_p, weights[i]) if draft_p is not None else target(i)
+        if uniform() < prefix_stop_probability(weights[i], target_row(i), draft_p):
+            probs = residual(target_row(i), draft_p, weights[i]) if draft_p is not None else target_row(i)
             return VerifyResult(i, probs.draw(uniform()))
-    return VerifyResult(0, residual(target(0), draft_probs[0]).draw(uniform()))
+    return VerifyResult(0, residual(target_row(0), draft_probs[0]).draw(uniform()))
 
 
-def coupled(target: TargetRow, drafts: Sequence[int], noise: Callable[[int], np.ndarray]) -> VerifyResult:
+def gumbel_coupled(target_row: TargetRow, drafts: Sequence[int], noise: Callable[[int], np.ndarray]) -> VerifyResult:
     """Emit argmax(log target_p + noise) at every row and accept while the draft is that token."""
     for i, token in enumerate(drafts):
-        chosen = target(i).argmax_with(noise(i))
+        chosen = target_row(i).argmax_with(noise(i))
         if chosen != token:
             return VerifyResult(i, chosen)
-    return VerifyResult(len(drafts), target(len(drafts)).argmax_with(noise(len(drafts))))
+    return VerifyResult(len(drafts), target_row(len(drafts)).argmax_with(noise(len(drafts))))

@@ -36,8 +36,8 @@ class AcceptanceHistory:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestHistory:
-    """The histories of greedy and of sampled requests."""
+class HistoryBySampling:
+    """Two histories: that of greedy requests and that of sampled ones."""
 
     greedy: AcceptanceHistory = field(default_factory=lambda: AcceptanceHistory.new(GREEDY_PRIOR))
     sampled: AcceptanceHistory = field(default_factory=lambda: AcceptanceHistory.new(SAMPLED_PRIOR))
@@ -46,8 +46,8 @@ class RequestHistory:
         """The history of requests that are sampled in this way."""
         return self.greedy if sampling.greedy else self.sampled
 
-    def for_new_draft(self) -> "RequestHistory":
+    def for_new_draft(self) -> "HistoryBySampling":
         """These histories without what was learned about the model draft, which has changed."""
-        fresh = RequestHistory()
+        fresh = HistoryBySampling()
         pairs = ((fresh.greedy, self.greedy), (fresh.sampled, self.sampled))
-        return RequestHistory(*(AcceptanceHistory(new.model, old.ngram, old.timing) for new, old in pairs))
+        return HistoryBySampling(*(AcceptanceHistory(new.model, old.ngram, old.timing) for new, old in pairs))

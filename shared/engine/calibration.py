@@ -49,7 +49,7 @@ class Measurable(Protocol):
 def calibrate(engine: EngineCore) -> Calibration:
     """Measure the engine's target and draft; `engine.costs` stays as it is."""
     subject = _WarmSession(engine)
-    costs = measure(subject, engine.max_drafts, engine.drafts)
+    costs = measure(subject, engine.max_draft_tokens, engine.has_drafter)
     return Calibration(costs, subject.complete)
 
 
@@ -91,7 +91,7 @@ class _WarmSession:
 
     def __init__(self, engine: EngineCore) -> None:
         prompt = [1 + i % 97 for i in range(WARM_CONTEXT)]
-        self._session = engine.session(prompt, RequestOptions(num_draft_tokens=1 if engine.drafts else 0))
+        self._session = engine.session(prompt, RequestOptions(num_draft_tokens=1 if engine.has_drafter else 0))
         while not self._session.prefill():
             pass
         self._drafter = self._session.state.drafter

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from specl.shared.engine.acceptance_history import RequestHistory
+from specl.shared.engine.acceptance_history import HistoryBySampling
 from specl.shared.engine.answer_history import AnswerHistory
 from specl.shared.engine.costs import Costs
 from specl.shared.engine.custom_drafter import CustomDrafter, DrafterFactory, OnError, raise_error
@@ -85,7 +85,7 @@ class EngineCore:
         self.costs: Costs | None = None
         self.adapter_id = ""
         self.adapter_form = "none"
-        self.request_history = RequestHistory()
+        self.request_history = HistoryBySampling()
         self.prefixes = PrefixCache(options.max_kv_cache_tokens)
         self.answer_history = AnswerHistory(limit=0)
         module = self.draft_module
@@ -110,12 +110,12 @@ class EngineCore:
         return self.draft.fingerprint if self.draft is not None else ""
 
     @property
-    def drafts(self) -> bool:
+    def has_drafter(self) -> bool:
         """Whether there is a model drafter or a custom one."""
         return self.draft is not None or self.drafter_factory is not None
 
     @property
-    def max_drafts(self) -> int:
+    def max_draft_tokens(self) -> int:
         """The most tokens that a drafter may propose in a round: what calibration measures."""
         return max(self.options.max_draft_tokens, NGRAM_DEPTH)
 

@@ -16,7 +16,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from specl.shared.engine.acceptance import VerifyResult, block, coupled, greedy, rejection
+from specl.shared.engine.acceptance import VerifyResult, block, greedy, gumbel_coupled, rejection
 from specl.shared.engine.acceptance_estimate import AcceptanceEstimate
 from specl.shared.engine.answer_history import ClientAnswers
 from specl.shared.engine.capture import Capture, RejectedDraft, TokenLogprobs, token_logprobs
@@ -267,7 +267,7 @@ class Session:
             return distribution(logits[i], sampling)
 
         if self._sampler.noise is not None:
-            return coupled(target_p, draft.tokens, self._sampler.noise)
+            return gumbel_coupled(target_p, draft.tokens, self._sampler.noise)
         rule = block if draft.drafter == "model" and len(draft.tokens) > 1 else rejection
         return rule(cache(target_p), draft.tokens, draft.draft_probs, self._sampler.uniform)
 

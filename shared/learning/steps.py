@@ -17,8 +17,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from specl.shared.learning.checkpointing import checkpointed
 from specl.shared.learning.examples import Example, collate
+from specl.shared.learning.gradient_checkpointing import checkpointed
 from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import EPSILON, LossSettings
 

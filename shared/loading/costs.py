@@ -35,15 +35,15 @@ def load_or_calibrate(engine: EngineCore, folder: Path) -> Costs:
 
 def load_costs(engine: EngineCore, folder: Path) -> Costs | None:
     """The costs that were measured here before, or None. Neither measures nor changes `engine`."""
-    return read_costs(_file(engine, folder), engine.max_drafts, engine.drafts)
+    return read_costs(_file(engine, folder), engine.max_draft_tokens, engine.has_drafter)
 
 
-def read_costs(path: Path, most: int, drafts: bool) -> Costs | None:
+def read_costs(path: Path, most: int, has_drafter: bool) -> Costs | None:
     """Costs of a file; None unless they reach `most` tokens and cover a draft if there is one."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         document = json.loads(path.read_text())
         verify, draft = ({int(k): float(v) for k, v in document[name].items()} for name in ("verify", "draft"))
-        if max(verify) >= min(most + 1, WIDTHS[-1]) and bool(draft) == drafts:
+        if max(verify) >= min(most + 1, WIDTHS[-1]) and bool(draft) == has_drafter:
             return Costs(verify, draft)
     return None
 

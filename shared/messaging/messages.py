@@ -263,7 +263,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Request, acknowledgement, replay and heartbeat in one: `done` ids are committed; send the oldest others."""
+    """Ask a producer for its oldest records. `done`: ids that are committed, which it may delete. It is also the heartbeat."""
 
     done: list[str]
     limit: int = FETCH_LIMIT

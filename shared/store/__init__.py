@@ -12,10 +12,10 @@ rows, `writing` adds them, `forgetting` removes them, `questions` reads.
 from specl.shared.store.forgetting import EARLIEST, LATEST, PURGE_MOST, Forgetting
 from specl.shared.store.migrations import SCHEMA_VERSION
 from specl.shared.store.questions import Questions
-from specl.shared.store.rows import Outline, StoredGeneration
+from specl.shared.store.rows import GenerationSummary, StoredGeneration
 from specl.shared.store.writing import Writing
 
-__all__ = ["EARLIEST", "LATEST", "PURGE_MOST", "SCHEMA_VERSION", "Outline", "Store", "StoredGeneration"]
+__all__ = ["EARLIEST", "LATEST", "PURGE_MOST", "SCHEMA_VERSION", "GenerationSummary", "Store", "StoredGeneration"]
 
 
 class Store(Writing, Forgetting, Questions):

@@ -13,7 +13,7 @@ from specl.shared.messaging.messages import Disagreement
 from specl.shared.store.failure import IS_FAILURE_SQL, score_sql
 from specl.shared.store.file import StoreFile, parts
 from specl.shared.store.rows import (
-    Outline,
+    GenerationSummary,
     Row,
     StoredGeneration,
     exported,
@@ -145,7 +145,7 @@ class Questions(StoreFile):
         return [id for id in ids if id not in stored]
 
     # ------------------------------------------------------------------------------------------------ for the trainer
-    def outlines(self, limit: int) -> list[Outline]:
+    def generation_summaries(self, limit: int) -> list[GenerationSummary]:
         """The newest `limit` generations that have the target's top-k, newest first, without texts,
         tokens and top-k.
         """
@@ -156,7 +156,7 @@ class Questions(StoreFile):
             .order_by(g.n.desc())
             .limit(limit)
         )
-        return [Outline(**row) for row in self._all(query)]
+        return [GenerationSummary(**row) for row in self._all(query)]
 
     def tokens(self, ids: Sequence[str]) -> Iterator[bytes]:
         """Prompt and answer of each of these as one array, u32 little-endian; in no order."""

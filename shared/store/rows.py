@@ -85,9 +85,10 @@ def stored_disagreement(row: Mapping[str, Any]) -> Disagreement:
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
-    """What is asked of a generation before it is worth reading whole. `score` is as in `failure`:
-    None where it is not known.
+class GenerationSummary:
+    """A generation without its texts, tokens and top-k: enough to choose which ones to read whole.
+
+    `score` is that of failure.py, None where it is not known.
     """
 
     id: str
@@ -104,7 +105,7 @@ def iso(timestamp: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Incoming:
+class RowsToInsert:
     """A delivered record as rows: one of `table`, and those of its disagreements."""
 
     table: sa.Table
@@ -112,9 +113,9 @@ class Incoming:
     disagreements: Sequence[Row] = ()
 
 
-def incoming(envelope: Envelope) -> Incoming:
-    """The rows of a delivered record; what is no record, or none that a row can hold, is a row of
-    the quarantine.
+def rows_to_insert(envelope: Envelope) -> RowsToInsert:
+    """The rows of a delivered record. A body that is no record, or that no row can hold, becomes a
+    row of the quarantine.
     """
     try:
         record = decode(envelope.body)
@@ -126,11 +127,11 @@ def incoming(envelope: Envelope) -> Incoming:
             _check(values)
     except Exception as error:  # free-form parts may hold anything, and one record must not stop those behind it
         return quarantined(envelope, error)
-    return Incoming(TABLES[type(record)], columns, disagreements)
+    return RowsToInsert(TABLES[type(record)], columns, disagreements)
 
 
-def quarantined(envelope: Envelope, error: Exception) -> Incoming:
-    """The bytes as they came, and why they are no row."""
+def quarantined(envelope: Envelope, error: Exception) -> RowsToInsert:
+    """The row of the quarantine: the bytes as they came, and why they could not be stored."""
     reason = f"{type(error).__name__}: {error}"[:REASON_CHARACTERS].encode("utf-8", "replace").decode()
     columns = {
         "id": envelope.id,
@@ -139,7 +140,7 @@ def quarantined(envelope: Envelope, error: Exception) -> Incoming:
         "reason": reason,
         "raw": envelope.body,
     }
-    return Incoming(quarantine, columns)
+    return RowsToInsert(quarantine, columns)
 
 
 def row_of(record: Record) -> Row:

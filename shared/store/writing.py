@@ -11,7 +11,7 @@ from specl.shared.messaging.messages import Envelope
 from specl.shared.runtime.failpoints import failpoint
 from specl.shared.store.failure import THRESHOLD
 from specl.shared.store.file import StoreFile
-from specl.shared.store.rows import Incoming, incoming, quarantined
+from specl.shared.store.rows import RowsToInsert, quarantined, rows_to_insert
 from specl.shared.store.schema import TABLES, disagreements, generations, quarantine, settings
 
 # errors that a record's contents cause; a full disk or a lock is an OperationalError, and is waited
@@ -37,7 +37,7 @@ class Writing(StoreFile):
         Raises StoreError (nothing stored, nothing to acknowledge) where the disk refuses.
         """
         envelopes = list(envelopes)
-        items = [incoming(envelope) for envelope in envelopes]
+        items = [rows_to_insert(envelope) for envelope in envelopes]
         with self._errors():
             try:
                 with self._engine.begin() as connection:
@@ -50,11 +50,11 @@ class Writing(StoreFile):
         failpoint("store.after_commit")
         return [envelope.id for envelope in envelopes]
 
-    def _add_all(self, connection: sa.Connection, items: list[Incoming]) -> None:
+    def _add_all(self, connection: sa.Connection, items: list[RowsToInsert]) -> None:
         for table in TABLE_ORDER:
             self._add(connection, table, [item for item in items if item.table is table])
 
-    def _add_singly(self, connection: sa.Connection, envelopes: list[Envelope], items: list[Incoming]) -> None:
+    def _add_singly(self, connection: sa.Connection, envelopes: list[Envelope], items: list[RowsToInsert]) -> None:
         """Add one by one, where SQLite refuses a record for its contents: that one goes to
         quarantine, the others are stored.
         """
@@ -66,7 +66,7 @@ class Writing(StoreFile):
             except UNSTORABLE as error:
                 self._add(connection, quarantine, [quarantined(envelope, getattr(error, "orig", None) or error)])
 
-    def _add(self, connection: sa.Connection, table: sa.Table, items: list[Incoming]) -> None:
+    def _add(self, connection: sa.Connection, table: sa.Table, items: list[RowsToInsert]) -> None:
         """Insert what is not there yet. One statement for all: a statement each costs five times
         the CPU.
         """

@@ -2,7 +2,7 @@
 
     python -m tests.bench.startup [--times 10]
 
-The daemons are played by threads of this process, in a scratch run directory: what is measured is the command alone. The clock
+The daemons are faked by threads of this process, in a scratch run directory: what is measured is the command alone. The clock
 starts before the process does; the processor's time is of the whole command, to its end. Run it on a quiet machine; where a median is above the bar, the modules that take the time are named
 (`python -X importtime`, their own time, in a run of its own).
 """
@@ -57,7 +57,7 @@ STATUS = {
 }  # fmt: skip
 
 
-class Played:
+class FakeDaemon:
     """One daemon: its lock, its sockets, and when the last Ask came (`time.monotonic`)."""
 
     def __init__(self, paths: Paths, role: str) -> None:
@@ -138,12 +138,12 @@ def main() -> None:
         }
         status, ask = ["status", "--json"], ["ask", "hello"]
         report("status, nobody runs", lambda: run(status, environment), times, status, environment)
-        played = [Played(paths, role) for role in ROLES]
+        fakes = [FakeDaemon(paths, role) for role in ROLES]
 
         def until_sent() -> float:
             begun = time.monotonic()
             run(ask, environment)
-            return played[0].asked_at - begun
+            return fakes[0].asked_at - begun
 
         try:
             report("status, daemons run", lambda: run(status, environment), times, status, environment)
@@ -151,7 +151,7 @@ def main() -> None:
             report("ask, until it is sent", until_sent, times, ask, environment)
             report("ask, until it is over", lambda: run(ask, environment), times, ask, environment)
         finally:
-            for one in played:
+            for one in fakes:
                 one.close()
 
 

@@ -232,7 +232,7 @@ def test_target_probs_make_an_import_trainable(tiny):
     record = to_generation(parse(json.dumps(LINE)), scored)
     store = Store(find_paths().create().store)
     assert store.add_rows([to_row(record)]) == ["from-elsewhere"]
-    assert [row.id for row in store.outlines(5)] == ["from-elsewhere"]
+    assert [row.id for row in store.generation_summaries(5)] == ["from-elsewhere"]
     assert store.generations(["from-elsewhere"])[0].temperature == 0.0
     store.close()
 

@@ -1,7 +1,7 @@
 """What `status` shows of the collapse check."""
 
 from specl.daemons.inference.adapter_monitor import AdapterMonitor
-from specl.shared.learning.collapse import CollapseCheck
+from specl.daemons.inference.collapse import CollapseCheck
 from specl.shared.messaging.codes import WatchState
 
 

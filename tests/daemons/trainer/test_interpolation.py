@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from specl.daemons.trainer.scoring import Scores
-from specl.daemons.trainer.training_run import ALPHAS, CandidateJudge, Trained
+from specl.daemons.trainer.training_run import ALPHAS, CandidateJudge, TrainedDraft
 from specl.shared.learning.judge import Agreement, Regression, judge
 from specl.shared.messaging.codes import RunVerdict
 from specl.shared.models.lora import LoraShape, attach, lora_weights
@@ -60,7 +60,7 @@ def judged(stage, parent=0.0):
     start = {"layer.lora_a": mx.ones((4, 2)), "layer.lora_b": mx.full((2, 4), parent)} if parent else None
     learner = SimpleNamespace(module=module)
     before = Scores(stage.held_out(parent), stage.general(parent))
-    _, verdict = CandidateJudge(stage, stage, "", before, stage.pristine).verdict(Trained(learner, SHAPE, start))
+    _, verdict = CandidateJudge(stage, stage, "", before, stage.pristine).verdict(TrainedDraft(learner, SHAPE, start))
     return verdict, size_of_b(learner)
 
 

@@ -10,7 +10,7 @@ from specl.daemons.trainer.jobs import (
     Ending,
     EvaluateAdapterJob,
     JobEnded,
-    Kind,
+    JobKind,
     Outcome,
     PrepareRegressionJob,
     ReevaluateJob,
@@ -18,7 +18,7 @@ from specl.daemons.trainer.jobs import (
     TrainJob,
 )
 from specl.daemons.trainer.records import scored
-from specl.daemons.trainer.schedule import Schedule, Seen, next_job
+from specl.daemons.trainer.schedule import Schedule, TrainerInputs, next_job
 from specl.shared.learning.judge import Agreement
 from specl.shared.messaging.codes import RunTrigger, RunVerdict
 
@@ -27,41 +27,41 @@ AUTOMATIC = TrainJob(RunTrigger.FAILURES, "3 failures")
 BY_HAND = TrainJob(RunTrigger.BY_HAND, "by hand")
 BY_HAND_NOW = TrainJob(RunTrigger.BY_HAND_NOW, "by hand, now")
 REEVALUATE = ReevaluateJob("000002")
-ENOUGH = Seen(pending_failures=3, min_failures=3)
+ENOUGH = TrainerInputs(pending_failures=3, min_failures=3)
 DUE = replace(ENOUGH, reevaluation="000002")
 READY = replace(DUE, answers_ready=True)
-QUIET = Seen(pending_failures=1, min_failures=3, quiet=True, unprepared=True)
+QUIET = TrainerInputs(pending_failures=1, min_failures=3, quiet=True, unprepared=True)
 
 
 @pytest.mark.parametrize(
     ("seen", "job"),
     [
-        (Seen(), None),
+        (TrainerInputs(), None),
         (ENOUGH, AUTOMATIC),
         (replace(ENOUGH, pending_failures=2), None),
         (replace(ENOUGH, enabled=False), None),
         (replace(ENOUGH, undelivered=True), None),
         (replace(ENOUGH, reason_to_wait="on battery"), None),
-        (replace(ENOUGH, not_before={Kind.TRAIN: NOW + 1}), None),
-        (replace(ENOUGH, not_before={Kind.TRAIN: NOW}), AUTOMATIC),
-        (replace(ENOUGH, not_before={Kind.SCORE: NOW + 1}), AUTOMATIC),
+        (replace(ENOUGH, not_before={JobKind.TRAIN: NOW + 1}), None),
+        (replace(ENOUGH, not_before={JobKind.TRAIN: NOW}), AUTOMATIC),
+        (replace(ENOUGH, not_before={JobKind.SCORE: NOW + 1}), AUTOMATIC),
         # a run that could not be finished
         (replace(ENOUGH, repeat=BY_HAND), BY_HAND),
-        (Seen(repeat=BY_HAND, enabled=False), BY_HAND),
-        (Seen(repeat=BY_HAND, reason_to_wait="on battery"), None),
-        (Seen(repeat=BY_HAND_NOW, reason_to_wait="on battery"), BY_HAND_NOW),
+        (TrainerInputs(repeat=BY_HAND, enabled=False), BY_HAND),
+        (TrainerInputs(repeat=BY_HAND, reason_to_wait="on battery"), None),
+        (TrainerInputs(repeat=BY_HAND_NOW, reason_to_wait="on battery"), BY_HAND_NOW),
         # a reevaluation, and a run that waits for it
         (READY, REEVALUATE),
         (replace(READY, enabled=False), REEVALUATE),
-        (replace(READY, not_before={Kind.REEVALUATE: NOW + 1}), AUTOMATIC),
+        (replace(READY, not_before={JobKind.REEVALUATE: NOW + 1}), AUTOMATIC),
         (replace(READY, reason_to_wait="on battery"), None),
         (DUE, AUTOMATIC),
         (replace(DUE, rollback_is_recent=True), None),
         (replace(DUE, rollback_is_recent=True, repeat=BY_HAND_NOW), BY_HAND_NOW),
         (replace(READY, rollback_is_recent=True), REEVALUATE),
         # what is done when no run is due
-        (Seen(unscored=True), ScoreJob()),
-        (Seen(unscored=True, not_before={Kind.SCORE: NOW + 1}), None),
+        (TrainerInputs(unscored=True), ScoreJob()),
+        (TrainerInputs(unscored=True, not_before={JobKind.SCORE: NOW + 1}), None),
         (replace(ENOUGH, unscored=True), AUTOMATIC),
         (replace(DUE, rollback_is_recent=True, unscored=True), ScoreJob()),
         (QUIET, PrepareRegressionJob()),
@@ -84,25 +84,25 @@ def test_failing_run_is_tried_ever_less_often():
     schedule, waits = Schedule(), []
     for verdict in ("failed", "failed", "failed", "rejected", "failed"):
         schedule.ended(done(AUTOMATIC, RunVerdict(verdict)), NOW)
-        waits.append(schedule.not_before.get(Kind.TRAIN, NOW) - NOW)
+        waits.append(schedule.not_before.get(JobKind.TRAIN, NOW) - NOW)
     assert waits == [300, 600, 1200, 0, 300]
 
 
 @pytest.mark.parametrize(
     ("ended", "kind", "seconds"),
     [
-        (done(AUTOMATIC, RunVerdict.NO_DATA), Kind.TRAIN, 60),
-        (done(AUTOMATIC, RunVerdict.NO_VERDICT), Kind.TRAIN, 60),
-        (done(AUTOMATIC, RunVerdict.PROMOTED), Kind.TRAIN, 0),
-        (done(REEVALUATE, RunVerdict.NO_VERDICT), Kind.REEVALUATE, 20),
-        (done(REEVALUATE, RunVerdict.KEPT), Kind.REEVALUATE, 0),
-        (JobEnded(ScoreJob(), Ending.DONE), Kind.SCORE, 300),
-        (JobEnded(ScoreJob(), Ending.DONE, more=True), Kind.SCORE, 0),
-        (JobEnded(ScoreJob(), Ending.FAILED, "broken"), Kind.SCORE, 300),
-        (JobEnded(REEVALUATE, Ending.FAILED, "broken"), Kind.REEVALUATE, 20),
-        (JobEnded(AUTOMATIC, Ending.DISK_FULL, "no room"), Kind.TRAIN, 15),
-        (JobEnded(AUTOMATIC, Ending.INTERRUPTED), Kind.TRAIN, 0),
-        (JobEnded(AUTOMATIC, Ending.ABANDONED), Kind.TRAIN, 0),
+        (done(AUTOMATIC, RunVerdict.NO_DATA), JobKind.TRAIN, 60),
+        (done(AUTOMATIC, RunVerdict.NO_VERDICT), JobKind.TRAIN, 60),
+        (done(AUTOMATIC, RunVerdict.PROMOTED), JobKind.TRAIN, 0),
+        (done(REEVALUATE, RunVerdict.NO_VERDICT), JobKind.REEVALUATE, 20),
+        (done(REEVALUATE, RunVerdict.KEPT), JobKind.REEVALUATE, 0),
+        (JobEnded(ScoreJob(), Ending.DONE), JobKind.SCORE, 300),
+        (JobEnded(ScoreJob(), Ending.DONE, more=True), JobKind.SCORE, 0),
+        (JobEnded(ScoreJob(), Ending.FAILED, "broken"), JobKind.SCORE, 300),
+        (JobEnded(REEVALUATE, Ending.FAILED, "broken"), JobKind.REEVALUATE, 20),
+        (JobEnded(AUTOMATIC, Ending.DISK_FULL, "no room"), JobKind.TRAIN, 15),
+        (JobEnded(AUTOMATIC, Ending.INTERRUPTED), JobKind.TRAIN, 0),
+        (JobEnded(AUTOMATIC, Ending.ABANDONED), JobKind.TRAIN, 0),
     ],
 )
 def test_retry_follows_from_how_a_job_ended(ended, kind, seconds):
@@ -125,9 +125,9 @@ def test_troubles_are_of_one_kind_of_work():
     schedule = Schedule()
     schedule.ended(JobEnded(AUTOMATIC, Ending.DISK_FULL, "no room"), NOW)
     schedule.ended(JobEnded(ScoreJob(), Ending.DONE, more=True), NOW)
-    assert schedule.troubles == {Kind.TRAIN: "the disk refuses, the run is tried again every 15 s: no room"}
+    assert schedule.problems == {JobKind.TRAIN: "the disk refuses, the run is tried again every 15 s: no room"}
     schedule.ended(done(AUTOMATIC, RunVerdict.REJECTED), NOW)
-    assert not schedule.troubles
+    assert not schedule.problems
 
 
 def test_preparation_is_tried_once_and_in_parts():

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 
 from specl.daemons.trainer.stratified_sample import STRATA, fair_share, stratified_sample
-from specl.shared.store import Outline
+from specl.shared.store import GenerationSummary
 
 
 def row(n, conversation):
-    return Outline(f"g{n}", conversation, 1000.0 - n, 0.1, 20, "t0")
+    return GenerationSummary(f"g{n}", conversation, 1000.0 - n, 0.1, 20, "t0")
 
 
 def traffic(rng):

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from specl.shared.engine.acceptance import (
     VerifyResult,
     block,
-    coupled,
     greedy,
+    gumbel_coupled,
+    prefix_stop_probability,
+    prefix_weights,
     rejection,
     residual,
-    run_chance,
-    run_weights,
 )
 from specl.shared.engine.sampling import Distribution, point_mass, position_noise
 
@@ -108,10 +108,10 @@ def test_block_verification_keeps_the_target_distribution(tree):
     out = np.zeros((SMALL, SMALL))
     for path, chance in drafted(draft, stops):
         draft_probs = [draft[path[:i]] for i in range(len(path))]
-        weights = run_weights(lambda i, path=path: target[path[:i]], path, draft_probs)
+        weights = prefix_weights(lambda i, path=path: target[path[:i]], path, draft_probs)
         for i in range(len(path), -1, -1):
             target_p, next_p = target[path[:i]], draft_probs[i] if i < len(path) else None
-            stop = run_chance(weights[i], target_p, next_p) if i else 1.0
+            stop = prefix_stop_probability(weights[i], target_p, next_p) if i else 1.0
             follows = target_p if next_p is None else residual(target_p, next_p, weights[i])
             for token, p in zip(follows.ids.tolist(), follows.p.tolist(), strict=True):
                 text = (*path[:i], token)
@@ -171,7 +171,7 @@ def test_rows_after_the_first_rejection_are_not_read():
     assert rejection(target, [5, 1, 5, 5], [point_mass(t) for t in (5, 1, 5, 5)], lambda: 0.5) == VerifyResult(1, 5)
     assert asked == [0, 1]
     asked.clear()
-    assert coupled(target, [5, 1, 5, 5], lambda i: np.zeros(SIZE)) == VerifyResult(1, 5)
+    assert gumbel_coupled(target, [5, 1, 5, 5], lambda i: np.zeros(SIZE)) == VerifyResult(1, 5)
     assert asked == [0, 1]
 
 
@@ -180,7 +180,7 @@ def test_coupled_tokens_do_not_depend_on_the_drafts(target_p, drafts, seed):
     def noise(i):
         return position_noise(seed, i, SIZE)
 
-    result = coupled(lambda i: target_p, drafts, noise)
+    result = gumbel_coupled(lambda i: target_p, drafts, noise)
     emitted = [*drafts[: result.accepted], result.token]
     assert emitted == [target_p.argmax_with(noise(i)) for i in range(len(emitted))]
 

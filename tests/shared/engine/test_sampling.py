@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specl.shared.engine.acceptance import coupled
+from specl.shared.engine.acceptance import gumbel_coupled
 from specl.shared.engine.sampling import Distribution, distribution, log_sum_exp, position_noise, top_indices
 from specl.shared.sampling_params import SamplingParams
 
@@ -40,5 +40,5 @@ def test_noise_belongs_to_seed_and_position(seed, position):
     assert np.array_equal(position_noise(seed, position, 50), position_noise(seed, position, 50))
     assert not np.array_equal(position_noise(seed, position, 50), position_noise(seed, position + 1, 50))
     sampling = Distribution(np.arange(50), np.full(50, 0.02))
-    token = coupled(lambda i: sampling, [], lambda i: position_noise(seed, position + i, 50)).token
-    assert coupled(lambda i: sampling, [token], lambda i: position_noise(seed, position + i, 50)).accepted == 1
+    token = gumbel_coupled(lambda i: sampling, [], lambda i: position_noise(seed, position + i, 50)).token
+    assert gumbel_coupled(lambda i: sampling, [token], lambda i: position_noise(seed, position + i, 50)).accepted == 1

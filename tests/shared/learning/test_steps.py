@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from specl.shared.learning.checkpointing import checkpointed
 from specl.shared.learning.examples import Example
+from specl.shared.learning.gradient_checkpointing import checkpointed
 from specl.shared.learning.learner import Learner, acceptance_by_depth, agreement
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import StepLoop, StepSettings

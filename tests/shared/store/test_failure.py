@@ -30,7 +30,7 @@ def test_view_count_and_predicate_agree(threshold, tmp_path):
     }
     assert {row["id"] for row in store.sql("SELECT id FROM failures")} == expected
     assert store.summary().failures == store.pending_failures() == len(expected)
-    assert {row.id for row in store.outlines(100) if is_failure(row.score, threshold)} == expected
+    assert {row.id for row in store.generation_summaries(100) if is_failure(row.score, threshold)} == expected
     store.close()
 
 

@@ -1,4 +1,4 @@
-"""Outbox, store and adapter directories: accepted is kept, twice is once, whole or not at all, whatever is killed when."""
+"""Outbox, store and adapter directories: what was accepted is kept, writes are idempotent and atomic, whatever is killed when."""
 
 import json
 import os

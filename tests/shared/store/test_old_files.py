@@ -277,7 +277,7 @@ def test_questions_are_answered_from_an_old_store(schema, store):
     assert summary.pending_failures == store.pending_failures() == 2
     records = EXPECTED[f"schema{schema}"]["records"]["Generation"]
     assert [row.id for row in store.unscored(10)] == [records[5]["id"]]
-    assert [row.id for row in store.outlines(20)] == [records[place]["id"] for place in (6, 5, 4, 1, 0)]
+    assert [row.id for row in store.generation_summaries(20)] == [records[place]["id"] for place in (6, 5, 4, 1, 0)]
     assert store.generation(records[0]["id"]).output == " the sky is blue because light scatters grün"
     assert len(store.generation(records[0]["id"]).disagreements) == 2
 

@@ -384,9 +384,9 @@ def test_outlines_and_full_rows_are_ordered(store):
         make_generation("g2"),
         make_evaluation("e1", subject="generation", generation_id="g1", agreement=0.25),
     )
-    found = store.outlines(10)
+    found = store.generation_summaries(10)
     assert [(row.id, row.score, row.output_count) for row in found] == [("g2", 0.4, 5), ("g1", 0.25, 5)]
-    assert [row.id for row in store.outlines(1)] == ["g2"]
+    assert [row.id for row in store.generation_summaries(1)] == ["g2"]
     whole = store.generations(["g2", "gone", "g1"])
     assert [row.id for row in whole] == ["g2", "g1"] and len(whole[0].disagreements) == 1
     assert whole[1].output_tokens == tokens_blob([1, 2, 3, 4, 5])

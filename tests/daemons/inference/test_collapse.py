@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specl.shared.learning.collapse import ENOUGH_TOKENS, FLOOR, PROBE_EVERY, CollapseCheck, binomial_tail
+from specl.daemons.inference.collapse import ENOUGH_TOKENS, FLOOR, PROBE_EVERY, CollapseCheck, binomial_tail
 from specl.shared.learning.judge import Agreement, reevaluate
 from specl.shared.messaging.codes import RunVerdict
 
