@@ -46,7 +46,7 @@ def evaluate(
     """Compare two adapters on the prompts of FILE (text, .jsonl, .json or .csv, as for `collect`).
 
     \b
-    specl-ctl eval prompts.txt                                  # the adapter in force against the bare draft
+    specl-ctl eval prompts.txt                                  # the active adapter against the bare draft
     specl-ctl eval prompts.txt --adapter 000007 --against 000006
 
     acceptance: of 4 tokens drafted each round, n-gram drafts off. agreement: how often the draft's first choice is the
@@ -85,7 +85,7 @@ def _resolve(name: str) -> str:
 
 
 def _hint(name: str) -> str:
-    return "no adapter is in force; `specl-ctl train --now` makes one" if name == "current" else "name two that differ"
+    return "no adapter is active; `specl-ctl train --now` makes one" if name == "current" else "name two that differ"
 
 
 def _load() -> "EngineCore":

@@ -42,7 +42,7 @@ def _rate(value: float | None) -> str:
 
 
 def _watch_text(watch: WatchStatus) -> str:
-    """How a newly activated adapter does on live traffic."""
+    """The collapse check of a newly activated adapter."""
     counts = f"acceptance {_rate(watch.acceptance)} of {watch.drafted} first drafted tokens"
     return f"{watch.adapter} {watch.state.replace('_', ' ')}: {counts} in {watch.requests} requests"
 

@@ -89,7 +89,7 @@ class StoreView:
 
 @dataclass(frozen=True, slots=True)
 class AdapterView:
-    """The adapter that drafts, the one before it, and how the watch over it goes."""
+    """The active adapter, the one before it, and its collapse check."""
 
     active: str
     previous: str

@@ -98,7 +98,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # click 8.2 cannot s
     "--stock", is_flag=True, help="Also mlx-lm on a copy without our kernels (loads the target twice; Linux CPU)."
 )
 @click.option("--no-daemon", is_flag=True, help="Leave out the run through scratch daemons.")
-@click.option("--suite", is_flag=True, help="Target only, base draft, adapted draft (the adapter in force).")
+@click.option("--suite", is_flag=True, help="Target only, base draft, adapted draft (the active adapter).")
 @click.option(
     "--clients", type=_Numbers(1, 32), help="Total tokens a second of so many clients at once, against mlx_lm.server."
 )
@@ -243,7 +243,7 @@ class _Bench:
         arms.append(EngineArm("base draft, k=4", engine, sampling, 4, ngram=False))
         current = adapters.current()
         if not current:
-            self.console.print("there is no adapter in force: the adapted draft is left out")
+            self.console.print("there is no active adapter: the adapted draft is left out")
             return arms
         adapter, _ = load_adapter(adapters, adapters.folder / current, engine)
         arms.append(EngineArm("adapted draft", engine, sampling, None, ngram=False, adapter=adapter))
@@ -305,7 +305,7 @@ class _Bench:
 
 
 def _settings(target: str | None, draft: str | None) -> Settings:
-    """The settings in force, with other models where they are named."""
+    """The settings, with other models where they are named."""
     settings = load_settings()
     models = settings.models.model_dump()
     if target:

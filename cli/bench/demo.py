@@ -41,7 +41,7 @@ REPLAYED = 96  # general texts are captured first: 20 s instead of two minutes
 
 
 def _demo_settings() -> Settings:
-    """The settings in force, with a short training run that starts on request."""
+    """The settings, with a short training run that starts on request."""
     settings = load_settings()
     training = settings.training.model_copy(
         update={

@@ -1,5 +1,5 @@
-"""The collapse check of a newly activated adapter, kept across restarts. Lives on the MLX thread;
-the rule is collapse.py.
+"""Runs the collapse check of a newly activated adapter and keeps it across restarts. Belongs to the
+MLX thread; the rule is collapse.py.
 
 The state is a small file that is written after each answer while a check is on. Losing it (power, a
 full disk) costs the counts so far and nothing else: it is replaced whole, but not synced.
@@ -18,17 +18,15 @@ from specl.shared.messaging.daemon_status import WatchStatus
 from specl.shared.messaging.messages import Activation
 from specl.shared.runtime.atomic_files import write_file
 
-CHECKED = (
-    ActivationReason.ANNOUNCED,
-    ActivationReason.BY_HAND,
-)  # reasons that say nothing of its worth on live traffic
+# after these activations the adapter is checked; after the others its worth is known, or a user insists
+CHECKED = (ActivationReason.ANNOUNCED, ActivationReason.BY_HAND)
 
 
 class AdapterMonitor:
-    """`adapter` is the one that drafts, `check` the check that is on, `last` how the last one
-    ended.
+    """`adapter` is the active adapter, `check` the check that is under way, `last` the result of the
+    last one.
 
-    `path` is where they survive a restart, None for nowhere.
+    `path` is the file that keeps them across a restart, None for no file.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -40,8 +38,8 @@ class AdapterMonitor:
         self.last: WatchStatus | None = None
 
     def load(self, draft: str, target: str) -> str | None:
-        """Go on with what the last process saved for this pair; the adapter that it drafted with,
-        None if nobody knows.
+        """Go on with what the last process saved for this pair. Returns the adapter that was active in
+        it, None if that is not known.
 
         A check that an earlier version saved (under `watch`) ends; the rest of its file is read.
         """
@@ -60,8 +58,8 @@ class AdapterMonitor:
         return self.adapter
 
     def observe(self, change: Activation) -> None:
-        """An adapter came or went. One that the trainer has reinstated or that a user returns to is
-        not checked.
+        """The active adapter has changed. One that the trainer has reinstated or that a user returns to
+        is not checked.
         """
         if change.event in (ActivationEvent.ACTIVATED, ActivationEvent.UNLOADED):
             if change.reason != ActivationReason.RESTART:
@@ -72,9 +70,9 @@ class AdapterMonitor:
             self._decided(change.adapter_id, WatchState.ROLLED_BACK)
 
     def activated(self, adapter: str, checked: bool) -> None:
-        """`adapter` drafts from now on; `checked` where it has still to show that it works.
+        """`adapter` is active from now on; `checked`: its collapse check begins.
 
-        One that was replaced before its check ended goes on with it when it comes back.
+        An adapter that was replaced before its check ended goes on with it when it comes back.
         """
         self.unfinished, self.check = self.check or self.unfinished, None
         if adapter and checked:
@@ -85,7 +83,7 @@ class AdapterMonitor:
         self._save()
 
     def resumed(self, adapter: str) -> None:
-        """The daemon is up and `adapter` drafts: a saved check of another one ends."""
+        """The daemon is up and `adapter` is active: a saved check of another one ends."""
         if self.check is not None and self.check.adapter_id != adapter:
             self.check = None
         self.adapter = adapter
@@ -117,7 +115,7 @@ class AdapterMonitor:
         return reason
 
     def status(self) -> WatchStatus | None:
-        """The check that is on, or how the last one ended."""
+        """The check that is under way, or the result of the last one."""
         check = self.check  # read once: the MLX thread may end it meanwhile
         return _status_of(check, WatchState.WATCHING) if check is not None else self.last
 

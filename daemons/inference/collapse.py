@@ -1,21 +1,21 @@
 """Whether a newly activated adapter has collapsed on live traffic. Pure counts; knows no request,
 file or clock.
 
-Live counts stop a draft that is plainly broken and decide nothing else. Which of two working
-adapters is better is decided by judge.py, on the same answers. The test is therefore against a
-fixed floor, and not against live counts of the adapter before: those are of other requests, and a
-change of the kind of work between the two had three better adapters rolled back for harder work
-(docs/learning.md). At the floor drafting costs about what it brings, so little is lost while a
-rolled-back adapter waits for the judge.
+The check stops a draft that is plainly broken and decides nothing else. Which of two working
+adapters is better is decided by learning/judge.py, on the same answers. The test is therefore
+against a fixed floor, and not against the acceptance of the adapter before: that is of other
+requests. Such a comparison once rolled back three better adapters because the work had become
+harder (docs/learning.md). At the floor drafting costs about what it brings, so little is lost while
+a rolled-back adapter waits for the judge.
 """
 
 import math
 from dataclasses import dataclass
 
 FLOOR = 0.1  # acceptance of the first drafted token below which a draft counts as broken
-ALPHA = 0.025  # chance that an adapter at the floor has so few accepted tokens
+ALPHA = 0.025  # significance: how probable so few accepted tokens may be for an adapter at the floor
 ENOUGH_TOKENS = 200  # first drafted tokens that end the check
-PROBE_EVERY = 4  # one round in so many drafts even while drafting is off: 24-token answers give 6 tokens each
+PROBE_EVERY = 4  # every 4th round drafts even while drafting is off: an answer of 24 tokens gives 6 of them
 
 
 @dataclass(slots=True)

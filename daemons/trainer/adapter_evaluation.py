@@ -1,5 +1,5 @@
 """Judges an adapter made elsewhere by the rule for trained ones: read it, score it against the
-active one, promote or refuse.
+active adapter, promote or reject.
 
 An evaluation trains nothing and uses up no failures. Its verdict is a `TrainingRun` record like any
 other.
@@ -11,7 +11,7 @@ from specl.daemons.trainer.jobs import EvaluateAdapterJob, Outcome
 from specl.daemons.trainer.publish import Tensors, held_out_metrics, publish_adapter
 from specl.daemons.trainer.run_context import RunContext
 from specl.daemons.trainer.run_report import RunReport
-from specl.daemons.trainer.scoring import Scorer, Scores, adapter_in_force
+from specl.daemons.trainer.scoring import Scorer, Scores, load_active_adapter
 from specl.shared.adapters.external import ExternalAdapter, read_external
 from specl.shared.errors import AdapterRejected
 from specl.shared.learning.judge import Lineage, Verdict, lineage_problems
@@ -22,10 +22,10 @@ def evaluate_adapter(context: RunContext, job: EvaluateAdapterJob) -> Outcome:
     """Judge a staged adapter. Raises Interrupted when told to stop."""
     report = replace(context.report(RunTrigger.IMPORT, f"import {job.name}"), run_id=job.run_id)
     context.progress.state = "checking"
-    in_force = context.adapters.current()
+    active_id = context.adapters.current()
     try:
         external = read_external(context.adapters.staged(job.folder), context.engine)
-        if problems := lineage_problems(_claimed(context, external, in_force), context.lineage(in_force)):
+        if problems := lineage_problems(_claimed(context, external, active_id), context.lineage(active_id)):
             raise AdapterRejected("; ".join(problems))
     except AdapterRejected as error:
         return report.end(RunVerdict.REJECTED, str(error))
@@ -37,23 +37,23 @@ def evaluate_adapter(context: RunContext, job: EvaluateAdapterJob) -> Outcome:
         return report.end(RunVerdict.NO_VERDICT, f"{counted}; import it again when there are more")
     scorer = Scorer(context.engine, held_out, context.regression_slice(), context.pause)
     context.progress.state = "scoring"
-    adapter = adapter_in_force(context.adapters, context.engine)
+    adapter = load_active_adapter(context.adapters, context.engine)
     report.parent_id = adapter.id if adapter is not None else ""
     before, after = scorer.with_adapter(adapter), scorer.with_adapter(external.adapter)
-    verdict = context.judge(before, after, scorer.pristine(), in_force)
+    verdict = context.judge(before, after, scorer.pristine(), active_id)
     context.pause()
-    if problems := lineage_problems(context.lineage(in_force), context.lineage(context.adapters.current())):
+    if problems := lineage_problems(context.lineage(active_id), context.lineage(context.adapters.current())):
         verdict = replace(verdict, verdict=RunVerdict.REJECTED, reason="; ".join(problems))
     return _end(context, job, report, external, before, after, verdict)
 
 
-def _claimed(context: RunContext, external: ExternalAdapter, in_force: str) -> Lineage:
+def _claimed(context: RunContext, external: ExternalAdapter, active_id: str) -> Lineage:
     """What the adapter says it was made for. One that names no parent was made from the pristine
     draft: it fits beside any.
     """
     if external.manifest is None:
-        return context.lineage(in_force)
-    parent = external.manifest.parent_id or in_force
+        return context.lineage(active_id)
+    parent = external.manifest.parent_id or active_id
     return Lineage(external.manifest.base_fingerprint, external.manifest.tokenizer_fingerprint, parent)
 
 

@@ -78,7 +78,7 @@ class Ending(StrEnum):
     """How a job ended."""
 
     DONE = "done"
-    SUPERSEDED = "superseded"  # the adapter that it went on from is no longer in force
+    SUPERSEDED = "superseded"  # the adapter that it went on from is no longer active
     INTERRUPTED = "interrupted"  # the trainer is stopping
     ABANDONED = "abandoned"  # texts that it learned from are purged
     DISK_FULL = "disk_full"

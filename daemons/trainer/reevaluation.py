@@ -1,9 +1,9 @@
 """The second decision about a promoted adapter: it and its predecessor, compared on the same
 answers since its promotion.
 
-Neither has learned from those answers. An adapter in force that does worse is rolled back; one that
-live counts have rolled back and that does better comes back. Each adapter is reevaluated once. Live
-counts alone cannot decide this: they compare answers of now with answers of before, and work that
+Neither has learned from those answers. An active adapter that does worse is rolled back; one that
+the collapse check has rolled back and that does better is reinstated. Each adapter is reevaluated
+once. Acceptance on live traffic cannot decide this: it compares answers of now with answers of before, and work that
 gets harder just after a promotion would be blamed on the adapter.
 """
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from specl.daemons.trainer.jobs import Outcome, ReevaluateJob
 from specl.daemons.trainer.run_context import RunContext
-from specl.daemons.trainer.scoring import Scorer, Scores, adapter_in_force
+from specl.daemons.trainer.scoring import Scorer, Scores, load_active_adapter
 from specl.shared.adapters.manifest import Manifest
 from specl.shared.adapters.marks import MARKS, UNDECIDED, MarkState
 from specl.shared.adapters.registry import Adapters
@@ -26,7 +26,7 @@ from specl.shared.store import Store
 
 MIN_ANSWERS = 8  # with fewer, more are waited for
 MAX_ANSWERS = 40
-WAIT_S = 600.0  # so long after a rollback runs are put off for answers
+WAIT_S = 600.0  # after a rollback, runs are put off this long to wait for answers
 
 
 def predecessor_of(manifest: Manifest) -> str:
@@ -35,13 +35,14 @@ def predecessor_of(manifest: Manifest) -> str:
 
 
 def due(adapters: Adapters) -> Manifest | None:
-    """The newest adapter that was not reevaluated yet, and that is in force or was rolled back to
-    its predecessor, which is.
+    """The newest adapter that was not reevaluated yet, and that is active or was rolled back to
+    its predecessor, which is active.
     """
     current, marks = adapters.current(), adapters.marks.all()
     for id in reversed(adapters.ids()):
         mark = marks.get(id)
-        if id != current if mark is None else mark.state not in UNDECIDED:
+        is_undecided = id == current if mark is None else mark.state in UNDECIDED
+        if not is_undecided:
             continue
         with suppress(AdapterRejected):
             manifest = adapters.manifest(id)
@@ -61,8 +62,8 @@ def answers_ready(manifest: Manifest, store: Store) -> bool:
 
 
 def rollback_is_recent(adapters: Adapters, manifest: Manifest, clock: Callable[[], float] = time.time) -> bool:
-    """Whether the adapter was rolled back so lately that a run had better wait: it might go on from
-    the wrong one.
+    """Whether the adapter was rolled back so recently that a run should wait: the reevaluation may
+    reinstate it.
     """
     with suppress(OSError):
         marked = manifest.id in adapters.marks.all()
@@ -103,7 +104,7 @@ class Reevaluation:
         if verdict.verdict == RunVerdict.NO_VERDICT:
             return self.report.end(verdict.verdict, verdict.reason)
         if self.adapters.current() != (other if self.was_rolled_back else self.id):
-            return self.report.end(RunVerdict.NO_VERDICT, "another adapter is in force by now")
+            return self.report.end(RunVerdict.NO_VERDICT, "another adapter is active by now")
         self.report.add_scores(self.id, Scores(before.held_out), Scores(after.held_out), verdict)
         return self._decide(verdict.verdict, verdict.reason, other)
 
@@ -111,21 +112,21 @@ class Reevaluation:
         return load_adapter(self.adapters, self.adapters.folder / id, self.context.engine)[0]
 
     def _predecessor(self, id: str) -> LoadedAdapter | None:
-        """The other side. Where CURRENT names it, it is what drafts: none, if its files cannot be
-        used.
+        """The predecessor, None for none. Where it is the active adapter and its files cannot be used,
+        inference drafts without an adapter, and None it is.
         """
         if self.was_rolled_back:
-            return adapter_in_force(self.adapters, self.context.engine)
+            return load_active_adapter(self.adapters, self.context.engine)
         return self._load(id) if id else None
 
     def _unusable(self, error: AdapterRejected, verdict: RunVerdict, predecessor: str) -> Outcome:
-        """One side cannot be loaded: the other one wins, unless the disk failed or the draft is
-        another one for the time being.
+        """One of the two cannot be loaded: the other one wins. No verdict where the disk failed, or
+        where another draft is configured at present.
         """
-        other_draft = False
+        has_other_draft = False
         with suppress(AdapterRejected):
-            other_draft = self.adapters.manifest(self.id).base_fingerprint != self.context.engine.draft_fingerprint
-        if other_draft or disk_failed(error):
+            has_other_draft = self.adapters.manifest(self.id).base_fingerprint != self.context.engine.draft_fingerprint
+        if has_other_draft or disk_failed(error):
             return self.report.end(RunVerdict.NO_VERDICT, str(error))
         return self._decide(verdict, str(error), predecessor)
 

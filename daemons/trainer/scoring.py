@@ -61,7 +61,7 @@ class Scorer:
 
 
 def learner_of(engine: EngineCore) -> Learner:
-    """The engine's draft as something that is scored or trained. Raises SpecLoraError where there
+    """A learner for the engine's draft. Raises SpecLoraError where there
     is none.
     """
     if engine.draft is None:
@@ -69,7 +69,7 @@ def learner_of(engine: EngineCore) -> Learner:
     return Learner(engine.draft)
 
 
-def adapter_in_force(adapters: Adapters, engine: EngineCore) -> LoadedAdapter | None:
+def load_active_adapter(adapters: Adapters, engine: EngineCore) -> LoadedAdapter | None:
     """The adapter that CURRENT names; None where there is none, or none that fits this draft."""
     current = adapters.current()
     if not current:

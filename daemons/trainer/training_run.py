@@ -1,4 +1,4 @@
-"""One training run: gather, train LoRA from the adapter in force, score on held-out conversations,
+"""One training run: gather, train LoRA from the active adapter, score on held-out conversations,
 judge, publish.
 
 Runs on the trainer's MLX thread in small pieces; between any two it may be told to wait or to stop.
@@ -15,7 +15,7 @@ from specl.daemons.trainer.jobs import Outcome, TrainJob
 from specl.daemons.trainer.publish import Tensors, held_out_metrics, publish_adapter
 from specl.daemons.trainer.run_context import RunContext
 from specl.daemons.trainer.run_report import TrainedOn
-from specl.daemons.trainer.scoring import Scorer, Scores, adapter_in_force, learner_of
+from specl.daemons.trainer.scoring import Scorer, Scores, learner_of, load_active_adapter
 from specl.daemons.trainer.throttle import Superseded
 from specl.daemons.trainer.training_loop import TrainingLoop
 from specl.shared.engine.core import LoadedAdapter
@@ -36,11 +36,11 @@ _log = log.get("training")
 
 @dataclass(slots=True)
 class Parent:
-    """What a run goes on from. `in_force`: what CURRENT named. `id` and `adapter` differ from it
-    where its files cannot be used.
+    """The adapter that a run goes on from. `active_id`: the adapter that CURRENT named. `id` and
+    `adapter` are empty where its files cannot be used.
     """
 
-    in_force: str
+    active_id: str
     adapter: LoadedAdapter | None
 
     @property
@@ -61,8 +61,8 @@ class TrainedDraft:
 
 
 class AdapterTraining:
-    """One run. `run` raises Interrupted when told to stop, and Superseded where what it goes on
-    from is in force no more; then the checkpoint stays, and the next run goes on with it.
+    """One run. `run` raises Interrupted when told to stop, and Superseded where the parent is
+    no longer the active adapter; then the checkpoint stays, and the next run goes on with it.
     """
 
     def __init__(self, context: RunContext, job: TrainJob) -> None:
@@ -90,7 +90,7 @@ class AdapterTraining:
             return self.report.end(*reason)  # some were repeats
         progress.state = "preparing"
         replay = loader.replay(self.context.paths.training, progress.set_step)
-        scorer = Scorer(self.engine, data.held_out, self.context.regression_slice(), self.pause_in_force)
+        scorer = Scorer(self.engine, data.held_out, self.context.regression_slice(), self.pause_while_active)
         self.go_on_from_current()
         progress.state = "scoring"
         before = scorer.with_adapter(self.parent.adapter)
@@ -102,7 +102,7 @@ class AdapterTraining:
         except FloatingPointError as error:
             return self._end(loop, RunVerdict.FAILED, str(error))
         progress.state = "scoring"
-        judge = CandidateJudge(self.context, scorer, self.parent.in_force, before, pristine)
+        judge = CandidateJudge(self.context, scorer, self.parent.active_id, before, pristine)
         return self._judge(loop, trained, before, *judge.verdict(trained))
 
     def _too_little(self, failures: int, successes: int, held_out: int) -> tuple[RunVerdict, str] | None:
@@ -121,16 +121,16 @@ class AdapterTraining:
     def go_on_from_current(self) -> None:
         """Take the adapter that CURRENT names as the parent."""
         adapters = self.context.adapters
-        self.parent = Parent(adapters.current(), adapter_in_force(adapters, self.engine))
+        self.parent = Parent(adapters.current(), load_active_adapter(adapters, self.engine))
         self.report.parent_id = self.parent.id
 
-    def pause_in_force(self) -> float:
+    def pause_while_active(self) -> float:
         """`pause`. Raises Superseded where CURRENT has moved: the checkpoint stays, for what was
         rolled back may be reinstated.
         """
         waited = self.context.pause()
-        if self.context.adapters.current() != self.parent.in_force:
-            raise Superseded(f"it goes on from adapter {self.parent.id or 'none'}, which is no longer in force")
+        if self.context.adapters.current() != self.parent.active_id:
+            raise Superseded(f"it goes on from adapter {self.parent.id or 'none'}, which is no longer active")
         return waited
 
     def _parent_seen_ids(self) -> set[str]:
@@ -173,7 +173,7 @@ class AdapterTraining:
             base={"parent": self.parent.id, "draft": self.engine.draft_fingerprint},
             parent_seen_ids=self._parent_seen_ids(),
             progress=self.context.progress,
-            pause=self.pause_in_force,
+            pause=self.pause_while_active,
         )
 
     # ------------------------------------------------------------------------------------------------ the end
@@ -181,7 +181,7 @@ class AdapterTraining:
         self, loop: TrainingLoop, trained: TrainedDraft, before: Scores, after: Scores, verdict: Verdict
     ) -> Outcome:
         """Publish if the verdict is to promote."""
-        self.pause_in_force()  # the last chance to be told that the data is to be forgotten
+        self.pause_while_active()  # the last chance to be told that the data is to be forgotten
         if verdict.verdict != RunVerdict.PROMOTED:
             self.report.add_scores("candidate", before, after, verdict)
             return self._end(loop, verdict.verdict, verdict.reason)
@@ -228,7 +228,7 @@ class CandidateJudge:
 
     context: RunContext
     scorer: Scorer
-    in_force: str
+    active_id: str
     before: Scores
     pristine: float
 
@@ -266,4 +266,4 @@ class CandidateJudge:
         return Scores(self.scorer.on_held_out(learner), self.scorer.on_general(learner))
 
     def _verdict(self, after: Scores) -> Verdict:
-        return self.context.judge(self.before, after, self.pristine, self.in_force)
+        return self.context.judge(self.before, after, self.pristine, self.active_id)

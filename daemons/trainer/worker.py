@@ -28,7 +28,7 @@ from specl.daemons.trainer.record_queue import RecordQueue
 from specl.daemons.trainer.records import scored
 from specl.daemons.trainer.reevaluation import Reevaluation
 from specl.daemons.trainer.run_context import RunContext
-from specl.daemons.trainer.scoring import adapter_in_force, learner_of
+from specl.daemons.trainer.scoring import learner_of, load_active_adapter
 from specl.daemons.trainer.throttle import Abandoned, Superseded, Throttle
 from specl.daemons.trainer.training_loop import RunProgress
 from specl.daemons.trainer.training_run import AdapterTraining
@@ -196,7 +196,7 @@ class TrainingWorker(threading.Thread):
         self.progress.state = "scoring"
         with self._data_loader() as data_loader:
             engine = self._loaded()
-            adapter = adapter_in_force(self._adapters, engine)
+            adapter = load_active_adapter(self._adapters, engine)
             engine.use_adapter(adapter)
             learner = learner_of(engine)
             rows = data_loader.store.unscored(SCORE_BATCH, engine.target.fingerprint)

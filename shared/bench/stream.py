@@ -126,7 +126,7 @@ def conversation(n: int, share: float) -> str:
 def scaled_settings(
     settings: Settings, requests: int, share: float, minutes: float, gap_s: float, learning: bool, ngram: bool
 ) -> Settings:
-    """The settings in force for a short stream: a run of at most `minutes` starts at `requests`
+    """Settings for a short stream: a run of at most `minutes` starts at `requests`
     failures, works in gaps of `gap_s`, and needs no more held-out generations than so many requests
     bring (some repeat each other). The judge is unchanged.
     """

@@ -20,7 +20,7 @@ from specl.shared.messaging.codes import RunVerdict
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-MAX_FALL = 0.005  # of agreement on the regression slice, against the adapter in force
+MAX_FALL = 0.005  # of agreement on the regression slice, against the active adapter
 MAX_DRIFT = 0.02  # of the same, against the draft without any adapter: it bounds what a year of promotions costs
 CHUNK = 200  # resamples at once: 200 x 100 generations are 20,000 indices
 
@@ -187,7 +187,7 @@ def judge(
     rates: tuple[float | None, float | None] = (None, None),
     problems: Sequence[str] = (),
 ) -> Verdict:
-    """Whether a candidate (`after`) replaces the adapter in force (`before`), by their scores on
+    """Whether a candidate (`after`) replaces the active adapter (`before`), by their scores on
     held-out generations.
 
     It must be better by more than chance, and general text must not regress. Fewer than `minimum`
@@ -219,9 +219,9 @@ def reevaluate(predecessor: Agreement, adapter: Agreement, minimum: int, was_rol
     """The second decision about a promoted adapter, by both scores on the same answers since its
     promotion.
 
-    The state of affairs stays unless the other one is better by more than chance: an adapter in
-    force is KEPT or ROLLED_BACK, one that live counts have rolled back is REINSTATED, or its
-    rollback is CONFIRMED. Fewer than `minimum` answers: no verdict.
+    Nothing changes unless the other adapter is better by more than chance: an active adapter is
+    KEPT or ROLLED_BACK. One that the collapse check has rolled back is REINSTATED, or its rollback
+    stays (CONFIRMED). Fewer than `minimum` answers: no verdict.
     """
     comparison = compare(predecessor, adapter)
     if comparison.generations < minimum:
@@ -234,7 +234,7 @@ def reevaluate(predecessor: Agreement, adapter: Agreement, minimum: int, was_rol
 
 
 def lineage_problems(candidate: Lineage, current: Lineage) -> list[str]:
-    """Why a candidate cannot be compared with what is in force: another base, tokenizer or parent."""
+    """Why a candidate cannot be compared with the active adapter: another base, tokenizer or parent."""
     problems = []
     if candidate.base != current.base:
         problems.append(f"it was trained on draft {candidate.base}, this one is {current.base}")
@@ -242,7 +242,7 @@ def lineage_problems(candidate: Lineage, current: Lineage) -> list[str]:
         problems.append("its tokenizer is another one")
     if candidate.parent != current.parent:
         problems.append(
-            f"it goes on from adapter {candidate.parent or 'none'}, in force is {current.parent or 'none'} by now"
+            f"it goes on from adapter {candidate.parent or 'none'}, the active one is {current.parent or 'none'} by now"
         )
     return problems
 

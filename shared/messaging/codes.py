@@ -57,7 +57,7 @@ class ActivationReason(StrEnum):
 class WatchState(StrEnum):
     """What the collapse check or the trainer has decided about a newly activated adapter."""
 
-    WATCHING = "watching"  # the check is on
+    WATCHING = "watching"  # the check is under way
     PASSED = "kept"  # it passed the collapse check
     ROLLED_BACK = "rolled_back"
     REINSTATED = "reinstated"

@@ -27,7 +27,7 @@ class OutboxStatus:
 
 @dataclass(frozen=True, slots=True)
 class WatchStatus:
-    """How a newly activated adapter does on live traffic: `acceptance` of `drafted` first drafted tokens in so many requests."""
+    """The collapse check of a newly activated adapter: `acceptance` is of `drafted` first drafted tokens, in `requests`."""
 
     adapter: str
     state: WatchState
@@ -38,7 +38,7 @@ class WatchStatus:
 
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
-    """The adapter that drafts, and the ones that verification refused, with the reason, by id."""
+    """The active adapter, and the ones that verification refused, with the reason, by id."""
 
     active: str = ""
     previous: str = ""

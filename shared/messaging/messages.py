@@ -88,7 +88,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """The adapter that drafts changed, or one was refused. `note` is the reason as a sentence for people."""
+    """The active adapter changed, or one was refused. `note` is the reason as a sentence for people."""
 
     id: str
     created_at: float
@@ -334,7 +334,7 @@ class Import:
 @dataclass(frozen=True, slots=True)
 class Reply:
     """The outcome of a command. `ids`: generations that a purge found; `run_id`: of an evaluation that was queued;
-    `adapter_id`: the adapter that drafts after SetAdapter.
+    `adapter_id`: the active adapter after SetAdapter.
     """
 
     ok: bool

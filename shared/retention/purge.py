@@ -36,7 +36,7 @@ TRAINER_TIMEOUT_S = 60.0  # a trainer that loads its models notices a purge only
 @dataclass(slots=True)
 class PurgeOutcome:
     """What a purge did: rows of the store, ids in all, adapters that learned from them, those
-    dropped and what drafts instead.
+    dropped and which one is active instead.
     """
 
     stored: int = 0
@@ -302,7 +302,7 @@ class Purger:
         raise SpecLoraError(f"inference keeps its adapter: {reply.message}")
 
     def _train(self, parent: str) -> str:
-        """Ask for a training run on what is left, from the adapter that drafts now; what became of
+        """Ask for a training run on what is left, from the active adapter; what became of
         it.
         """
         try:

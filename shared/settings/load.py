@@ -27,7 +27,7 @@ def default_file() -> Path:
 
 
 def settings_file() -> Path:
-    """The file in force: the one that `SPECL_CONFIG` names, else the shipped default."""
+    """The settings file: the one that `SPECL_CONFIG` names, else the shipped default."""
     named = os.environ.get("SPECL_CONFIG")
     return Path(named).expanduser() if named else default_file()
 
@@ -120,7 +120,7 @@ def parse_settings(text: str, file: Path) -> Settings:
 
 
 def load_settings(file: Path | None = None) -> Settings:
-    """The settings in force. Raises ConfigError for a missing, unreadable or bad file."""
+    """The effective settings. Raises ConfigError for a missing, unreadable or bad file."""
     file = file or settings_file()
     try:
         text = file.read_text(encoding="utf-8")

@@ -62,9 +62,7 @@ class Questions(StoreFile):
         )
 
     def _last_run(self) -> LastRun | None:
-        """The newest run, but for re-evaluations: the adapter monitor has figures of its own for
-        those.
-        """
+        """The newest run that is not a re-evaluation: those are shown with the collapse check."""
         t = training_runs.c
         judged = sa.select(training_runs).where(t.trigger != RunTrigger.REEVALUATION)
         for run in self._all(judged.order_by(t.n.desc()).limit(1)):

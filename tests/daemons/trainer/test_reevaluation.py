@@ -1,4 +1,4 @@
-"""Two adapters on the same answers: the better one is in force afterwards, whichever of them was, and only if that is proven."""
+"""Two adapters on the same answers: the better one is active afterwards, whichever of them was, and only if that is proven."""
 
 import time
 from dataclasses import replace
@@ -58,7 +58,7 @@ def answers(engine, count, created_at, first=0):
 
 
 class Stage:
-    """A run directory with two adapters and a store. The second was rolled back, or is in force."""
+    """A run directory with two adapters and a store. The second was rolled back, or is active."""
 
     def __init__(self, root, scales, count=MIN_ANSWERS, parent="000001", rolled_back=True):
         self.engine = fake_engine(load_settings(), root)
@@ -113,7 +113,7 @@ def test_rollback_without_proof_against_it_is_confirmed(tmp_path, scales):
     assert stage.state == MarkState.ROLLED_BACK_FINAL and reevaluation.due(stage.adapters).id == "000001"  # in its turn
 
 
-def test_worse_adapter_in_force_is_rolled_back(tmp_path):
+def test_worse_active_adapter_is_rolled_back(tmp_path):
     stage = Stage(tmp_path, (GOOD, BAD), rolled_back=False)
     assert reevaluation.due(stage.adapters).id == "000002"
     outcome = stage.reevaluate()
@@ -156,7 +156,7 @@ def test_too_few_answers_decide_nothing(tmp_path):
 
 def test_only_neighbours_of_current_are_due(tmp_path):
     stage = Stage(tmp_path, (BAD, GOOD), parent="")
-    assert reevaluation.due(stage.adapters).id == "000001"  # in force, and never reevaluated
+    assert reevaluation.due(stage.adapters).id == "000001"  # active, and never reevaluated
     stage.adapters.marks.set("000001", MarkState.KEPT)
     assert reevaluation.due(stage.adapters) is None
     stage.adapters.set_current("")
@@ -222,10 +222,10 @@ def test_run_ends_when_its_parent_is_replaced(tmp_path):
     stage = Stage(tmp_path, (GOOD, GOOD))
     training = AdapterTraining(stage.context(), TrainJob(RunTrigger.FAILURES, "50 failures"))
     training.go_on_from_current()
-    assert training.pause_in_force() == 0.0
+    assert training.pause_while_active() == 0.0
     stage.adapters.set_current("")
     with pytest.raises(Superseded, match="000001"):
-        training.pause_in_force()
+        training.pause_while_active()
 
 
 @pytest.fixture
