@@ -48,7 +48,9 @@ def as_json(done: Done) -> dict[str, Any]:
 )
 @click.option("--system", help="A system message.")
 @click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
-@click.option("--num-draft-tokens", type=click.IntRange(0, 16), help="Draft exactly so many each round; 0: none.")
+@click.option(
+    "--num-draft-tokens", type=click.IntRange(0, 16), help="Draft exactly this many tokens each round; 0: none."
+)
 @click.option("--ngram/--no-ngram", default=None, help="Also draft from repeats of the running text.")
 @click.option("--no-record", is_flag=True, help="Record nothing of this request.")
 @click.option("--json", "as_object", is_flag=True, help="One JSON object instead of streaming text.")

@@ -66,7 +66,7 @@ class Counts:
 
 @click.command()
 @click.argument("file", type=click.Path(allow_dash=True))
-@click.option("--limit", type=click.IntRange(1), help="Only the first so many prompts.")
+@click.option("--limit", type=click.IntRange(1), help="The most prompts to send, from the first on.")
 @click.option(
     "--column", help="The column (CSV) or key (JSON) that holds the prompt.  [default: prompt, text, question, ...]"
 )

@@ -28,7 +28,7 @@ NONE = "none"
 @click.argument("file", type=click.Path(allow_dash=True))
 @click.option("--adapter", default="current", show_default=True, help="An id, current, latest, best or none.")
 @click.option("--against", default=NONE, show_default=True, help="What it is compared with, named alike.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first so many prompts.")
+@click.option("--limit", type=click.IntRange(1), help="The most prompts to evaluate, from the first on.")
 @click.option("--column", help="The column (CSV) or key (JSON) that holds the prompt.")
 @click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True, help="Most tokens of an answer.")
 @click.option("--temperature", type=TEMPERATURE, default=0.0, show_default=True, help="0 is greedy.")

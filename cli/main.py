@@ -22,7 +22,7 @@ COMMANDS = {
     "eval": ("eval", "evaluate", "Compare two adapters on a file of prompts: acceptance, agreement, speed."),
     "train": ("train", "train", "Ask the trainer for a run."),
     "adapters": ("adapters.command", "adapters", "List, show, activate, roll back and unload adapters."),
-    "store": ("store.command", "store", "Query the failure store; export, import and purge."),
+    "store": ("store.command", "store", "Query stored answers; export, import and purge."),
     "demo": ("bench.demo", "demo", "The whole loop in one unattended command, in a scratch run directory."),
     "bench": ("bench.command", "bench", "Measure speed and equality against mlx-lm, interleaved in one run."),
     "draft": ("draft.command", "draft", "Build a draft model out of the target."),

@@ -78,7 +78,7 @@ def _list_local_models(as_object: bool) -> None:
     type=click.Choice(["keep", "4", "8", "none"]),
     default="keep",
     show_default=True,
-    help="keep: the file's own blocks; 4 or 8: quantise anew to so many bits; none: dense.",
+    help="keep: the file's own blocks; 4 or 8: quantise anew to that many bits; none: dense.",
 )
 @click.option("--name", help="What `models.target.name` will call it.  [default: from the file's name]")
 @click.option("--json", "as_object", is_flag=True, help="One JSON object: name, path.")

@@ -45,23 +45,25 @@ class SamplingParams:
 
 
 class SamplingDefaults(Protocol):
-    """Where a request's missing values come from: the settings."""
+    """The settings' defaults for values that a request does not set. Fields are those of
+    SamplingParams.
+    """
 
     @property
     def temperature(self) -> float:
-        """As in SamplingParams."""
+        """0 is greedy."""
 
     @property
     def top_p(self) -> float:
-        """As in SamplingParams."""
+        """Probability mass of the tokens that may be sampled; 1 is off."""
 
     @property
     def top_k(self) -> int:
-        """As in SamplingParams."""
+        """Number of tokens that may be sampled; 0 is off."""
 
     @property
     def min_p(self) -> float:
-        """As in SamplingParams."""
+        """Share of the greatest probability that a token needs; 0 is off."""
 
 
 def seed_in_range(seed: int | None) -> int | None:

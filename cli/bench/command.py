@@ -100,7 +100,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # click 8.2 cannot s
 @click.option("--no-daemon", is_flag=True, help="Leave out the run through scratch daemons.")
 @click.option("--suite", is_flag=True, help="Target only, base draft, adapted draft (the active adapter).")
 @click.option(
-    "--clients", type=_Numbers(1, 32), help="Total tokens a second of so many clients at once, against mlx_lm.server."
+    "--clients", type=_Numbers(1, 32), help="Total tokens a second of this many clients at once, against mlx_lm.server."
 )
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False), help="Write everything here; `-` for standard output."

@@ -46,7 +46,9 @@ class _Kinds(click.ParamType):  # type: ignore[type-arg]  # click 8.2 cannot sub
     "--gap", type=click.FloatRange(0.1, 600), default=1.0, show_default=True, help="Seconds between requests."
 )
 @click.option("--tokens", type=click.IntRange(8), default=64, show_default=True, help="Most tokens of an answer.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="End a pass after so many, done or not.")
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), help="End a pass after this many minutes, done or not."
+)
 @click.option(
     "--train-minutes",
     type=click.FloatRange(0, min_open=True),

@@ -1,8 +1,7 @@
-"""The store's figures for `status`: made again when they are out of date, but no more often than
-they are worth.
+"""Caches the store's figures for `status`, and decides when to make them again.
 
-On a full store they take long, and the daemon's one thread also commits records. Knows how long
-they took, not what they are.
+On a full store they take long, and the daemon's one thread also commits records: it must not spend
+its time on figures. Knows how long they took, nothing of what they are.
 """
 
 import time
@@ -11,15 +10,13 @@ from collections.abc import Callable
 from specl.shared.errors import StoreError
 from specl.shared.messaging.daemon_status import StoreSummary
 
-MAX_AGE_S = 1.0  # of figures that are cheap
-TIME_SHARE = 30  # figures that are not cheap take at most one part in so many of the daemon's time
-CHEAP_S = 0.15  # figures that take no longer are made for each request of `status`
+MAX_AGE_S = 1.0  # age from which cheap figures are made again
+TIME_SHARE = 30  # figures that are not cheap take at most a thirtieth of the daemon's time
+CHEAP_S = 0.15  # seconds up to which figures are cheap: they are made for each request of `status`
 
 
 class SummaryCache:
-    """The last `summary` that `make` gave, and why there is no newer one (`error`, empty if there
-    is).
-    """
+    """The last `summary` that `make` gave. `error`: why there is no newer one, else empty."""
 
     def __init__(self, make: Callable[[], StoreSummary], clock: Callable[[], float] = time.monotonic) -> None:
         self._make, self._clock = make, clock
@@ -41,7 +38,7 @@ class SummaryCache:
     def make(self) -> None:
         """Make the figures now. Raises StoreError."""
         start = self._clock()
-        self._due_at = start + MAX_AGE_S  # where it fails
+        self._due_at = start + MAX_AGE_S  # applies if the next line fails
         self.summary = self._make()
         self._made_at = self._clock()
         self._took_s = self._made_at - start
@@ -56,6 +53,6 @@ class SummaryCache:
             self.error = str(error)
 
     def refresh_if_cheap(self) -> None:
-        """Make the figures for somebody who waits, if that is quick and they are stale or old."""
+        """Make the figures now if they are cheap, and stale or old."""
         if self._took_s < CHEAP_S and (self._is_stale or self._clock() - self._made_at > MAX_AGE_S):
             self.refresh()

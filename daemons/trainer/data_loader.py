@@ -130,8 +130,8 @@ class DataLoader:
         return TrainingData(failures, successes, held_out, last_generation=split.newest)
 
     def since(self, moment: float, most: int, without: Collection[str]) -> list[Example]:
-        """What was answered after `moment` (seconds since the epoch), newest first, held out or
-        not; never a text of the generations in `without`.
+        """Answers that were generated after `moment` (seconds since the epoch), newest first, held out
+        or not. Texts of the generations in `without` are left out.
         """
         rows = [row for row in self.store.generation_summaries(most) if self._fits(row) and row.created_at > moment]
         excluded = self._texts_of(list(without))
@@ -145,7 +145,7 @@ class DataLoader:
         return row.target_fingerprint == self.engine.target.fingerprint and row.output_count > 1
 
     def _examples(self, rows: Sequence[GenerationSummary], most: int) -> list[Example]:
-        """At most so many of them, without repeats."""
+        """At most `most` of these rows as examples, without repeats."""
         chosen = self.store.generations([row.id for row in stratified_sample(rows, most)])
         return _distinct([self.example(row) for row in chosen])
 
@@ -155,8 +155,8 @@ class DataLoader:
         return (self.with_states(example) if self.engine.reads_states else example).clipped(MAX_TOKENS)
 
     def with_states(self, example: Example) -> Example:
-        """The same with states, spooled or recomputed. Where those have to be recomputed of a very
-        long text, its end alone.
+        """`example` with the target's hidden states, from the spool or recomputed. Of a very long text
+        whose states must be recomputed, only the end is kept.
         """
         states = self.spool.read(example.id)
         needed = len(example.tokens) - 1
@@ -168,8 +168,8 @@ class DataLoader:
         return example.with_states(states[:needed])
 
     def replay(self, folder: Path, report: OnProgress = lambda done, total: None) -> list[Example]:
-        """General texts of the target that came with the draft. What no quiet moment has captured
-        yet is captured now.
+        """The general texts of the target that came with the draft. Parts that `capture_replay` has
+        not captured yet are captured now.
         """
         parts = self._replay_parts(folder)
         total = sum(len(texts) for _, texts in parts)
@@ -179,8 +179,8 @@ class DataLoader:
         return examples
 
     def capture_replay(self, folder: Path, report: OnProgress = lambda done, total: None) -> bool:
-        """Capture the next part of them and keep it in `folder`; whether there is more to capture.
-        `report` hears texts: done, in all.
+        """Capture the next part of the texts to replay and save it in `folder`. Returns whether more
+        parts are left. `report` gets the number of texts that are done, and of all.
         """
         parts = self._replay_parts(folder)
         missing = [part for part in parts if not part[0].is_file()]
@@ -191,7 +191,7 @@ class DataLoader:
         return len(missing) > 1
 
     def _capture(self, path: Path, texts: Sequence[Text], done: int, total: int, report: OnProgress) -> list[Example]:
-        """One part, captured and kept; `done` texts of `total` have been before."""
+        """Capture one part and save it; `done` of `total` texts were captured before it."""
         examples: list[Example] = []
         for tokens, prompt_length in texts:
             self._pause()
@@ -210,15 +210,15 @@ class DataLoader:
         return f"replay-{self.engine.draft_fingerprint}-"
 
     def _drop_others(self, part: Path) -> None:
-        """Remove what another k or target has left of this draft's parts: nothing will read it."""
+        """Remove this draft's parts that were made for another k or target: nothing reads them any more."""
         stem = part.stem.rpartition("-")[0]
         for path in part.parent.glob(f"{self._replay_names}*.npz"):
             if path.stem.rpartition("-")[0] != stem:
                 path.unlink(missing_ok=True)
 
     def _replay_parts(self, folder: Path) -> list[tuple[Path, list[Text]]]:
-        """Files and the texts that belong in them. A name says what a capture depends on: the
-        draft's texts, the target, k.
+        """The parts: the file of each and its texts. The name of a file says what its capture depends
+        on: the draft's texts, the target and k.
         """
         draft = self.engine.draft
         source = draft.path / "replay.npz" if draft is not None and draft.path else None

@@ -20,7 +20,7 @@ Complete = Callable[[BenchPrompt], int]  # answers a prompt; the tokens of the a
 
 @dataclass(frozen=True, slots=True)
 class ConcurrencyFigures:
-    """All tokens over wall seconds with so many clients: the best turn of each server, and the
+    """All tokens over wall seconds by number of clients: the best turn of each server, and the
     ratio of every turn.
     """
 

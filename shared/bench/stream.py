@@ -127,7 +127,7 @@ def scaled_settings(
     settings: Settings, requests: int, share: float, minutes: float, gap_s: float, learning: bool, ngram: bool
 ) -> Settings:
     """Settings for a short stream: a run of at most `minutes` starts at `requests`
-    failures, works in gaps of `gap_s`, and needs no more held-out generations than so many requests
+    failures, works in gaps of `gap_s`, and needs no more held-out generations than that many requests
     bring (some repeat each other). The judge is unchanged.
     """
     held_out = int(requests * share)
@@ -215,7 +215,7 @@ def _last_run(client: Client) -> LastRun | None:
 
 # ------------------------------------------------------------------------------------------------ waiting
 def wait_stored(client: Client, least: int) -> None:
-    """Wait until so many generations are in the store. Raises SpecLoraError after STORED_S."""
+    """Wait until `least` generations are in the store. Raises SpecLoraError after STORED_S."""
     end = time.monotonic() + STORED_S
     while system_status(client).store.generations < least:
         if time.monotonic() > end:

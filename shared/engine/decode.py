@@ -42,8 +42,9 @@ def decode_rounds(sessions: Sequence["Session"]) -> None:
 def decode_round(batch: Sequence["Session"]) -> None:
     """One round: every session gets at least one token, from one step of the target."""
     start = time.perf_counter()
-    # 1) Draft: each session proposes k tokens, k where the expected tokens a second are highest
-    #    (draft_length.py; after DISCO, arXiv 2405.04304, and SpecDec++, arXiv 2405.19715)
+    # 1) Draft: each session decides by expected tokens a second whether to draft; while a model
+    #    drafts, its confidence decides after each token whether to go on (draft_length.py; after
+    #    DISCO, arXiv 2405.04304, and SpecDec++, arXiv 2405.19715)
     proposals = propose(batch)
     # 2) Verify: one target step over the last token and the drafts of every session
     states, logits = verify(batch, [proposal.draft.tokens for proposal in proposals])
@@ -87,12 +88,12 @@ def propose(batch: Sequence["Session"]) -> list["Proposal"]:
     served.
     """
     proposals: list[Proposal] = []
-    rows = 0  # of the sessions that have proposed
-    to_come = sum(session.least_rows for session in batch)  # of those that have not
+    used_rows = 0  # rows of the sessions that have proposed
+    reserved_rows = sum(session.least_rows for session in batch)  # least rows of the sessions still to propose
     for session in batch:
-        to_come -= session.least_rows
-        proposals.append(session.propose(rows + to_come))
-        rows += 1 + len(proposals[-1].draft.tokens)
+        reserved_rows -= session.least_rows
+        proposals.append(session.propose(used_rows + reserved_rows))
+        used_rows += 1 + len(proposals[-1].draft.tokens)
     return proposals
 
 
@@ -229,22 +230,26 @@ class Session:
             most = min(most, FEW_ROWS - 1 - batch_rows)
         policy, drafter = self.draft_length, self.state.drafter
         policy.set_batch_rows(batch_rows)
-        k = min(policy.choose(), most) if drafter is not None else 0
+        # the k of the best expected rate: it decides whether the model drafts, and its rate is the
+        # one that n-grams must beat
+        best_k = min(policy.choose(), most) if drafter is not None else 0
         if self._ngram is not None and most >= 1:
             match_length = self._ngram.match().length
-            k_ngram = self._ngram_k(match_length, k, most)
+            k_ngram = self._ngram_k(match_length, best_k, most)
             if k_ngram:
                 return Proposal(self._ngram.propose(k_ngram, self._sampler), None, match_length)
-        if drafter is None or k <= 0:
+        should_draft = best_k > 0
+        if drafter is None or not should_draft:
             return NO_PROPOSAL
         stop_policy = policy.stop_policy() if drafter.stops else None
         if stop_policy is None:
-            return Proposal(drafter.propose(k, self._sampler))
+            return Proposal(drafter.propose(best_k, self._sampler))
+        # the stop policy alone ends the draft, before or behind best_k
         sampler = replace(self._sampler, stop_policy=stop_policy)
         return Proposal(drafter.propose(min(policy.most, most), sampler), stop_policy)
 
     def _ngram_k(self, match_length: int, k_model: int, most: int) -> int:
-        """The k of the n-gram drafter; 0 leaves the round to the model drafter."""
+        """The k of the n-gram drafter; 0 where the model drafter should draft in this round, or none."""
         if match_length < NgramDrafter.MIN:
             return 0
         policy = self.draft_length

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 SOURCES = {"target": 0, "model": 1, "ngram": 2}  # who proposed an output token, as a byte
 MAX_DEPTH = 16  # drafted tokens of a round that are counted by depth
-ENOUGH_DRAFTED = 16  # below this acceptance says too little and is None (DESIGN: two figures)
+ENOUGH_DRAFTED = 16  # below this acceptance says too little and is None
 
 
 @dataclass(slots=True)

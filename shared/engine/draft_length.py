@@ -9,17 +9,17 @@ from specl.shared.engine.costs import Costs
 from specl.shared.engine.timing_correction import TimingCorrection
 
 DEFAULT_K = 4  # where no costs are known
-MIN_PAUSE, MAX_PAUSE = 4, 384  # rounds between probes; one costs one to three steps (catching up)
-EXPLORE_EVERY = 16  # early stops before one is ignored, so that a bad start is unlearned
-ENTER_GAIN = 1.04  # a parked drafter must promise this much over plain decoding to start again
-STAY_GAIN = 1.0  # and one that drafts this much to go on
+MIN_PAUSE, MAX_PAUSE = 4, 384  # rounds between probes; a probe costs one to three target steps
+EXPLORE_EVERY = 16  # after this many early stops in a row one is ignored, to unlearn a bad start
+ENTER_GAIN = 1.04  # expected rate, as a multiple of plain decoding, from which a parked drafter starts again
+STAY_GAIN = 1.0  # expected rate, as a multiple of plain decoding, below which an active drafter is parked
 
 
 class DraftStopPolicy:
     """Stops a draft early: after each token, whether the next pays for its row and its own seconds.
 
     It sees distributions, never the tokens drawn from them: a stop that depended on the drawn token
-    would change the distribution of the output. Another token is worth it while chance / seconds
+    would change the distribution of the output. Another token is worth it while probability / seconds
     beats the rate that the round reaches anyway (Dinkelbach's rule for ratios).
     """
 
@@ -27,21 +27,22 @@ class DraftStopPolicy:
         self,
         costs: Costs,
         estimate: AcceptanceEstimate,
-        rate: float,
+        break_even_rate: float,
         explore: bool,
         draft_slowdown: float = 1.0,
     ) -> None:
         self.costs, self.estimate, self.explore = costs, estimate, explore
-        self.tokens_per_s = rate * draft_slowdown  # the price of a second, in measured seconds
-        self.chance = 1.0  # that all drafts so far are accepted
+        # tokens that a second of drafting must bring; draft_slowdown turns calibrated seconds into measured ones
+        self.break_even_rate = break_even_rate * draft_slowdown
+        self.acceptance = 1.0  # probability that all drafts so far are accepted
         self.confidences: list[float] = []
         self.stopped = False
 
     def should_add(self, confidence: float) -> bool:
         """Whether a token of a distribution with this largest probability is worth its row."""
         self.confidences.append(confidence)
-        self.chance *= self.estimate.at_confidence(confidence)
-        worth = self.chance >= self.tokens_per_s * self.costs.next_row_s(len(self.confidences))
+        self.acceptance *= self.estimate.at_confidence(confidence)
+        worth = self.acceptance >= self.break_even_rate * self.costs.next_row_s(len(self.confidences))
         self.stopped = not worth
         return worth or self.explore
 
@@ -49,7 +50,7 @@ class DraftStopPolicy:
         """Whether to compute the next token at all."""
         depth = len(self.confidences)
         seconds = self.costs.next_row_s(depth + 1) + self.costs.next_draft_s(depth)
-        return self.chance * self.estimate.at(depth) >= self.tokens_per_s * seconds
+        return self.acceptance * self.estimate.at(depth) >= self.break_even_rate * seconds
 
 
 class DraftLengthPolicy:

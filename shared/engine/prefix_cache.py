@@ -22,8 +22,8 @@ from specl.shared.engine.sequence_state import PrefixOrigin, SequenceState
 
 MIN_SHARED = 16  # shared tokens below which an entry is not used
 COPY_BELOW = 0.5  # share of an entry below which its beginning is copied
-# share of an entry's slots that may be empty; caches grow by 256, so a text of 768 tokens or more
-# seldom needs a copy
+# share of an entry's allocated memory that may be empty; caches grow by 256 tokens, so a text of 768
+# tokens or more seldom needs a copy
 SLACK = 0.25
 
 
@@ -40,8 +40,8 @@ class Entry:
     last_used: float = field(default_factory=time.monotonic)
 
     @property
-    def slots(self) -> int:
-        """Tokens that fit into its memory."""
+    def allocated_tokens(self) -> int:
+        """Tokens that its allocated memory has room for, used or not."""
         return max([len(self.state.tokens), *(_capacity(layer) for layer in self.state.cache)])
 
 
@@ -57,8 +57,8 @@ class PrefixCache:
 
     @property
     def tokens(self) -> int:
-        """Tokens that fit into the memory of all entries."""
-        return sum(entry.slots for entry in self._entries)
+        """Tokens that the allocated memory of all entries has room for."""
+        return sum(entry.allocated_tokens for entry in self._entries)
 
     @property
     def texts(self) -> list[str]:
@@ -99,9 +99,12 @@ class PrefixCache:
         state.origin = None
         if len(state.tokens) + reserved > self.budget:
             return
-        if entry.slots - len(state.tokens) > SLACK * entry.slots or entry.slots + reserved > self.budget:
+        if (
+            entry.allocated_tokens - len(state.tokens) > SLACK * entry.allocated_tokens
+            or entry.allocated_tokens + reserved > self.budget
+        ):
             _shrink_memory(state, state.cached)
-        if entry.slots + reserved <= self.budget:
+        if entry.allocated_tokens + reserved <= self.budget:
             self._entries.append(entry)
             self.shrink(reserved)
 

@@ -14,7 +14,7 @@ class RequestOptions:
 
     `capture_k`: the target's largest logits that are captured for training, 0 captures nothing.
     `client_id`: whose past answers may draft this one. `logprobs`: None for none, otherwise each
-    token's log-probability with so many alternatives.
+    token's log-probability with that many alternatives.
     """
 
     sampling: SamplingParams = field(default_factory=SamplingParams)

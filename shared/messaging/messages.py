@@ -53,7 +53,7 @@ class TopK:
 class Generation:
     """One answered request. Token arrays are u32 little-endian; `sources` has one byte an output token: 0 the target
     itself, 1 the model drafter, 2 the n-gram drafter. `acceptance_rate` = accepted / drafted by the model drafter
-    alone, null when it drafted fewer than 16 (DESIGN: two figures). `stats` is None for a record that was imported.
+    alone, null when it drafted fewer than 16. `stats` is None for a record that was imported.
     """
 
     id: str

@@ -1,7 +1,12 @@
-"""GGUF's blocks as MLX's affine groups of 32: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 without a change of
-any weight, Q4_K with scales rounded to fp16 (at most 0.8 per cent of a step); Q5_K and Q6_K, whose
-groups MLX does not have or pack as they are, are requantised to 8 bits (an eighth of the coarser
-step at most).
+"""GGUF's quantised blocks as MLX's affine groups of 32 weights.
+
+    GGUF                      MLX             change of the weights
+    Q4_0, Q4_1                4 bits          none
+    Q5_0, Q5_1, Q8_0          8 bits          none
+    Q4_K                      4 bits          scales rounded to fp16: at most 0.8 per cent of a step
+    Q5_K, Q6_K                8 bits, anew    at most an eighth of the coarser step
+
+MLX has no groups of the last two kinds, so that their weights are requantised.
 
 Sources: ggml-common.h (block layouts), llama.cpp convert_hf_to_gguf.py (the permutation of attn_q
 and attn_k).

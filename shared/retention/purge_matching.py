@@ -1,5 +1,5 @@
-"""What a purge means among undelivered records, and the texts they hold. `store/forgetting.py` asks
-the same of stored ones.
+"""Which undelivered records a purge removes, and the texts in them. `store/forgetting.py` does this
+for stored records.
 
 Knows encoded records, nothing of files.
 """
@@ -14,11 +14,11 @@ from specl.shared.retention.redaction import texts_of
 
 
 def purge_matches(purge: Purge, row: Envelope) -> bool:
-    """Whether `purge` means this record: a generation by id, age or text, or an evaluation of such
-    a generation.
+    """Whether `purge` removes this record: a generation that it matches by id, age or text, or the
+    evaluation of a generation whose id it names.
 
-    Upper and lower case are alike, as in the store. Of a record that cannot be decoded the bytes
-    are compared.
+    The case of letters does not matter, as in the store. Where a record cannot be decoded, the
+    pattern is searched in its bytes.
     """
     if row.id in purge.ids:
         return True
@@ -39,8 +39,8 @@ def purge_matches(purge: Purge, row: Envelope) -> bool:
 
 
 def texts_in(row: Envelope) -> tuple[Sequence[str], Sequence[str]]:
-    """Every text in an undelivered generation, and those of them that a user typed; none for other
-    records.
+    """All texts of an undelivered generation, and those among them that a user typed. Both are empty
+    for other records.
     """
     try:
         record = decode(row.body)

@@ -1,8 +1,8 @@
 """The settings as a typed, frozen tree. Every key has a default, so a file names only what it
 changes.
 
-Knows the keys and what they may hold, nothing of files (`load.py` reads those). Keys have the names
-of the sources (DESIGN: names and keys). docs/settings.md is made from the descriptions here.
+Knows the keys and what they may hold, nothing of files (`load.py` reads those). Names of keys
+are public: users' files have them. docs/settings.md is made from the descriptions in this file.
 """
 
 import ipaddress
@@ -61,12 +61,14 @@ class Speculative(_Section):
     )
     drafter: str | None = Field(None, description="`module:name` of a custom drafter (docs/api.md)")
     temperature: Annotated[float, Field(ge=0, le=10)] = Field(
-        0.7, description="of a request that names none; 0: greedy"
+        0.7, description="default when a request does not set it; 0: greedy"
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of a request that names none; 1: off")
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="of a request that names none; 0: off")
-    min_p: Share = Field(0.0, description="of a request that names none; 0: off")
-    max_tokens: Annotated[int, Field(ge=1)] = Field(512, description="of a request that names none")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="default when a request does not set it; 1: off"
+    )
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="default when a request does not set it; 0: off")
+    min_p: Share = Field(0.0, description="default when a request does not set it; 0: off")
+    max_tokens: Annotated[int, Field(ge=1)] = Field(512, description="default when a request does not set it")
     mode: Literal["detailed", "fast"] = Field(
         "detailed",
         description="fast: text and tokens are recorded, but no log-probabilities, disagreements or hidden states, so nothing is learned",
@@ -137,7 +139,7 @@ class Training(_Section):
     max_failure_cases: Annotated[int, Field(ge=1)] = Field(1000, description="failures of one run at most")
     replay_ratio: Share = Field(0.67, description="share of a batch that is replay: successes and general text")
     replay_buffer_size: Annotated[int, Field(ge=0)] = Field(
-        500, description="replayed at most: so many stored answers, and so many texts that came with the draft"
+        500, description="the most stored answers that are replayed, and the most texts that came with the draft"
     )
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="share of conversations that are never trained on"
@@ -163,7 +165,7 @@ class Memory(_Section):
 
     gradient_checkpointing: bool = Field(False, description="true: training takes less memory and more time")
     cache_clear_frequency: Annotated[int, Field(ge=0)] = Field(
-        50, description="the buffer cache of MLX is cleared after so many generations; 0: never"
+        50, description="generations between two clearings of the buffer cache of MLX; 0: never"
     )
     max_kv_cache_tokens: Annotated[int, Field(ge=64)] = Field(
         8192, description="of all requests together; an answer that reaches it ends there"

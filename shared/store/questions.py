@@ -79,9 +79,8 @@ class Questions(StoreFile):
         return None
 
     def pending_failures(self) -> int:
-        """Failures stored since the last training run that used any. `+n`: by the index of scores,
-        not row after row.
-        """
+        """The number of failures stored since the last training run that used any."""
+        # the + keeps SQLite from using the index of n: it then finds failures by the index of scores
         return self._number(
             f"SELECT count(*) FROM generations WHERE {IS_FAILURE_SQL} AND +n > coalesce((SELECT max(+n) "
             "FROM generations WHERE id IN (SELECT last_generation FROM training_runs)), 0)"
@@ -150,7 +149,7 @@ class Questions(StoreFile):
         score: sa.Label[float | None] = sa.literal_column(score_sql()).label("score")
         query = (
             sa.select(g.id, g.conversation_id, g.created_at, score, g.output_count, g.target_fingerprint)
-            .where(g.top_k.is_not(None))  # not the blob beside it, which would be read for it
+            .where(g.top_k.is_not(None))  # a small column: top_ids is a blob, and SQLite would read it whole
             .order_by(g.n.desc())
             .limit(limit)
         )
