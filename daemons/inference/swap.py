@@ -1,9 +1,9 @@
-"""Which adapter drafts. Start-up, an announcement and a slow tick all do the same: read CURRENT,
-verify, fuse, report.
+"""Makes the adapter that CURRENT names the active one: read CURRENT, verify, fuse, report. Start-up,
+an announcement and a slow tick all do this.
 
-Runs on the MLX thread, between rounds; what takes longer than a round is done in pieces, one
-between two rounds, while the old adapter goes on drafting. A refused adapter is not tried again
-while its files are the same; the old one keeps serving, whatever is wrong with the new one. CURRENT
+Runs on the MLX thread, between rounds. A switch that takes longer than a round is done in pieces,
+one between two rounds, while the old adapter goes on drafting. A refused adapter is not tried again
+while its files are the same; the old one stays active, whatever is wrong with the new one. CURRENT
 is moved here for a user's command and for a rollback.
 """
 
@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from specl.daemons.inference.swap_decision import Activate, RollBack, decide
 from specl.shared.adapters.marks import MarkState
 from specl.shared.adapters.registry import Adapters
 from specl.shared.adapters.tensors import load_adapter_steps
@@ -34,16 +35,19 @@ Activated = Callable[[Activation], None]
 
 
 class AdapterSwap:
-    """`activated` is called with every change and refusal."""
+    """`activated` is called with every change and refusal.
+
+    `previous` is the adapter to which a rollback or a user returns; `rejected` has the reason by id.
+    """
 
     def __init__(self, paths: Paths, engine: EngineCore, activated: Activated) -> None:
         self.adapters = Adapters(paths.adapters)
         self.engine: EngineCore | None = engine  # None while the models are unloaded
         self._activated = activated
         self.previous = ""
-        self._drafted_before: str | None = None
-        self._in_use: LoadedAdapter | None = None
-        self._before_switch = ""
+        self._adapter_before_restart: str | None = None
+        self._loaded_adapter: LoadedAdapter | None = None
+        self._adapter_before_switch = ""
         self.rejected: dict[str, str] = {}
         self._refused: dict[str, Stamp | None] = {}  # their files as they were; None where the disk was to blame
         self._tasks: deque[tuple[Steps[Any], Callable[[Any], None]]] = deque()
@@ -74,21 +78,21 @@ class AdapterSwap:
     # ------------------------------------------------------------------------------------------------ CURRENT
     @property
     def active(self) -> str:
-        """The adapter that drafts, or that will when the models are back; empty for none."""
+        """The active adapter; while models are unloaded, the one that will be active. Empty for none."""
         engine = self.engine  # read once: `status` calls this from another thread
         if engine is not None:
             return engine.adapter_id
-        return self._in_use.id if self._in_use is not None else ""
+        return self._loaded_adapter.id if self._loaded_adapter is not None else ""
 
     def release_models(self) -> None:
-        """The models are unloaded. The adapter stays, a few MB: it drafts again whatever happens to
-        its files.
+        """The models are unloaded. The adapter stays in memory, a few MB: it will be active again
+        whatever happens to its files.
         """
         self.engine = None
 
     def attach_engine(self, engine: EngineCore) -> None:
-        """The models are loaded again: draft with what drafted before, then check CURRENT."""
-        engine.use_adapter(self._in_use)
+        """The models are loaded again: use the same adapter as before, then check CURRENT."""
+        engine.use_adapter(self._loaded_adapter)
         self.engine = engine
         self.follow_current()
 
@@ -104,47 +108,52 @@ class AdapterSwap:
             return
         self.check_current()
 
-    def start(self, drafted_before: str | None) -> None:
-        """Check CURRENT for the first time. `drafted_before` drafted when the last daemon ended
-        (None: nobody knows): going on with it is a restart; another one was promoted meanwhile.
+    def start(self, adapter_before_restart: str | None) -> None:
+        """Check CURRENT for the first time. `adapter_before_restart` was active when the last daemon
+        ended (None: not known). Activating it is a restart; any other was promoted since.
         """
-        self._drafted_before = drafted_before
+        self._adapter_before_restart = adapter_before_restart
         self.follow_current()
-        self._drafted_before = None
+        self._adapter_before_restart = None
 
     def follow_current(self) -> None:
-        """Draft with what CURRENT names, if that is not what drafts already; now."""
+        """Activate the adapter that CURRENT names, if another one is active; at once."""
         self.check_current()
         self.finish()
 
     def check_current(self) -> None:
         """`follow_current` in pieces."""
-        self._queue(self._follow())
+        self._queue(self._follow_steps())
 
-    def _follow(self) -> Steps[None]:
+    def _follow_steps(self) -> Steps[None]:
         try:
             current = self.adapters.named()
         except AdapterRejected as error:
             self._refuse("CURRENT", str(error))
             return
         self.rejected.pop("CURRENT", None)
-        active, rolled_back = self._loaded.adapter_id, self.adapters.rolled_back()
-        if current in rolled_back or (active in rolled_back and current != active):
-            # the trainer has rolled it back, or whoever did was killed before CURRENT moved
-            target = self._back_from(current) if current in rolled_back else current
-            self._drafted_before = None  # no restart: there is no way back to that
-            yield from self._go_back(active or current, target, rolled_back.get(active, ""))
-            if active in rolled_back:
-                reason = rolled_back[active]
-                self._tell(ActivationEvent.ROLLED_BACK, active, target, ActivationReason.REEVALUATION, reason)
-            return
-        if current in self.rejected and current not in self._refused and self._is_reinstated(current):
-            self._forget_refusal(current)  # it had been rolled back in this process, with a disk that kept CURRENT
-        if current != active and self._worth_trying(current):
-            yield from self._use(current, self._reason_for(current))
+        marks = self.adapters.rolled_back()
+        match decide(current, self._loaded_engine.adapter_id, self.adapters.resolve("previous"), marks):
+            case RollBack() as rollback:
+                self._adapter_before_restart = None  # an activation from here on is no restart
+                yield from self._follow_rollback(rollback)
+            case Activate(id):
+                yield from self._follow_activation(id)
+
+    def _follow_rollback(self, rollback: RollBack) -> Steps[None]:
+        adapter, target, reason = rollback.adapter, rollback.target, rollback.reason
+        yield from self._replace_rolled_back(adapter, target, reason or "")
+        if reason is not None:
+            self._report(ActivationEvent.ROLLED_BACK, adapter, target, ActivationReason.REEVALUATION, reason)
+
+    def _follow_activation(self, id: str) -> Steps[None]:
+        if id in self.rejected and id not in self._refused and self._is_reinstated(id):
+            self._forget_refusal(id)  # it had been rolled back in this process, with a disk that kept CURRENT
+        if self._worth_trying(id):
+            yield from self._activate(id, self._reason_for(id))
 
     @property
-    def _loaded(self) -> EngineCore:
+    def _loaded_engine(self) -> EngineCore:
         """The engine. Raises RuntimeError while the models are unloaded: nobody may call for a
         switch then.
         """
@@ -154,7 +163,7 @@ class AdapterSwap:
 
     def _reason_for(self, current: str) -> ActivationReason:
         """Why CURRENT names it."""
-        if current == self._drafted_before:
+        if current == self._adapter_before_restart:
             return ActivationReason.RESTART
         return ActivationReason.REINSTATED if self._is_reinstated(current) else ActivationReason.ANNOUNCED
 
@@ -163,8 +172,8 @@ class AdapterSwap:
         return mark is not None and mark.state in (MarkState.REINSTATING, MarkState.REINSTATED)
 
     def _worth_trying(self, id: str) -> bool:
-        """Not where it was refused, unless its files have changed or the disk was to blame; nor
-        where it was rolled back.
+        """False where the adapter was refused, unless its files have changed since or the disk was to
+        blame.
         """
         return id not in self.rejected or (id in self._refused and self._refused[id] != self._stamp(id))
 
@@ -173,15 +182,15 @@ class AdapterSwap:
         self._refused.pop(id, None)
 
     def _stamp(self, id: str) -> Stamp:
-        """What would tell that an adapter's files are others than before."""
+        """Names, sizes, times and inodes of an adapter's files: they differ when a file was changed."""
         try:
             files = [(path.name, path.lstat()) for path in sorted((self.adapters.folder / id).iterdir())]
         except OSError:
             return ()
         return tuple((name, info.st_size, info.st_mtime_ns, info.st_ino) for name, info in files)
 
-    def _use(self, id: str, reason: ActivationReason, note: str = "") -> Steps[str]:
-        """Switch to `id` (empty: none). Why not, or empty."""
+    def _activate(self, id: str, reason: ActivationReason, note: str = "") -> Steps[str]:
+        """Switch to `id` (empty: none). Returns why it was refused; empty where it is active now."""
         stopwatch, stamp = Stopwatch(), self._stamp(id) if id else ()
         try:
             yield from stopwatch.over(self._switch(id))
@@ -190,112 +199,109 @@ class AdapterSwap:
             self._refuse(id, str(error))
             return str(error)
         self._forget_refusal(id)
-        before, self._before_switch = self._before_switch, ""
+        replaced, self._adapter_before_switch = self._adapter_before_switch, ""
         pause_ms = round(1000 * stopwatch.longest_s, 1)
         if reason == ActivationReason.RESTART:
-            self.previous = before = self.adapters.resolve("previous")
+            self.previous = replaced = self.adapters.resolve("previous")
         else:
-            self.previous = before
+            self.previous = replaced
             with suppress(OSError):  # a full disk: this process remembers it
-                self.adapters.set_previous(before)
+                self.adapters.set_previous(replaced)
         failpoint("swap.after_activate")
         _log.info(
             "adapter.fused" if id else "adapter.unloaded",
             adapter=id or None,
-            previous=before or None,
-            form=self._loaded.adapter_form,
+            previous=replaced or None,
+            form=self._loaded_engine.adapter_form,
             pause_ms=pause_ms,
             ms=round(1000 * stopwatch.total_s, 1),
         )
         event = ActivationEvent.ACTIVATED if id else ActivationEvent.UNLOADED
-        details = {"form": self._loaded.adapter_form, "pause_ms": pause_ms}
-        self._tell(event, id, before, reason, note or reason.replace("_", " "), details)
+        details = {"form": self._loaded_engine.adapter_form, "pause_ms": pause_ms}
+        self._report(event, id, replaced, reason, note or reason.replace("_", " "), details)
         return ""
 
     def _switch(self, id: str) -> Steps[None]:
-        """Load and use `id`. Raises AdapterRejected for whatever is wrong with it, after what
-        drafted before drafts again.
+        """Load and use `id`. Raises AdapterRejected for whatever is wrong with it; the adapter before it
+        is then in use again.
         """
         adapter = (yield from self._load(id)) if id else None
         failpoint("swap.before_activate")
-        self._before_switch = self._loaded.adapter_id or self._drafted_before or ""
+        self._adapter_before_switch = self._loaded_engine.adapter_id or self._adapter_before_restart or ""
         try:
-            yield from self._loaded.switch_adapter(adapter)
+            yield from self._loaded_engine.switch_adapter(adapter)
         except MemoryError:
             raise
         except Exception as error:
-            self._loaded.use_adapter(self._in_use)
+            self._loaded_engine.use_adapter(self._loaded_adapter)
             raise self._unforeseen(id, error) from error
-        self._in_use = adapter
+        self._loaded_adapter = adapter
 
     def _load(self, id: str) -> Steps[LoadedAdapter]:
         try:
-            adapter, _ = yield from load_adapter_steps(self.adapters, self.adapters.folder / id, self._loaded)
+            adapter, _ = yield from load_adapter_steps(self.adapters, self.adapters.folder / id, self._loaded_engine)
             return adapter
         except (AdapterRejected, MemoryError):
             raise
-        except Exception as error:  # the last belt: a file that no check foresaw must not end the daemon
+        except Exception as error:  # catch-all: a file that no check foresaw must not end the daemon
             raise self._unforeseen(id, error) from error
 
     def _unforeseen(self, id: str, error: Exception) -> AdapterRejected:
-        if not isinstance(error, OSError):  # that says all, and is tried again soon
+        if not isinstance(error, OSError):  # its message is enough, and the adapter is tried again soon
             _log.exception("adapter.load_failed", adapter=id)
         reason = (str(error).splitlines() or [""])[0]
         return AdapterRejected(f"adapter {id}: it could not be loaded ({type(error).__name__}: {reason})")
 
     # ------------------------------------------------------------------------------------------------ rollbacks
     def roll_back(self, reason: str) -> None:
-        """The active adapter has collapsed: mark it, so that it is not tried again, and draft with
-        the one before.
+        """The active adapter has collapsed: mark it, so that it is not tried again, and activate the
+        previous one.
         """
-        id = self._loaded.adapter_id
+        id = self._loaded_engine.adapter_id
         self.finish()
-        if self._loaded.adapter_id != id:  # another one was on its way and has taken its place
+        if self._loaded_engine.adapter_id != id:  # another one was on its way and has taken its place
             return
-        target = self.previous if self.previous not in self.adapters.rolled_back() else ""
+        rollback_target = self.previous if self.previous not in self.adapters.rolled_back() else ""
         try:
             self.adapters.marks.set(id, MarkState.ROLLBACK_PENDING, reason)
         except OSError as error:
             _log.error("rollback.not_written", adapter=id, reason=str(error))
-        run_all(self._go_back(id, target, reason))
-        self._tell(ActivationEvent.ROLLED_BACK, id, self.active, ActivationReason.LIVE_ACCEPTANCE, reason)
+        run_all(self._replace_rolled_back(id, rollback_target, reason))
+        self._report(ActivationEvent.ROLLED_BACK, id, self.active, ActivationReason.LIVE_ACCEPTANCE, reason)
 
-    def _back_from(self, id: str) -> str:
-        """The adapter before `id`; empty for none, and where that was rolled back, too."""
-        previous = self.adapters.resolve("previous")
-        return previous if previous != id and previous not in self.adapters.rolled_back() else ""
-
-    def _go_back(self, id: str, target: str, reason: str) -> Steps[None]:
-        """Draft with `target`, or without an adapter where that cannot be used, in place of `id`,
-        which is rolled back.
+    def _replace_rolled_back(self, id: str, rollback_target: str, reason: str) -> Steps[None]:
+        """Activate `rollback_target` in place of `id`, which is rolled back; no adapter where the rollback_target
+        cannot be used.
         """
         note = f"adapter {id} was rolled back"
-        if target != self.active and (yield from self._use(target, ActivationReason.ROLLBACK, note)):
-            target = ""
-            yield from self._use(target, ActivationReason.ROLLBACK, note)
+        if rollback_target != self.active and (
+            yield from self._activate(rollback_target, ActivationReason.ROLLBACK, note)
+        ):
+            rollback_target = ""
+            yield from self._activate(rollback_target, ActivationReason.ROLLBACK, note)
         try:
-            self.adapters.set_current(target)
+            self.adapters.set_current(rollback_target)
         except OSError as error:  # the next check tries again
             self._refused.pop(id, None)
-            self.rejected[id] = reason  # CURRENT still names it; not again in this process at least
+            self.rejected[id] = reason  # CURRENT still names it: do not activate it again in this process
             _log.error("rollback.not_written", adapter=id, reason=str(error))
-        self.previous = ""  # not the one that has just gone
+        self.previous = ""  # not the adapter that was just rolled back
         with suppress(OSError):
             self.adapters.set_previous("")
-        _log.warning("adapter.rolled_back", adapter=id, to=target or None, reason=reason)
+        _log.warning("adapter.rolled_back", adapter=id, to=rollback_target or None, reason=reason)
 
     def _refuse(self, id: str, reason: str) -> None:
-        """Say once why `id` does not draft; what drafts goes on."""
+        """Report once why `id` is refused; the active adapter stays."""
         if self.rejected.get(id) == reason:
             return
         while len(self.rejected) >= MAX_REJECTED:
             self._forget_refusal(next(iter(self.rejected)))
         self.rejected[id] = reason
         _log.error("adapter.rejected", adapter=id, reason=reason)
-        active = self._loaded.adapter_id
-        self._tell(ActivationEvent.REJECTED, id, active, ActivationReason.VERIFICATION, reason)
+        active = self._loaded_engine.adapter_id
+        self._report(ActivationEvent.REJECTED, id, active, ActivationReason.VERIFICATION, reason)
 
-    def _tell(
+    def _report(
         self,
         event: ActivationEvent,
         id: str,
@@ -335,7 +341,7 @@ class AdapterSwap:
         if id:  # what a user chose is not judged again
             with suppress(OSError):
                 self.adapters.marks.set(id, MarkState.KEPT, "a user activated it")
-        if id != self._loaded.adapter_id and (problem := (yield from self._use(id, reason))):
+        if id != self._loaded_engine.adapter_id and (problem := (yield from self._activate(id, reason))):
             return Reply(False, problem)
         try:
             self.adapters.set_current(id)
