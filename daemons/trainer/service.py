@@ -18,6 +18,7 @@ from specl.daemons.trainer.record_queue import RecordQueue
 from specl.daemons.trainer.records import adapter_record
 from specl.daemons.trainer.schedule import Schedule, TrainerInputs, next_job
 from specl.daemons.trainer.throttle import Throttle
+from specl.daemons.trainer.train_request import TrainAction, TrainState, decide_train
 from specl.daemons.trainer.worker import TrainingWorker
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected, OutboxFull, StoreError
@@ -232,35 +233,31 @@ class Trainer:
                 self.server.send(peer, Reply(False, "the trainer does not know this request"))
 
     def train(self, message: Train) -> Reply:
-        """Queue a run that a user asks for, or let the one under way go on whatever the machine
-        says.
+        """Queue a run that a user asks for, or let the run under way go on whatever the machine's
+        state.
         """
-        if self.settings.records.keep == "statistics":
-            return Reply(False, "records.keep is statistics: no text is kept, so there is nothing to learn from")
         self.records.offer()
-        if self.records.waiting:
-            return Reply(False, f"the last run's outcome could not be recorded: {self.records.trouble}")
-        reason, running = self.power_policy.reason_to_wait, self.schedule.running
-        if isinstance(running, TrainJob) and not self.throttle.abandoning:
-            if message.now and reason:
-                self.power_policy.override(running)
-                return Reply(True, f"{reason}; the run under way goes on all the same ({self._progress})")
-            if self.worker.progress.state != "idle":
-                return Reply(False, f"a run is under way ({self._progress})")
-        if self.schedule.run_is_queued or (isinstance(running, TrainJob) and not self.throttle.abandoning):
-            return Reply(False, "a run waits already: it starts as soon as inference is idle")
-        pending, needed = self._inputs.pending_failures, self.settings.training.min_failure_cases
-        if not message.now and pending < needed:
-            return Reply(False, f"{pending} of {needed} failures are there; --now trains on what there is")
-        trigger = RunTrigger.BY_HAND_NOW if message.now else RunTrigger.BY_HAND
-        self._request_job(
-            TrainJob(trigger, "by hand, now" if message.now else "by hand"), override=message.now and bool(reason)
+        decision = decide_train(self._train_state(), message.now)
+        if decision.action == TrainAction.OVERRIDE_RUNNING and self.schedule.running is not None:
+            self.power_policy.override(self.schedule.running)
+        elif decision.action == TrainAction.QUEUE_RUN:
+            trigger = RunTrigger.BY_HAND_NOW if message.now else RunTrigger.BY_HAND
+            job = TrainJob(trigger, "by hand, now" if message.now else "by hand")
+            self._request_job(job, override=message.now and bool(self.power_policy.reason_to_wait))
+        return Reply(decision.action != TrainAction.REFUSE, decision.text)
+
+    def _train_state(self) -> TrainState:
+        return TrainState(
+            keeps_texts=self.settings.records.keep != "statistics",
+            record_problem=self.records.trouble if self.records.waiting else None,
+            is_running=isinstance(self.schedule.running, TrainJob) and not self.throttle.abandoning,
+            has_begun=self.worker.progress.state != "idle",
+            progress=self._progress,
+            is_queued=self.schedule.run_is_queued,
+            reason_to_wait=self.power_policy.reason_to_wait,
+            pending_failures=self._inputs.pending_failures,
+            min_failures=self.settings.training.min_failure_cases,
         )
-        starts = "the run starts as soon as inference is idle"
-        if reason:
-            waits = f"training waits: {reason} (--now trains all the same)"
-            starts += f"; {reason}, trains all the same" if message.now else f"; {waits}"
-        return Reply(True, starts)
 
     @property
     def _progress(self) -> str:
