@@ -1,8 +1,8 @@
 """`specl-ctl doctor`: checks of this machine, the settings and the run directory; each problem
 comes with what to do about it.
 
-A check is a function that yields findings. It changes nothing, except that the run directory is
-made.
+A check is a function that yields findings. It changes nothing, except that the run
+directory is made.
 """
 
 import errno

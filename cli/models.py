@@ -1,5 +1,5 @@
-"""`specl-ctl models`: the models of the settings and their folders, import of GGUF files,
-downloads.
+"""`specl-ctl models`: the models of the settings and their folders, import of
+GGUF files, downloads.
 """
 
 import json

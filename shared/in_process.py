@@ -4,8 +4,8 @@ daemons, no sockets, no records.
 with Engine.load() as engine:
     print(engine.generate("Why is the sky blue?", max_tokens=64, temperature=0).text)
 
-An Engine is used by the thread that loaded it, because an MLX array belongs to the thread that made
-it.
+An Engine is used by the thread that loaded it, because an MLX array belongs to the thread
+that made it.
 """
 
 import threading

@@ -1,5 +1,5 @@
-"""`specl-ctl adapters import`: has an external adapter judged by the rule that judges every trained
-one.
+"""`specl-ctl adapters import`: has an external adapter judged by the rule that judges
+every trained one.
 
 Copies its files into the adapters folder, where the trainer reads them. The trainer evaluates the
 adapter, and promotes or refuses it. The source directory is not changed.

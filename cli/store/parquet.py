@@ -1,5 +1,5 @@
-"""The store as a Parquet file: one row a generation, lists for tokens, the target's top-k and
-disagreements.
+"""The store as a Parquet file: one row a generation, lists for tokens, the target's
+top-k and disagreements.
 """
 
 from collections.abc import Iterable

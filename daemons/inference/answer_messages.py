@@ -1,8 +1,8 @@
 """Messages and records of a running or finished request: the engine's values in the wire's types.
 Holds no state.
 
-The statistics of an answer are computed once, by the caller, and stand in both its `Done` and its
-record.
+The statistics of an answer are computed once, by the caller, and stand in both its `Done`
+and its record.
 """
 
 from collections.abc import Sequence

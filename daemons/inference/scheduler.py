@@ -1,5 +1,5 @@
-"""The requests of one loaded engine: which wait, which run, and what each round sends to its
-client.
+"""The requests of one loaded engine: which wait, which run, and what each round sends
+to its client.
 
 Every step runs one round of each running request, so that none starves; where that is cheaper, all
 rounds in one target step. Lives on the MLX thread. Knows no sockets and no disk: messages go out

@@ -1,8 +1,8 @@
 """Judges an adapter made elsewhere by the rule for trained ones: read it, score it against the
 active adapter, promote or reject.
 
-An evaluation trains nothing and uses up no failures. Its verdict is a `TrainingRun` record like any
-other.
+An evaluation trains nothing and uses up no failures. Its verdict is a `TrainingRun` record
+like any other.
 """
 
 from dataclasses import replace

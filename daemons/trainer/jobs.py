@@ -1,5 +1,5 @@
-"""The jobs of the trainer's MLX thread, and the messages that say how each ended. All are frozen
-values.
+"""The jobs of the trainer's MLX thread, and the messages that say how each ended. All
+are frozen values.
 """
 
 import uuid

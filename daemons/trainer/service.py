@@ -1,8 +1,8 @@
 """The trainer daemon: looks at the store, gives its MLX thread one job at a time, answers requests
 and announces adapters.
 
-The loop thread owns the sockets, the outbox and the schedule; the MLX thread (worker.py) owns the
-models.
+The loop thread owns the sockets, the outbox and the schedule; the MLX thread (worker.py)
+owns the models.
 """
 
 import queue

@@ -1,5 +1,5 @@
-"""A stratified sample of generations: rows of every period, and no conversation above its fair
-share.
+"""A stratified sample of generations: rows of every period, and no conversation above
+its fair share.
 
 Pure: summaries in, a choice of them out. The same rows give the same choice, and a few new ones
 change little of it, so that a run that was killed finds most of its work again.

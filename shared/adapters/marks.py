@@ -1,5 +1,5 @@
-"""What was decided about adapters after they were promoted, in one small file beside them:
-MARKS.json.
+"""What was decided about adapters after they were promoted, in one small file
+beside them: MARKS.json.
 
 Inference and the trainer both write it, under a lock on the folder. An adapter without a mark has
 not been reevaluated yet. The files ROLLED_BACK.json and SECOND_LOOKS.json of earlier versions are

@@ -1,10 +1,10 @@
 """The arms of a bench: mlx-lm's loops, this engine, and this engine behind its daemon, each timed
 by the same clock.
 
-mlx-lm's two loops run on the same model object as the engine, so that ratios show what speculation
-does, not what kernels do; `STOCK` is mlx-lm as it comes, on a dense copy without our kernels. Every
-arm of the engine has an acceptance history of its own, so that what one arm learns does not help
-another.
+mlx-lm's two loops run on the same model object as the engine, so that ratios show what
+speculation does, not what kernels do; `STOCK` is mlx-lm as it comes, on a dense copy without our
+kernels. Every arm of the engine has an acceptance history of its own, so that what one arm learns
+does not help another.
 """
 
 import time

@@ -1,8 +1,8 @@
 """Daemons as children of a command, in a scratch run directory, for `demo`, benches and tests. The
 user's store is not touched.
 
-Knows processes and folders. Imports no MLX, so that a command that only talks to daemons starts
-fast.
+Knows processes and folders. Imports no MLX, so that a command that only talks to
+daemons starts fast.
 """
 
 import os

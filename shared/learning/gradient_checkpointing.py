@@ -1,9 +1,9 @@
 """Gradient checkpointing of chosen modules within a block: their activations are recomputed in the
 backward pass.
 
-A module gets another class for the time of the block. Other instances are not patched, and nothing
-accumulates in a process that trains many times (mlx-lm's `grad_checkpoint` patches the class for
-good).
+A module gets another class for the time of the block. Other instances are not patched, and
+nothing accumulates in a process that trains many times (mlx-lm's `grad_checkpoint` patches the
+class for good).
 """
 
 import itertools

@@ -5,8 +5,8 @@ All are vectorised over positions (a loss that calls `.item()` for a position ha
 draft with a hot vocabulary scores a subset of tokens: the target's distribution is renormalised
 over it and its remaining mass is one tail outcome, otherwise KL would be infinite.
 
-Sources: KL on top-k with tail, DistillSpec (arXiv 2310.08461); acceptance-shaped, LK losses
-(2602.23881).
+Sources: KL on top-k with tail, DistillSpec (arXiv 2310.08461); acceptance-shaped,
+LK losses (2602.23881).
 """
 
 from collections.abc import Callable

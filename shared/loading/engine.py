@@ -1,8 +1,8 @@
 """From the settings' model names to a ready engine: target and draft found, checked and loaded.
 
 Knows the settings tree, the models folder and the drafts that are shipped. Knows nothing of
-requests or adapters. `load_engine` refuses before it loads anything where memory cannot hold the
-models.
+requests or adapters. `load_engine` refuses before it loads anything where memory cannot
+hold the models.
 """
 
 from pathlib import Path

@@ -95,7 +95,7 @@ def write_keys(folder: Path, keys: Keys) -> None:
 
 
 def gateway_token(settings: "Gateway") -> str | None:
-    """The bearer token in force, without white space around it. Raises ConfigError where it is too short, or cannot be sent."""
+    """The bearer token, without white space around it. Raises ConfigError where it is too short, or cannot be sent."""
     variable = os.environ.get("SPECL_GATEWAY_TOKEN")
     source, token = ("SPECL_GATEWAY_TOKEN", variable) if variable else ("gateway.token", settings.token)
     if token is None:

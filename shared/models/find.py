@@ -1,8 +1,8 @@
 """From a model's name to its folder: a local folder, the built-in model, a GGUF file, Ollama's, LM
 Studio's or the hub's.
 
-Knows names and folders; loads no weights. `find_...` does no work, `ensure_model` downloads and
-converts.
+Knows names and folders; loads no weights. `find_...` does no work, `ensure_model`
+downloads and converts.
 """
 
 from contextlib import suppress

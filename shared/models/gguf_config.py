@@ -1,8 +1,8 @@
 """A GGUF file's header as an mlx-lm config. A file that is none, cut or split is one sentence,
 never a crash.
 
-Knows the `llama` and `qwen2` architectures. Sources: the GGUF specification, llama.cpp's
-convert_hf_to_gguf.py.
+Knows the `llama` and `qwen2` architectures. Sources: the GGUF
+specification, llama.cpp's convert_hf_to_gguf.py.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""GGUF files as models of this program: converted once into the models folder, completely or not at
-all.
+"""GGUF files as models of this program: converted once into the models folder, completely or
+not at all.
 
 `import_gguf` converts under a name that the user chose; `ensure_converted` converts a file that
 settings refer to by path or by another program's name, on first use.

@@ -1,8 +1,8 @@
 """The tokenizer inside a GGUF file, written as tokenizer.json with its chat template: byte-level
 BPE (`gpt2`) and SentencePiece BPE (`llama`), as the original tokenizers of these families do it.
 
-Sources: llama.cpp's llama-vocab.cpp (the pre-tokenizers by name), the tokenizer.json of the models
-themselves.
+Sources: llama.cpp's llama-vocab.cpp (the pre-tokenizers by name), the tokenizer.json of
+the models themselves.
 """
 
 import json

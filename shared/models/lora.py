@@ -1,5 +1,5 @@
-"""LoRA on named linear layers: attach, fuse from the pristine base, detach (Hu et al. 2021, arXiv
-2106.09685).
+"""LoRA on named linear layers: attach, fuse from the pristine base, detach (Hu et al.
+2021, arXiv 2106.09685).
 
 y = W x + scale * (x A) B with scale = alpha / rank, A [in, rank], B [rank, out], as mlx-lm names
 and stores them. The base is never changed: a fused layer is a new layer, and going back to the base

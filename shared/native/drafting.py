@@ -1,5 +1,5 @@
-"""A head draft's step as one C++ call: input projection, layer, final norm and scores of the last
-row.
+"""A head draft's step as one C++ call: input projection, layer, final norm and scores of
+the last row.
 
 Knows the module names of a one-layer head (models/head.py). Does not know what is done with the
 scores. Promises: layers that were exchanged since (an adapter kept beside its base, for example)

@@ -1,9 +1,9 @@
 """Whether the C++ extension can be used: it is built, for this MLX, this CPU has kernels, and its
 self-test passes.
 
-Decided once, at the first call. Promises: at most one warning, with the remedy; never an exception.
-`SPECL_NATIVE=0` turns it off, `SPECL_NATIVE_ISA` names an instruction set (avx512, avx2, neon,
-scalar).
+Decided once, at the first call. Promises: at most one warning, with the remedy; never an
+exception. `SPECL_NATIVE=0` turns it off, `SPECL_NATIVE_ISA` names an instruction set (avx512,
+avx2, neon, scalar).
 """
 
 import functools

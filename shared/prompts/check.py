@@ -1,5 +1,5 @@
-"""Checks the prompt files and prints their sha256 sums; leaves with status 1 when something is
-wrong.
+"""Checks the prompt files and prints their sha256 sums; leaves with status 1 when
+something is wrong.
 
 Looked at: counts, form, ids, repeated prompts, templates and runs of eight words shared between
 files, and traces of the reserved kinds (see ``reserved.py``), both by tell-tale words and by runs

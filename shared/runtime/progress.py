@@ -1,5 +1,5 @@
-"""How far long work is, as a value that the work reports and a command shows. Knows neither of the
-two.
+"""How far long work is, as a value that the work reports and a command shows. Knows neither
+of the two.
 """
 
 import math

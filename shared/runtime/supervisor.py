@@ -1,5 +1,5 @@
-"""The supervisor: the process on each Procfile line. It starts a daemon and starts it again when it
-dies.
+"""The supervisor: the process on each Procfile line. It starts a daemon and starts it again
+when it dies.
 
 Knows exit codes and pauses, nothing of what a daemon does. Honcho stops every line when one ends,
 so the supervisor ends only where starting again cannot help.

@@ -1,5 +1,5 @@
-"""The settings as a typed, frozen tree. Every key has a default, so a file names only what it
-changes.
+"""The settings as a typed, frozen tree. Every key has a default, so a file names only
+what it changes.
 
 Knows the keys and what they may hold, nothing of files (`load.py` reads those). Names of keys
 are public: users' files have them. docs/settings.md is made from the descriptions in this file.

@@ -1,5 +1,5 @@
-"""The SQLite failure store: tables, views, migrations, queries. The only folder that imports
-sqlalchemy.
+"""The SQLite failure store: tables, views, migrations, queries. The only folder
+that imports sqlalchemy.
 
 One file, WAL, readable with `sqlite3` alone: token arrays are blobs with their text beside them.
 The collector is the only writer; everyone else opens it read-only with short transactions. Storing

@@ -1,5 +1,5 @@
-"""How the file of an older store becomes today's: one step a schema version, all in one
-transaction.
+"""How the file of an older store becomes today's: one step a schema version, all
+in one transaction.
 
 A step is the literal SQL of its day. A released step never changes and computes nothing from
 today's tables: what a later version needs is a new step. `schema` describes the tables that all

@@ -1,5 +1,5 @@
-"""The priority of the trainer: the lowest in its session, and a low one for a session that it
-leads.
+"""The priority of the trainer: the lowest in its session, and a low one for a session
+that it leads.
 """
 
 import subprocess

@@ -1,5 +1,5 @@
-"""Settings: every mistake in a file is one sentence with its file, its line, its key and what is
-allowed.
+"""Settings: every mistake in a file is one sentence with its file, its line, its key and
+what is allowed.
 """
 
 from pathlib import Path
