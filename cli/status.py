@@ -14,7 +14,7 @@ import click
 
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.codes import DaemonState
-from specl.shared.messaging.daemon_status import WatchStatus
+from specl.shared.messaging.daemon_status import CollapseCheckStatus
 from specl.shared.paths import ROLES
 from specl.shared.status import SystemStatus, TrainingView, system_status
 
@@ -41,7 +41,7 @@ def _rate(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _watch_text(watch: WatchStatus) -> str:
+def _collapse_check_text(watch: CollapseCheckStatus) -> str:
     """The collapse check of a newly activated adapter."""
     counts = f"acceptance {_rate(watch.acceptance)} of {watch.drafted} first drafted tokens"
     return f"{watch.adapter} {watch.state.replace('_', ' ')}: {counts} in {watch.requests} requests"
@@ -91,7 +91,7 @@ def _learning_rows(status: SystemStatus) -> Iterator[Row]:
     yield "store", f"{store.generations} generations, {store.disagreements} disagreements, {pending} on the way"
     yield "adapter", f"{adapter.active or 'none'}, before it {adapter.previous or 'none'}"
     if adapter.watch is not None:
-        yield "", _watch_text(adapter.watch)
+        yield "", _collapse_check_text(adapter.watch)
     yield "training", _training(status.training)
     if last := status.training.last_verdict:
         yield "last verdict", f"{last.verdict}: {last.reason} ({last.created})"

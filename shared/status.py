@@ -15,13 +15,13 @@ from specl.shared.messaging.client import Client, DaemonStatuses
 from specl.shared.messaging.codes import DaemonState
 from specl.shared.messaging.daemon_status import (
     AdapterStatus,
+    CollapseCheckStatus,
     DaemonStatus,
     LastRun,
     ModelsStatus,
     QueueStatus,
     StoreSummary,
     TrainerStatus,
-    WatchStatus,
 )
 from specl.shared.paths import DAEMONS, ROLES, Paths
 from specl.shared.runtime.locks import holder_of, is_locked
@@ -94,7 +94,7 @@ class AdapterView:
     active: str
     previous: str
     form: str
-    watch: WatchStatus | None
+    watch: CollapseCheckStatus | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ class Collector:
         self._store: Store | None = None
         self.started = time.monotonic()
         self.stored = 0
-        self.trouble = ""
+        self.problem = ""
         self._refusals = 0  # of the store, one after another
         self.summary = SummaryCache(lambda: self.store.summary())
         spool = HiddenSpool(paths.hidden, settings.records.hidden_spool_mb << 20)
@@ -94,7 +94,7 @@ class Collector:
 
     # ------------------------------------------------------------------------------ the loop
     def run(self, stop: StopFlag) -> None:
-        """Serve until stopped. Raises StoreTooNew; every other trouble with the store is waited
+        """Serve until stopped. Raises StoreTooNew; every other failure of the store is waited
         out.
         """
         try:
@@ -162,7 +162,7 @@ class Collector:
             return
         if self._refusals:
             _log.info("store.recovered", after_failures=self._refusals)
-        self._refusals, self.trouble = 0, ""
+        self._refusals, self.problem = 0, ""
         self.stored += len(message.rows)
         self.summary.invalidate()
         producer.next_at = 0.0  # acknowledge at once, and see what else there is
@@ -172,7 +172,7 @@ class Collector:
         """Log that the store refuses; for how many seconds to leave it alone."""
         pause = BACK_OFF_S[min(self._refusals, len(BACK_OFF_S) - 1)]
         self._refusals += 1
-        self.trouble = str(error)
+        self.problem = str(error)
         _log.error("store.refused", error=str(error), rows=rows, again_in_s=pause)
         return pause
 
@@ -210,12 +210,12 @@ class Collector:
         """How the collector is, at once, however long the store's figures take to make."""
         now = time.monotonic()
         self.summary.refresh_if_cheap()
-        trouble = self.trouble or self.summary.error
+        problem = self.problem or self.summary.error
         return CollectorStatus(
-            state=DaemonState.FAILED if trouble else DaemonState.READY,
+            state=DaemonState.FAILED if problem else DaemonState.READY,
             uptime_s=round(now - self.started, 1),
             stored=self.stored,
-            trouble=trouble,
+            trouble=problem,
             malformed=self.server.malformed,
             producers={
                 producer.name: ProducerStatus(_age_s(producer.heard_at, now), producer.remaining)

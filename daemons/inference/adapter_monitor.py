@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from specl.daemons.inference.collapse import CollapseCheck
-from specl.shared.messaging.codes import ActivationEvent, ActivationReason, WatchState
-from specl.shared.messaging.daemon_status import WatchStatus
+from specl.shared.messaging.codes import ActivationEvent, ActivationReason, CollapseCheckState
+from specl.shared.messaging.daemon_status import CollapseCheckStatus
 from specl.shared.messaging.messages import Activation
 from specl.shared.runtime.atomic_files import write_file
 
@@ -35,7 +35,7 @@ class AdapterMonitor:
         self.adapter = ""
         self.check: CollapseCheck | None = None
         self.unfinished: CollapseCheck | None = None  # of an adapter that was replaced before its check ended
-        self.last: WatchStatus | None = None
+        self.last: CollapseCheckStatus | None = None
 
     def load(self, draft: str, target: str) -> str | None:
         """Go on with what the last process saved for this pair. Returns the adapter that was active in
@@ -65,9 +65,9 @@ class AdapterMonitor:
             if change.reason != ActivationReason.RESTART:
                 self.activated(change.adapter_id, checked=change.reason in CHECKED)
             if change.reason == ActivationReason.REINSTATED:
-                self._decided(change.adapter_id, WatchState.REINSTATED)
+                self._decided(change.adapter_id, CollapseCheckState.REINSTATED)
         elif change.event == ActivationEvent.ROLLED_BACK:
-            self._decided(change.adapter_id, WatchState.ROLLED_BACK)
+            self._decided(change.adapter_id, CollapseCheckState.ROLLED_BACK)
 
     def activated(self, adapter: str, checked: bool) -> None:
         """`adapter` is active from now on; `checked`: its collapse check begins.
@@ -89,7 +89,7 @@ class AdapterMonitor:
         self.adapter = adapter
         self._save()
 
-    def _decided(self, adapter: str, state: WatchState) -> None:
+    def _decided(self, adapter: str, state: CollapseCheckState) -> None:
         """The trainer has decided about `adapter` since its check ended."""
         if self.last is not None and self.last.adapter == adapter:
             self.last = replace(self.last, state=state)
@@ -109,15 +109,15 @@ class AdapterMonitor:
         check.add(sum(tested[:1]), sum(accepted[:1]))
         reason = check.collapse()
         if reason or check.done:
-            self.last = _status_of(check, WatchState.ROLLED_BACK if reason else WatchState.PASSED)
+            self.last = _status_of(check, CollapseCheckState.ROLLED_BACK if reason else CollapseCheckState.PASSED)
             self.check = None
         self._save()
         return reason
 
-    def status(self) -> WatchStatus | None:
+    def status(self) -> CollapseCheckStatus | None:
         """The check that is under way, or the result of the last one."""
         check = self.check  # read once: the MLX thread may end it meanwhile
-        return _status_of(check, WatchState.WATCHING) if check is not None else self.last
+        return _status_of(check, CollapseCheckState.WATCHING) if check is not None else self.last
 
     def _save(self) -> None:
         if self._path is None:
@@ -130,8 +130,8 @@ class AdapterMonitor:
             write_file(self._path, json.dumps(document), sync=False)
 
 
-def _status_of(check: CollapseCheck, state: WatchState) -> WatchStatus:
-    return WatchStatus(check.adapter_id, state, check.requests, check.tested, round(check.acceptance, 4))
+def _status_of(check: CollapseCheck, state: CollapseCheckState) -> CollapseCheckStatus:
+    return CollapseCheckStatus(check.adapter_id, state, check.requests, check.tested, round(check.acceptance, 4))
 
 
 def _check(saved: Mapping[str, Any] | None) -> CollapseCheck | None:
@@ -141,8 +141,10 @@ def _check(saved: Mapping[str, Any] | None) -> CollapseCheck | None:
     return CollapseCheck(str(saved["adapter_id"]), **counts)
 
 
-def _check_status(saved: Mapping[str, Any] | None) -> WatchStatus | None:
+def _check_status(saved: Mapping[str, Any] | None) -> CollapseCheckStatus | None:
     if not saved:
         return None
     counts = (int(saved["requests"]), int(saved["drafted"]))
-    return WatchStatus(str(saved["adapter"]), WatchState(saved["state"]), *counts, float(saved["acceptance"]))
+    return CollapseCheckStatus(
+        str(saved["adapter"]), CollapseCheckState(saved["state"]), *counts, float(saved["acceptance"])
+    )

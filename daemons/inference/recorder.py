@@ -38,7 +38,7 @@ _log = log.get("recorder")
 
 
 class Recorder(threading.Thread):
-    """`refused` counts records that the outbox did not take, `trouble` is the last refusal's reason
+    """`refused` counts records that the outbox did not take, `problem` is the last refusal's reason
     while it lasts.
 
     `failure` is set when the thread cannot go on.
@@ -49,7 +49,7 @@ class Recorder(threading.Thread):
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the thread
         self._outbox, self._spool, self._redactor, self._emit = outbox, spool, redactor, emit
         self.refused = 0
-        self.trouble = outbox.trouble
+        self.problem = outbox.problem
         self.failure: BaseException | None = None
 
     # ------------------------------------------------------------------------------------- called from other threads
@@ -156,11 +156,11 @@ class Recorder(threading.Thread):
             self._outbox.append(record.id, kind_of(record), encode(record))
         except (OutboxFull, WireError) as error:
             self.refused += 1
-            self.trouble = str(error)
+            self.problem = str(error)
             if self.refused & (self.refused - 1) == 0:  # 1st, 2nd, 4th, 8th ...
                 _log.error("record.refused", reason=str(error), refused=self.refused)
             return str(error)
-        self.trouble = ""
+        self.problem = ""
         self._emit(None, RecordReady(record.id))
         return ""
 

@@ -215,7 +215,7 @@ class Inference:
             state=self._state(),
             uptime_s=round(time.monotonic() - self.started, 1),
             queue=QueueStatus(len(scheduler.waiting), len(scheduler.running)) if scheduler else QueueStatus(),
-            outbox=OutboxStatus(self.outbox.pending, 0, recorder.refused, recorder.trouble or self.outbox.trouble),
+            outbox=OutboxStatus(self.outbox.pending, 0, recorder.refused, recorder.problem or self.outbox.problem),
             served=decoding.served,
             rolling_acceptance=round(accepted / drafted, 4) if drafted else None,
             rolling_tokens_per_second=round(sum(speeds) / len(speeds), 2) if speeds else None,

@@ -29,7 +29,7 @@ class RecordQueue:
         self._waiting: deque[tuple[str, str, bytes]] = deque()
         self._lock = threading.Lock()
         self.refused = 0
-        self.trouble = outbox.trouble
+        self.problem = outbox.problem
 
     @property
     def waiting(self) -> int:
@@ -47,7 +47,7 @@ class RecordQueue:
             item = (record.id, kind_of(record), encode(record))
         except WireError as error:
             self.refused += 1
-            self.trouble = str(error)
+            self.problem = str(error)
             _log.error("record.refused", kind=kind_of(record), reason=str(error))
             return
         with self._lock:
@@ -56,7 +56,7 @@ class RecordQueue:
             self._offer()
             if len(self._waiting) > before:
                 self.refused += 1
-                _log.error("record.refused", kind=item[1], reason=self.trouble, waiting=len(self._waiting))
+                _log.error("record.refused", kind=item[1], reason=self.problem, waiting=len(self._waiting))
             while len(self._waiting) > MAX_WAITING:
                 self._waiting.popleft()
 
@@ -72,11 +72,11 @@ class RecordQueue:
             try:
                 self._outbox.append(id, kind, body)
             except OutboxFull as error:
-                self.trouble = str(error)
+                self.problem = str(error)
                 return
             self._waiting.popleft()
             self._announce(id)
-        self.trouble = ""
+        self.problem = ""
 
     def purge(self, matches: Callable[[Envelope], bool]) -> list[str]:
         """Remove waiting records that match; their ids."""
@@ -87,5 +87,5 @@ class RecordQueue:
 
     def status(self) -> OutboxStatus:
         """The outbox's part of the daemon's status."""
-        trouble = self.trouble or self._outbox.trouble
-        return OutboxStatus(self._outbox.pending, self.waiting, self.refused, trouble)
+        problem = self.problem or self._outbox.problem
+        return OutboxStatus(self._outbox.pending, self.waiting, self.refused, problem)

@@ -69,12 +69,12 @@ def next_job(inputs: TrainerInputs, now: float) -> Job | None:
 
     What users ask for is begun before all of these.
     """
-    insists = inputs.repeat is not None and inputs.repeat.trigger == RunTrigger.BY_HAND_NOW
-    if inputs.undelivered or (inputs.reason_to_wait and not insists):
+    is_forced = inputs.repeat is not None and inputs.repeat.trigger == RunTrigger.BY_HAND_NOW
+    if inputs.undelivered or (inputs.reason_to_wait and not is_forced):
         return None
     if inputs.reevaluation and inputs.answers_ready and inputs.may_try(JobKind.REEVALUATE, now):
         return ReevaluateJob(inputs.reevaluation)
-    if inputs.wants_training and inputs.may_try(JobKind.TRAIN, now) and (insists or not inputs.waits_for_answers):
+    if inputs.wants_training and inputs.may_try(JobKind.TRAIN, now) and (is_forced or not inputs.waits_for_answers):
         return inputs.repeat or TrainJob(RunTrigger.FAILURES, f"{inputs.pending_failures} failures")
     if inputs.unscored and inputs.may_try(JobKind.SCORE, now):
         return ScoreJob()  # it waits for a quiet moment itself: looking every few seconds would miss most of them

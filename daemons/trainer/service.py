@@ -249,7 +249,7 @@ class Trainer:
     def _train_state(self) -> TrainState:
         return TrainState(
             keeps_texts=self.settings.records.keep != "statistics",
-            record_problem=self.records.trouble if self.records.waiting else None,
+            record_problem=self.records.problem if self.records.waiting else None,
             is_running=isinstance(self.schedule.running, TrainJob) and not self.throttle.abandoning,
             has_begun=self.worker.progress.state != "idle",
             progress=self._progress,

@@ -255,7 +255,7 @@ class CandidateJudge:
             weights = interpolate(trained_weights, alpha, start)
             trained.learner.module.load_weights(list(weights.items()), strict=False)
             general = self.scorer.on_general(trained.learner)
-            if Regression(self.before.general.value, general.value, self.pristine).problem:
+            if Regression(self.before.general.value, general.value, self.pristine).rejection_reason:
                 continue
             part = Scores(self.scorer.on_held_out(trained.learner), general)
             interpolated = self._verdict(part).at_alpha(alpha)

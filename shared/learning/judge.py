@@ -98,7 +98,7 @@ class Regression:
         return self.pristine is not None and self.pristine - self.after >= MAX_DRIFT
 
     @property
-    def problem(self) -> str:
+    def rejection_reason(self) -> str:
         """How general text regresses; empty where it does not."""
         if not self.before - self.after < MAX_FALL:
             return f"general text fell by {MAX_FALL} or more"
@@ -126,7 +126,7 @@ class Verdict:
         """Whether general text is all that stands against it, so that a part of the change may
         pass.
         """
-        regresses = self.regression is not None and bool(self.regression.problem)
+        regresses = self.regression is not None and bool(self.regression.rejection_reason)
         return self.verdict == RunVerdict.REJECTED and self.comparison.low > 0 and regresses
 
     def at_alpha(self, alpha: float) -> "Verdict":
@@ -208,8 +208,8 @@ def judge(
         )
     elif not comparison.low > 0:
         reason = "the interval does not lie above zero"
-    elif regression is not None and regression.problem:
-        reason = regression.problem
+    elif regression is not None and regression.rejection_reason:
+        reason = regression.rejection_reason
     else:
         verdict = RunVerdict.PROMOTED
     return Verdict(verdict, f"{figures}: {reason}" if reason else figures, comparison, regression, rates)

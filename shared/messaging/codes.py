@@ -54,7 +54,7 @@ class ActivationReason(StrEnum):
     OTHER = "other"  # a sentence of an earlier version that no code stands for
 
 
-class WatchState(StrEnum):
+class CollapseCheckState(StrEnum):
     """What the collapse check or the trainer has decided about a newly activated adapter."""
 
     WATCHING = "watching"  # the check is under way

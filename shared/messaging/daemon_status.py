@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from specl.shared.messaging.codes import DaemonState, RunVerdict, WatchState
+from specl.shared.messaging.codes import CollapseCheckState, DaemonState, RunVerdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,11 @@ class OutboxStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class WatchStatus:
+class CollapseCheckStatus:
     """The collapse check of a newly activated adapter: `acceptance` is of `drafted` first drafted tokens, in `requests`."""
 
     adapter: str
-    state: WatchState
+    state: CollapseCheckState
     requests: int
     drafted: int
     acceptance: float
@@ -44,7 +44,7 @@ class AdapterStatus:
     previous: str = ""
     form: str = ""
     rejected: dict[str, str] = field(default_factory=dict)
-    watch: WatchStatus | None = None
+    watch: CollapseCheckStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)

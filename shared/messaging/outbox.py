@@ -27,7 +27,7 @@ CREATE TABLE IF NOT EXISTS outbox (
 class Outbox:
     """The file at `path`, made where it is missing. Safe to use from several threads of one process.
 
-    Making one never fails: where the file cannot be opened (a full or read-only disk), `trouble` says why and every use
+    Making one never fails: where the file cannot be opened (a full or read-only disk), `problem` says why and every use
     tries again.
     """
 
@@ -35,7 +35,7 @@ class Outbox:
         self.path = path
         self.limit_bytes = limit_bytes
         self._lock_timeout_s = lock_timeout_s  # another process may read the file
-        self.trouble = ""
+        self.problem = ""
         self._lock = threading.Lock()
         self._opened: sqlite3.Connection | None = None
         self._bytes = self._count = 0
@@ -77,9 +77,9 @@ class Outbox:
                 if self._opened is not None and self._opened.in_transaction:
                     with suppress(sqlite3.Error):  # SQLite has rolled back by itself after some errors
                         self._opened.execute("ROLLBACK")
-                self.trouble = f"the outbox {self.path}: {error}"
-                raise OutboxFull(self.trouble, "free some disk; recording goes on by itself") from error
-            self.trouble = ""
+                self.problem = f"the outbox {self.path}: {error}"
+                raise OutboxFull(self.problem, "free some disk; recording goes on by itself") from error
+            self.problem = ""
 
     def append(self, id: str, kind: str, body: bytes) -> None:
         """Accept a record. Raises OutboxFull, with nothing changed, at the size cap or where the disk refuses."""
@@ -131,7 +131,7 @@ class Outbox:
     def answer(self, fetch: Fetch) -> RecordBatch:
         """Remove what the fetch acknowledges; the oldest others as a batch.
 
-        Where the disk refuses, `trouble` says so and the batch is empty: nothing is lost, but the same rows, sent again at once,
+        Where the disk refuses, `problem` says so and the batch is empty: nothing is lost, but the same rows, sent again at once,
         would go round and round.
         """
         try:

@@ -1,5 +1,5 @@
 """`draft build` in a work folder: generate, choose a hot vocabulary, train, evaluate, write.
-How is `learning.build_draft`'s.
+The method is in learning/build_draft.py.
 
 Every stage leaves files in the work folder and skips what is already there, so that a stopped build
 goes on where it was. A time limit is divided between generating and training; the draft is made of

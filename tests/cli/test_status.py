@@ -7,12 +7,12 @@ from rich.console import Console
 
 from specl.cli.status import render
 from specl.shared.messaging.client import Client
-from specl.shared.messaging.codes import WatchState
-from specl.shared.messaging.daemon_status import WatchStatus
+from specl.shared.messaging.codes import CollapseCheckState
+from specl.shared.messaging.daemon_status import CollapseCheckStatus
 from specl.shared.paths import find_paths
 from specl.shared.status import system_status
 
-WATCH = WatchStatus("000002", WatchState.WATCHING, requests=1, drafted=20, acceptance=0.25)
+WATCH = CollapseCheckStatus("000002", CollapseCheckState.WATCHING, requests=1, drafted=20, acceptance=0.25)
 
 
 def test_status_shows_a_watch_and_its_end():

@@ -2,7 +2,7 @@
 
 from specl.daemons.inference.adapter_monitor import AdapterMonitor
 from specl.daemons.inference.collapse import CollapseCheck
-from specl.shared.messaging.codes import WatchState
+from specl.shared.messaging.codes import CollapseCheckState
 
 
 def test_status_is_shown_though_the_check_ends_meanwhile():
@@ -20,4 +20,4 @@ def test_status_is_shown_though_the_check_ends_meanwhile():
         def check(self, value):
             pass
 
-    assert Ending().status().state == WatchState.WATCHING
+    assert Ending().status().state == CollapseCheckState.WATCHING

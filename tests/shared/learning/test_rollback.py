@@ -9,7 +9,7 @@ from specl.daemons.inference.adapter_monitor import AdapterMonitor
 from specl.daemons.inference.swap import AdapterSwap
 from specl.shared.adapters.marks import MarkState
 from specl.shared.adapters.registry import Adapters
-from specl.shared.messaging.codes import ActivationEvent, ActivationReason, WatchState
+from specl.shared.messaging.codes import ActivationEvent, ActivationReason, CollapseCheckState
 from specl.shared.paths import Paths
 from tests.shared.learning.test_adapter_marks import publish
 
@@ -82,11 +82,11 @@ def promoted(run):
 def test_collapsed_adapter_goes_and_stays_gone(run):
     paths, adapters, first, second = run
     daemon = promoted(run)
-    assert daemon.swap.active == second and daemon.monitor.status().state == WatchState.WATCHING
+    assert daemon.swap.active == second and daemon.monitor.status().state == CollapseCheckState.WATCHING
     daemon.serve_until_rollback()
     assert daemon.swap.active == first == adapters.current()
     assert daemon.events[-1] == (ActivationEvent.ROLLED_BACK, second, ActivationReason.LIVE_ACCEPTANCE)
-    assert daemon.monitor.check is None and daemon.monitor.status().state == WatchState.ROLLED_BACK
+    assert daemon.monitor.check is None and daemon.monitor.status().state == CollapseCheckState.ROLLED_BACK
     daemon.swap.follow_current()
     assert Daemon(paths).swap.active == first and second in adapters.rolled_back()
 
@@ -95,7 +95,7 @@ def test_working_adapter_is_kept(run):
     daemon = promoted(run)
     while daemon.monitor.check is not None:
         assert not daemon.serve(accepted=2)
-    assert daemon.monitor.status().state == WatchState.PASSED
+    assert daemon.monitor.status().state == CollapseCheckState.PASSED
 
 
 def test_marked_adapter_is_not_tried_after_a_kill(run):
@@ -145,7 +145,7 @@ def test_restart_goes_on_with_check_and_way_back(run):
         assert not daemon.serve(accepted=1)
     daemon = Daemon(paths)
     status = daemon.monitor.status()
-    assert (status.requests, status.drafted, status.state) == (2, 2 * DRAFTS, WatchState.WATCHING)
+    assert (status.requests, status.drafted, status.state) == (2, 2 * DRAFTS, CollapseCheckState.WATCHING)
     assert daemon.swap.previous == first
     assert daemon.events == [(ActivationEvent.ACTIVATED, second, ActivationReason.RESTART)]
     daemon.serve_until_rollback()
@@ -223,11 +223,11 @@ def test_reinstated_adapter_drafts_and_is_not_checked(run):
     adapters.set_current(second)
     daemon.swap.follow_current()
     assert daemon.swap.active == second and daemon.monitor.check is None and daemon.swap.previous == first
-    assert daemon.monitor.status().state == WatchState.REINSTATED
+    assert daemon.monitor.status().state == CollapseCheckState.REINSTATED
     assert not any(daemon.serve(accepted=0) for _ in range(30))
     later = Daemon(paths)
     assert later.swap.active == second and later.monitor.check is None
-    assert later.monitor.status().state == WatchState.REINSTATED
+    assert later.monitor.status().state == CollapseCheckState.REINSTATED
 
 
 def test_reinstated_adapter_by_hand_is_not_checked_either(run):

@@ -112,7 +112,7 @@ def test_non_database_file_is_an_error(path):
     path.parent.mkdir()
     path.write_bytes(b"not a database at all, but long enough to look at" * 50)
     outbox = Outbox(path)
-    assert "inference.db" in outbox.trouble
+    assert "inference.db" in outbox.problem
     with pytest.raises(OutboxFull, match="inference.db"):
         outbox.append("a", "Generation", b"x")
 

@@ -20,8 +20,8 @@ from specl.shared.adapters.tensors import read_shape
 from specl.shared.engine.costs import Costs
 from specl.shared.loading.costs import read_costs
 from specl.shared.messaging.codec import decode
-from specl.shared.messaging.codes import WatchState
-from specl.shared.messaging.daemon_status import WatchStatus
+from specl.shared.messaging.codes import CollapseCheckState
+from specl.shared.messaging.daemon_status import CollapseCheckStatus
 from specl.shared.messaging.endpoints import read_keys
 from specl.shared.messaging.outbox import Outbox
 from specl.shared.messaging.upgrade import activation_reason_v1, run_trigger_v1
@@ -325,7 +325,7 @@ def outboxes(tmp_path):
 
 def test_old_outbox_records_are_read(outboxes):
     inference, trainer = outboxes
-    assert [outbox.trouble for outbox in outboxes] == ["", ""]
+    assert [outbox.problem for outbox in outboxes] == ["", ""]
     assert (inference.pending, trainer.pending) == (24, 41)
     records = EXPECTED["outbox"]["records"]
     for outbox, kinds in (
@@ -386,7 +386,7 @@ def test_monitor_reads_what_an_older_one_saved(paths):
     monitor = AdapterMonitor(paths.root / "watch.json")
     assert monitor.load(DRAFT, TARGET) == monitor.adapter == "000003"
     assert monitor.check is None  # its counts by depth are not those of today
-    assert monitor.last == WatchStatus("000001", WatchState.PASSED, 4, 240, 0.5333)
+    assert monitor.last == CollapseCheckStatus("000001", CollapseCheckState.PASSED, 4, 240, 0.5333)
     assert AdapterMonitor(paths.root / "watch.json").load(DRAFT, "another") is None
 
 
