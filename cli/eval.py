@@ -113,7 +113,7 @@ def _adapter(engine: "EngineCore", name: str) -> Any:
 
 
 def _fitting(engine: "EngineCore", items: "list[BenchPrompt]", limit: int) -> "list[BenchPrompt]":
-    """Those that leave room for an answer in the target's context."""
+    """The prompts that leave room for an answer in the target's context."""
     room = engine.target.context_length - limit
     kept = [item for item in items if len(engine.encode_chat(item.messages)[1]) <= room]
     if len(kept) < len(items):

@@ -69,5 +69,5 @@ class AnswerTotals:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding; 0 where no time was measured."""
+        """Tokens a second of decoding; 0 where no time was measured."""
         return self.tokens / self.seconds if self.seconds else 0.0

@@ -25,7 +25,7 @@ class SamplingParams:
     seed: int | None = None
 
     def validate(self) -> "SamplingParams":
-        """Itself. Raises RequestRejected for a value out of range."""
+        """Check all values and return self. Raises RequestRejected for a value out of range."""
         if not 0 <= self.temperature <= 10:
             raise RequestRejected(f"temperature must lie between 0 and 10, not {self.temperature}")
         if not 0 < self.top_p <= 1:

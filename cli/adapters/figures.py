@@ -91,7 +91,7 @@ def run_cells(run: Row) -> list[str]:
 
 # ------------------------------------------------------------------------------------ adapters show
 def manifest_lines(manifest: Manifest, path: str, current: bool) -> list[Line]:
-    """What the manifest says."""
+    """The lines of `adapters show` that come from the manifest."""
     metrics, training = manifest.metrics, manifest.training
     by_depth = metrics.get("heldout_after_by_depth")
     depths = ", ".join(_number(value, 3) for value in by_depth) if isinstance(by_depth, list) else "-"
@@ -118,7 +118,7 @@ def _change(figures: Mapping[str, Any], before: str, after: str) -> str:
 
 
 def _data(training: Mapping[str, Any]) -> str:
-    """What the adapter learned from. Runs before schema 2 did not count failures, successes and
+    """The data that the adapter learned from. Runs before schema 2 did not count failures, successes and
     replay.
     """
     kinds = [f"{training[name]} {name}" for name in ("failures", "successes", "replay") if name in training]

@@ -273,8 +273,8 @@ class DecodeThread(threading.Thread):
         return scheduler, swap
 
     def _attach_swap(self, engine: EngineCore) -> AdapterSwap:
-        """Have the engine draft with the adapter of before an unload, of the last process, or of
-        CURRENT.
+        """Activate an adapter: after an unload the one before it, at start the one of the last process
+        or the one that CURRENT names.
         """
         if self.swap is not None:
             self.swap.attach_engine(engine)

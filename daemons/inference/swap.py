@@ -141,10 +141,10 @@ class AdapterSwap:
                 yield from self._follow_activation(id)
 
     def _follow_rollback(self, rollback: RollBack) -> Steps[None]:
-        adapter, target, reason = rollback.adapter, rollback.target, rollback.reason
-        yield from self._replace_rolled_back(adapter, target, reason or "")
+        adapter, replacement, reason = rollback.adapter, rollback.replacement, rollback.reason
+        yield from self._replace_rolled_back(adapter, replacement, reason or "")
         if reason is not None:
-            self._report(ActivationEvent.ROLLED_BACK, adapter, target, ActivationReason.REEVALUATION, reason)
+            self._report(ActivationEvent.ROLLED_BACK, adapter, replacement, ActivationReason.REEVALUATION, reason)
 
     def _follow_activation(self, id: str) -> Steps[None]:
         if id in self.rejected and id not in self._refused and self._is_reinstated(id):
@@ -222,8 +222,8 @@ class AdapterSwap:
         return ""
 
     def _switch(self, id: str) -> Steps[None]:
-        """Load and use `id`. Raises AdapterRejected for whatever is wrong with it; the adapter before it
-        is then in use again.
+        """Load and use `id`. Raises AdapterRejected for whatever is wrong with it; the adapter before
+        it is then active again.
         """
         adapter = (yield from self._load(id)) if id else None
         failpoint("swap.before_activate")
@@ -261,26 +261,24 @@ class AdapterSwap:
         self.finish()
         if self._loaded_engine.adapter_id != id:  # another one was on its way and has taken its place
             return
-        rollback_target = self.previous if self.previous not in self.adapters.rolled_back() else ""
+        replacement = self.previous if self.previous not in self.adapters.rolled_back() else ""
         try:
             self.adapters.marks.set(id, MarkState.ROLLBACK_PENDING, reason)
         except OSError as error:
             _log.error("rollback.not_written", adapter=id, reason=str(error))
-        run_all(self._replace_rolled_back(id, rollback_target, reason))
+        run_all(self._replace_rolled_back(id, replacement, reason))
         self._report(ActivationEvent.ROLLED_BACK, id, self.active, ActivationReason.LIVE_ACCEPTANCE, reason)
 
-    def _replace_rolled_back(self, id: str, rollback_target: str, reason: str) -> Steps[None]:
-        """Activate `rollback_target` in place of `id`, which is rolled back; no adapter where the rollback_target
-        cannot be used.
+    def _replace_rolled_back(self, id: str, replacement: str, reason: str) -> Steps[None]:
+        """Activate `replacement` in place of `id`, which is rolled back. Where the replacement cannot be
+        used, no adapter is active.
         """
         note = f"adapter {id} was rolled back"
-        if rollback_target != self.active and (
-            yield from self._activate(rollback_target, ActivationReason.ROLLBACK, note)
-        ):
-            rollback_target = ""
-            yield from self._activate(rollback_target, ActivationReason.ROLLBACK, note)
+        if replacement != self.active and (yield from self._activate(replacement, ActivationReason.ROLLBACK, note)):
+            replacement = ""
+            yield from self._activate(replacement, ActivationReason.ROLLBACK, note)
         try:
-            self.adapters.set_current(rollback_target)
+            self.adapters.set_current(replacement)
         except OSError as error:  # the next check tries again
             self._refused.pop(id, None)
             self.rejected[id] = reason  # CURRENT still names it: do not activate it again in this process
@@ -288,7 +286,7 @@ class AdapterSwap:
         self.previous = ""  # not the adapter that was just rolled back
         with suppress(OSError):
             self.adapters.set_previous("")
-        _log.warning("adapter.rolled_back", adapter=id, to=rollback_target or None, reason=reason)
+        _log.warning("adapter.rolled_back", adapter=id, to=replacement or None, reason=reason)
 
     def _refuse(self, id: str, reason: str) -> None:
         """Report once why `id` is refused; the active adapter stays."""

@@ -16,14 +16,14 @@ class Activate:
 
 @dataclass(frozen=True, slots=True)
 class RollBack:
-    """Activate `target` (empty: none) in place of `adapter`.
+    """Activate `replacement` (empty: none) in place of `adapter`.
 
     `reason` is that of the mark of `adapter`. It is None where only CURRENT names an adapter that
     was rolled back, and the active one was not.
     """
 
     adapter: str
-    target: str
+    replacement: str
     reason: str | None
 
 
@@ -37,8 +37,8 @@ def decide(current: str, active: str, previous: str, rolled_back: Mapping[str, s
     process that did it was killed before CURRENT moved. None: nothing is to be done.
     """
     if current in rolled_back:
-        target = previous if previous != current and previous not in rolled_back else ""
-        return RollBack(active or current, target, rolled_back.get(active))
+        replacement = previous if previous != current and previous not in rolled_back else ""
+        return RollBack(active or current, replacement, rolled_back.get(active))
     if current == active:
         return None
     if active in rolled_back:

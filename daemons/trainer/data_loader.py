@@ -40,7 +40,7 @@ _log = log.get("replay")
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """What one run works with: `failures` and `successes` are trained on, `held_out` judges.
+    """The examples of one run: `failures` and `successes` are trained on, `held_out` judges.
     `last_generation` is the newest seen.
     """
 
@@ -96,7 +96,7 @@ class DataLoader:
         self.store, self.engine, self.settings, self.spool, self._pause = store, engine, settings, spool, pause
 
     def split(self, clock: Callable[[], float] = time.time) -> Split:
-        """What this target wrote, by kind; quick, because no text is read."""
+        """Split the stored generations of this target by kind. It is quick, because no text is read."""
         threshold = self.settings.speculative.acceptance_threshold
         rows = [row for row in self.store.generation_summaries(NEWEST) if self._fits(row)]
         failures, successes, held_out = [], [], []

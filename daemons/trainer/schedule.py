@@ -102,7 +102,7 @@ class Schedule:
 
     @property
     def run_is_queued(self) -> bool:
-        """Whether a run that somebody asked for waits behind other work."""
+        """Whether a run that a user asked for waits behind other work."""
         return any(job.kind == JobKind.TRAIN for job in self.requested)
 
     def started(self, job: Job) -> None:
@@ -116,7 +116,7 @@ class Schedule:
             self.unprepared = False  # tried once; a run makes what is still missing
 
     def ended(self, ended: JobEnded, now: float) -> None:
-        """What follows from how a job ended."""
+        """Update the schedule after a job has ended."""
         job, kind = ended.job, ended.job.kind
         self.running = None
         if ended.ending == Ending.DONE:
@@ -161,9 +161,9 @@ class Schedule:
         self.not_before[kind] = now + seconds
 
     def is_news(self, job: Job, outcome: Outcome) -> bool:
-        """Whether the store is to have this outcome. A run that waits for the same as the last one
-        is recorded once, not every minute, unless a user asked for it; a reevaluation without a
-        verdict is tried again.
+        """Whether to record this outcome in the store. An automatic run that lacks the same data as the
+        one before is recorded once, not every minute. A reevaluation without a verdict is not
+        recorded, because it is tried again.
         """
         if isinstance(job, EvaluateAdapterJob):
             return True

@@ -50,8 +50,8 @@ from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
 
 TICK_S = 0.5
-STORE_CHECK_S = 5.0  # between two looks at the store
-MAX_EVALUATIONS = 8  # imports whose verdicts `status` still has
+STORE_CHECK_S = 5.0  # between two reads of the store
+MAX_EVALUATIONS = 8  # imports whose verdicts `status` remembers
 _log = log.get("trainer")
 
 
@@ -115,7 +115,7 @@ class Trainer:
             self.throttle.set_busy(message.busy)
 
     def check(self) -> None:
-        """See how things stand, and begin what is to be done."""
+        """Read the inputs of the schedule, and begin the next job if none is under way."""
         self.power_policy.check()
         self.records.offer()
         try:
@@ -178,7 +178,7 @@ class Trainer:
         self.server.wake()
 
     def take_results(self) -> None:
-        """What follows from jobs that have ended; then what a user waits for begins."""
+        """Handle the jobs that have ended, then begin the next one that a user asked for."""
         while not self._ended.empty():
             ended = self._ended.get()
             if ended.outcome is not None:
@@ -206,7 +206,7 @@ class Trainer:
         _log.info("run.ended", kind=job.kind, verdict=outcome.verdict, reason=outcome.reason, adapter=adapter)
 
     def _end_evaluation(self, job: EvaluateAdapterJob, ended: JobEnded) -> None:
-        """The staged copy has served, and whoever waits for a verdict gets one."""
+        """Remove the staged copy and store the verdict, which a client waits for."""
         shutil.rmtree(self.adapters.folder / job.folder, ignore_errors=True)
         if ended.outcome is not None:
             result = EvaluationStatus(ended.outcome.verdict, ended.outcome.reason, ended.outcome.adapter_id)

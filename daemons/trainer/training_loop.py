@@ -181,7 +181,7 @@ class TrainingLoop:
             _log.warning("checkpoint.not_saved", reason=str(error))
 
     def _plan(self) -> dict[str, Any]:
-        """What shapes the weights: a checkpoint made with another plan is none of this run's."""
+        """Everything that shapes the weights. A checkpoint that was made with another plan is not resumed."""
         return {**self.base, "recipe": self.settings.training.model_dump(mode="json", include=RECIPE)}
 
     def _is_same_work(self, notes: dict[str, Any]) -> bool:

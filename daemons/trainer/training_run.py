@@ -106,8 +106,8 @@ class AdapterTraining:
         return self._judge(loop, trained, before, *judge.verdict(trained))
 
     def _too_little(self, failures: int, successes: int, held_out: int) -> tuple[RunVerdict, str] | None:
-        """What is missing yet: to train on, or to judge by, without which the training would be for
-        nothing.
+        """Why the run cannot go on yet: too little to train on, or too little to judge the result by.
+        None where there is enough.
         """
         minimum, counts = self.settings.training.min_heldout_generations, f"{failures} failures, {successes} successes"
         if failures + successes < MIN_EXAMPLES:
@@ -246,8 +246,8 @@ class CandidateJudge:
         verdict = self._verdict(after)
         if not verdict.fails_only_regression:
             return after, verdict
-        # where all adapters before it as well have cost too much together, the way begins without
-        # any
+        # where this adapter and all before it together have cost too much, interpolate from the draft
+        # without any adapter
         drifted = verdict.regression is not None and verdict.regression.drifted
         start = None if drifted else trained.start
         _log.info("judge.regression_failed", reason=verdict.reason)

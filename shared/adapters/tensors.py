@@ -55,7 +55,7 @@ def _distinct(keys: list[str]) -> list[str]:
 
 
 class _LoraParameters(BaseModel):
-    """What is read of mlx-lm's `lora_parameters`."""
+    """The fields of mlx-lm's `lora_parameters` that are read."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 

@@ -60,7 +60,7 @@ class ArmResult:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding: prompt and first tokens left out."""
+        """Tokens a second of decoding, without the prompt and the first tokens."""
         return (len(self.tokens) - self.first) / self.decode_s if self.decode_s > 0 else 0.0
 
     def add_to(self, totals: AnswerTotals) -> None:
@@ -103,7 +103,7 @@ class Arm(Protocol):
         ...
 
     def resume(self, tokens: list[int], limit: int) -> list[int] | None:
-        """What it writes after these tokens; None where it cannot continue tokens."""
+        """The text that it writes after these tokens; None where it cannot continue from tokens."""
         ...
 
 
@@ -120,7 +120,7 @@ class PlainArm:
         return timed(self._pieces(prompt, limit))
 
     def resume(self, tokens: list[int], limit: int) -> list[int] | None:
-        """What it writes after these tokens."""
+        """The text that it writes after these tokens."""
         return timed(self._pieces(tokens, limit)).tokens
 
     def _pieces(self, prompt: list[int], limit: int) -> Iterable[list[int]]:
@@ -148,7 +148,7 @@ class MlxSpeculativeArm:
         return result
 
     def resume(self, tokens: list[int], limit: int) -> list[int] | None:
-        """What it writes after these tokens."""
+        """The text that it writes after these tokens."""
         return timed(self._pieces(tokens, limit)).tokens
 
     def _pieces(self, prompt: list[int], limit: int) -> Iterable[list[int]]:
@@ -202,7 +202,7 @@ class EngineArm:
         return result
 
     def resume(self, tokens: list[int], limit: int) -> list[int] | None:
-        """What it writes after these tokens."""
+        """The text that it writes after these tokens."""
         self.engine.prefixes.purge()
         return timed(self._pieces(tokens, limit)).tokens
 

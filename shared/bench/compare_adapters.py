@@ -51,7 +51,7 @@ class AdapterResults:
 
     @property
     def tokens_per_second(self) -> float:
-        """As served."""
+        """Tokens a second as a client gets them."""
         return self.served.tokens_per_second
 
     def figures(self) -> dict[str, Any]:

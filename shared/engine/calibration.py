@@ -35,7 +35,7 @@ class Calibration:
 
 
 class Measurable(Protocol):
-    """What calibration runs."""
+    """The two operations that calibration measures."""
 
     def verify_once(self, rows: int) -> None:
         """One target step of `rows` rows on a warm cache, evaluated."""

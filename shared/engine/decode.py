@@ -116,7 +116,7 @@ def verify(batch: Sequence["Session"], drafts: Sequence[Sequence[int]]) -> tuple
 class Proposal:
     """A session's draft of one round.
 
-    `stop_policy`: what could end the model drafter's draft early, None where k was exact.
+    `stop_policy`: the policy that ended the model drafter's draft, None where its length was exact.
     `match_length`: tokens of the match that an n-gram draft continues.
     """
 

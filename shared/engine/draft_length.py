@@ -1,7 +1,8 @@
-"""How many tokens the model drafter proposes: chosen by rate, cut short by confidence.
+"""How many tokens the model drafter proposes.
 
-The length k with the highest expected tokens a second wins (costs.py). A drafter that does not pay
-is parked and probed now and then. Knows costs and estimates, neither models nor tokens.
+Before a round, the length with the highest expected tokens a second decides whether to draft at all
+(costs.py). During the draft, the drafter's confidence decides after each token whether to go on. A
+drafter that does not pay is parked and probed now and then. Knows costs and estimates, neither models nor tokens.
 """
 
 from specl.shared.engine.acceptance_estimate import AcceptanceEstimate
@@ -83,7 +84,9 @@ class DraftLengthPolicy:
             self.costs = self.costs.with_batch_rows(rows)
 
     def choose(self) -> int:
-        """How many tokens the model drafter should propose now."""
+        """The length with the best expected rate for this round; 0: do not draft. The stop policy, where
+        there is one, decides how long the draft becomes.
+        """
         if self.fixed is not None:
             return self.fixed
         if self.costs is None:
@@ -105,9 +108,9 @@ class DraftLengthPolicy:
         self.estimate.since_probe = self.estimate.pause
 
     def stop_policy(self) -> DraftStopPolicy | None:
-        """What may end this round's draft early, or lengthen it up to `most`.
+        """The policy that ends this round's draft, at `most` tokens at the latest.
 
-        None where k is exact: fixed, a probe, or chosen without costs.
+        None where `choose` gave an exact length: fixed, a probe, or chosen without costs.
         """
         if self.fixed is not None or self.costs is None or self.parked_rounds:
             return None

@@ -112,7 +112,7 @@ class Drafter(Protocol):
 
     @property
     def name(self) -> str:
-        """What its drafts are counted as: "model" or "ngram"."""
+        """The name under which its drafts are counted: "model" or "ngram"."""
         ...
 
     @property

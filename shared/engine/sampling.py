@@ -79,7 +79,7 @@ def _by_value(logits: np.ndarray, indices: np.ndarray) -> np.ndarray:
 
 
 def largest(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every row: indices and values of the k largest, largest first, [n, k]; log-sum-exp [n].
+    """Indices and values of the k largest of every row, largest first, [n, k]; log-sum-exp [n].
 
     In C++ where the extension is built.
     """

@@ -85,7 +85,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Generation:
-    """What the rows of one call share."""
+    """State that all rows of one call share."""
 
     target: LanguageModel
     max_tokens: int

@@ -47,7 +47,7 @@ class LossSettings:
     custom: "Callable[[mx.array, TargetTopK, LossSettings], tuple[mx.array, mx.array]] | None" = None
 
     def as_json(self) -> dict[str, Any]:
-        """What is kept with a draft or a checkpoint."""
+        """The settings as JSON, for the manifest of a draft or a checkpoint."""
         return {"kind": self.kind, "temperature": self.temperature, "alpha": self.alpha}
 
 

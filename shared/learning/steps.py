@@ -69,7 +69,7 @@ class StepLoop:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step: linear warm-up, then a cosine down to a tenth."""
+        """The learning rate of the next step: linear warm-up, then a cosine down to a tenth."""
         done = max(self.step_number / max(self.settings.total_steps, 1), self.time_share)
         if done < WARM_UP:
             return self.settings.learning_rate * (done / WARM_UP + 0.02)

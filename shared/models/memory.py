@@ -107,7 +107,7 @@ def _listed(items: dict[str, float]) -> str:
 
 
 def estimate(target: ModelSize, draft: ModelSize | None, settings: Settings, machine: Machine) -> Estimate:
-    """What serving and training with these models will take on `machine`. Pure."""
+    """The memory that serving and training with these models will take on `machine`. Pure."""
     fp32, tokens = machine.dense_fp32, settings.memory.max_kv_cache_tokens
     weights = {"target": target.weights(fp32, machine.native)}
     caches = target.cache(tokens, fp32)

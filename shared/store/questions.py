@@ -1,4 +1,4 @@
-"""What readers ask of the store: figures for `status`, rows for the trainer, runs and adapters,
+"""The queries of readers of the store: figures for `status`, rows for the trainer, runs and adapters,
 everything for an export.
 """
 
@@ -135,7 +135,7 @@ class Questions(StoreFile):
         return [stored_generation(row, by_generation[row["id"]]) for row in rows]
 
     def missing(self, ids: Sequence[str]) -> list[str]:
-        """Those of `ids` that are no stored generation (any more)."""
+        """The `ids` of which no generation is stored (any more)."""
         stored: set[str] = set()
         for part in parts(ids):
             stored.update(row["id"] for row in self._all(sa.select(g.id).where(g.id.in_(part))))

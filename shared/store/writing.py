@@ -1,4 +1,4 @@
-"""What the collector writes: fetched records, each once, in one transaction with what was found out
+"""Writes fetched records for the collector, each once, in one transaction with what was found out
 about them.
 """
 
