@@ -43,7 +43,7 @@ class RunContext:
         return RunReport(trigger, cause, self.settings.training)
 
     def lineage(self, parent: str) -> Lineage:
-        """What an adapter that goes on from `parent` must have been made for."""
+        """The lineage of an adapter that starts from `parent` on this draft and target."""
         return Lineage(self.engine.draft_fingerprint, self.engine.target.tokenizer_fingerprint, parent)
 
     def regression_slice(self) -> list[Example]:

@@ -273,7 +273,7 @@ class Trainer:
         while len(self.evaluations) >= MAX_EVALUATIONS:
             self.evaluations.pop(next(iter(self.evaluations)))
         self.evaluations[job.run_id] = EvaluationStatus(None, "", "")
-        self._request_job(job, override=True)  # somebody waits for it
+        self._request_job(job, override=True)  # a user waits for the verdict
         return Reply(True, "it is judged as soon as inference is idle", run_id=job.run_id)
 
     def purge(self, purge: Purge) -> Reply:

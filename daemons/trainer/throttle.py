@@ -26,7 +26,7 @@ class Abandoned(Interrupted):
 
 
 class Superseded(Interrupted):
-    """The adapter that the run goes on from is no longer active: its outcome would be refused."""
+    """The adapter that the run started from is no longer active: its outcome would be refused."""
 
 
 class Throttle:

@@ -1,7 +1,7 @@
-"""The steps of one run: batches, budget, early stop, and checkpoints that a killed or stopped run
-goes on from.
+"""The steps of one run: batches, budget, early stopping, and the checkpoints from which a killed or
+stopped run is resumed.
 
-Knows what is trained and for how long, nothing of scores, gates or published adapters.
+Knows what is trained and for how long, nothing of scores, verdicts or published adapters.
 """
 
 import math

@@ -2,7 +2,7 @@
 judge, publish.
 
 Runs on the trainer's MLX thread in small pieces; between any two it may be told to wait or to stop.
-A run that was killed goes on from its checkpoint. Every outcome becomes a `TrainingRun` record with
+A run that was killed is resumed from its checkpoint. Every outcome becomes a `TrainingRun` record with
 its numbers, published or not.
 """
 
@@ -36,7 +36,7 @@ _log = log.get("training")
 
 @dataclass(slots=True)
 class Parent:
-    """The adapter that a run goes on from. `active_id`: the adapter that CURRENT named. `id` and
+    """The adapter that a run starts from. `active_id`: the adapter that CURRENT named. `id` and
     `adapter` are empty where its files cannot be used.
     """
 
@@ -45,7 +45,7 @@ class Parent:
 
     @property
     def id(self) -> str:
-        """The adapter that it goes on from; empty for none."""
+        """Its id; empty for none."""
         return self.adapter.id if self.adapter is not None else ""
 
 
@@ -71,7 +71,7 @@ class AdapterTraining:
         self.parent = Parent("", None)
 
     def run(self) -> Outcome:
-        """Train, judge and publish; the checkpoint has served then."""
+        """Train, judge and publish, then remove the checkpoint."""
         outcome = self._run()
         checkpoints.forget(checkpoints.checkpoint_folder(self.context.paths.training))
         return outcome
@@ -91,7 +91,7 @@ class AdapterTraining:
         progress.state = "preparing"
         replay = loader.replay(self.context.paths.training, progress.set_step)
         scorer = Scorer(self.engine, data.held_out, self.context.regression_slice(), self.pause_while_active)
-        self.go_on_from_current()
+        self.use_active_as_parent()
         progress.state = "scoring"
         before = scorer.with_adapter(self.parent.adapter)
         pristine = scorer.pristine() if self.parent.adapter is not None else before.general.value
@@ -118,24 +118,24 @@ class AdapterTraining:
         return None
 
     # ------------------------------------------------------------------------------------------------ the parent
-    def go_on_from_current(self) -> None:
-        """Take the adapter that CURRENT names as the parent."""
+    def use_active_as_parent(self) -> None:
+        """Make the active adapter the parent."""
         adapters = self.context.adapters
         self.parent = Parent(adapters.current(), load_active_adapter(adapters, self.engine))
         self.report.parent_id = self.parent.id
 
     def pause_while_active(self) -> float:
-        """`pause`. Raises Superseded where CURRENT has moved: the checkpoint stays, for what was
-        rolled back may be reinstated.
+        """Pause as `RunContext.pause` does. Raises Superseded where another adapter is active by now:
+        the checkpoint stays, because the parent may be reinstated.
         """
         waited = self.context.pause()
         if self.context.adapters.current() != self.parent.active_id:
-            raise Superseded(f"it goes on from adapter {self.parent.id or 'none'}, which is no longer active")
+            raise Superseded(f"it started from adapter {self.parent.id or 'none'}, which is no longer active")
         return waited
 
     def _parent_seen_ids(self) -> set[str]:
-        """Generations that the parent was trained on. Older manifests name those that it might have
-        been.
+        """Ids of the generations that the parent was trained on. Manifests of earlier versions name all
+        that it may have been trained on.
         """
         with suppress(AdapterRejected):
             manifest = self.context.adapters.manifest(self.parent.id)
@@ -181,7 +181,7 @@ class AdapterTraining:
         self, loop: TrainingLoop, trained: TrainedDraft, before: Scores, after: Scores, verdict: Verdict
     ) -> Outcome:
         """Publish if the verdict is to promote."""
-        self.pause_while_active()  # the last chance to be told that the data is to be forgotten
+        self.pause_while_active()  # raises where the data was purged meanwhile
         if verdict.verdict != RunVerdict.PROMOTED:
             self.report.add_scores("candidate", before, after, verdict)
             return self._end(loop, verdict.verdict, verdict.reason)

@@ -3,7 +3,7 @@ beside them: MARKS.json.
 
 Inference and the trainer both write it, under a lock on the folder. An adapter without a mark has
 not been reevaluated yet. The files ROLLED_BACK.json and SECOND_LOOKS.json of earlier versions are
-read, and never written. Knows nothing of why somebody decides.
+read, and never written. Knows nothing of the reasons for a decision.
 """
 
 import fcntl

@@ -2,7 +2,7 @@
 
 Small models loop, and a loop is easy to draft: outputs that repeat themselves are reported apart
 from the others. Two greedy texts may differ where the target's two best logits are equal up to
-rounding. That is a tie; checking then goes on from the reference.
+rounding. That is a tie; checking then continues from the reference.
 """
 
 from collections.abc import Callable, Sequence

@@ -242,7 +242,7 @@ def lineage_problems(candidate: Lineage, current: Lineage) -> list[str]:
         problems.append("its tokenizer is another one")
     if candidate.parent != current.parent:
         problems.append(
-            f"it goes on from adapter {candidate.parent or 'none'}, the active one is {current.parent or 'none'} by now"
+            f"it was trained from adapter {candidate.parent or 'none'}, the active one is {current.parent or 'none'} by now"
         )
     return problems
 

@@ -46,7 +46,7 @@ class StepSettings:
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """What a run goes on from: trainable weights and optimizer arrays by parameter path, and the
+    """The state that a run resumes from: trainable weights and optimizer arrays by parameter path, and the
     number of steps taken.
     """
 

@@ -34,7 +34,7 @@ class ActivationEvent(StrEnum):
 
     ACTIVATED = "activated"
     UNLOADED = "unloaded"  # drafting goes on without an adapter
-    REJECTED = "rejected"  # verification refused it; what drafted before goes on
+    REJECTED = "rejected"  # verification refused it; the active adapter stays
     ROLLED_BACK = "rolled_back"
 
 
@@ -42,10 +42,10 @@ class ActivationReason(StrEnum):
     """Why it happened."""
 
     ANNOUNCED = "announced"  # CURRENT names it: the judge has promoted it
-    RESTART = "restart"  # the daemon came back and goes on with what drafted before
+    RESTART = "restart"  # the daemon was restarted, and the same adapter as before is active
     BY_HAND = "by_hand"
     BY_HAND_AGAIN = "by_hand_again"  # it had been rolled back, and a user wants it all the same
-    ROLLED_BACK_BY_HAND = "rolled_back_by_hand"  # a user went back to the one before
+    ROLLED_BACK_BY_HAND = "rolled_back_by_hand"  # a user went back to the previous adapter
     ROLLBACK = "rollback"  # it takes the place of one that was rolled back
     REINSTATED = "reinstated"  # a re-evaluation found its rollback wrong
     VERIFICATION = "verification"  # event `rejected`: its files cannot be used

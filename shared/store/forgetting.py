@@ -136,8 +136,8 @@ class Forgetting(StoreFile):
             connection.execute(sa.update(training_runs).where(t.last_generation == id).values(last_generation=older))
 
     def _empty_log(self) -> None:
-        """Move everything out of the write-ahead log and cut it to nothing. Raises StoreError while
-        somebody reads.
+        """Move everything from the write-ahead log into the store and truncate the log. Raises
+        StoreError while another process reads.
         """
         busy, _, _ = self._outside_transaction("PRAGMA wal_checkpoint(TRUNCATE)")
         if busy:

@@ -221,7 +221,7 @@ def test_trained_text_does_not_judge_when_repeated(tmp_path):
 def test_run_ends_when_its_parent_is_replaced(tmp_path):
     stage = Stage(tmp_path, (GOOD, GOOD))
     training = AdapterTraining(stage.context(), TrainJob(RunTrigger.FAILURES, "50 failures"))
-    training.go_on_from_current()
+    training.use_active_as_parent()
     assert training.pause_while_active() == 0.0
     stage.adapters.set_current("")
     with pytest.raises(Superseded, match="000001"):
