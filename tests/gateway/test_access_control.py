@@ -189,7 +189,7 @@ def posts(tmp_path, trusted, *forwarded):
     return asyncio.run(ask())
 
 
-def test_clients_behind_a_trusted_proxy_are_told_apart(tmp_path):
+def test_clients_behind_a_trusted_proxy_are_kept_apart(tmp_path):
     assert posts(tmp_path, ["127.0.0.1"], "10.0.0.1", "10.0.0.2", "10.0.0.1") == [503, 503, 429]
     assert posts(tmp_path, ["127.0.0.0/8"], "10.0.0.1", "faked, 10.0.0.1") == [503, 429]
     assert posts(tmp_path, [], "10.0.0.1", "10.0.0.2") == [503, 429]
