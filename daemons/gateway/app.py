@@ -20,7 +20,7 @@ from specl.daemons.gateway.dashboard import Dashboard
 from specl.daemons.gateway.errors import ApiError, api_error_of
 from specl.daemons.gateway.metrics import Metrics
 from specl.daemons.gateway.request_schema import CompletionRequest, parse_request, served_names
-from specl.daemons.gateway.responses import END, ResponseBuilder, error_event
+from specl.daemons.gateway.responses import END, ProgressComments, ResponseBuilder, error_event
 from specl.daemons.gateway.upstream import Upstream
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.codes import DaemonState
@@ -30,6 +30,8 @@ from specl.shared.paths import Paths
 from specl.shared.settings.schema import Settings
 
 EVENT_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+HEADERS_S = 0.8  # until a stream's headers go, with or without a token
+COMMENT_S = 3.0  # between the comments of a stream before its first token
 CLIENT_GONE = 499  # nobody reads it; nginx's code for it in our metrics
 STATIC = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -71,13 +73,19 @@ class Completions:
             async with AsyncExitStack() as resources:  # a slot and the request upstream, given back however this ends
                 self._take_slot()
                 resources.callback(self._release_slot)
-                batches = self._batches(completion)
+                progress = ProgressComments()
+                batches = self._batches(completion, progress)
                 resources.push_async_callback(batches.aclose)
-                # nothing is sent before the first piece: until then a failure can still have a status of its own
-                first = await _unless_gone(request, anext(batches))
+                first = asyncio.ensure_future(_as_coroutine(anext(batches)))
+                resources.push_async_callback(_cancel, first)
                 if completion.stream:
-                    return _EventStream(self._events(completion, builder, first, batches), resources.pop_all())
-                done, logprobs = await _unless_gone(request, _collect(first, batches))
+                    # a failure that is known at once has a status of its own; then the headers must go
+                    await _unless_gone(request, asyncio.wait({first}, timeout=HEADERS_S))
+                    if first.done():
+                        first.result()
+                    events = self._events(completion, builder, first, batches, progress)
+                    return _EventStream(events, resources.pop_all())
+                done, logprobs = await _unless_gone(request, _collect(await _unless_gone(request, first), batches))
         except SpecLoraError as error:
             raise api_error_of(error) from error
         except ClientDisconnect:
@@ -95,11 +103,11 @@ class Completions:
         self.active -= 1
         self._metrics.active.set(self.active)
 
-    async def _batches(self, completion: CompletionRequest) -> Batches:
+    async def _batches(self, completion: CompletionRequest, progress: ProgressComments) -> Batches:
         """The answer's pieces; closing it cancels."""
         ended = False
         try:
-            async with aclosing(self._upstream.pieces(completion.ask)) as batches:
+            async with aclosing(self._upstream.pieces(completion.ask, progress.note)) as batches:
                 async for batch in batches:
                     if isinstance(done := batch[-1], Done):
                         ended = True
@@ -113,9 +121,18 @@ class Completions:
                 self._metrics.cancelled.inc()
 
     async def _events(
-        self, completion: CompletionRequest, builder: ResponseBuilder, batch: list[Delta | Done], batches: Batches
+        self,
+        completion: CompletionRequest,
+        builder: ResponseBuilder,
+        first: asyncio.Future[list[Delta | Done]],
+        batches: Batches,
+        progress: ProgressComments,
     ) -> AsyncIterator[bytes]:
         try:
+            while not first.done():
+                yield progress.comment()
+                await asyncio.wait({first}, timeout=COMMENT_S)
+            batch = first.result()
             while True:
                 events = builder.events(batch, completion.include_usage)
                 if events:
@@ -165,9 +182,14 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
         raise ClientDisconnect
     finally:
         for task in (working, leaving):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+            await _cancel(task)
+
+
+async def _cancel(task: asyncio.Future[Any]) -> None:
+    """End a task before what it works on is closed."""
+    task.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        await task
 
 
 async def _as_coroutine(work: Awaitable[T]) -> T:

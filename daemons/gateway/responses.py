@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from specl.daemons.gateway.errors import ApiError, ascii_json
-from specl.shared.messaging.messages import Delta, Done, PositionLogprobs, TokenLogprob
+from specl.shared.messaging.messages import Delta, Done, PositionLogprobs, PrefillProgress, Queued, TokenLogprob
 
 REASONS = {"stop": "stop", "length": "length"}
 END = b"data: [DONE]\n\n"
@@ -151,6 +151,24 @@ class ResponseBuilder:
             return [ending]
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         return [ending | {"usage": None}, self._envelope(kind, []) | {"usage": usage(done)}]
+
+
+class ProgressComments:
+    """What a stream says before its first token, in comment lines that clients skip and proxies take for life."""
+
+    def __init__(self) -> None:
+        self._text = "waiting"
+
+    def note(self, progress: Queued | PrefillProgress) -> None:
+        """Take the latest progress."""
+        if isinstance(progress, Queued):
+            self._text = f"queued, {progress.position} in front"
+        else:
+            self._text = f"prefill {progress.read}/{progress.total}"
+
+    def comment(self) -> bytes:
+        """The latest progress as a comment."""
+        return f": {self._text}\n\n".encode()
 
 
 def error_event(error: ApiError) -> bytes:

@@ -1,16 +1,18 @@
 """Inference as an asyncio program sees it: `AnswerStream` over an AsyncConnection. Knows nothing of HTTP."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from specl.shared.errors import START_HINT, DaemonUnreachable
 from specl.shared.messaging.answer_stream import AnswerStream
 from specl.shared.messaging.client import send_request
 from specl.shared.messaging.connections import AsyncConnection
 from specl.shared.messaging.endpoints import Addresses
-from specl.shared.messaging.messages import Ask, Delta, Done, Queued
+from specl.shared.messaging.messages import Ask, Delta, Done, PrefillProgress, Queued
 from specl.shared.paths import Paths
 from specl.shared.runtime.locks import is_locked
+
+OnProgress = Callable[[Queued | PrefillProgress], None]
 
 
 class Upstream:
@@ -24,8 +26,9 @@ class Upstream:
         run = self._paths.run
         return not (run / "inference.lock").exists() or is_locked(run, "inference")
 
-    async def pieces(self, ask: Ask) -> AsyncGenerator[list[Delta | Done], None]:
+    async def pieces(self, ask: Ask, on_progress: OnProgress) -> AsyncGenerator[list[Delta | Done], None]:
         """What has come since the last time, at least one piece; the very last is Done. Closing it early cancels the request.
+        `on_progress` hears how far the request is before its first piece.
 
         Raises DaemonUnreachable, RequestRejected, SpecLoraError.
         """
@@ -38,7 +41,12 @@ class Upstream:
                 for message in stream.outgoing():
                     send_request(connection, message)
                 messages = await connection.receive(stream.wait_s)
-                pieces = [p for p in stream.feed(messages, time.monotonic()) if not isinstance(p, Queued)]
+                pieces: list[Delta | Done] = []
+                for piece in stream.feed(messages, time.monotonic()):
+                    if isinstance(piece, (Queued, PrefillProgress)):
+                        on_progress(piece)
+                    else:
+                        pieces.append(piece)
                 if pieces:
                     yield pieces
         finally:

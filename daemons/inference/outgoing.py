@@ -4,8 +4,17 @@ it through `Emit`.
 
 from collections.abc import Callable
 
-from specl.shared.messaging.messages import Delta, Done, Failed, Queued, RecordBatch, RecordReady, Reply
+from specl.shared.messaging.messages import (
+    Delta,
+    Done,
+    Failed,
+    PrefillProgress,
+    Queued,
+    RecordBatch,
+    RecordReady,
+    Reply,
+)
 
-Outgoing = Queued | Delta | Done | Failed | Reply | RecordBatch | RecordReady
+Outgoing = Queued | PrefillProgress | Delta | Done | Failed | Reply | RecordBatch | RecordReady
 # sends to a peer, or to every subscriber where the peer is None; may be called from any thread
 Emit = Callable[[bytes | None, Outgoing], None]

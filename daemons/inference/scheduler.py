@@ -19,7 +19,7 @@ from specl.shared.engine.decode import decode_rounds
 from specl.shared.engine.text_output import TextOutput
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.codes import FailureCode
-from specl.shared.messaging.messages import Ask, Delta, Failed, Queued
+from specl.shared.messaging.messages import Ask, Delta, Failed, PrefillProgress, Queued
 from specl.shared.settings.schema import Settings
 
 NO_TOKEN = "ended before the first token"
@@ -99,7 +99,7 @@ class Scheduler:
             if running.job.expired:
                 self._finish(running, FailureCode.DEADLINE)
             elif not running.prefilled:
-                running.prefilled = running.session.prefill()
+                self._prefill(running)
                 between()
         self._decode_round([running for running in self.running if running.prefilled])
 
@@ -136,6 +136,13 @@ class Scheduler:
         adapter_id = self.engine.adapter_id
         self.running.append(RunningJob(job, session, text, adapter_id, adapter_id))
         return True
+
+    def _prefill(self, running: RunningJob) -> None:
+        """Read a part of a prompt; its client hears how far that is."""
+        session, job = running.session, running.job
+        running.prefilled = session.prefill()
+        if not running.prefilled:
+            self._emit(job.peer, PrefillProgress(job.request_id, session.state.cached, len(job.prompt)))
 
     def _decode_round(self, batch: list[RunningJob]) -> None:
         for running in batch:

@@ -36,6 +36,7 @@ from specl.shared.messaging.messages import (
     Fetch,
     GetStatus,
     Heartbeat,
+    PrefillProgress,
     Purge,
     Queued,
     Reply,
@@ -123,7 +124,7 @@ class Inference:
         sent = self.server.send(peer, message)
         if isinstance(message, (Done, Failed)):
             self.pending.pop(message.request_id, None)
-        elif not sent and isinstance(message, (Queued, Delta)) and message.request_id in self.pending:
+        elif not sent and isinstance(message, (Queued, PrefillProgress, Delta)) and message.request_id in self.pending:
             self._give_up(message.request_id, "the client is gone")
 
     def _publish_activity(self) -> None:

@@ -16,11 +16,23 @@ from specl.shared.errors import (
     SpecLoraError,
 )
 from specl.shared.messaging.codes import FailureCode
-from specl.shared.messaging.messages import Ask, Cancel, Delta, Done, Failed, GetStatus, Heartbeat, Queued
+from specl.shared.messaging.messages import (
+    Ask,
+    Cancel,
+    Delta,
+    Done,
+    Failed,
+    GetStatus,
+    Heartbeat,
+    PrefillProgress,
+    Queued,
+)
 
 FIRST_ANSWER_S = 1.5  # a daemon that runs answers GetStatus at once, whatever it is doing
 HEARTBEAT_S = 1.0
 SILENCE_S = 20.0  # a daemon that runs answers GetStatus at once; one that died is back well before
+
+Piece = Queued | PrefillProgress | Delta | Done
 
 
 class AnswerStream:
@@ -48,7 +60,7 @@ class AnswerStream:
         messages, self._outgoing = self._outgoing, []
         return messages
 
-    def feed(self, messages: Sequence[Any], now: float) -> list[Queued | Delta | Done]:
+    def feed(self, messages: Sequence[Any], now: float) -> list[Piece]:
         """What `messages` say of this request, up to its end. Raises DaemonUnreachable once the daemon was silent too long."""
         if messages:
             self._heard, self._heard_at = True, now
@@ -69,10 +81,13 @@ class AnswerStream:
         if not self._heard or now - self._heard_at > SILENCE_S or not self._may_live():
             raise DaemonUnreachable("the inference daemon does not answer", START_HINT)
 
-    def _pieces(self, messages: Sequence[Any]) -> list[Queued | Delta | Done]:
-        pieces: list[Queued | Delta | Done] = []
+    def _pieces(self, messages: Sequence[Any]) -> list[Piece]:
+        pieces: list[Piece] = []
         for message in messages:
-            if not isinstance(message, (Queued, Delta, Done, Failed)) or message.request_id != self._request_id:
+            if (
+                not isinstance(message, (Queued, PrefillProgress, Delta, Done, Failed))
+                or message.request_id != self._request_id
+            ):
                 continue
             if isinstance(message, Failed):
                 self.ended, self.error = True, error_of(message)

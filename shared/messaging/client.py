@@ -29,6 +29,7 @@ from specl.shared.messaging.messages import (
     Done,
     EvaluateAdapter,
     GetStatus,
+    PrefillProgress,
     Queued,
     Reply,
     SetAdapter,
@@ -180,7 +181,7 @@ class Client:
                     for piece in stream.feed(connection.receive_all(stream.wait_s), time.monotonic()):
                         if isinstance(piece, Queued):
                             on_position(piece.position)
-                        else:
+                        elif not isinstance(piece, PrefillProgress):
                             yield piece
             finally:
                 for message in stream.leave():

@@ -203,6 +203,15 @@ class Queued:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """`read` of the `total` tokens of the request's prompt are read; there is no token of the answer yet."""
+
+    request_id: str
+    read: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A token as text and bytes (none where it is part of a character), and its natural log-probability under the target,
     at temperature 1.
@@ -369,7 +378,7 @@ class Activity:
 
 RECORDS: tuple[type, ...] = (Generation, Activation, TrainingRun, Evaluation, Adapter)
 MESSAGES: tuple[type, ...] = (
-    Ask, Heartbeat, Cancel, Queued, Delta, Done, Failed, Fetch, RecordBatch, GetStatus,
+    Ask, Heartbeat, Cancel, Queued, PrefillProgress, Delta, Done, Failed, Fetch, RecordBatch, GetStatus,
     InferenceStatus, CollectorStatus, TrainerStatus, Train,
     EvaluateAdapter, SetAdapter, Purge, Import,
     Reply, RecordReady, AdapterReady, Activity,

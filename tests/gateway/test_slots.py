@@ -11,7 +11,7 @@ from specl.daemons.gateway.app import Completions, api_error_response
 from specl.daemons.gateway.errors import ApiError
 from specl.daemons.gateway.metrics import Metrics
 from specl.shared.errors import DaemonUnreachable
-from specl.shared.messaging.messages import Delta
+from specl.shared.messaging.messages import Delta, PrefillProgress, Queued
 from specl.shared.settings.schema import Gateway, Settings
 
 SCOPE = {
@@ -27,8 +27,10 @@ class Inference:
     def __init__(self):
         self.go, self.closed = asyncio.Event(), 0
 
-    async def pieces(self, ask):
+    async def pieces(self, ask, on_progress):
         try:
+            on_progress(Queued(ask.request_id, 0))
+            on_progress(PrefillProgress(ask.request_id, 2048, 6000))
             await self.go.wait()
             yield [Delta(ask.request_id, "text", [1], b"\0", [4])]
             raise DaemonUnreachable("gone")
@@ -45,10 +47,11 @@ class Server:
         routes = [Route("/", self.completions.chat, methods=["POST"])]
         self._app = Starlette(routes=routes, exception_handlers={ApiError: api_error_response})
 
-    async def ask(self, stream=False, leaves=False, broken=False):
-        """The status of one answer; the client `leaves` at once, or its connection is `broken` when the answer comes."""
+    async def ask(self, stream=False, leaves=False, broken=False, said=None):
+        """The status of one answer, whose messages go into `said`; the client `leaves` at once, or its connection is `broken` when the answer comes."""
         body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream}
-        said, came = [], [{"type": "http.request", "body": json.dumps(body).encode()}]
+        said = [] if said is None else said
+        came = [{"type": "http.request", "body": json.dumps(body).encode()}]
 
         async def receive():
             if came:
@@ -86,6 +89,34 @@ def test_client_gone_before_any_piece_frees_its_slot(stream):
         return codes, server.completions.active, server.inference.closed
 
     assert asyncio.run(come_and_go()) == ([499] * 3, 0, 3)
+
+
+def test_headers_and_progress_come_before_the_first_token(monkeypatch):
+    monkeypatch.setattr("specl.daemons.gateway.app.HEADERS_S", 0.01)
+    monkeypatch.setattr("specl.daemons.gateway.app.COMMENT_S", 0.01)
+
+    async def slow():
+        server, said = Server(1), []
+        asked = asyncio.create_task(server.ask(stream=True, said=said))
+        while b"".join(message.get("body", b"") for message in said).count(b": prefill 2048/6000\n\n") < 3:
+            await asyncio.sleep(0.01)
+        server.inference.go.set()
+        return await asked, b"".join(message.get("body", b"") for message in said), server.completions.active
+
+    status, body, active = asyncio.run(asyncio.wait_for(slow(), 10))
+    assert (status, active) == (200, 0) and b'"content":"text"' in body and body.endswith(b"data: [DONE]\n\n")
+
+
+def test_client_gone_amid_the_comments_frees_its_slot(monkeypatch):
+    monkeypatch.setattr("specl.daemons.gateway.app.HEADERS_S", 0.01)
+
+    async def broken():
+        server = Server(1)
+        with pytest.raises(BaseException):  # noqa: B017 - whatever the server makes of a broken pipe
+            await server.ask(stream=True, broken=True)
+        return server.completions.active, server.inference.closed
+
+    assert asyncio.run(asyncio.wait_for(broken(), 10)) == (0, 1)
 
 
 def test_failed_stream_frees_its_slot():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specl.shared.messaging.messages import Failed
+from specl.shared.messaging.messages import Failed, PrefillProgress
 from tests.harness.decoding import CLIENT, request
 
 LONG = "x" * 600  # more than one part of a prefill
@@ -68,6 +68,13 @@ def test_waiting_clients_hear_their_positions(new_decoding):
     decoding.scheduler.cancel("b", "no longer needed", CLIENT)
     positions = [(message.request_id, message.position) for message in decoding.sent if hasattr(message, "position")]
     assert positions == [("b", 0), ("c", 1), ("c", 0)]
+
+
+def test_each_part_of_a_prompt_is_reported(decoding):
+    decoding.start("a", "x" * 1200)
+    decoding.turn(3)
+    parts = [message for message in decoding.sent if isinstance(message, PrefillProgress)]
+    assert parts == [PrefillProgress("a", 512, 1200), PrefillProgress("a", 1024, 1200)]
 
 
 def test_long_chat_continues_from_its_own_caches(new_decoding):
