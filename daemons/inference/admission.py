@@ -46,7 +46,7 @@ def failure_code(error: SpecLoraError) -> FailureCode:
 
 
 def _check_options(ask: Ask) -> None:
-    """What the engine does not know, or allows a wider range of."""
+    """Check the options that the engine does not know, or for which it allows a wider range."""
     if ask.max_tokens < 1:  # the budget may lower it, so the engine does not see the client's number
         raise RequestRejected(f"max_tokens must be at least 1, not {ask.max_tokens}")
     if ask.mode not in MODES:
@@ -65,7 +65,7 @@ def _encode(ask: Ask, engine: EngineCore) -> tuple[str, list[int]]:
 
 
 def _has_text(message: dict[str, Any]) -> bool:
-    """Whatever its role: a system message alone is a prompt as well."""
+    """Whether any message has text, whatever its role: a system message alone is a prompt as well."""
     return bool(str(message.get("content") or "").strip())
 
 

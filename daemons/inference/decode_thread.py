@@ -45,7 +45,7 @@ _log = log.get("decode_thread")
 
 @dataclass(frozen=True, slots=True)
 class RecentAnswer:
-    """What `status` averages over: tokens of the model drafter, and the answer's speed."""
+    """One answer for the averages of `status`: tokens of the model drafter, and the speed."""
 
     drafted: int
     accepted: int
@@ -131,7 +131,7 @@ class DecodeThread(threading.Thread):
         self.call(change)
 
     def adapter_announced(self, announcement: AdapterReady) -> None:
-        """CURRENT may have moved."""
+        """Check CURRENT: the trainer has announced an adapter."""
 
         def announced() -> None:
             if self.swap is not None and not self.unloaded:  # else CURRENT is read when the models are loaded again
@@ -174,7 +174,7 @@ class DecodeThread(threading.Thread):
 
     # ------------------------------------------------------------------------------------------------ the thread
     def run(self) -> None:
-        """Load, then serve."""
+        """The body of the thread: load the models, then serve."""
         try:
             self.load()
             while not self._stopping:
@@ -187,7 +187,7 @@ class DecodeThread(threading.Thread):
             self._wake_loop()
 
     def turn(self) -> None:
-        """Every action that waits, a piece of a switch under way, then one round of every running
+        """Run every queued action, one piece of a switch under way, then one round of every running
         request.
         """
         self._run_inbox(block=not self.busy and not self._switching)
@@ -216,8 +216,8 @@ class DecodeThread(threading.Thread):
                 self.unload_if_idle()
 
     def _advance_switch(self) -> None:
-        """A piece of a switch under way; else, now and then, read CURRENT: an announcement may have
-        been lost.
+        """Advance a switch under way by one piece. Without one, read CURRENT now and then, because
+        an announcement may have been lost.
         """
         if self.swap is None or self.unloaded:
             return
@@ -228,8 +228,8 @@ class DecodeThread(threading.Thread):
             self.swap.check_current()
 
     def _expire_answers(self) -> None:
-        """`records.retention_days` holds for past answers as for records, whether models are loaded
-        or not.
+        """Remove past answers that are older than `records.retention_days`, whether models are
+        loaded or not.
         """
         days, now = self.settings.records.retention_days, time.monotonic()
         if not days or now < self._expire_at:
@@ -242,7 +242,7 @@ class DecodeThread(threading.Thread):
 
     # ------------------------------------------------------------------------------------------------ models
     def load(self) -> tuple[Scheduler, AdapterSwap]:
-        """Load the settings' models, and the adapter that is to draft. Raises ModelError."""
+        """Load the models of the settings and the active adapter. Raises ModelError."""
         start = time.monotonic()
         blas.set_threads(self.settings.serving.threads)
         if not blas.BOUND.fast:
@@ -387,6 +387,6 @@ class DecodeThread(threading.Thread):
             self.swap.roll_back(reason)
 
     def _adapter_changed(self, change: Activation) -> None:
-        """An adapter came, went or was refused: a record for the store, and maybe the start of a collapse check."""
+        """Record a change or refusal of the active adapter; a collapse check may begin."""
         self.monitor.observe(change)
         self.recorder.record(change)

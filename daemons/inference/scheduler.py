@@ -179,8 +179,8 @@ class Scheduler:
         self._emit(job.peer, Failed(job.request_id, ended_by or FailureCode.INTERNAL, NO_TOKEN))
 
     def keep_caches(self, running: RunningJob) -> None:
-        """Give a request's caches to the prefix cache; of one that is not to be kept, only those
-        that it took from there.
+        """Give a request's caches to the prefix cache. Where the request must not be cached, return
+        only the entry that it took from there.
         """
         session, job = running.session, running.job
         if not job.ask.record:

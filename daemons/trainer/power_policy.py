@@ -46,7 +46,9 @@ class PowerPolicy:
         return self._reason
 
     def override(self, work: Hashable) -> None:
-        """Nothing waits until `work` has ended: it may have to wait for its turn behind other work."""
+        """Let training go on until `work` has ended, whatever the state of the machine. `work` may
+        have to wait for its turn behind other jobs.
+        """
         self._overriding.append(work)
 
     def end_override(self, work: Hashable) -> None:

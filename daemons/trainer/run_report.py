@@ -20,8 +20,8 @@ from specl.shared.settings.schema import Training
 
 @dataclass(frozen=True, slots=True)
 class TrainedOn:
-    """What a run learned from, counted. `replay`: texts that came with the draft. Losses are of one
-    step each.
+    """Counts of the texts that a run learned from. `replay`: texts that came with the draft. Each
+    loss is that of one step.
     """
 
     failures: int = 0
@@ -41,12 +41,12 @@ class TrainedOn:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Texts by kind."""
+        """The numbers of texts by kind."""
         return {"failures": self.failures, "successes": self.successes, "replay": self.replay}
 
     @property
     def steps(self) -> dict[str, Any]:
-        """How the steps went."""
+        """The numbers of steps and tokens, and the losses."""
         first, last = self.first_and_last_loss
         return {"steps": len(self.losses), "tokens": self.tokens, "loss_first": first, "loss_last": last}
 

@@ -23,7 +23,7 @@ _log = log.get("training")
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One draft state on held-out generations and on the regression slice."""
+    """The agreement of one draft state on held-out generations and on the regression slice."""
 
     held_out: Agreement
     general: Agreement = UNSCORED
@@ -41,7 +41,7 @@ class Scorer:
     pause: Callable[[], object]
 
     def with_adapter(self, adapter: LoadedAdapter | None) -> Scores:
-        """The pristine draft with `adapter`, or without any."""
+        """Scores of the pristine draft with `adapter`, or without any."""
         self.engine.use_adapter(adapter)
         learner = learner_of(self.engine)
         return Scores(self.on_held_out(learner), self.on_general(learner))
@@ -52,11 +52,11 @@ class Scorer:
         return self.on_general(learner_of(self.engine)).value
 
     def on_held_out(self, learner: Learner) -> Agreement:
-        """The learner's draft as it is, at every depth."""
+        """Agreement of the learner's draft on held-out generations, at every depth."""
         return agreement(learner, self.held_out, DEPTHS, pause=self.pause)
 
     def on_general(self, learner: Learner) -> Agreement:
-        """On the regression slice, at depth 1: nobody reads the deeper steps."""
+        """Agreement on the regression slice at depth 1, the only depth that is used."""
         return agreement(learner, self.general, pause=self.pause)
 
 

@@ -41,8 +41,8 @@ _log = log.get("training")
 
 @dataclass(slots=True)
 class RunProgress:
-    """What `status` shows of the work under way. The MLX thread writes it, the loop thread reads
-    it.
+    """The progress of the job under way, for `status`. The MLX thread writes it, the loop thread
+    reads it.
     """
 
     state: str = "idle"
@@ -51,11 +51,11 @@ class RunProgress:
     loss: float | None = None
 
     def set_step(self, step: int, total: int) -> None:
-        """How far the present work is."""
+        """Set the number of steps that are done, and of all."""
         self.step, self.total = step, total
 
     def clear(self) -> None:
-        """Nothing is done yet."""
+        """Reset to no steps."""
         self.step, self.total, self.loss = 0, 0, None
 
 
@@ -86,7 +86,7 @@ class TrainingLoop:
     validation_losses: list[float] = field(default_factory=list)
 
     def run(self, learner: Learner) -> None:
-        """All steps, or as many as there is time for. Raises Interrupted when told to stop: the
+        """Run all steps, or as many as there is time for. Raises Interrupted when told to stop: the
         checkpoint stays.
         """
         training = self.settings.training
@@ -121,9 +121,9 @@ class TrainingLoop:
         return LossSettings(loss.type, loss.temperature, loss.alpha, custom)
 
     def pools(self, train_ids: Collection[str]) -> tuple[list[Example], list[Example]]:
-        """Fresh texts, and texts to replay. Failures that the parent has seen are replayed, where
-        there are enough others: else work of a new kind would have to wait its turn behind all that
-        ever failed.
+        """Two pools: fresh texts, and texts to replay. Failures that the parent has seen go to the
+        second where there are enough new ones. Otherwise failures of a new kind of work would be
+        drowned by all earlier ones.
         """
         failures, successes = (
             [example for example in part if example.id in train_ids]
@@ -136,7 +136,7 @@ class TrainingLoop:
         return (failures, [*successes, *self.replay]) if failures else (successes, self.replay)
 
     def _steps(self, loop: StepLoop, batches: BatchSampler, deadline: Deadline, stop: EarlyStopping) -> None:
-        """Until all are done, the time is over, or the validation loss no longer falls."""
+        """Run steps until all are done, the time is over, or the validation loss no longer falls."""
         saved_at = time.monotonic()
 
         def wait() -> None:
@@ -166,7 +166,7 @@ class TrainingLoop:
         return checkpoints.checkpoint_folder(self.folder)
 
     def _save(self, loop: StepLoop, deadline: Deadline) -> None:
-        """Keep what a kill should not cost. A disk that has no room for it does not end the run."""
+        """Save a checkpoint. A disk that has no room for it does not end the run."""
         notes = {
             "ids": self.eligible_ids,
             "shown": sorted(self.seen_ids),
@@ -185,9 +185,8 @@ class TrainingLoop:
         return {**self.base, "recipe": self.settings.training.model_dump(mode="json", include=RECIPE)}
 
     def _is_same_work(self, notes: dict[str, Any]) -> bool:
-        """Whether a killed run's checkpoint is worth going on with: made with the same plan, mostly
-        on the same generations (some were answered since), all of which are still stored and none
-        of which is judged on.
+        """Whether to resume a killed run's checkpoint: it was made with the same plan and mostly on
+        the same generations, all of them are still stored, and none of them is held out.
         """
         ids, now = set(notes.get("ids", [])), set(self.eligible_ids)
         held_out = {example.id for example in self.data.held_out}
@@ -196,8 +195,8 @@ class TrainingLoop:
         return same_plan and mostly and not ids & held_out and not self.store.missing(sorted(ids))
 
     def _resume(self, loop: StepLoop, batches: BatchSampler) -> float:
-        """Go on with a killed run's checkpoint if it is of the same work, otherwise drop it;
-        seconds that it had worked.
+        """Resume a killed run from its checkpoint if that is of the same work, otherwise remove it.
+        Returns the seconds that it had worked.
         """
         notes = read_notes(self._checkpoint)
         if notes is None:

@@ -75,17 +75,17 @@ class TrainingWorker(threading.Thread):
         self.progress = RunProgress()
 
     def submit(self, job: Job) -> None:
-        """Do `job` next."""
+        """Queue a job."""
         self._jobs.put(job)
 
     def stop(self) -> None:
-        """End after the present piece of work."""
+        """Stop the thread after the present piece of work."""
         self._throttle.stop()
         self._jobs.put(Stop())
         self.join(timeout=1.5)
 
     def run(self) -> None:
-        """One job after another."""
+        """Do the jobs of the queue, one after another."""
         try:
             while not isinstance(job := self._jobs.get(), Stop):
                 ended = self.do(job)
@@ -96,7 +96,7 @@ class TrainingWorker(threading.Thread):
             self._wake_loop()
 
     def do(self, job: Job) -> JobEnded:
-        """Do one job on the calling thread. No Exception of it ends the daemon."""
+        """Do one job on the calling thread. An Exception in it does not end the daemon."""
         try:
             return self._do(job)
         except Abandoned:
@@ -159,7 +159,7 @@ class TrainingWorker(threading.Thread):
 
     # ------------------------------------------------------------------------------------------------ the jobs
     def run_of(self, job: TrainJob | EvaluateAdapterJob | ReevaluateJob) -> Outcome:
-        """Train, or judge an adapter that is there already."""
+        """The run of a job: training, or the evaluation of an adapter that exists already."""
         self._throttle.wait_for_turn()
         self.progress.clear()
         try:
@@ -176,8 +176,8 @@ class TrainingWorker(threading.Thread):
             free_memory()  # a run takes many times what scoring does
 
     def _prepare(self) -> bool:
-        """Make the regression slice and a part of the texts to replay while nobody waits; whether
-        parts are left.
+        """Make the regression slice and one part of the texts to replay, ahead of a run. Returns
+        whether parts are left.
         """
         self.progress.state = "preparing"
         with self._data_loader() as data_loader:
@@ -187,10 +187,9 @@ class TrainingWorker(threading.Thread):
         return more
 
     def _score(self) -> bool:
-        """Agreement of generations that were answered without drafting: without it they would never
-        count as failures.
-
-        Whether any could be scored: those of another target cannot.
+        """Score generations that were answered without drafting, by teacher-forced agreement:
+        without a score they never count as failures. Returns whether any could be scored; those of
+        another target cannot.
         """
         self._throttle.wait_for_turn()
         self.progress.state = "scoring"

@@ -4,7 +4,7 @@ modules of a model; the formats of a manifest and of a weights file are in manif
     var/adapters/000007/        adapters.safetensors and adapter_config.json as mlx-lm writes them,
                                 manifest.json, hot_vocab.npy where the hot vocabulary was refreshed
     var/adapters/CURRENT        the id that should be active, moved by rename; empty for none
-    var/adapters/PREVIOUS       the id that drafted before it
+    var/adapters/PREVIOUS       the id that was active before it
     var/adapters/MARKS.json     what was decided about adapters after their promotion (marks.py)
 
 Publishing writes files under a temporary name, syncs them, renames the directory, and moves CURRENT
@@ -65,7 +65,7 @@ class Adapters:
 
     # ------------------------------------------------------------------------------------------------ write
     def next_id(self) -> str:
-        """The id after the highest that ever was in this folder."""
+        """The next free id: one more than the highest that was ever used in this folder."""
         with suppress(OSError, ValueError):
             return f"{max(int((self.folder / HIGHEST).read_text()), *self._numbers(), 0) + 1:06d}"
         return f"{max(self._numbers(), default=0) + 1:06d}"
@@ -142,7 +142,7 @@ class Adapters:
         return folder
 
     def set_current(self, id: str) -> None:
-        """CURRENT names `id` from now on; empty for none."""
+        """Make CURRENT name `id`; empty for none."""
         failpoint("adapter.before_current")
         self._replace("CURRENT", id)
         failpoint("adapter.after_current")
@@ -152,8 +152,8 @@ class Adapters:
         write_file(self.folder / name, text, sync=True)
 
     def set_previous(self, id: str) -> None:
-        """PREVIOUS names the adapter that drafted before, for a rollback; empty for none. Raises
-        OSError.
+        """Make PREVIOUS name the adapter that was active before, for a rollback; empty for none.
+        Raises OSError.
         """
         self._replace(PREVIOUS, id)
 
@@ -170,7 +170,7 @@ class Adapters:
             self._remove(id)
 
     def descendants(self, ids: Sequence[str]) -> list[str]:
-        """`ids` and every adapter that was trained on from one of them, oldest first."""
+        """`ids` and every adapter that was trained from one of them, directly or not; oldest first."""
         descendants = set(ids)
         for id in self.ids():
             with suppress(AdapterRejected):
@@ -299,7 +299,9 @@ class Adapters:
         return manifest
 
     def confine(self, path: Path) -> Path:
-        """`path` if it is directly inside this folder, without links. Raises AdapterRejected."""
+        """Return `path` if it is directly inside this folder, without links. Raises AdapterRejected
+        otherwise.
+        """
         name = path.name
         if path.parent not in (self.folder, Path(".")) and path.parent.absolute() != self.folder.absolute():
             raise AdapterRejected(f"{path} lies outside {self.folder}")

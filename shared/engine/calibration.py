@@ -53,14 +53,14 @@ def calibrate(engine: EngineCore) -> Calibration:
     return Calibration(costs, subject.complete)
 
 
-def measure(subject: Measurable, most: int, drafts: bool, repeats: int = 3) -> Costs:
+def measure(subject: Measurable, most: int, has_drafter: bool, repeats: int = 3) -> Costs:
     """Costs of `subject`. Widths beyond `most` + 1 rows are not needed and not measured."""
     widths = [width for width in WIDTHS if width <= most + 1] or [1]
-    depths = [k for k in DEPTHS if k <= max(most, 2)] if drafts else []
+    depths = [k for k in DEPTHS if k <= max(most, 2)] if has_drafter else []
     for rows in widths[:2]:  # warm-up: kernels are compiled, pages are mapped
         subject.verify_once(rows)
     verify = _least_seconds({rows: partial(subject.verify_once, rows) for rows in widths}, repeats)
-    if drafts:
+    if has_drafter:
         subject.draft_once(2)
     draft_runs = {k: partial(subject.draft_once, k) for k in depths}
     return Costs(verify, _least_seconds(draft_runs, repeats, before=partial(subject.verify_once, 2)))

@@ -4,7 +4,7 @@ Knows files, nothing of models.
 
 var/training/checkpoint/            the last complete one: weights, optimizer, state.json
 var/training/.checkpoint.partial/   being written
-var/training/.checkpoint.old/       the one before, until the new one has its name
+var/training/.checkpoint.old/       the previous one, until the new one is renamed
 """
 
 import json
@@ -17,25 +17,25 @@ NAME = "checkpoint"
 
 
 def checkpoint_folder(training: Path) -> Path:
-    """The last whole checkpoint under `var/training`."""
+    """The folder of the last complete checkpoint under `var/training`."""
     return training / NAME
 
 
 def all_of(checkpoint: Path) -> list[Path]:
-    """A checkpoint's folder and what a kill while saving can leave beside it, under names of now
-    and of earlier versions.
+    """The folder of a checkpoint, and the partial folders that a kill while saving can leave beside
+    it, under the names of this version and of earlier ones.
     """
     return [*copies_of(checkpoint), *(checkpoint.with_name(checkpoint.name + end) for end in (".partial", ".old"))]
 
 
 def forget(checkpoint: Path) -> None:
-    """Remove a checkpoint in whichever state it is."""
+    """Remove a checkpoint and all partial folders of it."""
     for folder in all_of(checkpoint):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def generations_in(checkpoint: Path) -> set[str]:
-    """Ids of the generations that any of it learned from."""
+    """Ids of the generations that a checkpoint, or any partial folder of it, learned from."""
     ids: set[str] = set()
     for folder in all_of(checkpoint):
         try:
