@@ -25,6 +25,7 @@ from specl.shared.engine.request_options import RequestOptions
 from specl.shared.engine.sequence_state import SequenceState
 from specl.shared.engine.text_output import INCOMPLETE
 from specl.shared.errors import ConfigError, ContextExceeded, RequestRejected
+from specl.shared.models import chat_prompt
 from specl.shared.models.cpu_kernels import on_cpu, use_cpu_kernels
 from specl.shared.models.head import HeadDraft
 from specl.shared.models.language_model import LanguageModel
@@ -128,14 +129,11 @@ class EngineCore:
         promises.
         """
         tokenizer = self.target.tokenizer
-        try:
-            text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # Jinja templates raise whatever their authors chose
-            raise RequestRejected(f"the chat template refuses these messages: {error}") from error
-        if not reuse_tokens:
-            return text, self.encode(text)
+        prompt = chat_prompt.render(tokenizer, messages, self.target.content_form)
+        if not reuse_tokens or prompt.marked is not None:  # an earlier prompt of the same text may mean control tokens
+            return prompt.text, chat_prompt.encode(tokenizer, prompt)
         special = [token for token in tokenizer.all_special_tokens if token]
-        return text, self.prefixes.reuse_tokens(text, self.encode, special)
+        return prompt.text, self.prefixes.reuse_tokens(prompt.text, self.encode, special)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The tokens of a text. `special` adds what the model expects before any text (BOS), unless
@@ -234,8 +232,19 @@ class EngineCore:
         # a stop string cuts the text, not the tokens; broken bytes are no text that could come
         # again
         if (ended or session.finish_reason == "length") and INCOMPLETE not in text:
-            entry.text, entry.text_tokens = text, len(state.tokens) - ended
+            size = len(state.tokens) - ended
+            if self._names_its_control_tokens(text, state.tokens[:size]):
+                entry.text, entry.text_tokens = text, size
         self.prefixes.put(entry, reserved)
+
+    def _names_its_control_tokens(self, text: str, tokens: Sequence[int]) -> bool:
+        """Whether every control token that the text names is one: a message may quote them."""
+        tokenizer = self.target.tokenizer
+        named = chat_prompt.count_control(tokenizer)(text)
+        if not named:
+            return True
+        ids = {tokenizer.encode(name, add_special_tokens=False)[0] for name in chat_prompt.control_texts(tokenizer)}
+        return named == sum(token in ids for token in tokens)
 
     def return_to_prefix_cache(self, session: Session, reserved: int = 0) -> None:
         """Put back the entry that a request came from, and keep nothing of the request."""

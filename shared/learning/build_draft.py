@@ -24,6 +24,7 @@ from specl.shared.learning.learner import Learner
 from specl.shared.learning.losses import LossSettings
 from specl.shared.learning.steps import BatchSampler, StepLoop, StepSettings, TrainingState
 from specl.shared.learning.synthetic_prompts import synthetic_prompts
+from specl.shared.models import chat_prompt
 from specl.shared.models.head import HeadDraft, new_head
 from specl.shared.models.language_model import LanguageModel
 from specl.shared.models.layers import new_layers
@@ -87,8 +88,8 @@ def encode_prompts(
     rng = rng or np.random.default_rng(settings.seed)
     encoded = []
     for prompt in prompts:
-        text = target.tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
-        tokens = list(target.tokenizer.encode(text, add_special_tokens=False))
+        rendered = chat_prompt.render(target.tokenizer, prompt.messages, target.content_form)
+        tokens = chat_prompt.encode(target.tokenizer, rendered)
         warm = sampled and rng.random() < settings.sampled_share
         if len(tokens) < target.context_length - settings.answer_tokens:
             encoded.append(Prompt(prompt.id, tokens, settings.temperature if warm else 0.0))

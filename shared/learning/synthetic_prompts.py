@@ -12,6 +12,7 @@ import numpy as np
 
 from specl.shared.errors import ModelError
 from specl.shared.learning.batch_generate import Prompt, batch_generate
+from specl.shared.models import chat_prompt
 from specl.shared.models.language_model import LanguageModel
 
 LONGEST = 64  # tokens of a prompt; one that has not ended by then is dropped
@@ -46,7 +47,7 @@ def _template_around_user(target: LanguageModel) -> tuple[list[int], int]:
     """Tokens that the template puts before a user's first words, and the token that ends them."""
     tokenizer = target.tokenizer
     messages = [{"role": "user", "content": _MARK}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rendered = chat_prompt.render(tokenizer, messages, target.content_form).text
     before, mark, after = rendered.partition(_MARK)
     if not mark or not after:
         raise ModelError(f"the chat template of {target.name} does not show a user's words and their end")

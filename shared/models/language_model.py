@@ -17,6 +17,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from specl.shared.models.chat_prompt import ContentForm
 from specl.shared.models.cpu_kernels import AS_LOADED, FEW_ROWS, Kernels, batch_step, is_packed_from_blocks
 from specl.shared.native.packing import Affine
 
@@ -28,6 +29,7 @@ class LanguageModel:
     """Weights, tokenizer and config. `fingerprint` names the weights, `tokenizer_fingerprint` the
     vocabulary.
 
+    `content_form` is how the chat template takes a message's content (chat_prompt.py).
     `blocks` holds the file's own quantised blocks by module path where a dense copy computes (CPU).
     """
 
@@ -40,6 +42,7 @@ class LanguageModel:
     tokenizer_fingerprint: str
     blocks: dict[str, Affine] = field(default_factory=dict, repr=False)
     kernels: Kernels = AS_LOADED
+    content_form: ContentForm = "text"
 
     @property
     def context_length(self) -> int:

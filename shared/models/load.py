@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 
 from specl.shared.errors import ModelError, model_error
+from specl.shared.models.chat_prompt import content_form
 from specl.shared.models.cpu_kernels import AS_LOADED, blocks_of, on_cpu, use_cpu_kernels
 from specl.shared.models.find import ensure_model
 from specl.shared.models.language_model import LanguageModel
@@ -54,6 +55,7 @@ def load(
         raise model_error(f"{name} has no usable tokenizer: {_first_line(error)}", "", error) from error
     vocabulary = _tokenizer_fingerprint(tokenizer)
     limit_tokens(name, tokenizer, _embedding_rows(model, config))
+    form = content_form(name, tokenizer)
     blocks, kernels = {}, AS_LOADED
     if precision == "fp32" or (precision == "auto" and on_cpu()):
         blocks = blocks_of(model) if on_cpu() else {}
@@ -61,7 +63,7 @@ def load(
     mx.eval(model.parameters())
     if on_cpu():
         kernels = use_cpu_kernels(model, blocks)
-    loaded = LanguageModel(name, path, model, tokenizer, config, fingerprint(path), vocabulary, blocks, kernels)
+    loaded = LanguageModel(name, path, model, tokenizer, config, fingerprint(path), vocabulary, blocks, kernels, form)
     _check_split(loaded)
     return loaded
 
