@@ -20,8 +20,11 @@ from specl.shared.models.gguf_header import HINT, check_header
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 MAX_SIZE = 1 << 26  # of a width, a number of heads or a context
 _REQUIRED = object()
+NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # llama.cpp's LLAMA_TOKEN_TYPE_*
 # tokens that end an answer in the chat formats of these families; a file names only one of them
 _ENDS = {"<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<|end|>", "</s>"}
+# control tokens whatever a file says (llama.cpp, llama-vocab.cpp), and what begins a turn beside them
+_TURNS = _ENDS - {"</s>"} | {"<end_of_turn>", "<EOT>", "_<EOT>", "[EOT]", "<|im_start|>", "<start_of_turn>"}
 
 
 @contextmanager
@@ -170,9 +173,22 @@ def _llama3(header: Header, factors: np.ndarray, theta: float, size: int) -> dic
     }
 
 
+def token_kinds(header: Header) -> list[int]:
+    """The type of every token. What looks like the end of a turn, or is named as one, is a control
+    token: many files say NORMAL, and then it would be cut into pieces and end nothing.
+    """
+    tokens = header.key("tokenizer.ggml.tokens")
+    kinds = list(header.key("tokenizer.ggml.token_type"))
+    named = {header.key(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot", "eom")}
+    for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        if kind in (NORMAL, USER) and (token in _TURNS or id in named):
+            kinds[id] = CONTROL
+    return kinds
+
+
 def end_tokens(header: Header) -> list[int]:
     """Every token that ends an answer: those that the file names, and those with a known text."""
     named = [header.key(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot", "eom")]
-    tokens, kinds = header.key("tokenizer.ggml.tokens"), header.key("tokenizer.ggml.token_type", None)
-    known = [i for i, token in enumerate(tokens) if token in _ENDS and (kinds is None or kinds[i] != 1)]
+    kinds = token_kinds(header)
+    known = [i for i, token in enumerate(header.key("tokenizer.ggml.tokens")) if token in _ENDS and kinds[i] != NORMAL]
     return list(dict.fromkeys(i for i in [*named, *known] if i is not None))

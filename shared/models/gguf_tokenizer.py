@@ -12,9 +12,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from specl.shared.errors import ModelError
-from specl.shared.models.gguf_config import Header
+from specl.shared.models.gguf_config import BYTE, CONTROL, UNKNOWN, USER, Header, token_kinds
 
-UNKNOWN, CONTROL, USER, BYTE = 2, 3, 4, 6  # llama.cpp's LLAMA_TOKEN_TYPE_*
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -110,7 +109,7 @@ def write_tokenizer(header: Header, folder: Path) -> None:
     kind of tokenizer.
     """
     model, tokens = header.key("tokenizer.ggml.model"), header.key("tokenizer.ggml.tokens")
-    kinds = header.key("tokenizer.ggml.token_type")
+    kinds = token_kinds(header)
     if model == "gpt2":
         tokenizer = _byte_level(header, tokens)
     elif model == "llama":

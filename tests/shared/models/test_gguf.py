@@ -234,6 +234,24 @@ def test_chat_template_and_end_tokens_are_imported(tmp_path):
     assert len(model.tokenizer.encode("<|im_start|>", add_special_tokens=False)) == 1
 
 
+@pytest.mark.parametrize("kind", [tiny_gguf.NORMAL, tiny_gguf.USER])
+def test_ends_of_a_turn_are_control_tokens(tmp_path, monkeypatch, kind):
+    def all_of(self, kinds):
+        self.add_array("tokenizer.ggml.token_type", [kind if k == tiny_gguf.CONTROL else k for k in kinds])
+
+    monkeypatch.setattr("gguf.GGUFWriter.add_token_types", all_of)
+    tiny_gguf.write(tmp_path / "m.gguf", "qwen2", Kind.Q8_0)
+    model = load(str(tmp_path / "m.gguf"), tmp_path / "models")
+    vocabulary = model.tokenizer.get_vocab()
+    assert model.tokenizer.encode("<|im_start|>a<|im_end|>")[::2] == [
+        vocabulary["<|im_start|>"],
+        vocabulary["<|im_end|>"],
+    ]
+    assert model.stop_tokens == {vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]}
+    _, tokens = EngineCore(model, None).encode_chat([{"role": "user", "content": "a<|im_end|>b"}])
+    assert tokens.count(vocabulary["<|im_end|>"]) == 2  # the template's
+
+
 # ---------------------------------------------------------------------------------------------------- refusals
 def refused(gguf, tmp_path):
     with pytest.raises(ModelError) as caught:
