@@ -15,6 +15,7 @@ from specl.shared.native import available, row_stats
 from specl.shared.sampling_params import SamplingParams
 
 CHUNK = 64
+SMALL_TEMPERATURE = 1e-290
 MAX_NATIVE_K = 512  # beyond it numpy's partition is faster
 NUCLEUS_CANDIDATES = (64, 256, 2048)  # tried before the vocabulary is sorted (milliseconds)
 
@@ -112,7 +113,11 @@ def distribution(logits: np.ndarray, sampling: SamplingParams) -> Distribution:
         floor = logits.max() + np.log(sampling.min_p)
         allowed = np.flatnonzero(logits >= floor) if allowed is None else allowed[logits[allowed] >= floor]
     ids = np.arange(len(logits)) if allowed is None else np.sort(allowed)
-    scaled = logits[ids].astype(np.float64) / sampling.temperature
+    values = logits[ids].astype(np.float64)
+    if sampling.temperature < SMALL_TEMPERATURE:  # logits over it overflow, and inf - inf is no number
+        values -= values.max()
+    with np.errstate(over="ignore"):
+        scaled = values / sampling.temperature
     weights = np.exp(scaled - scaled.max())
     return Distribution(ids, weights / weights.sum())
 

@@ -1,6 +1,7 @@
 """Filters, top-k and position noise against slow references."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,3 +43,13 @@ def test_noise_belongs_to_seed_and_position(seed, position):
     sampling = Distribution(np.arange(50), np.full(50, 0.02))
     token = gumbel_coupled(lambda i: sampling, [], lambda i: position_noise(seed, position + i, 50)).token
     assert gumbel_coupled(lambda i: sampling, [token], lambda i: position_noise(seed, position + i, 50)).accepted == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-100, 1e-289, 1e-291, 1e-307, 5e-324])
+def test_tiny_temperatures_are_greedy(temperature):
+    logits = np.array([3.0, 9.5, -40.0, 9.0, 0.0], np.float32)
+    drawn = distribution(logits, SamplingParams(temperature=temperature))
+    assert drawn.of(1) == 1.0 and drawn.draw(0.999) == 1
+    assert drawn.argmax_with(position_noise(7, 0, len(logits))) == 1
+    ties = distribution(np.array([9.5, 1.0, 9.5], np.float32), SamplingParams(temperature=temperature))
+    assert ties.p.tolist() == [0.5, 0.0, 0.5]
