@@ -8,6 +8,7 @@ checks the options' values when the job starts.
 from typing import Any
 
 from specl.daemons.inference.job import Job
+from specl.shared.conversations import strings
 from specl.shared.engine.core import EngineCore
 from specl.shared.engine.request_options import RequestOptions
 from specl.shared.errors import ContextExceeded, RequestRejected, SpecLoraError
@@ -17,6 +18,9 @@ from specl.shared.settings.schema import Settings
 
 MODES = ("detailed", "fast")
 MAX_NUM_DRAFT_TOKENS = 16
+CHECKED_CHARACTERS = 4  # for each token that fits; a longer text is counted in pieces first
+PIECE = 4096  # characters
+LOST_AT_CUT = 16  # tokens that a cut between pieces may add
 
 
 def admit(peer: bytes, ask: Ask, arrived: float, engine: EngineCore, settings: Settings) -> Job:
@@ -24,10 +28,11 @@ def admit(peer: bytes, ask: Ask, arrived: float, engine: EngineCore, settings: S
     an unknown mode.
     """
     _check_options(ask)
+    limit = context_limit(engine, settings)
+    _refuse_by_length(ask, engine, limit)
     text, prompt = _encode(ask, engine)
     if not prompt:
         raise RequestRejected("the prompt is empty")
-    limit = context_limit(engine, settings)
     if len(prompt) >= limit:
         what = "memory.max_kv_cache_tokens is" if limit < engine.target.context_length else "the model's context holds"
         raise ContextExceeded(f"the prompt has {len(prompt)} tokens; {what} {limit}: the maximum context length")
@@ -43,6 +48,23 @@ def context_limit(engine: EngineCore, settings: Settings) -> int:
 def failure_code(error: SpecLoraError) -> FailureCode:
     """The code that tells a client why its request is refused."""
     return FailureCode.CONTEXT_LENGTH if isinstance(error, ContextExceeded) else FailureCode.REJECTED
+
+
+def _refuse_by_length(ask: Ask, engine: EngineCore, limit: int) -> None:
+    """Raises ContextExceeded for a text that is far too long, after `limit` tokens of it: tokenising
+    runs between the rounds of others, and a million digits would hold them all up.
+    """
+    texts = [text for message in ask.messages for text in strings(message.get("content"))] or [ask.prompt]
+    if sum(map(len, texts)) <= CHECKED_CHARACTERS * limit:
+        return
+    count = 0
+    for text in texts:
+        for start in range(0, len(text), PIECE):
+            count += max(0, len(engine.encode(text[start : start + PIECE])) - LOST_AT_CUT)
+            if count >= limit:
+                raise ContextExceeded(
+                    f"the prompt has more than {count} tokens; at most {limit} fit: the maximum context length"
+                )
 
 
 def _check_options(ask: Ask) -> None:
