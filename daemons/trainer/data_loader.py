@@ -24,7 +24,7 @@ from specl.shared.runtime import log
 from specl.shared.settings.schema import Settings
 from specl.shared.store import GenerationSummary, Store, StoredGeneration
 from specl.shared.store.failure import is_failure
-from specl.shared.training_files.shards import load_or_discard, save_shard
+from specl.shared.training_files.shards import DAMAGED, load_or_discard, read_arrays, save_shard
 
 MAX_TOKENS = 512  # of an example: the last of a long text
 MAX_RECAPTURED_TOKENS = 1024  # of a long text whose states are computed again
@@ -224,7 +224,11 @@ class DataLoader:
         source = draft.path / "replay.npz" if draft is not None and draft.path else None
         if source is None or not source.is_file():
             return []
-        texts = _texts(source)
+        try:
+            texts = _texts(source)
+        except DAMAGED as error:  # it came with the draft: training does without
+            _damaged(f"{source}: {error}")
+            return []
         stem = f"{self._replay_names}{self.engine.target.fingerprint}-k{self.settings.training.loss.top_k_logits}"
         return [
             (folder / f"{stem}-{start:04d}.npz", texts[start : start + REPLAY_PART])
@@ -237,8 +241,8 @@ def _damaged(reason: str) -> None:
 
 
 def _texts(path: Path) -> list[Text]:
-    with np.load(path, allow_pickle=False) as file:
-        tokens, lengths, prompts = file["tokens"], file["lengths"], file["prompt_lengths"]
+    file = read_arrays(path)
+    tokens, lengths, prompts = file["tokens"], file["lengths"], file["prompt_lengths"]
     ends = np.cumsum(lengths)
     return [
         (tokens[end - length : end], int(prompt)) for end, length, prompt in zip(ends, lengths, prompts, strict=True)

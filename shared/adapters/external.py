@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specl.shared.adapters.manifest import Manifest, header_problem, parse_manifest, reasons
 from specl.shared.adapters.registry import EXTERNAL_FILES, FILES, MAX_FILE, MAX_MANIFEST, sha256_of
-from specl.shared.adapters.tensors import check_adapter_steps, read_hot_vocabulary
+from specl.shared.adapters.tensors import check_adapter_steps, read_config, read_hot_vocabulary
 from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.errors import AdapterRejected
 from specl.shared.models.head import HeadDraft
@@ -58,7 +58,7 @@ def read_external(folder: Path, engine: EngineCore) -> ExternalAdapter:
     manifest = _manifest(folder)
     problems = _manifest_problems(folder, manifest, engine) if manifest is not None else []
     try:
-        config = _Config.model_validate_json((folder / "adapter_config.json").read_bytes()).lora_parameters
+        config = _Config.model_validate_json(read_config(folder)).lora_parameters
     except ValidationError as error:
         raise AdapterRejected(f"adapter_config.json cannot be used: {reasons(error)}") from error
     weights = read_tensors(folder / "adapters.safetensors")

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from specl.shared.adapters.manifest import Manifest, reasons
-from specl.shared.adapters.registry import Adapters
+from specl.shared.adapters.registry import MAX_MANIFEST, Adapters
 from specl.shared.engine.core import EngineCore, LoadedAdapter
 from specl.shared.errors import AdapterRejected
 from specl.shared.models.head import HeadDraft, hot_vocabulary_problems
@@ -74,10 +74,19 @@ class _AdapterConfig(BaseModel):
     lora_parameters: _LoraParameters
 
 
+def read_config(folder: Path) -> bytes:
+    """An adapter_config.json of at most MAX_MANIFEST bytes. Raises OSError, AdapterRejected."""
+    with open(folder / "adapter_config.json", "rb") as file:
+        data = file.read(MAX_MANIFEST + 1)
+    if len(data) > MAX_MANIFEST:
+        raise AdapterRejected(f"adapter {folder.name}: adapter_config.json has more than {MAX_MANIFEST} bytes")
+    return data
+
+
 def read_shape(folder: Path) -> LoraShape:
     """The LoRA of an adapter_config.json. Raises AdapterRejected with every field that is wrong."""
     try:
-        lora = _AdapterConfig.model_validate_json((folder / "adapter_config.json").read_bytes()).lora_parameters
+        lora = _AdapterConfig.model_validate_json(read_config(folder)).lora_parameters
     except OSError as error:
         raise AdapterRejected(f"adapter {folder.name}: adapter_config.json cannot be read: {error}") from error
     except ValidationError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from specl.shared.learning.examples import Example
 from specl.shared.models.report import Report, to_stderr
@@ -15,6 +16,7 @@ from specl.shared.runtime.atomic_files import atomic_file
 
 # what numpy and zipfile raise for an empty, torn or foreign file
 DAMAGED = (EOFError, BadZipFile, ValueError, KeyError, RuntimeError, TypeError)
+MAX_UNPACKED = 4 << 30  # of one file: a shard of 32 texts with the states of a large target has less than 1 GiB
 DAMAGED_ERRNO = (errno.EINVAL, errno.EIO)  # an offset beyond the file, a bad sector
 
 
@@ -36,10 +38,22 @@ def save_shard(path: Path, examples: Sequence[Example]) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every array of a .npz file. Raises one of DAMAGED or OSError; ValueError for one that would
+    unpack to more than MAX_UNPACKED bytes.
+    """
+    with np.load(path, mmap_mode="r", allow_pickle=False) as file:
+        if not isinstance(file, NpzFile):
+            raise ValueError("it is no archive of arrays")
+        size = sum(member.file_size for member in file.zip.infolist())
+        if size > MAX_UNPACKED:
+            raise ValueError(f"it would unpack to {size} bytes")
+        return {name: file[name] for name in file.files}
+
+
 def load_shard(path: Path) -> list[Example]:
     """The examples of a shard. Raises one of DAMAGED or OSError for anything else."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    arrays = read_arrays(path)
     examples, token, row, state = [], 0, 0, 0  # where the next example begins in each of the joined arrays
     lengths = zip(arrays["lengths"].tolist(), arrays["prompt_lengths"].tolist(), strict=True)
     for i, (length, prompt_length) in enumerate(lengths):

@@ -9,6 +9,7 @@ import pytest
 
 from specl.daemons.trainer import data_loader
 from specl.daemons.trainer.data_loader import DataLoader
+from specl.shared.errors import ModelError
 from specl.shared.learning.recapture import recapture
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.settings.load import load_settings
@@ -127,3 +128,21 @@ def test_very_long_text_is_read_from_its_end(tmp_path, monkeypatch):
         and len(result.states) == 511
         and result.rows == 50
     )
+
+
+@pytest.mark.parametrize("change", [{"lengths": [5]}, {"tokens": None}, {}])
+def test_damaged_replay_file_costs_the_replay_only(tmp_path, change, monkeypatch):
+    loader = loader_of(tmp_path, reads_states=True)
+    if change:
+        arrays = {"tokens": np.array([5, 9, 40], np.uint32), "lengths": [2, 1], "prompt_lengths": [1, 1]} | change
+        np.savez(tmp_path / "replay.npz", **{name: value for name, value in arrays.items() if value is not None})
+    else:
+        (tmp_path / "replay.npz").write_bytes(b"PK")
+    assert loader.replay(tmp_path) == []
+
+
+def test_text_beyond_the_embedding_is_not_read(tmp_path):
+    target = write_target(tmp_path / "target", tied=True, quantised=False)
+    for token in (target.vocabulary_size, 10**9):
+        with pytest.raises(ModelError, match="a token that is not below"):
+            recapture(target, np.array([5, token, 7, 8], np.uint32), 2, 4)

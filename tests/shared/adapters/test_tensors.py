@@ -377,3 +377,10 @@ def test_errors_outside_the_candidate_are_raised(adapters, engine, swap, monkeyp
     monkeypatch.setattr(adapter_tensors, "check_steps", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(error):
         swap.follow_current()
+
+
+def test_huge_adapter_config_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("specl.shared.adapters.tensors.MAX_MANIFEST", 100)
+    (tmp_path / "adapter_config.json").write_bytes(b" " * 101)
+    with pytest.raises(AdapterRejected, match="adapter_config.json has more than 100 bytes"):
+        read_shape(tmp_path)

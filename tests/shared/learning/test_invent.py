@@ -66,7 +66,9 @@ def test_model_is_prompted_with_its_template_prefix(stored, monkeypatch):
 def test_template_that_hides_user_words_is_refused():
     tokenizer = SimpleNamespace(apply_chat_template=lambda *given, **more: "fixed")
     with pytest.raises(ModelError, match="chat template"):
-        synthetic_prompts(SimpleNamespace(tokenizer=tokenizer, name="odd", content_form="text"), 1, 1.0, rng(), lambda text: True)
+        synthetic_prompts(
+            SimpleNamespace(tokenizer=tokenizer, name="odd", content_form="text"), 1, 1.0, rng(), lambda text: True
+        )
 
 
 def test_judging_sets_and_reserved_kinds_are_excluded():

@@ -6,13 +6,15 @@ import os
 import numpy as np
 import pytest
 
+from specl.shared.errors import ModelError
 from specl.shared.learning.batch_generate import Prompt
 from specl.shared.learning.build_draft import BuildSettings
 from specl.shared.learning.examples import Example
 from specl.shared.learning.recapture import WrittenText, recapture
 from specl.shared.training_files import captured_texts, draft_build, shards
 from specl.shared.training_files.captured_texts import capture_texts
-from specl.shared.training_files.shards import load_or_discard, save_shard
+from specl.shared.training_files.shards import load_or_discard, read_arrays, save_shard
+from specl.shared.training_files.target_texts import load_target_texts
 
 
 def text(n, rows=3):
@@ -103,3 +105,15 @@ def test_long_user_text_captures_the_answers_end(stored, tmp_path, prompt, rows,
     assert found.rows == len(found.ids) == len(found.logprobs) == len(found.weights) == left
     states, ids, _ = recapture(stored(), tokens[-1024:], max(1, len(tokens[-1024:]) - left), 4)
     assert np.array_equal(found.states, states[-511:]) and np.array_equal(found.ids, ids)
+
+
+def test_archive_that_unpacks_to_too_much_is_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, tokens=np.zeros(1 << 20, np.uint32))
+    assert len(read_arrays(path)["tokens"]) == 1 << 20
+    monkeypatch.setattr(shards, "MAX_UNPACKED", 1 << 20)
+    with pytest.raises(ValueError, match="it would unpack to 41"):
+        read_arrays(path)
+    with pytest.raises(ModelError, match="does not hold answers: it would unpack"):
+        load_target_texts(path, "t0")
+    assert load_or_discard(path, lambda message: None) is None
