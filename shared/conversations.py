@@ -6,6 +6,7 @@ conversation. `conversation_of` derives an id from what all its turns share. The
 tells nobody the text, but whoever has the text can tell that it is its hash, so a record whose text
 is not kept must not keep the hash either (`retention/redaction.py`).
 
+`read_messages` is the one reader of messages in OpenAI's form, from requests and from files.
 Knows JSON-like values only, no records and no files.
 """
 
@@ -89,3 +90,82 @@ def typed_in(messages: Any) -> list[str]:
         if isinstance(message, dict) and message.get("role") == "user"
         for text in strings(message.get("content"))
     ]
+
+
+# ---------------------------------------------------------------------------------------------- reading
+MESSAGE_FIELDS = {"role", "content", "name"}
+# fields of a message that came from an answer or are the client's bookkeeping: any value is taken, and dropped
+DROPPED = {
+    "reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "refusal", "annotations", "id", "metadata",
+    "cache_control",
+    "created_at", "timestamp", "status", "model", "provider_specific_fields",
+}  # fmt: skip
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+THOUGHT_PARTS = {"thinking", "redacted_thinking", "reasoning", "reasoning_text"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+class MessageError(ValueError):
+    """A value that is no chat message. `field` is where, `text` what must change, `code` OpenAI's
+    name of the kind.
+    """
+
+    def __init__(self, field: str, text: str, code: str = "invalid_value") -> None:
+        super().__init__(f"{field}{text}")
+        self.field, self.text, self.code = field, text, code
+
+
+def read_messages(values: Any, more_roles: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Chat messages in OpenAI's form, from a request or a file, as role and text (and name).
+
+    Content parts are joined, `developer` is `system`, null is empty, and what a client keeps beside
+    them is dropped. Raises MessageError for what cannot be honoured.
+    """
+    if not isinstance(values, list) or not values:
+        raise MessageError("messages", " must be a list of messages, and not an empty one")
+    roles = ROLES | {role: role for role in more_roles}
+    return [_read_message(value, f"messages[{index}]", roles) for index, value in enumerate(values)]
+
+
+def _read_message(message: Any, where: str, roles: dict[str, str]) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise MessageError(where, " must be an object")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in roles:
+        raise MessageError(f"{where}.role", f" must be one of {', '.join(roles)}")
+    for name, value in message.items():
+        if name not in MESSAGE_FIELDS and name not in DROPPED and not asks_for_nothing(value):
+            raise MessageError(f"{where}.{name}", " is not supported", "unsupported_parameter")
+    turn = {"role": roles[role], "content": _content(message, f"{where}.content")}
+    if (name := message.get("name")) is not None and not isinstance(name, str):
+        raise MessageError(f"{where}.name", " must be a text")
+    return turn | {"name": name} if name else turn
+
+
+def _content(message: dict[str, Any], where: str) -> str:
+    value = message.get("content")
+    if value is None:
+        value = message.get("refusal") or ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise MessageError(where, " must be a text or a list of text parts")
+    return "".join(_part_text(part, where) for part in value)
+
+
+def _part_text(part: Any, where: str) -> str:
+    """The text of one content part; empty for an assistant's thoughts of the past."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in THOUGHT_PARTS:
+        return ""
+    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) and kind in TEXT_PARTS else None
+    if not isinstance(text, str):
+        raise MessageError(where, ": only text parts are supported", "unsupported_value")
+    return text
+
+
+def asks_for_nothing(value: Any) -> bool:
+    """Whether it is null, false or empty."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)

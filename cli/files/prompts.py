@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from specl.cli.files.text import parse_json, read_lines, read_text
+from specl.shared.conversations import read_messages
 from specl.shared.errors import ConfigError
 
 COLUMNS = ("prompt", "text", "question", "instruction", "input")
-ROLES = ("system", "user", "assistant", "tool")
+MORE_ROLES = ("tool",)  # beside those that a request may have: a file may hold what an agent did
+OTHER_DELIMITERS = (";", "\t", "|")  # of a .csv file whose head has no comma
 MOST_PROBLEMS = 5  # named in an error; more are counted
 
 
@@ -68,6 +70,7 @@ def _user_message(text: str) -> list[dict[str, Any]]:
 
 # ---------------------------------------------------------------------------------------------- CSV
 def _from_csv(file: str, text: str, column: str | None, delimiter: str) -> list[FilePrompt]:
+    delimiter = _delimiter(text, delimiter)
     limit = csv.field_size_limit(max(len(text), 1))  # the default of 128 KB a field is less than a long document
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
     try:
@@ -76,6 +79,16 @@ def _from_csv(file: str, text: str, column: str | None, delimiter: str) -> list[
         raise ConfigError(f"{file}:{reader.line_num}: not CSV: {error}") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _delimiter(text: str, usual: str) -> str:
+    """What divides the columns. Spreadsheets write semicolons where a comma is the decimal sign,
+    and tabs; the head tells.
+    """
+    head = next((line for line in text.split("\n") if line.strip()), "")
+    if usual != "," or usual in head:
+        return usual
+    return next((sign for sign in OTHER_DELIMITERS if sign in head), usual)
 
 
 def _rows(file: str, reader: "csv.DictReader[str]", column: str | None) -> Iterator[FilePrompt]:
@@ -158,17 +171,9 @@ def to_messages(value: Any, column: str | None = None) -> list[dict[str, Any]]:
 
 
 def _check_messages(messages: Any) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages is a list with at least one message")
-    if not all(_is_message(message) for message in messages):
-        raise ValueError(f"a message has a role ({', '.join(ROLES)}) and content that is text")
-    prompt = list(messages)
+    prompt = read_messages(messages, MORE_ROLES)
     while prompt and prompt[-1]["role"] == "assistant":
         prompt.pop()
     if not any(message["role"] == "user" for message in prompt):
         raise ValueError("messages without a user's message")
     return prompt
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)

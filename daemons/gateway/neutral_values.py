@@ -7,6 +7,7 @@ A client that sends all its defaults must not be refused. A field that would cha
 from typing import Any
 
 from specl.daemons.gateway.errors import ApiError
+from specl.shared.conversations import asks_for_nothing
 
 # fields that do not change the answer, or that only tune a feature that is off: any value is taken
 IGNORED = {
@@ -36,16 +37,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "thinking": ({}, False, {"type": "disabled"}), "truncation": ("disabled", ""), "tool_stream": (False,), "web_search_options": (),
     "guided_json": (), "json_schema": (),
 }  # fmt: skip
-EMPTY: tuple[Any, ...] = ("", [], {}, False)  # of a field that stands in neither table
 
 
 def _equals(value: Any, other: Any) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
-
-
-def asks_for_nothing(value: Any) -> bool:
-    """Whether it is null, false or empty."""
-    return value is None or any(_equals(value, item) for item in EMPTY)
 
 
 def refuse_unsupported(body: dict[str, Any], known: set[str]) -> None:

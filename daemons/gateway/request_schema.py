@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from specl.daemons.gateway.errors import ApiError
-from specl.daemons.gateway.neutral_values import asks_for_nothing, refuse_unsupported
+from specl.daemons.gateway.neutral_values import refuse_unsupported
+from specl.shared.conversations import MessageError, asks_for_nothing, read_messages
 from specl.shared.messaging.messages import Ask
 from specl.shared.sampling_params import SEED_LIMIT, merge_sampling
 from specl.shared.settings.schema import Settings
@@ -22,16 +23,6 @@ COMMON = {
 CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
 TEXT = COMMON | {"prompt"}
 SPECLORA_OPTIONS = {"mode": str, "record": bool, "num_draft_tokens": int, "ngram": bool, "conversation_id": str}
-MESSAGE_FIELDS = {"role", "content", "name"}
-# fields of a message that came from an answer or are the client's bookkeeping: any value is taken, and dropped
-DROPPED = {
-    "reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "refusal", "annotations", "id", "metadata",
-    "cache_control",
-    "created_at", "timestamp", "status", "model", "provider_specific_fields",
-}  # fmt: skip
-TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-THOUGHT_PARTS = {"thinking", "redacted_thinking", "reasoning", "reasoning_text"}
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,50 +97,11 @@ def _check_model(body: dict[str, Any], settings: Settings) -> None:
         )
 
 
-def _part_text(part: Any, where: str) -> str:
-    """The text of one content part; empty for an assistant's thoughts of the past."""
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(kind, str) and kind in THOUGHT_PARTS:
-        return ""
-    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) and kind in TEXT_PARTS else None
-    if not isinstance(text, str):
-        raise ApiError(400, f"`{where}`: only text parts are supported", where, "unsupported_value")
-    return text
-
-
-def _content(message: dict[str, Any], where: str) -> str:
-    value = message.get("content")
-    if value is None:
-        value = message.get("refusal") or ""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise _bad(f"{where}.content", "must be a text or a list of text parts")
-    return "".join(_part_text(part, f"{where}.content") for part in value)
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise _bad(where, "must be an object")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise ApiError(400, f"`{where}.role` must be one of {', '.join(ROLES)}", f"{where}.role", "invalid_value")
-    for name, value in message.items():
-        if name not in MESSAGE_FIELDS and name not in DROPPED and not asks_for_nothing(value):
-            raise ApiError(400, f"`{where}.{name}` is not supported", f"{where}.{name}", "unsupported_parameter")
-    turn = {"role": ROLES[role], "content": _content(message, where)}
-    if (name := message.get("name")) is not None and not isinstance(name, str):
-        raise _bad(f"{where}.name", "must be a text")
-    return turn | {"name": name} if name else turn
-
-
 def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise _bad("messages", "must be a list of messages, and not an empty one")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    try:
+        return read_messages(body.get("messages"))
+    except MessageError as error:
+        raise ApiError(400, f"`{error.field}`{error.text}", error.field, error.code) from error
 
 
 def _prompt(body: dict[str, Any]) -> str:

@@ -124,3 +124,38 @@ def test_nobody_who_said_no_gets_colours(specl, monkeypatch):
     assert not options.wants_colour()
     monkeypatch.delenv("NO_COLOR")
     assert options.wants_colour()
+
+
+OPENAI = [
+    ({"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "input_text", "text": "two"}]}, "one two"),
+    ({"role": "user", "content": "plain", "name": "me", "refusal": None, "reasoning_content": "x"}, "plain"),
+]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize(("message", "text"), OPENAI)
+def test_files_take_what_the_api_takes(tmp_path, name, message, text):
+    before = [{"role": "developer", "content": "be kind"}, {"role": "assistant", "content": None, "tool_calls": []}]
+    item = json.dumps({"messages": [*before, message, {"role": "assistant", "content": "answer"}]})
+    (tmp_path / name).write_text(f"[{item}]" if name == "a.json" else item + "\n")
+    for messages in (read_prompts(str(tmp_path / name))[0].messages, prompts_of(str(tmp_path / name))[0][0].messages):
+        assert [m["role"] for m in messages] == ["system", "assistant", "user"]
+        assert [m["content"] for m in messages] == ["be kind", "", text]
+
+
+def test_picture_in_a_message_names_its_place(tmp_path):
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [message]}))
+    with pytest.raises(ConfigError, match=r"a\.jsonl:1: messages\[0\]\.content: only text parts are supported"):
+        read_prompts(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("sign", [",", ";", "\t", "|"])
+def test_csv_of_spreadsheets_is_split(tmp_path, sign):
+    (tmp_path / "a.csv").write_text(f'id{sign}prompt{sign}price\n1{sign}"why; and, how?"{sign}2\n')
+    assert contents(read_prompts(str(tmp_path / "a.csv"))) == ["why; and, how?"]
+
+
+def test_csv_of_one_column_keeps_its_signs(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt\nfirst; then\tthat\n")
+    assert contents(read_prompts(str(tmp_path / "a.csv"))) == ["first; then\tthat"]
