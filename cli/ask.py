@@ -2,7 +2,6 @@
 to stderr; or one JSON object.
 """
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -10,9 +9,11 @@ import click
 
 from specl.cli.files.text import read_text
 from specl.cli.options import sampling_options
+from specl.cli.terminal import echo_answer, json_line
 from specl.shared.errors import RequestRejected
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Done
+from specl.shared.runtime.terminal import visible
 
 
 def summary_line(done: Done) -> str:
@@ -69,14 +70,14 @@ def ask(prompt: str, as_object: bool, no_record: bool, stop: tuple[str, ...], **
         pieces = client.stream(prompt, on_position=_report_position, stop=list(stop), record=not no_record, **options)
         for text in pieces:
             if not as_object:
-                click.echo(text, nl=False)
+                echo_answer(text)
         done = client.last
         assert done is not None  # a stream that ends has set it
         if as_object:
-            click.echo(json.dumps(as_json(done), ensure_ascii=False))
+            click.echo(json_line(as_json(done)))
         else:
             click.echo()
-            click.echo(click.style(summary_line(done), dim=True), err=True)
+            click.echo(click.style(visible(summary_line(done)), dim=True), err=True)
 
 
 def position_text(position: int) -> str:

@@ -19,10 +19,12 @@ import click
 from specl.cli.files.prompts import FilePrompt, read_prompts
 from specl.cli.options import sampling_options
 from specl.cli.progress import ProgressReporter
+from specl.cli.terminal import echo
 from specl.shared.answer_stats import AnswerTotals
 from specl.shared.errors import ConfigError, DaemonUnreachable, RequestRejected, ServerBusy, SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.messages import Done
+from specl.shared.runtime.atomic_files import private_opener
 from specl.shared.runtime.progress import ProgressMeter
 
 RESTART_TIMEOUT_S = 60.0  # how long a daemon that answered before may be away
@@ -136,7 +138,7 @@ class _Run:
                     done = self._ask_with_retries(prompt)
                 except RequestRejected as error:
                     self.counts.refused += 1
-                    click.echo(f"prompt {prompt.line}: {error}", err=True)
+                    echo(f"prompt {prompt.line}: {error}", err=True)
                 else:
                     self.counts.add(done)
                     self.answers.write(prompt, done)
@@ -178,7 +180,7 @@ class AnswersFile:
         try:
             if self.path.exists():
                 self._read(self.path)
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+            self._file = open(self.path, "a", encoding="utf-8", opener=private_opener)  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be written: {error.strerror}") from error
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import click
 
 from specl.cli.options import no_colour
+from specl.cli.terminal import echo, tolerate_letters
 from specl.shared.errors import SpecLoraError
 
 # command -> (module in specl.cli, attribute, one line for the list)
@@ -90,6 +91,7 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run a command. An error of the user's is one line on stderr; any other is a bug and shows its
     traceback.
     """
+    tolerate_letters()
     try:
         return cli(args=arguments, prog_name="specl-ctl", standalone_mode=False, color=False if no_colour() else None)
     except click.exceptions.Exit as error:
@@ -101,10 +103,10 @@ def main(arguments: list[str] | None = None) -> Any:
         click.echo("stopped", err=True)
         sys.exit(130)
     except SpecLoraError as error:
-        for line in str(error).splitlines():
-            click.echo(f"specl-ctl: {line}", err=True)
+        for line in str(error).split("\n"):
+            echo(f"specl-ctl: {line}", err=True)
         if error.hint:
-            click.echo(f"  {error.hint}", err=True)
+            echo(f"  {error.hint}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()

@@ -6,8 +6,7 @@ Knows settings, folders and estimates; loads nothing.
 
 from pathlib import Path
 
-import click
-
+from specl.cli.terminal import echo
 from specl.shared.errors import ModelError
 from specl.shared.loading.engine import draft_folder, estimate_pair
 from specl.shared.models import memory
@@ -43,7 +42,7 @@ def check_memory(settings: Settings, paths: Paths, target: Path | None, draft: P
         estimate, machine = estimate_pair(settings, target, draft)
         needed, daemons = estimate.total(training=False), _used_by_daemons(settings, paths)
     except ModelError as error:
-        click.echo(f"memory is not checked: {error}", err=True)
+        echo(f"memory is not checked: {error}", err=True)
         return
     allowed = memory.limit(settings, machine)
     if needed + daemons <= allowed:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from specl.cli.terminal import echo
 from specl.shared.errors import ModelError
 from specl.shared.paths import find_paths
 from specl.shared.settings.load import load_settings
@@ -54,7 +55,7 @@ def list_(as_object: bool, found: bool) -> None:
         return
     for role, name in names.items():
         where = folders[role] or ("not here yet: `specl-ctl models fetch`" if name else "")
-        click.echo(f"{role:<8}{name or 'none':<28}{where}".rstrip())
+        echo(f"{role:<8}{name or 'none':<28}{where}".rstrip())
 
 
 def _list_local_models(as_object: bool) -> None:
@@ -68,7 +69,7 @@ def _list_local_models(as_object: bool) -> None:
     if not models:
         click.echo("nothing of Ollama's or LM Studio's is here")
     for model in models:
-        click.echo(f"{model.name:<48}{model.format:<6}{model.size / 1e9:>6.1f} GB  {model.path}")
+        echo(f"{model.name:<48}{model.format:<6}{model.size / 1e9:>6.1f} GB  {model.path}")
 
 
 @models.command("import")
@@ -109,7 +110,7 @@ def import_(file: str, quantize: "Quantize", name: str | None, as_object: bool) 
     if as_object:
         click.echo(json.dumps({"name": name, "path": str(folder)}))
     else:
-        click.echo(f"{name} is at {folder}; use it with `models: {{target: {{name: {name}}}}}` in the settings file")
+        echo(f"{name} is at {folder}; use it with `models: {{target: {{name: {name}}}}}` in the settings file")
     if not json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"):
         click.echo("the file has no chat template: only plain completions will work, not chats", err=True)
 
@@ -122,10 +123,10 @@ def fetch() -> None:
     from specl.shared.models.report import to_stderr
 
     settings, paths = load_settings(), find_paths()
-    click.echo(f"target  {ensure_model(settings.models.target.name, paths.models, to_stderr)}")
+    echo(f"target  {ensure_model(settings.models.target.name, paths.models, to_stderr)}")
     draft = settings.models.draft.name
     if draft is not None:
         try:
-            click.echo(f"draft   {draft_folder(draft, paths.models) or ensure_model(draft, paths.models, to_stderr)}")
+            echo(f"draft   {draft_folder(draft, paths.models) or ensure_model(draft, paths.models, to_stderr)}")
         except ModelError as error:
             raise type(error)(f"the draft: {error}", error.hint) from error

@@ -16,6 +16,7 @@ from specl.shared.messaging.client import Client
 from specl.shared.messaging.codes import DaemonState
 from specl.shared.messaging.daemon_status import CollapseCheckStatus
 from specl.shared.paths import ROLES
+from specl.shared.runtime.terminal import all_visible
 from specl.shared.status import SystemStatus, TrainingView, system_status
 
 if TYPE_CHECKING:
@@ -128,13 +129,13 @@ def _print(status: SystemStatus, as_object: bool) -> None:
         return
     from rich.console import Console
 
-    Console().print(render(status))
+    Console().print(render(all_visible(status)))
 
 
 def _watch(client: Client) -> NoReturn:
     from rich.live import Live
 
-    with Live(render(system_status(client)), refresh_per_second=2) as live:
+    with Live(render(all_visible(system_status(client))), refresh_per_second=2) as live:
         while True:
             time.sleep(REFRESH_S)
-            live.update(render(system_status(client)))
+            live.update(render(all_visible(system_status(client))))

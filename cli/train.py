@@ -4,6 +4,7 @@ import time
 
 import click
 
+from specl.cli.terminal import echo
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.client import Client
 from specl.shared.messaging.codes import DaemonState, RunVerdict
@@ -28,7 +29,7 @@ def train(now: bool, wait: bool) -> None:
         reply = client.train(now)
         if not reply.ok:
             raise SpecLoraError(reply.message)
-        click.echo(reply.message)
+        echo(reply.message)
         if wait:
             _follow(client, last.created if last else None)
 
@@ -40,7 +41,7 @@ def _follow(client: Client, before: str | None) -> None:
         status = system_status(client)
         training, last = status.training, status.training.last_verdict
         if last and last.created != before:
-            click.echo(f"{last.verdict}: {last.reason}" + (f" (adapter {last.adapter_id})" if last.adapter_id else ""))
+            echo(f"{last.verdict}: {last.reason}" + (f" (adapter {last.adapter_id})" if last.adapter_id else ""))
             if last.verdict in (RunVerdict.FAILED, RunVerdict.NO_DATA, RunVerdict.NO_VERDICT):
                 raise SpecLoraError("the run published nothing")
             return

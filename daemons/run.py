@@ -16,6 +16,7 @@ from specl.shared.runtime import log
 from specl.shared.runtime.locks import Lock
 from specl.shared.runtime.signals import StopFlag, supervisor_pid
 from specl.shared.runtime.supervisor import EX_CONFIG, EX_TEMPFAIL
+from specl.shared.runtime.terminal import visible
 from specl.shared.settings.load import load_settings, settings_file
 from specl.shared.settings.schema import Settings
 
@@ -70,7 +71,8 @@ def run_exclusively(role: str, serve: Serve) -> int:
         return 0
     except SpecLoraError as error:
         with suppress(OSError):  # the terminal may be gone
-            print(f"{role}: {error}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr, flush=True)
+            text = visible(f"{role}: {error}" + (f"\n  {error.hint}" if error.hint else ""))
+            print(text, file=sys.stderr, flush=True)
         if isinstance(error, AlreadyRunning):
             return EX_TEMPFAIL
         may_pass = isinstance(error, ModelUnavailable)

@@ -15,11 +15,13 @@ from rich.table import Table
 from specl.cli.adapters import figures
 from specl.cli.adapters.figures import Row
 from specl.cli.adapters.import_command import import_
+from specl.cli.terminal import echo
 from specl.shared.adapters.manifest import Manifest
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected, DaemonUnreachable, SpecLoraError, StoreError
 from specl.shared.messaging.client import Client
 from specl.shared.paths import find_paths
+from specl.shared.runtime.terminal import all_visible
 from specl.shared.store import Store
 
 
@@ -72,7 +74,7 @@ def list_(everything: bool, as_object: bool) -> None:
     for column in figures.COLUMNS:
         table.add_column(column, no_wrap=column != "state")
     for _, cells in sorted(rows, key=lambda row: row[0]):
-        table.add_row(*cells)
+        table.add_row(*all_visible(cells))
     Console().print(table)
 
 
@@ -123,7 +125,7 @@ def show(name: str, as_object: bool) -> None:
         return
     lines = figures.manifest_lines(manifest, str(registry.folder / id), registry.current() == id)
     for label, value in lines + figures.history_lines(manifest, run, activations.get(id, [])):
-        click.echo(f"{label:<24}{value}")
+        echo(f"{label:<24}{value}")
 
 
 def _set_adapter(name: str) -> None:
@@ -136,7 +138,7 @@ def _set_adapter(name: str) -> None:
             ) from None
         if not reply.ok:
             raise SpecLoraError(reply.message)
-        click.echo(reply.message)
+        echo(reply.message)
 
 
 @adapters.command()

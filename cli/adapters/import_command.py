@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from specl.cli.terminal import echo
 from specl.shared.adapters.registry import Adapters
 from specl.shared.errors import AdapterRejected, ConfigError, DaemonUnreachable, SpecLoraError
 from specl.shared.messaging.client import Client
@@ -86,6 +87,6 @@ def _print_outcome(outcome: EvaluationStatus, run_id: str, as_object: bool) -> N
         click.echo(json.dumps(asdict(outcome) | {"run": run_id}))
     else:
         suffix = f" (adapter {outcome.adapter_id})" if outcome.adapter_id else ""
-        click.echo(f"{outcome.verdict}: {outcome.reason}{suffix}")
+        echo(f"{outcome.verdict}: {outcome.reason}{suffix}")
     if outcome.verdict != RunVerdict.PROMOTED:
         raise SpecLoraError("the adapter was not promoted; the active adapter is unchanged")

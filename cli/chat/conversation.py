@@ -10,6 +10,7 @@ from typing import Any
 
 from specl.shared.answer_stats import AnswerTotals
 from specl.shared.errors import SpecLoraError
+from specl.shared.runtime.atomic_files import output_file
 
 
 def totals_line(totals: AnswerTotals) -> str:
@@ -75,6 +76,7 @@ class Conversation:
         else:
             text = "\n".join(f"## {message['role']}\n\n{message['content']}\n" for message in messages)
         try:
-            path.expanduser().write_text(text, encoding="utf-8")
+            with output_file(path) as file:
+                file.write(text.encode())
         except OSError as error:
             raise SpecLoraError(f"{path} cannot be written: {error.strerror}") from error

@@ -16,6 +16,7 @@ from specl.cli.ask import position_text, summary_line
 from specl.cli.chat import chat_input
 from specl.cli.chat.conversation import Conversation, totals_line
 from specl.cli.chat.view import ChatView
+from specl.cli.terminal import echo
 from specl.shared.errors import DaemonUnreachable, RequestRejected, SpecLoraError
 from specl.shared.messaging.client import Client
 
@@ -44,7 +45,7 @@ class ChatSession:
         self.client, self.conversation, self.options, self.view = client, conversation, options, view
         self._last = ""
         self.commands: dict[str, Callable[[str], None]] = {
-            "help": lambda argument: click.echo(HELP),
+            "help": lambda argument: echo(HELP),
             "stats": self._stats,
             "train": self._train,
             "eval": self._eval,
@@ -162,8 +163,8 @@ class ChatSession:
         from specl.shared.status import system_status
 
         status = system_status(self.client)
-        click.echo(f"last answer   {self._last or 'none yet'}")
-        click.echo(f"conversation  {totals_line(self.conversation.totals)}")
+        echo(f"last answer   {self._last or 'none yet'}")
+        echo(f"conversation  {totals_line(self.conversation.totals)}")
         rolling, speed = status.acceptance.rolling, status.tokens_per_second.rolling
         failures = status.failures
         click.echo(
@@ -173,16 +174,16 @@ class ChatSession:
         )
         training = status.training
         waits = f" (waits: {training.waits})" if training.waits else ""
-        click.echo(f"training      {training.state}{waits}; adapter {status.adapter.active or 'none'}")
+        echo(f"training      {training.state}{waits}; adapter {status.adapter.active or 'none'}")
         for problem in status.problems:
-            click.echo(f"problem       {problem}")
+            echo(f"problem       {problem}")
 
     def _train(self, argument: str) -> None:
         try:
             reply = self.client.train(now=True)
         except DaemonUnreachable:
             raise DaemonUnreachable("the trainer does not run", "start it with `honcho start`") from None
-        click.echo(reply.message + ("; /stats shows how it goes, /eval what it brought" if reply.ok else ""))
+        echo(reply.message + ("; /stats shows how it goes, /eval what it brought" if reply.ok else ""))
 
     def _eval(self, argument: str) -> None:
         from specl.shared.status import system_status
@@ -190,12 +191,12 @@ class ChatSession:
         status = system_status(self.client)
         last = status.training.last_verdict
         if last is None:
-            click.echo("nothing was trained yet; /train asks for a run")
+            echo("nothing was trained yet; /train asks for a run")
         else:
-            click.echo(f"last run      {last.verdict}: {last.reason} ({last.created})")
+            echo(f"last run      {last.verdict}: {last.reason} ({last.created})")
         for adapter, value in status.acceptance.by_adapter.items():
-            click.echo(f"acceptance    adapter {adapter}: {'-' if value is None else f'{value:.3f}'} (live)")
-        click.echo("`specl-ctl eval FILE` measures two adapters on the same prompts")
+            echo(f"acceptance    adapter {adapter}: {'-' if value is None else f'{value:.3f}'} (live)")
+        echo("`specl-ctl eval FILE` measures two adapters on the same prompts")
 
     def _adapters(self, argument: str) -> None:
         from specl.shared.adapters.registry import Adapters
@@ -204,7 +205,7 @@ class ChatSession:
             reply = self.client.set_adapter("" if argument == "none" else argument)
             if not reply.ok:
                 raise SpecLoraError(reply.message)
-            click.echo(reply.message)
+            echo(reply.message)
             return
         adapters = Adapters(self.client.paths.adapters)
         inference = self.client.status().inference
@@ -216,14 +217,14 @@ class ChatSession:
                 text = f"held-out agreement {before:.4f} -> {after:.4f}"
             except SpecLoraError as error:
                 text = str(error)
-            click.echo(f"{id}  {text}{'  (active)' if id == active else ''}")
+            echo(f"{id}  {text}{'  (active)' if id == active else ''}")
         if not adapters.ids():
-            click.echo("no adapters yet; /train makes one from what is stored")
+            echo("no adapters yet; /train makes one from what is stored")
 
     def _system(self, argument: str) -> None:
         if argument:
             self.conversation.system = "" if argument == "-" else argument
-        click.echo(self.conversation.system or "no system message")
+        echo(self.conversation.system or "no system message")
 
     def _draft(self, argument: str) -> None:
         self.view.show_draft = not self.view.show_draft

@@ -16,8 +16,10 @@ from specl.cli.store.export import export
 from specl.cli.store.import_command import import_
 from specl.cli.store.purge import parse_time, purge
 from specl.cli.store.show import show
+from specl.cli.terminal import json_line
 from specl.shared.conversations import folded
 from specl.shared.paths import find_paths
+from specl.shared.runtime.terminal import visible
 from specl.shared.store import Store
 from specl.shared.store.failure import score_sql
 
@@ -60,7 +62,7 @@ def _width() -> int:
 
 
 def _one_line(value: object) -> Text:
-    return Text(" ".join(str(value).split()))  # Text: what models write is no markup
+    return Text(visible(" ".join(str(value).split())))  # Text: what models write is no markup
 
 
 @store.command()
@@ -109,7 +111,7 @@ def failures(limit: int, page: int, sort: str, as_object: bool, **filters: Any) 
     query = f"SELECT f.* {source} ORDER BY {SORTS[sort]}, g.n DESC LIMIT :limit OFFSET :start"
     rows = opened.sql(query, limit=limit, start=(page - 1) * limit, **values)
     if as_object:
-        click.echo(json.dumps(rows, ensure_ascii=False))
+        click.echo(json_line(rows))
     elif rows:
         for row in rows:
             row["id"], row["created"] = row["id"][:8], row["created"][5:16].replace("T", " ")

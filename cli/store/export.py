@@ -13,7 +13,7 @@ import click
 
 from specl.shared.errors import ConfigError, SpecLoraError
 from specl.shared.paths import find_paths
-from specl.shared.runtime.atomic_files import atomic_file
+from specl.shared.runtime.atomic_files import output_file
 from specl.shared.store import Store
 
 
@@ -51,12 +51,12 @@ def export(as_jsonl: bool, as_parquet: bool, out: str, only_failures: bool) -> N
 
 @contextmanager
 def _output(out: str) -> Iterator[BinaryIO]:
-    """The file `out`, complete or not there; its permissions follow the umask."""
+    """The file `out`, private (0600), complete or not there; a link, pipe or device is written to."""
     path = Path(out)
     if not path.parent.is_dir():
         raise ConfigError(f"there is no folder {path.parent}")
     try:
-        with atomic_file(path, sync=True, mode=0o666) as file:
+        with output_file(path) as file:
             yield file
     except OSError as error:
         raise SpecLoraError(f"{out} cannot be written: {error.strerror}") from error
@@ -65,7 +65,13 @@ def _output(out: str) -> Iterator[BinaryIO]:
 def _to_jsonl(store: Store, out: str, ids: set[str] | None) -> None:
     rows = (row for row in store.export() if ids is None or row["id"] in ids)
     if out == "-":
-        _write_lines(sys.stdout.write, rows)
+        out_bytes = getattr(sys.stdout, "buffer", None)  # files are UTF-8, whatever the terminal's letters are
+        if out_bytes is None or sys.stdout.isatty():
+            _write_lines(sys.stdout.write, rows)
+        else:
+            sys.stdout.flush()
+            _write_lines(lambda line: out_bytes.write(line.encode()), rows)
+            out_bytes.flush()
         return
     with _output(out) as file:
         count = _write_lines(lambda line: file.write(line.encode()), rows)

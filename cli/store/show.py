@@ -14,9 +14,11 @@ import click
 import numpy as np
 
 from specl.cli.options import wants_colour
+from specl.cli.terminal import json_line
 from specl.shared.engine.text_output import TextStream
 from specl.shared.errors import SpecLoraError
 from specl.shared.paths import find_paths
+from specl.shared.runtime.terminal import visible
 from specl.shared.store import Store, StoredGeneration
 
 SOURCES = ("target", "model", "ngram")
@@ -78,12 +80,12 @@ def marked(tokens: list[MarkedToken], colour: bool) -> str:
 
 
 def _mark(token: MarkedToken, colour: bool) -> str:
-    text = token.text
+    text, rejected = visible(token.text), visible(token.rejected or "")
     if token.rejected is None:
         return click.style(text, fg=COLOURS[token.source]) if colour and COLOURS[token.source] else text
     if not colour:
-        return f"[-{token.rejected}-]{{+{text}+}}"
-    return click.style(token.rejected, fg="red", strikethrough=True) + click.style(text, fg="yellow", bold=True)
+        return f"[-{rejected}-]{{+{text}+}}"
+    return click.style(rejected, fg="red", strikethrough=True) + click.style(text, fg="yellow", bold=True)
 
 
 def target_tokenizer(name: str) -> Tokenizer | None:
@@ -109,7 +111,7 @@ def show(generation_id: str, as_object: bool) -> None:
     if row is None:
         raise SpecLoraError(f"no single generation begins with {generation_id!r}", "`specl-ctl store failures` has ids")
     if as_object:
-        click.echo(json.dumps(as_json(row), ensure_ascii=False))
+        click.echo(json_line(as_json(row)))
         return
     for line in _lines(row):
         click.echo(line)
@@ -123,7 +125,7 @@ def as_json(row: StoredGeneration) -> dict[str, Any]:
 
 def _lines(row: StoredGeneration) -> Iterator[str]:
     acceptance, agreement = ("-" if rate is None else f"{rate:.3f}" for rate in (row.acceptance_rate, row.agreement))
-    yield f"{row.id}  {row.created}  {row.target_model} drafted by {row.draft_model or 'nothing'}"
+    yield f"{row.id}  {row.created}  {visible(row.target_model)} drafted by {visible(row.draft_model or 'nothing')}"
     yield (
         f"acceptance {acceptance}, agreement {agreement}, {row.model_accepted} of {row.model_drafted} drafted by "
         f"the model, {row.output_count} tokens, {row.tokens_per_second:.1f} tok/s, "
@@ -131,13 +133,13 @@ def _lines(row: StoredGeneration) -> Iterator[str]:
     )
     for message in json.loads(row.messages):
         yield ""
-        yield click.style(f"{message.get('role')}:", bold=True)
-        yield str(message.get("content"))
+        yield click.style(f"{visible(message.get('role'))}:", bold=True)
+        yield visible(message.get("content"))
     yield ""
     yield click.style("assistant:", bold=True)
     tokenizer = target_tokenizer(row.target_model)
     tokens = marked_tokens(row, tokenizer) if tokenizer is not None else []
-    yield marked(tokens, wants_colour()) if tokens else row.output
+    yield marked(tokens, wants_colour()) if tokens else visible(row.output)
     if not row.disagreements:
         return
     yield ""

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from specl.shared.runtime.terminal import visible
+
 Report = Callable[[str], None]
 
 
@@ -12,4 +14,4 @@ def no_report(message: str) -> None:
 
 def to_stderr(message: str) -> None:
     """For programs without a terminal interface of their own."""
-    print(message, file=sys.stderr, flush=True)
+    print(visible(message), file=sys.stderr, flush=True)

@@ -52,6 +52,27 @@ def write_file(path: Path, data: bytes | str, *, sync: bool, mode: int = 0o600) 
         file.write(data.encode() if isinstance(data, str) else data)
 
 
+@contextmanager
+def output_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that a user named for a command's output, readable by nobody else (0600).
+
+    A regular file, or what a link leads to, appears complete or not at all. A device or a pipe is
+    written to, never replaced. Raises OSError.
+    """
+    path = Path(os.path.realpath(path.expanduser()))
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+    else:
+        with atomic_file(path, sync=True) as file:
+            yield file
+
+
+def private_opener(name: str, flags: int) -> int:
+    """For `open(..., opener=)`: a file that is made is readable by nobody else (0600)."""
+    return os.open(name, flags, 0o600)
+
+
 def leftovers(path: Path) -> list[Path]:
     """Scratch files for `path` whose writer was killed, or is still writing."""
     return list(path.parent.glob(f".{path.name}.*.partial"))

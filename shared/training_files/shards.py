@@ -43,9 +43,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     unpack to more than MAX_UNPACKED bytes.
     """
     with np.load(path, mmap_mode="r", allow_pickle=False) as file:
-        if not isinstance(file, NpzFile):
+        if not isinstance(file, NpzFile) or file.zip is None:
             raise ValueError("it is no archive of arrays")
-        size = sum(member.file_size for member in file.zip.infolist())
+        size = sum(int(member.file_size) for member in file.zip.infolist())
         if size > MAX_UNPACKED:
             raise ValueError(f"it would unpack to {size} bytes")
         return {name: file[name] for name in file.files}

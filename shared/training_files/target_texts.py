@@ -12,8 +12,8 @@ import numpy as np
 from specl.shared.errors import ModelError
 from specl.shared.learning.examples import Example
 from specl.shared.learning.recapture import WrittenText
-from specl.shared.runtime.atomic_files import atomic_file
-from specl.shared.training_files.shards import DAMAGED
+from specl.shared.runtime.atomic_files import output_file
+from specl.shared.training_files.shards import DAMAGED, read_arrays
 
 SMALL = 1 << 16  # token ids of vocabularies up to this size are stored in two bytes
 
@@ -42,7 +42,7 @@ def save_target_texts(path: Path, answers: Sequence[TokenizedAnswer], target: st
     wrote them.
     """
     tokens = np.concatenate([answer.tokens for answer in answers]).astype(np.uint32)
-    with atomic_file(path, sync=True, mode=0o666) as file:  # as other files of the user's: by the umask
+    with output_file(path) as file:
         np.savez_compressed(
             file,
             tokens=tokens.astype(np.uint16) if len(tokens) and tokens.max() < SMALL else tokens,
@@ -58,10 +58,10 @@ def load_target_texts(path: Path, target: str) -> list[WrittenText]:
     another kind.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            writer = str(file["target"])
-            tokens = file["tokens"].astype(np.uint32)
-            columns = (file["lengths"].tolist(), file["prompt_lengths"].tolist(), file["greedy"].tolist())
+        file = read_arrays(path)
+        writer = str(file["target"])
+        tokens = file["tokens"].astype(np.uint32)
+        columns = (file["lengths"].tolist(), file["prompt_lengths"].tolist(), file["greedy"].tolist())
         ends = np.cumsum(columns[0])
         if ends[-1] != len(tokens) or not all(0 < prompt < length for length, prompt, _ in zip(*columns, strict=True)):
             raise ValueError("its lengths do not fit")

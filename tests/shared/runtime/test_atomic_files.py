@@ -2,10 +2,11 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
-from specl.shared.runtime.atomic_files import atomic_dir, atomic_file, leftovers, write_file
+from specl.shared.runtime.atomic_files import atomic_dir, atomic_file, leftovers, output_file, write_file
 
 
 @pytest.fixture
@@ -79,3 +80,31 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
         (scratch / "weights").write_text("half")
         raise RuntimeError
     assert (folder / "weights").read_text() == "new" and list(tmp_path.iterdir()) == [folder]
+
+
+# ---------------------------------------------------------------------------------------------------- a user's output
+def test_output_is_private_and_complete(tmp_path):
+    path = tmp_path / "a"
+    with output_file(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one" and stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_output_through_a_link_keeps_the_link(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("file")
+    with output_file(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_output_to_a_pipe_or_device_replaces_nothing(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with output_file(path) as file:
+            file.write(b"text")
+        assert not path.is_file() and path.exists()
+    assert os.read(reader, 9) == b"text"
+    os.close(reader)
