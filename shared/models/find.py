@@ -5,6 +5,7 @@ Knows names and folders; loads no weights. `find_...` does no work, `ensure_mode
 downloads and converts.
 """
 
+import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from specl.shared.models import builtin, local_models
 from specl.shared.models.gguf_import import conversion_folder, ensure_converted, is_gguf
 from specl.shared.models.report import Report, no_report
 
-HUB_FILES = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
 
 def find_model(name: str, models: Path) -> Path | None:
@@ -72,6 +73,11 @@ def ensure_model(name: str, models: Path, report: Report = no_report) -> Path:
 
 
 def _from_hub(name: str, report: Report) -> Path:
+    """The copy in the hub's cache where it is whole: no start asks the network, and no newer
+    revision becomes the model unasked. Otherwise it is downloaded.
+    """
+    if (cached := _whole_copy(name)) is not None:
+        return cached
     report(f"looking for {name} on the hub")
     try:
         from huggingface_hub import snapshot_download
@@ -84,6 +90,23 @@ def _from_hub(name: str, report: Report) -> Path:
             f"the hub model {name} cannot be fetched: {reason[0]}",
             "check the name and the network, or use a local folder",
         ) from error
+
+
+def _whole_copy(name: str) -> Path | None:
+    """The cached snapshot of a hub model, if every file that it needs is there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            weights = {str(file) for file in json.loads(index.read_bytes())["weight_map"].values()}
+        else:
+            weights = {"model.safetensors"}
+    except Exception:  # nothing cached, or an index that was torn: what is missing is fetched
+        return None
+    needed = {"config.json", "tokenizer_config.json", *weights}
+    return folder if all((folder / file).is_file() for file in needed) else None
 
 
 def _name_is_wrong(error: Exception) -> bool:

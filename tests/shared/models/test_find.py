@@ -1,6 +1,7 @@
 """Getting a model: what a network or a disk refuses may work later, a wrong name never does."""
 
 import errno
+import json
 import os
 import subprocess
 from types import SimpleNamespace
@@ -75,3 +76,25 @@ def test_supervisor_retries_what_may_work_later(tmp_path, monkeypatch, error, co
         assert run_exclusively("inference", raising(error)) == code
     finally:
         os.umask(previous)
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_whole_hub_copy_needs_no_network(tmp_path, monkeypatch, index):
+    calls = []
+
+    def download(name, allow_patterns, local_files_only=False):
+        calls.append(local_files_only)
+        assert "*.py" not in allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    weights = "model-1.safetensors" if index else "model.safetensors"
+    for file in ("config.json", "tokenizer_config.json"):
+        (tmp_path / file).write_text("{}")
+    if index:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": weights}}))
+    ensure_model("owner/name", tmp_path / "models")  # the weights are missing: an interrupted download
+    assert calls == [True, False]
+    (tmp_path / weights).touch()
+    assert ensure_model("owner/name", tmp_path / "models") == tmp_path
+    assert calls == [True, False, True]
