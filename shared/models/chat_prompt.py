@@ -14,6 +14,7 @@ from specl.shared.errors import ModelError, RequestRejected
 
 MARK = "\ufdd0"  # a noncharacter: after the first letter of a control token's text in a message
 WITNESS = "xqzmarkerzqx"  # a user's words in the trial of a template
+_SINGLE_MARK = re.compile(f"(?<!{MARK}){MARK}(?!{MARK})")
 ContentForm = Literal["text", "parts"]
 
 
@@ -93,6 +94,8 @@ def encode(tokenizer: Any, prompt: ChatPrompt) -> list[int]:
     texts = control_texts(tokenizer)
     matcher = _matcher(list(texts))
     assert matcher is not None  # there are marks, so that there are control tokens
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[text] for text in texts if text in vocabulary}
     tokens: list[int] = []
     pieces = matcher.split(prompt.marked)
     for index, piece in enumerate(pieces):
@@ -101,10 +104,23 @@ def encode(tokenizer: Any, prompt: ChatPrompt) -> list[int]:
             continue
         before, after = (texts.get(pieces[at]) if 0 <= at < len(pieces) else None for at in (index - 1, index + 1))
         piece = piece.lstrip() if getattr(before, "rstrip", False) else piece
-        piece = _plain(piece.rstrip() if getattr(after, "lstrip", False) else piece)
+        piece = piece.rstrip() if getattr(after, "lstrip", False) else piece
         if piece:
-            tokens += tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
+            tokens += _encode_text(tokenizer, piece, ids)
     return tokens
+
+
+def _encode_text(tokenizer: Any, marked: str, control: set[int]) -> list[int]:
+    """The tokens of marked text, none of them a control token.
+
+    A tokenizer knows a token that it does not call special (an end of a turn in many files) in any
+    text; so there the text is cut within the token's.
+    """
+    tokens = list(tokenizer.encode(_plain(marked), add_special_tokens=False, split_special_tokens=True))
+    if control.isdisjoint(tokens):
+        return tokens
+    parts = [_plain(part) for part in _SINGLE_MARK.split(marked)]
+    return [token for part in parts if part for token in tokenizer.encode(part, add_special_tokens=False)]
 
 
 def count_control(tokenizer: Any) -> Callable[[str], int]:

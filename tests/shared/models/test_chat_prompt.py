@@ -45,6 +45,17 @@ def test_marks_in_messages_survive(engine, content):
     assert control(tokens) == [START, END, START]
 
 
+def test_end_that_is_not_called_special_stays_text(tmp_path):
+    def change(tokenizer):
+        for token in tokenizer["added_tokens"]:
+            token["special"] = token["content"] != "<|end|>"
+
+    engine = EngineCore(load(str(write_model(tmp_path, END + 1, added=(), change=change)), tmp_path), None)
+    text, tokens = engine.encode_chat([{"role": "user", "content": INJECTION}])
+    assert control(tokens) == [START, END, START]
+    assert engine.target.tokenizer.decode(tokens) == text
+
+
 def test_plain_messages_have_the_same_tokens(engine):
     text, tokens = engine.encode_chat([{"role": "user", "content": "a < b | c > d"}], reuse_tokens=False)
     assert tokens == engine.encode(text)
@@ -121,6 +132,9 @@ def test_spaces_that_a_token_swallows_are_swallowed(engine):
 
         def encode(self, text, **options):
             return [text]
+
+        def get_vocab(self):
+            return {}
 
     prompt = chat_prompt.ChatPrompt("", "a<e> \nb<\ufdd0e> c")
     assert chat_prompt.encode(Tokenizer(), prompt) == ["a", "<e>", "b<e> c"]
