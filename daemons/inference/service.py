@@ -2,7 +2,7 @@
 and records out.
 
 Knows clients, queue limits and the outbox; nothing of models. A client that vanishes has its
-request cancelled.
+request cancelled; one that is only silent, because it pauses, has not.
 """
 
 import time
@@ -125,7 +125,7 @@ class Inference:
         if isinstance(message, (Done, Failed)):
             self.pending.pop(message.request_id, None)
         elif not sent and isinstance(message, (Queued, PrefillProgress, Delta)) and message.request_id in self.pending:
-            self._give_up(message.request_id, "the client is gone")
+            self._give_up(message.request_id, "the client is gone, or has not read for too long")
 
     def _publish_activity(self) -> None:
         """On every change, and again every ACTIVITY_S: a subscriber that has just started, or
@@ -138,8 +138,11 @@ class Inference:
 
     def _drop_silent_clients(self) -> None:
         oldest = time.monotonic() - self.settings.serving.client_timeout_s
-        for request_id in [id for id, request in self.pending.items() if request.heard_at < oldest]:
-            self._give_up(request_id, "the client is silent")
+        for request_id, request in [item for item in self.pending.items() if item[1].heard_at < oldest]:
+            if self.server.is_connected(request.peer, Heartbeat(request_id)):
+                request.heard_at = time.monotonic()  # a reader that pauses; asked again after the same time
+            else:
+                self._give_up(request_id, "the client is silent, and its connection is gone")
 
     def _give_up(self, request_id: str, reason: str) -> None:
         _log.info("client.lost", request=request_id, reason=reason)

@@ -38,12 +38,12 @@ Piece = Queued | PrefillProgress | Delta | Done
 class AnswerStream:
     """`ask` from sending it at `now` to its end. `may_live` says whether the daemon's lock is held, or unknown.
 
-    `ended` is true after Done or Failed; `error` then says why there is no answer.
+    `ended` is true after Done or Failed; `error` then says why there is no answer, or no whole one.
     """
 
     def __init__(self, ask: Ask, now: float, may_live: Callable[[], bool]) -> None:
         self._request_id, self._may_live = ask.request_id, may_live
-        self._heard_at = self._sent_at = now
+        self._heard_at = self._sent_at = self._fed_at = now
         self._heard = False
         # GetStatus is answered even while the models load: one deadline tells whether a daemon is there
         self._outgoing: list[Any] = [ask, GetStatus()]
@@ -62,6 +62,10 @@ class AnswerStream:
 
     def feed(self, messages: Sequence[Any], now: float) -> list[Piece]:
         """What `messages` say of this request, up to its end. Raises DaemonUnreachable once the daemon was silent too long."""
+        # a reader that paused (Ctrl-Z, a slow consumer) did not listen meanwhile: that is no silence of the daemon
+        paused, self._fed_at = now - self._fed_at - self.wait_s, now
+        if paused > HEARTBEAT_S:
+            self._heard_at += paused
         if messages:
             self._heard, self._heard_at = True, now
         else:
@@ -92,9 +96,13 @@ class AnswerStream:
             if isinstance(message, Failed):
                 self.ended, self.error = True, error_of(message)
                 break
-            pieces.append(message)
             if isinstance(message, Done):
                 self.ended = True
+                if message.finish_reason == FailureCode.CANCELLED:  # this client would have left the stream
+                    self.error = SpecLoraError(f"the answer was cut off after {message.tokens} tokens", "ask again")
+                    break
+            pieces.append(message)
+            if self.ended:
                 break
         return pieces
 

@@ -201,6 +201,16 @@ class Server:
             return False
         return True
 
+    def is_connected(self, peer: bytes, probe: Any) -> bool:
+        """Whether a client's connection lives, tried by sending `probe`; a client that does not read is connected, too."""
+        try:
+            self._router.send_multipart([peer, encode(probe)], zmq.NOBLOCK)
+        except zmq.Again:
+            return True
+        except zmq.ZMQError:
+            return False
+        return True
+
     def publish(self, message: Any) -> None:
         """Send to every subscriber; one that does not read fast enough misses it."""
         try:

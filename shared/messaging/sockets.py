@@ -24,6 +24,8 @@ Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 
 SEND_QUEUE = 1000  # frames that may wait in a socket, either way
+# a TCP peer whose machine is gone counts as disconnected after 10 + 3 * 5 seconds
+KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 10, zmq.TCP_KEEPALIVE_INTVL: 5, zmq.TCP_KEEPALIVE_CNT: 3}
 LINGER_MS = 200  # for messages on their way when a socket closes
 
 
@@ -86,6 +88,8 @@ def bind(socket: Socket, endpoint: Endpoint) -> None:
         socket.curve_secretkey = endpoint.keys.server_secret.encode()
     elif endpoint.address.startswith("tcp://"):
         raise ConfigError(f"{endpoint.address} needs keys, as every TCP socket does", MAKE_KEYS)
+    for option, value in KEEPALIVE.items():  # the kernel answers it for a client that is suspended
+        socket.setsockopt(option, value)
     path = Path(endpoint.address.removeprefix("ipc://"))
     with suppress(FileNotFoundError):
         if endpoint.address.startswith("ipc://") and not stat.S_ISSOCK(path.lstat().st_mode):

@@ -1,5 +1,7 @@
 """A waiting client as a state machine: no socket, no clock, no thread."""
 
+from dataclasses import replace
+
 import pytest
 
 from specl.shared.answer_stats import AnswerStats
@@ -95,3 +97,16 @@ def test_a_failure_becomes_its_error(code, kind, exit_code):
     assert made.feed([DELTA, Failed("r", FailureCode(code), "because", "do this")], 0.1) == [DELTA]
     assert made.ended and made.leave() == []
     assert (type(made.error), str(made.error), made.error.exit_code) == (kind, "because", exit_code)
+
+
+def test_answer_that_was_cut_is_an_error():
+    made = stream()
+    assert made.feed([DELTA, replace(DONE, finish_reason="cancelled")], 0.1) == [DELTA]
+    assert made.ended and "cut off after 1 tokens" in str(made.error)
+
+
+def test_pause_of_the_reader_is_no_silence():
+    made = stream()
+    made.feed([SOMETHING], 0.1)
+    assert made.feed([], 3600.0) == [] and made.outgoing()
+    assert made.feed([], 3600.0 + HEARTBEAT_S) == []
