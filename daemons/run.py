@@ -3,6 +3,7 @@ which exit code.
 """
 
 import os
+import resource
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -56,6 +57,7 @@ def run_exclusively(role: str, serve: Serve) -> int:
     An error is one line on stderr and code 1, or 78 where the settings are wrong and 75 where
     another process has the role.
     """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold prompts and keys
     os.umask(0o077)  # only this user may read files from now on, whichever library writes them
     lock: Lock | None = None
     try:
