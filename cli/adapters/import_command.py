@@ -67,6 +67,7 @@ def _follow(client: Client, run_id: str) -> EvaluationStatus:
         trainer = client.status().trainer
         if trainer is None:
             if time.monotonic() - last_answer < TRAINER_TIMEOUT_S:
+                time.sleep(0.5)  # where the lock is free, `status` answers at once
                 continue
             raise SpecLoraError("the trainer stopped before a verdict", "look into var/logs/trainer.log")
         last_answer = time.monotonic()
