@@ -6,6 +6,7 @@ Knows YAML and the schema, nothing of what a setting is for.
 
 import os
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ruamel.yaml.reader import ReaderError
 from specl.shared.errors import ConfigError
 from specl.shared.settings.schema import SECRETS, Settings
 
+SHOWN_ENTRIES, SHOWN_CHARACTERS = 5, 80  # of a wrong value in an error
 DEFAULTS = Path(__file__).parents[2] / "configs"
 
 
@@ -74,18 +76,34 @@ def _keys(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
     return tuple(path)
 
 
+def _shown(value: Any, depth: int = 2) -> str:
+    """A wrong value as far as a sentence needs it; aliases may make a small file's value endless."""
+    if isinstance(value, dict | list):
+        if not depth:
+            return "..."
+        entries = list(islice(value.items() if isinstance(value, dict) else value, SHOWN_ENTRIES))
+        if isinstance(value, dict):
+            parts = [f"{_shown(key, 0)}: {_shown(item, depth - 1)}" for key, item in entries]
+        else:
+            parts = [_shown(item, depth - 1) for item in entries]
+        text = ", ".join(parts + ["..."] * (len(value) > len(entries)))
+        return f"{{{text}}}" if isinstance(value, dict) else f"[{text}]"
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+
+
 def _explain(file: Path, tree: Any, error: dict[str, Any]) -> str:
     """One error of pydantic's as a sentence."""
     path = _keys(error["loc"])
     line = _line_of(tree, path)
     where = f"{file}:{line}" if line else str(file)
-    name = ".".join(str(part) for part in path) or "(the file)"
+    name = ".".join(str(part)[:SHOWN_CHARACTERS] for part in path) or "(the file)"
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
         close = get_close_matches(str(path[-1]), known, n=1)
         guess = f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(known)}"
         return f"{where}: unknown setting `{name}`{guess}"
-    given = "" if not path or path in SECRETS else f", not {error['input']!r}"
+    given = "" if not path or path in SECRETS else f", not {_shown(error['input'])}"
     return f"{where}: `{name}`: {error['msg']}{given}"
 
 

@@ -2,6 +2,7 @@
 what is allowed.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,17 @@ def test_settings_know_the_losses_of_learning():
     from specl.shared.settings import schema
 
     assert tuple(losses.LOSSES) == tuple(schema.LOSSES)
+
+
+@pytest.mark.parametrize("wrong", ["*i", "[1, *i]", "{a: *i}", f"'{'x' * 5_000_000}'"])
+def test_wrong_value_is_shown_in_short(wrong):
+    """Aliases make each level ten times as long: the value itself has a thousand million letters."""
+    levels = ["a: &a [lol]"] + [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in pairwise("abcdefghi")]
+    with pytest.raises(ConfigError) as error:
+        parse_settings("\n".join(levels) + f"\nserving: {{max_active: {wrong}}}\n", FILE)
+    assert len(str(error.value)) < 5000 and "serving.max_active" in str(error.value)
+
+
+def test_small_wrong_value_is_shown_whole():
+    with pytest.raises(ConfigError, match=r"not \['a', \{'b': 1\}\]"):
+        parse_settings("serving: {max_active: [a, {b: 1}]}\n", FILE)
