@@ -106,6 +106,14 @@ def test_purge_abandons_the_run_and_its_checkpoint(trainer, end):
     assert "abandoned" not in trainer.purge(PURGE).message and not checkpoint.exists()
 
 
+def test_purge_as_a_run_ends_abandons_no_other(trainer):
+    trainer.check()
+    trainer.job_ended(JobEnded(trainer.schedule.running, Ending.FAILED, "why", None))  # not taken yet
+    assert "abandoned" in trainer.purge(PURGE).message
+    trainer.take_results()
+    assert not trainer.throttle.abandoning and trainer.schedule.running is None
+
+
 @pytest.mark.parametrize(
     ("error", "ending", "problem"),
     [

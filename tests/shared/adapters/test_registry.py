@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from specl.shared.adapters import registry
 from specl.shared.adapters.manifest import MAX_HEADER
 from specl.shared.adapters.registry import Adapters, Manifest
 from specl.shared.errors import AdapterRejected
@@ -171,6 +172,15 @@ def test_pruning_keeps_five_current_best_and_requested(adapters):
     assert adapters.prune(keep=["000004"]) == ["000003", "000005"]
     assert adapters.ids() == ["000001", "000002", "000004", "000006", "000007", "000008", "000009", "000010"]
     assert not list(adapters.folder.glob(".new-*"))
+
+
+def test_dropped_id_is_synced_before_removal(adapters, monkeypatch):
+    publish(adapters)
+    events = []
+    monkeypatch.setattr(registry, "write_file", lambda path, text, sync: events.append((path.name, text, sync)))
+    monkeypatch.setattr(adapters, "_remove", lambda id: events.append(id))
+    adapters.drop(["000001"])
+    assert events == [("HIGHEST", "1", True), "000001"]
 
 
 def test_a_missing_folder_holds_no_adapters(tmp_path):
