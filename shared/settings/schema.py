@@ -191,7 +191,8 @@ class Serving(_Section):
     max_prompt_kb: Annotated[int, Field(ge=1, le=4096)] = Field(1024, description="text of one request at most")
     max_active: Annotated[int, Field(ge=1, le=32)] = Field(4, description="requests that are decoded together")
     client_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        10.0, description="without a heartbeat for so long a client is looked for; it is cancelled if its connection is gone"
+        10.0,
+        description="without a heartbeat for so long a client is looked for; it is cancelled if its connection is gone",
     )
     threads: Annotated[int, Field(ge=0)] = Field(0, description="BLAS threads of inference; 0: all cores")
 
