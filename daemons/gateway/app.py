@@ -22,6 +22,7 @@ from specl.daemons.gateway.metrics import Metrics
 from specl.daemons.gateway.request_schema import CompletionRequest, parse_request, served_names
 from specl.daemons.gateway.responses import END, ProgressComments, ResponseBuilder, error_event
 from specl.daemons.gateway.upstream import Upstream
+from specl.daemons.gateway.url_paths import canonical_path
 from specl.shared.errors import SpecLoraError
 from specl.shared.messaging.codes import DaemonState
 from specl.shared.messaging.endpoints import Addresses
@@ -261,6 +262,15 @@ def _counted(app: ASGIApp, metrics: Metrics, paths: set[str]) -> ASGIApp:
     return counted
 
 
+def _with_canonical_path(app: ASGIApp) -> ASGIApp:
+    """`app` behind one spelling of each path: access, routes and metrics see the same."""
+
+    async def canonical(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "path": canonical_path(scope["path"])} if scope["type"] == "http" else scope, receive, send)
+
+    return canonical
+
+
 def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Callable[[], bool]) -> ASGIApp:
     """The whole server as one ASGI application; `stopping` ends what would stream forever."""
     metrics = Metrics()
@@ -299,4 +309,4 @@ def make_app(paths: Paths, settings: Settings, token: str | None, stopping: Call
     guarded: ASGIApp = AccessControl(app, settings.gateway, token)
     if settings.gateway.trusted_proxies:
         guarded = ProxyHeadersMiddleware(guarded, settings.gateway.trusted_proxies)  # type: ignore[arg-type,assignment]  # uvicorn's types of ASGI
-    return _counted(guarded, metrics, {route.path for route in routes})
+    return _with_canonical_path(_counted(guarded, metrics, {route.path for route in routes}))

@@ -43,6 +43,11 @@ def _equals(value: Any, other: Any) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
+def _neutral_values(name: str) -> tuple[Any, ...]:
+    """Values of a field of NEUTRAL that ask for nothing; an empty text, list or map does, unless no value does."""
+    return (*NEUTRAL[name], "", [], {}) if NEUTRAL[name] else ()
+
+
 def refuse_unsupported(body: dict[str, Any], known: set[str]) -> None:
     """Raises ApiError for the first field, neither known nor ignored, whose value asks for something."""
     for name, value in body.items():
@@ -51,7 +56,7 @@ def refuse_unsupported(body: dict[str, Any], known: set[str]) -> None:
         if name not in NEUTRAL:
             if not asks_for_nothing(value):
                 raise ApiError(400, f"`{name}` is not supported by this server", name, "unsupported_parameter")
-        elif not any(_equals(value, item) for item in NEUTRAL[name]):
+        elif not any(_equals(value, item) for item in _neutral_values(name)):
             allowed = ", ".join(str(item) for item in NEUTRAL[name])
             only = f" (only {allowed})" if allowed else ""
             raise ApiError(400, f"`{name}` is not supported by this server{only}", name, "unsupported_parameter")

@@ -47,7 +47,7 @@ DIALECTS = {
     "lm studio": {"ttl": 300, "max_tokens": -1, "repeat_penalty": 1, "top_k": 0, "draft_model": ""},
     "openrouter": {
         "reasoning": {}, "include_reasoning": True, "transforms": [], "provider": {}, "top_a": 0, "plugins": [], "thinking": {"type": "disabled"},
-        "enable_thinking": False,
+        "enable_thinking": False, "response_format": {}, "tool_choice": "", "reasoning_effort": "", "logit_bias": [],
     },
 }  # fmt: skip
 
