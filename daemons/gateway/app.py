@@ -67,7 +67,8 @@ class Completions:
         return await self._answer(request, chat=False)
 
     async def _answer(self, request: Request, chat: bool) -> Response:
-        completion = parse_request(await _json(request), self._settings, chat)
+        address = request.client.host if request.client else ""
+        completion = parse_request(await _json(request), self._settings, chat, address)
         with_logprobs = completion.ask.logprobs is not None
         builder = ResponseBuilder(completion.ask.request_id, served_names(self._settings)[0], chat, with_logprobs)
         try:

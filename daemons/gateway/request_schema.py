@@ -151,14 +151,16 @@ def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
     return count if requested else None
 
 
-def _client(body: dict[str, Any]) -> str:
-    """Whose past answers may draft this one: the end user that the request names, or nobody's."""
+def _client(body: dict[str, Any], address: str) -> str:
+    """Whose past answers and cached prefixes may serve this request: the end user that it names, or
+    nobody's. A name is anybody's word, so the same name from another address is another client.
+    """
     name = body.get("safety_identifier") or body.get("user")
-    return f"gateway {name}" if isinstance(name, str) and name else ""
+    return f"gateway {address} {name}" if isinstance(name, str) and name else ""
 
 
-def parse_request(body: Any, settings: Settings, chat: bool) -> CompletionRequest:
-    """The request in a body of JSON. Raises ApiError that names the field."""
+def parse_request(body: Any, settings: Settings, chat: bool, address: str = "") -> CompletionRequest:
+    """The request in a body of JSON that came from `address`. Raises ApiError that names the field."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_body")
     refuse_unsupported(body, CHAT if chat else TEXT)
@@ -183,7 +185,7 @@ def parse_request(body: Any, settings: Settings, chat: bool) -> CompletionReques
         max_tokens=limit or defaults.max_tokens,
         sampling=merge_sampling(defaults, requested),
         stop=_stops(body),
-        client_id=_client(body),
+        client_id=_client(body, address),
         logprobs=_logprobs(body, chat),
         **speclora_options,
     )

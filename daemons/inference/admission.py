@@ -83,7 +83,7 @@ def _encode(ask: Ask, engine: EngineCore) -> tuple[str, list[int]]:
         return ask.prompt, engine.encode(ask.prompt, special=True)
     if not any(_has_text(message) for message in ask.messages):
         raise RequestRejected("the prompt is empty")
-    return engine.encode_chat(ask.messages, reuse_tokens=ask.sampling.seed is None)
+    return engine.encode_chat(ask.messages, reuse_tokens=ask.sampling.seed is None, owner=ask.client_id)
 
 
 def _has_text(message: dict[str, Any]) -> bool:
@@ -102,6 +102,7 @@ def _options(ask: Ask, max_tokens: int, settings: Settings) -> RequestOptions:
         num_draft_tokens=num_draft_tokens,
         ngram=settings.speculative.ngram if ask.ngram is None else ask.ngram,
         client_id=ask.client_id if ask.record else "",
+        cache_owner=ask.client_id,
         logprobs=ask.logprobs,
         capture_k=settings.training.loss.top_k_logits if keeps_details else 0,
     )

@@ -121,11 +121,13 @@ class EngineCore:
         return max(self.options.max_draft_tokens, NGRAM_DEPTH)
 
     # ------------------------------------------------------------------------------------------------ prompts
-    def encode_chat(self, messages: Sequence[dict[str, Any]], reuse_tokens: bool = True) -> tuple[str, list[int]]:
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], reuse_tokens: bool = True, owner: str = ""
+    ) -> tuple[str, list[int]]:
         """The rendered prompt and its tokens. Raises RequestRejected where the template refuses.
 
-        With `reuse_tokens` earlier answers of the chat get the ids that were generated, while their
-        caches live: less to read again. Without, the tokens depend on the text only, as a seed
+        With `reuse_tokens` earlier answers of the chat get the ids that were generated, while the
+        caches of its `owner` live: less to read again. Without, the tokens depend on the text only, as a seed
         promises.
         """
         tokenizer = self.target.tokenizer
@@ -133,7 +135,7 @@ class EngineCore:
         if not reuse_tokens or prompt.marked is not None:  # an earlier prompt of the same text may mean control tokens
             return prompt.text, chat_prompt.encode(tokenizer, prompt)
         special = [token for token in tokenizer.all_special_tokens if token]
-        return prompt.text, self.prefixes.reuse_tokens(prompt.text, self.encode, special)
+        return prompt.text, self.prefixes.reuse_tokens(prompt.text, self.encode, special, owner)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The tokens of a text. `special` adds what the model expects before any text (BOS), unless
@@ -172,7 +174,7 @@ class EngineCore:
         """Start a request. Raises RequestRejected (see `validate`)."""
         prompt = [int(token) for token in prompt]
         self.validate(prompt, options)
-        state = self.prefixes.take(prompt, self.adapter_id)
+        state = self.prefixes.take(prompt, self.adapter_id, options.cache_owner)
         if state is None:
             state = SequenceState([], self.target.new_cache(), None, [] if self._keeps_states else None)
         if options.num_draft_tokens == 0:
@@ -225,7 +227,7 @@ class EngineCore:
             return
         if isinstance(state.drafter, CustomDrafter):  # a failure of it ends with its request
             state.drafter = None
-        entry, origin = Entry(state, adapter_id), state.origin
+        entry, origin = Entry(state, adapter_id, owner=session.options.cache_owner), state.origin
         if not session.output and origin is not None and origin.text_tokens <= len(state.tokens):
             entry.text, entry.text_tokens = origin.text, origin.text_tokens
         ended = state.tokens[-1] in self.target.stop_tokens

@@ -6,6 +6,10 @@ nothing may be kept returns the entry unchanged (`put_back`). The drafter's cach
 target's, but only to a request with the same adapter; the target's fits any drafter. Least recently
 used entries go first.
 
+Each entry has an owner, and only its requests continue it: an answer says how many tokens of its
+prompt were cached, so whoever guesses at another's prompt would be told how much of it is right.
+Clients without a name share with each other.
+
 A chat's next turn arrives as text, and its tokens may differ from those that were generated. So an
 entry knows the text of its tokens, and `reuse_tokens` returns the same ids for the same text.
 """
@@ -30,13 +34,14 @@ SLACK = 0.25
 @dataclass(slots=True)
 class Entry:
     """A finished request's state. `text` is the text of its first `text_tokens` tokens, or empty
-    where that is not known.
+    where that is not known. `owner`: the client whose requests may continue it.
     """
 
     state: SequenceState
     adapter_id: str
     text: str = ""
     text_tokens: int = 0
+    owner: str = ""
     last_used: float = field(default_factory=time.monotonic)
 
     @property
@@ -65,12 +70,14 @@ class PrefixCache:
         """The texts of the entries whose text is known."""
         return [entry.text for entry in self._entries if entry.text]
 
-    def take(self, prompt: list[int], adapter_id: str) -> SequenceState | None:
-        """A state with the longest shared prefix of `prompt`, cut to it; None if it is too short.
+    def take(self, prompt: list[int], adapter_id: str, owner: str = "") -> SequenceState | None:
+        """The owner's state with the longest shared prefix of `prompt`, cut to it; None if that is
+        too short.
 
         At least the prompt's last token is left to feed.
         """
-        best = max(self._entries, key=lambda entry: _shared(entry.state.tokens, prompt), default=None)
+        entries = [entry for entry in self._entries if entry.owner == owner]
+        best = max(entries, key=lambda entry: _shared(entry.state.tokens, prompt), default=None)
         if best is None:
             return None
         count = min(_shared(best.state.tokens, prompt), len(prompt)) - 1
@@ -81,7 +88,7 @@ class PrefixCache:
             return _copy_prefix(best.state, count)
         self._entries.remove(best)
         state = best.state
-        state.origin = PrefixOrigin(best.adapter_id, best.text, best.text_tokens)
+        state.origin = PrefixOrigin(best.adapter_id, best.text, best.text_tokens, best.owner)
         count = min(count, state.cached)
         state.trim_cache(count)
         state.trim_states(count)
@@ -122,11 +129,13 @@ class PrefixCache:
         returned = _copy_prefix(state, cached)
         returned.tokens = tokens
         text = origin.text if origin.text_tokens <= len(tokens) else ""
-        self.put(Entry(returned, origin.adapter_id, text, origin.text_tokens), reserved)
+        self.put(Entry(returned, origin.adapter_id, text, origin.text_tokens, origin.owner), reserved)
 
-    def reuse_tokens(self, text: str, encode: Callable[[str], list[int]], special: Sequence[str]) -> list[int]:
-        """Tokens of `text`: those of the longest entry it begins with, then the encoding of the
-        rest.
+    def reuse_tokens(
+        self, text: str, encode: Callable[[str], list[int]], special: Sequence[str], owner: str = ""
+    ) -> list[int]:
+        """Tokens of `text`: those of the owner's longest entry it begins with, then the encoding of
+        the rest.
 
         Only where the rest begins with a special token, which no token reaches across: the ids then
         decode to the same text.
@@ -134,6 +143,8 @@ class PrefixCache:
         best: Entry | None = None
         for entry in self._entries:
             size = len(entry.text)
+            if entry.owner != owner:
+                continue
             if size > (len(best.text) if best else 0) and text.startswith(entry.text):
                 best = entry if text.startswith(tuple(special), size) else best
         if best is None:

@@ -13,8 +13,9 @@ class RequestOptions:
     """`num_draft_tokens` None lets measured costs decide; `ngram` allows the n-gram drafter.
 
     `capture_k`: the target's largest logits that are captured for training, 0 captures nothing.
-    `client_id`: whose past answers may draft this one. `logprobs`: None for none, otherwise each
-    token's log-probability with that many alternatives.
+    `client_id`: whose past answers may draft this one. `cache_owner`: whose cached prefixes it may
+    continue, and to whom its own belong. `logprobs`: None for none, otherwise each token's
+    log-probability with that many alternatives.
     """
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -23,6 +24,7 @@ class RequestOptions:
     ngram: bool = True
     capture_k: int = 0
     client_id: str = ""
+    cache_owner: str = ""
     logprobs: int | None = None
 
     def validate(self) -> None:

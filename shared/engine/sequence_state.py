@@ -19,6 +19,7 @@ class PrefixOrigin:
     adapter_id: str
     text: str
     text_tokens: int
+    owner: str
 
 
 @dataclass(slots=True)

@@ -115,3 +115,11 @@ def test_text_parts_of_every_kind_are_joined():
         parsed(messages=[*HI, {"role": "assistant", "content": None, "refusal": "no"}, *HI]).messages[1]["content"]
         == "no"
     )
+
+
+def test_name_from_elsewhere_is_another_client():
+    ids = {
+        parse_request({"messages": HI, "user": "ada"}, Settings(), True, at).ask.client_id
+        for at in ("10.0.0.1", "10.0.0.2")
+    }
+    assert len(ids) == 2

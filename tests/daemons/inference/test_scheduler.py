@@ -127,8 +127,8 @@ def test_unrecorded_request_returns_only_the_caches_it_took(decoding, cancelled)
 
 def test_seeded_request_has_the_tokens_of_its_text(decoding):
     reused, encode = [], decoding.engine.encode_chat
-    decoding.engine.encode_chat = lambda messages, reuse_tokens: (
-        reused.append(reuse_tokens) or encode(messages, reuse_tokens)
+    decoding.engine.encode_chat = lambda messages, reuse_tokens, owner: (
+        reused.append(reuse_tokens) or encode(messages, reuse_tokens, owner)
     )
     for sampling in ({}, {"seed": 4}):
         decoding.ask("a", messages=[{"role": "user", "content": "hi"}], sampling=sampling)

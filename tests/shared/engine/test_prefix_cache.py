@@ -25,9 +25,9 @@ def engine(tmp_path_factory):
     return EngineCore(target, new_head(target, np.arange(0, 300, 2)))
 
 
-def say(engine, prompt, ids, output):
+def say(engine, prompt, ids, output, owner=""):
     """A finished request whose answer was these tokens."""
-    session = engine.session(ids, RequestOptions(max_tokens=100, num_draft_tokens=0))
+    session = engine.session(ids, RequestOptions(max_tokens=100, num_draft_tokens=0, cache_owner=owner))
     while not session.prefill():
         pass
     state = session.state
@@ -157,3 +157,36 @@ def test_seeded_prompt_ignores_cached_tokenization(engine):
     rendered, spliced = engine.encode_chat(messages)
     assert engine.encode_chat(messages, reuse_tokens=False) == (rendered, engine.encode(rendered))
     assert spliced != engine.encode(rendered), "or this test would say nothing"
+
+
+def test_guesses_at_anothers_prompt_reuse_nothing(engine):
+    engine.prefixes.purge()
+    text, ids = engine.encode_chat(ASK)
+    session = say(engine, text, [*ids, *range(100, 140)], [7, END], owner="ada")
+    engine.save_to_prefix_cache(session, "", text + "x")
+    for guesser in ("", "eve", "ada "):
+        for length in (20, len(ids) + 10, len(ids) + 40):
+            options = RequestOptions(max_tokens=4, cache_owner=guesser)
+            guess = engine.session([*ids, *range(100, 140)][:length], options)
+            assert guess.stats.reused_tokens == 0
+    assert engine.session([*ids, *range(100, 140)], RequestOptions(cache_owner="ada")).stats.reused_tokens > 0
+
+
+def test_unrecorded_request_returns_the_owners_entry(engine):
+    engine.prefixes.purge()
+    ids = list(range(60, 100))
+    engine.save_to_prefix_cache(say(engine, "", ids, [7, END], owner="ada"), "", "")
+    session = engine.session([*ids, 5, 5], RequestOptions(cache_owner="ada"))
+    engine.return_to_prefix_cache(session)
+    assert engine.prefixes.take([*ids, 5, 5], "") is None
+    assert engine.prefixes.take([*ids, 5, 5], "", "ada") is not None
+
+
+def test_anothers_tokens_are_not_spliced(engine):
+    engine.prefixes.purge()
+    text, ids = engine.encode_chat(ASK)
+    output = [i for c in " therefore" for i in engine.target.tokenizer.encode(c, add_special_tokens=False)] + [END]
+    engine.save_to_prefix_cache(say(engine, text, ids, output, owner="ada"), "", text + " therefore")
+    messages = [*ASK, {"role": "assistant", "content": " therefore"}, {"role": "user", "content": "And then?"}]
+    rendered, stranger = engine.encode_chat(messages, owner="eve")
+    assert stranger == engine.encode(rendered) != engine.encode_chat(messages, owner="ada")[1]
