@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -26,6 +26,7 @@ from specl.shared.store import Store
 
 REFRESH_S = 2.0
 COSTLY_S = 60.0  # the costliest tokens are a sum over every disagreement there is
+FORGET_S = 60.0  # what nobody looks at any more is not kept in memory
 HEALTH_S = 1.0  # health checks come often, and several at once
 KEEPALIVE_S = 15.0  # between comments on a quiet stream, so that a broken connection is noticed
 POINTS, ANSWERS, TOKENS, HISTORY = 400, 10, 12, 20
@@ -37,11 +38,32 @@ LAST = """SELECT id, created, substr(json_extract(messages, '$[#-1].content'), 1
           round(ttft_ms, 1) AS ttft_ms, round(acceptance_rate, 4) AS acceptance, rounds, drafted, accepted,
           adapter_id AS adapter, finish_reason FROM generations ORDER BY n DESC LIMIT :n"""
 COSTLY = "SELECT draft_text, target_text, times, draft_confidence, target_confidence FROM costliest_tokens LIMIT :n"
+NEWEST = "SELECT count(*) AS count, coalesce(max(n), 0) AS n, (SELECT id FROM generations WHERE n = :n) AS id FROM generations"
 MARKS = (
     "SELECT created_at AS at, event, adapter_id AS adapter, note AS reason FROM activations ORDER BY n DESC LIMIT :n"
 )
 PAST = """SELECT created, verdict, adapter_id AS adapter, examples, steps, heldout_before, heldout_after, reason
           FROM adapter_history LIMIT :n"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """How many generations the store has, and the last number and its id."""
+
+    count: int
+    last: int
+    id: str
+
+    @classmethod
+    def of(cls, store: Store) -> "_Extent":
+        (row,) = store.sql(NEWEST, n=0)
+        (newest,) = store.sql(NEWEST, n=row["n"])
+        return cls(newest["count"], newest["n"], newest["id"] or "")
+
+    def has_lost_some(self, store: Store) -> bool:
+        """Whether any of those generations is gone. New ones get higher numbers, or those of the last where they have gone."""
+        (row,) = store.sql(NEWEST, n=self.last)
+        return (row["id"] or "") != self.id or row["n"] - self.last != row["count"] - self.count
 
 
 def _too_many_pages(whose: str, limit: int, setting: str) -> ApiError:
@@ -57,6 +79,8 @@ class Dashboard:
         self._state: dict[str, Any] = {}
         self._read_at = self._costly_at = float("-inf")
         self._costly: list[dict[str, Any]] = []
+        self._extent = _Extent(0, 0, "")
+        self._forgetting: asyncio.TimerHandle | None = None
         self._health_lock = asyncio.Lock()
         self._health, self._health_at = "stopped", float("-inf")
         self._context_length: int | None = None
@@ -64,10 +88,31 @@ class Dashboard:
 
     async def _fresh_state(self) -> dict[str, Any]:
         async with self._lock:
-            if time.monotonic() - self._read_at >= REFRESH_S * 0.9:
+            is_fresh = time.monotonic() - self._read_at < REFRESH_S * 0.9
+            if not is_fresh or await asyncio.to_thread(self._is_purged):
                 self._state = await asyncio.to_thread(self._read)
                 self._read_at = time.monotonic()
-        return self._state
+            if self._forgetting is not None:
+                self._forgetting.cancel()
+            self._forgetting = asyncio.get_running_loop().call_later(FORGET_S, self._forget)
+            return self._state
+
+    def _forget(self) -> None:
+        self._state, self._costly = {}, []
+        self._read_at = self._costly_at = float("-inf")
+
+    def _is_purged(self) -> bool:
+        """Whether generations that the state was made of may be gone."""
+        try:
+            store = Store(self._paths.store, read_only=True)
+        except StoreError:
+            return True
+        try:
+            return self._extent.has_lost_some(store)
+        except (StoreError, sqlite3.Error):
+            return True
+        finally:
+            store.close()
 
     def _read(self) -> dict[str, Any]:
         with Client(self._paths, self._settings) as client:
@@ -78,7 +123,10 @@ class Dashboard:
         except StoreError:
             return state | {name: [] for name in names}
         try:
-            if time.monotonic() - self._costly_at >= COSTLY_S:
+            if time.monotonic() - self._costly_at >= COSTLY_S or self._extent.has_lost_some(store):
+                self._costly, self._costly_at = [], float("-inf")
+            self._extent = _Extent.of(store)  # before anything is read: what goes meanwhile is noticed next time
+            if not self._costly:
                 self._costly, self._costly_at = store.sql(COSTLY, n=TOKENS), time.monotonic()
             return state | {
                 "points": store.sql(SPEED, n=POINTS)[::-1],
