@@ -8,12 +8,14 @@ Knows lines, not commands.
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from specl.shared.paths import Paths
 from specl.shared.retention.chat_history import FENCE, history_file, history_is_kept
+from specl.shared.runtime.atomic_files import erase_file
 from specl.shared.settings.schema import Records
 
 PROMPT, CONTINUATION = "> ", ". "
@@ -85,9 +87,12 @@ def open_history(paths: Paths, records: Records, remember: bool) -> Any:
     """
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
+    path = history_file(paths)
+    if not history_is_kept(records):
+        with suppress(OSError):
+            erase_file(path)  # of a time when the settings allowed it
     if not remember or not history_is_kept(records):
         return InMemoryHistory()
-    path = history_file(paths)
     try:
         os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
     except OSError:  # no run directory yet, or a full disk: the chat matters more

@@ -1,13 +1,18 @@
 """Removes what is older, or more, than the settings keep: generations with their hidden states,
-and copies of the store. A little at a time, because producers wait meanwhile.
+copies of the store, and the chat's history where it may not be kept. A little at a time, because
+producers wait meanwhile.
 """
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from specl.daemons.collector.trusted_clock import TrustedClock
 from specl.shared.errors import StoreError
+from specl.shared.retention.chat_history import history_is_kept
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.runtime import log
+from specl.shared.runtime.atomic_files import erase_file
 from specl.shared.settings.schema import Records
 from specl.shared.store import Store
 
@@ -17,10 +22,13 @@ _log = log.get("collector")
 
 
 class Expiry:
-    """`due_at` says when to call `run` next, in seconds of `time.monotonic`."""
+    """`due_at` says when to call `run` next, in seconds of `time.monotonic`. `history` is the file
+    of the chat's history.
+    """
 
-    def __init__(self, records: Records, spool: HiddenSpool) -> None:
-        self._records, self._spool = records, spool
+    def __init__(self, records: Records, spool: HiddenSpool, history: Path) -> None:
+        self._records, self._spool, self._history = records, spool, history
+        self._clock = TrustedClock(records.retention_days)
         self._wal_needs_truncation = False  # a purge failed after deleting rows: their bytes are still in the log
         self.due_at = 0.0
 
@@ -30,10 +38,19 @@ class Expiry:
         """
         self.due_at = now + INTERVAL_S
         try:
-            return self._remove(store(), time.time(), now)
+            if not history_is_kept(self._records):
+                erase_file(self._history)
+            return self._remove(store(), self._today(store(), now), now)
         except (StoreError, OSError) as error:
             _log.warning("retention.postponed", reason=str(error))
             return False
+
+    def _today(self, store: Store, now: float) -> float:
+        if not self._records.retention_days:
+            return time.time()
+        if not self._clock.started:
+            self._clock.start(store.last_known_time(), now)
+        return self._clock.now(time.time(), now)
 
     def _remove(self, store: Store, today: float, now: float) -> bool:
         records = self._records

@@ -27,6 +27,7 @@ from specl.shared.messaging.messages import (
     Reply,
 )
 from specl.shared.paths import PRODUCERS, Paths
+from specl.shared.retention.chat_history import history_file
 from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.runtime import log
 from specl.shared.runtime.failpoints import failpoint
@@ -73,7 +74,7 @@ class Collector:
         self._refusals = 0  # of the store, one after another
         self.summary = SummaryCache(lambda: self.store.summary())
         spool = HiddenSpool(paths.hidden, settings.records.hidden_spool_mb << 20)
-        self.expiry = Expiry(settings.records, spool)
+        self.expiry = Expiry(settings.records, spool, history_file(paths))
         addresses = Addresses(paths, settings.bus)
         self.producers = [self._producer(name, addresses) for name in PRODUCERS]
 

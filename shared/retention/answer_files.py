@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from specl.shared.engine.answer_history import MAX_CLIENTS, PastAnswer
-from specl.shared.runtime.atomic_files import write_file
+from specl.shared.runtime.atomic_files import erase_file, write_file
 
 FORMAT = 0xA25E7502  # first number of a file: its second format
 
@@ -43,14 +43,14 @@ class AnswerFiles:
             answers = _read(path)
             recent = [answer for answer in answers if answer[0] >= before]
             if not recent or path.suffix != ".u32":
-                path.unlink(missing_ok=True)
+                erase_file(path)
             elif len(recent) < len(answers):
                 _write(path, recent)
 
     def purge(self) -> None:
         """Remove every file. Raises OSError."""
         for path in self._files():
-            path.unlink(missing_ok=True)
+            erase_file(path)
 
     def _path(self, client_id: str) -> Path:
         return self.folder / f"{hashlib.sha256(f'{self.tokenizer} {client_id}'.encode()).hexdigest()[:24]}.u32"

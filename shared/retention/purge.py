@@ -26,6 +26,7 @@ from specl.shared.retention.hidden_states import HiddenSpool
 from specl.shared.retention.purge_journal import PurgeJournal, PurgeRequest
 from specl.shared.retention.purge_matching import purge_matches, texts_in
 from specl.shared.retention.purged_text import PurgedText, erase_from_logs
+from specl.shared.runtime.atomic_files import erase_file
 from specl.shared.store import PURGE_MOST, Store
 
 COMMAND = "specl-ctl store purge"
@@ -260,7 +261,7 @@ class Purger:
         any may hold the text.
         """
         for path in sorted([*self.paths.root.glob("store.db.backup-*"), *self.paths.root.glob(".store.db.backup-*")]):
-            path.unlink()
+            erase_file(path)
             self._report(f"{path.name} is removed: a copy of the store from before an upgrade may hold the text")
 
     def _handle_adapters(self, request: PurgeRequest) -> None:

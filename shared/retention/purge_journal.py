@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from specl.shared.errors import SpecLoraError
+from specl.shared.runtime.atomic_files import erase_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class PurgeJournal:
 
     def begin(self, request: PurgeRequest) -> None:
         """Note a new request in place of a finished one."""
-        self.path.unlink(missing_ok=True)
+        erase_file(self.path)
         self._append({"request": asdict(request)})
 
     def note(self, ids: Iterable[str]) -> None:
@@ -71,8 +72,8 @@ class PurgeJournal:
             yield from line.get(field, ())
 
     def end(self) -> None:
-        """All is gone; this goes last."""
-        self.path.unlink(missing_ok=True)
+        """All is gone; this goes last, overwritten as well: it holds the pattern."""
+        erase_file(self.path)
 
     def _append(self, line: dict[str, Any]) -> None:
         try:

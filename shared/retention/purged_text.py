@@ -6,6 +6,7 @@ one. Texts under 12 characters (`Yes.`) stand everywhere and are not looked for.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +63,10 @@ def remove_entries(path: Path, split: Callable[[bytes], list[bytes]], remove: Ca
             if len(remaining) < len(entries):
                 file.seek(0)
                 file.writelines(remaining)
-                file.truncate()
+                end, size = file.tell(), sum(map(len, entries))
+                file.write(bytes(size - end))  # overwrites what is cut off next
+                file.flush()
+                os.fsync(file.fileno())
+                file.truncate(end)
     except FileNotFoundError:
         return

@@ -12,10 +12,13 @@ file for a missing one.
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+ERASED_AT_ONCE = 1 << 20  # bytes
 
 
 @contextmanager
@@ -71,6 +74,21 @@ def output_file(path: Path) -> Iterator[BinaryIO]:
 def private_opener(name: str, flags: int) -> int:
     """For `open(..., opener=)`: a file that is made is readable by nobody else (0600)."""
     return os.open(name, flags, 0o600)
+
+
+def erase_file(path: Path) -> None:
+    """Overwrite a file's bytes on the disk, then remove it; a missing one is fine. A link is
+    removed and what it points to is left alone. Raises OSError where it cannot be removed.
+    """
+    with suppress(OSError):  # what cannot be overwritten (a full or read-only disk) is still removed
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            with open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
+                for start in range(0, status.st_size, ERASED_AT_ONCE):
+                    file.write(bytes(min(ERASED_AT_ONCE, status.st_size - start)))
+                file.flush()
+                os.fsync(file.fileno())  # else the removal would overtake the zeros
+    path.unlink(missing_ok=True)
 
 
 def leftovers(path: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from specl.shared.conversations import folded, is_hash_shaped, strings
 from specl.shared.errors import StoreError, StoreTooNew
-from specl.shared.runtime.atomic_files import atomic_file
+from specl.shared.runtime.atomic_files import atomic_file, erase_file
 from specl.shared.store.migrations import MIGRATIONS
 
 LOCK_TIMEOUT_S = 5.0
@@ -124,7 +124,7 @@ class StoreFile:
         copies = sorted(self.backups(), key=written_at)
         outdated = [path for path in copies if written_at(path) < now - days * 86400] if days else copies[:-1]
         for path in outdated:
-            path.unlink(missing_ok=True)
+            erase_file(path)
         return outdated
 
     # ------------------------------------------------------------------------------------------------ queries

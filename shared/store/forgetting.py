@@ -56,7 +56,7 @@ class Forgetting(StoreFile):
             conditions.append(sa.func.text_holds(q.raw, folded(pattern)) == 1)
         return self._scalars(sa.select(q.id).where(sa.or_(*conditions)).limit(PURGE_MOST))
 
-    def _scalars(self, query: sa.Select[Any]) -> list[str]:
+    def _scalars(self, query: sa.Select[Any]) -> list[Any]:
         with self._errors(), self._engine.connect() as connection:
             return list(connection.execute(query).scalars())
 
@@ -102,6 +102,14 @@ class Forgetting(StoreFile):
             if surplus > len(by_age):
                 by_age = list(connection.execute(oldest.limit(surplus)).scalars())
         return unreadable + by_age
+
+    def last_known_time(self) -> float:
+        """A time that has certainly come: of the newest generation, or when the file was last
+        written. An open program's writes stand in the write-ahead log, so that the file tells of
+        the time before.
+        """
+        newest = self._scalars(sa.select(g.created_at).order_by(g.n.desc()).limit(1))
+        return float(max([self.path.stat().st_mtime, *newest]))
 
     # ------------------------------------------------------------------------------------------------ forgetting
     def purge(self, ids: Sequence[str]) -> int:

@@ -6,10 +6,12 @@ import pytest
 
 from specl.daemons.collector import service
 from specl.daemons.collector.summary import CHEAP_S, MAX_AGE_S, TIME_SHARE, SummaryCache
+from specl.daemons.collector.trusted_clock import LASTING_S
 from specl.shared.answer_stats import AnswerStats
 from specl.shared.errors import StoreError
 from specl.shared.messaging.messages import Envelope, Import, RecordBatch, Reply
 from specl.shared.paths import find_paths
+from specl.shared.retention.chat_history import history_file
 from specl.shared.settings.schema import Settings
 from specl.shared.store import Store
 from tests.fakes import make_generation, to_row
@@ -193,6 +195,45 @@ def test_unreadable_records_and_store_copies_expire(collector):
     expire(one)
     assert one.store.sql("SELECT id FROM quarantine") == [{"id": "new"}]
     assert [path.name for path in one.store.backups()] == [f"store.db.backup-3-{now - 86400}"]
+
+
+def test_clock_ahead_for_a_moment_removes_nothing(collector, monkeypatch):
+    one = collector(retention_days=30)
+    deliver(one, "new", created_at=time.time())
+    backup = one.paths.root / f"store.db.backup-3-{int(time.time())}"
+    backup.write_bytes(b"")
+    one.store.add_rows([Envelope("unreadable", "Generation", b"poison")])
+    ahead = time.time() + 365 * 86400
+    for first in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: ahead)
+            if not first:
+                deliver(one, "asked meanwhile", created_at=ahead)
+            expire(one)
+        expire(one)
+    assert one.store.summary().generations == 2 and one.store.summary().quarantined == 1 and backup.exists()
+
+
+def test_machine_switched_off_for_long_expires_later(collector, monkeypatch):
+    one = collector(retention_days=30)
+    deliver(one, "old", created_at=time.time())
+    later, start = time.time() + 365 * 86400, time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: later)
+    one.expiry.run(lambda: one.store, start)
+    assert one.store.summary().generations == 1
+    one.expiry.run(lambda: one.store, start + LASTING_S)
+    assert one.store.summary().generations == 0
+
+
+@pytest.mark.parametrize("records", [{"keep": "statistics"}, {"redact": ["x"]}, {"retention_days": 5}])
+def test_chat_history_goes_where_not_kept(collector, records):
+    for settings, is_left in (({}, True), (records, False)):
+        one = collector(**settings)
+        history = history_file(one.paths)
+        if settings == {}:
+            history.write_text("\n# now\n+a secret\n")
+        expire(one)
+        assert history.exists() == is_left
 
 
 def test_one_store_copy_is_kept_without_limit(collector):
