@@ -24,7 +24,7 @@ class Engine:
         self.seen += len(text)
         return [1] * (len(text) // self.width)
 
-    def encode_chat(self, messages, reuse_tokens):
+    def encode_chat(self, messages, reuse_tokens, owner):
         return "", self.encode(messages[0]["content"])
 
 
