@@ -30,6 +30,7 @@ training:
   heldout_share: 0.4
   min_heldout_generations: 4
   regression_prompts: 0 # not what is tested here, and it takes a minute
+  replay_buffer_size: 96 # all 442 texts take minutes on a slow machine
   threads: 1
   idle_seconds: 0.1
 serving: {client_timeout_s: 3}
