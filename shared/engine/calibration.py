@@ -90,7 +90,8 @@ class _WarmSession:
     """A request on a warm context; its caches are rewound after each measured step."""
 
     def __init__(self, engine: EngineCore) -> None:
-        prompt = [1 + i % 97 for i in range(WARM_CONTEXT)]
+        different = min(97, engine.target.vocabulary_size - 1)  # tokens; 0 may be special
+        prompt = [1 + i % different for i in range(WARM_CONTEXT)]
         self._session = engine.session(prompt, RequestOptions(num_draft_tokens=1 if engine.has_drafter else 0))
         while not self._session.prefill():
             pass
